@@ -1,0 +1,69 @@
+"""Every error a user can meet, each with the exit code of the command line.
+
+AutocompressError                 1   a bug in autocompress, or a base for the others
+├── UsageError                    2   a flag, file, key, unit, model or data set is not what the rule asks for
+├── InfeasibleBudget              3   the search ended and nothing meets the budget
+├── DeviceUnavailable             4   the device cannot be reached or cannot measure
+├── TooManyFailures               5   the same failure stopped policy after policy
+├── RunFolderError                6   the run folder is locked, damaged or cannot be written
+└── PolicyFailure                 -   one policy failed; an Outcome, never the end of a search
+
+The message of each is one sentence that names the rule and the value, `hint` is the cure.
+"""
+
+from __future__ import annotations
+
+
+class AutocompressError(Exception):
+    """Base of all errors raised on purpose; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(AutocompressError):
+    """Input that breaks a stated rule."""
+
+    exit_code = 2
+
+
+class InfeasibleBudget(AutocompressError):
+    """No policy of the search space meets the budget; carries the best that can be had.
+
+    Args:
+        smallest_latency_s: predicted (or measured) latency of the fastest policy, in seconds.
+        binds: what the fastest policy spends its time on, most expensive first, in words.
+    """
+
+    exit_code = 3
+
+    def __init__(self, message: str, *, hint: str = "", smallest_latency_s: float, binds: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.smallest_latency_s = smallest_latency_s
+        self.binds = binds
+
+
+class DeviceUnavailable(AutocompressError):
+    """The device that the task names is not there, or its runtime died."""
+
+    exit_code = 4
+
+
+class TooManyFailures(AutocompressError):
+    """Several policies in a row failed for the same reason, so the reason is not the policy."""
+
+    exit_code = 5
+
+
+class RunFolderError(AutocompressError):
+    """The run folder is in use, damaged, full or not writable."""
+
+    exit_code = 6
+
+
+class PolicyFailure(AutocompressError):
+    """This policy cannot become an artifact (diverged, export mismatch, runtime error)."""

@@ -1,0 +1,80 @@
+"""The Pareto front: dominance, hypervolume and the choice under a budget. NumPy only.
+
+A point is (gain, cost): gain is better when larger (accuracy), cost when smaller (latency in seconds).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autocompress.errors import AutocompressError
+from autocompress.records import Budget, Outcome
+
+Points = NDArray[np.float64]
+
+
+def non_dominated(points: Points) -> NDArray[np.bool_]:
+    """Which rows of `points` (n x 2: gain, cost) no other row dominates. Of equal rows the first stays.
+
+    Raises AutocompressError for NaN or infinity: an unmeasured point has no place on a front.
+    """
+    points = np.asarray(points, dtype=np.float64).reshape(-1, 2)
+    if not np.isfinite(points).all():
+        raise AutocompressError("a Pareto front holds finite values only, but got NaN or infinity")
+    order = np.lexsort((-points[:, 0], points[:, 1]))
+    keep = np.zeros(len(points), dtype=bool)
+    best = -np.inf
+    for index in order:
+        if points[index, 0] > best:
+            keep[index] = True
+            best = points[index, 0]
+    return keep
+
+
+def ranks(points: Points) -> NDArray[np.int64]:
+    """Non-domination rank of each row (0: the front; NSGA-II, Deb et al. 2002, section III-A)."""
+    points = np.asarray(points, dtype=np.float64).reshape(-1, 2)
+    rank = np.full(len(points), -1, dtype=np.int64)
+    level = 0
+    while (rank < 0).any():
+        left = np.flatnonzero(rank < 0)
+        rank[left[non_dominated(points[left])]] = level
+        level += 1
+    return rank
+
+
+def hypervolume(points: Points, reference: tuple[float, float]) -> float:
+    """Area that the points dominate up to `reference` (gain, cost): worst gain, largest cost that counts."""
+    points = np.asarray(points, dtype=np.float64).reshape(-1, 2)
+    points = points[(points[:, 0] > reference[0]) & (points[:, 1] < reference[1])]
+    front = points[non_dominated(points)]
+    front = front[np.argsort(front[:, 1])]
+    right = np.append(front[1:, 1], reference[1])
+    return float(np.sum((front[:, 0] - reference[0]) * (right - front[:, 1])))
+
+
+def _point(outcome: Outcome) -> tuple[float, float]:
+    assert outcome.val_score is not None and outcome.latency_s is not None
+    return outcome.val_score.gain, outcome.latency_s.median
+
+
+def measured(outcomes: list[Outcome]) -> list[Outcome]:
+    """The outcomes that became an artifact with a score and a measurement."""
+    return [o for o in outcomes if o.failure is None and o.val_score and o.latency_s and o.artifact]
+
+
+def pareto_front(outcomes: list[Outcome]) -> list[Outcome]:
+    """The non-dominated outcomes by validation score and measured median latency, fastest first."""
+    candidates = measured(outcomes)
+    if not candidates:
+        return []
+    keep = non_dominated(np.array([_point(o) for o in candidates]))
+    front = [o for o, kept in zip(candidates, keep, strict=True) if kept]
+    return sorted(front, key=lambda o: _point(o)[1])
+
+
+def pick(outcomes: list[Outcome], budget: Budget) -> Outcome | None:
+    """The most accurate outcome within the budget (the faster of two equals), or None."""
+    within = [o for o in measured(outcomes) if o.latency_s and budget.allows(o.latency_s, o.size_bytes)]
+    return max(within, key=lambda o: (_point(o)[0], -_point(o)[1]), default=None)

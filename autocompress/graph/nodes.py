@@ -1,0 +1,163 @@
+"""What each node of a traced network is, which nodes a runtime fuses into one operator, and which run in int8.
+
+Used by the tracer (workloads), by quantization (where fake quantizers go) and by the exporter, so that all three agree.
+A traced network is a `torch.fx.GraphModule` whose leaves are modules of torch.nn.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+NodeKind = Literal[
+    "input", "conv", "linear", "norm", "activation", "add", "mul", "pool", "concat", "pad", "slice", "reshape",
+    "identity", "output", "other",
+]
+
+_MODULES: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], NodeKind], ...] = (
+    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), "conv"),
+    (nn.Linear, "linear"),
+    ((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), "norm"),
+    ((nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.SiLU, nn.Sigmoid, nn.GELU, nn.LeakyReLU, nn.ELU, nn.Tanh,
+      nn.Mish, nn.Hardtanh), "activation"),
+    ((nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d), "pool"),
+    ((nn.Flatten, nn.Unflatten), "reshape"),
+    ((nn.Dropout, nn.Dropout2d, nn.Identity), "identity"),
+    ((nn.ZeroPad2d, nn.ConstantPad2d), "pad"),
+)
+_FUNCTIONS: dict[object, NodeKind] = {
+    operator.add: "add", operator.iadd: "add", torch.add: "add",
+    operator.mul: "mul", operator.imul: "mul", torch.mul: "mul",
+    F.relu: "activation", torch.relu: "activation", F.relu6: "activation", F.hardswish: "activation",
+    F.hardsigmoid: "activation", F.silu: "activation", torch.sigmoid: "activation", F.gelu: "activation",
+    F.leaky_relu: "activation", F.elu: "activation", torch.tanh: "activation", F.mish: "activation",
+    F.max_pool2d: "pool", F.avg_pool2d: "pool", F.adaptive_avg_pool2d: "pool", torch.mean: "pool",
+    torch.cat: "concat", torch.concat: "concat", F.pad: "pad", operator.getitem: "slice",
+    torch.flatten: "reshape", torch.reshape: "reshape", F.dropout: "identity",
+}
+_METHODS: dict[str, NodeKind] = {
+    "add": "add", "add_": "add", "mul": "mul", "mul_": "mul", "relu": "activation", "relu_": "activation",
+    "sigmoid": "activation", "mean": "pool", "flatten": "reshape", "view": "reshape", "reshape": "reshape",
+    "contiguous": "identity",
+}
+_RELU = (nn.ReLU, nn.ReLU6)
+_RELU_FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.relu6: "relu6"}
+
+
+def module_of(node: fx.Node, root: nn.Module) -> nn.Module | None:
+    """The leaf module that the node calls, or None."""
+    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def kind_of(node: fx.Node, root: nn.Module) -> NodeKind:
+    """What the node computes, in the vocabulary of `NodeKind`."""
+    if node.op == "placeholder":
+        return "input"
+    if node.op == "output":
+        return "output"
+    if node.op == "call_module":
+        module = module_of(node, root)
+        return next((kind for types, kind in _MODULES if isinstance(module, types)), "other")
+    if node.op == "call_function":
+        return _FUNCTIONS.get(node.target, "other")
+    if node.op == "call_method":
+        return _METHODS.get(str(node.target), "other")
+    return "other"
+
+
+def relu_of(node: fx.Node, root: nn.Module) -> str | None:
+    """`"relu"` or `"relu6"` when the node is an activation that int8 kernels absorb, else None."""
+    module = module_of(node, root)
+    if isinstance(module, _RELU):
+        return "relu6" if isinstance(module, nn.ReLU6) else "relu"
+    if node.op == "call_method" and node.target in ("relu", "relu_"):
+        return "relu"
+    return _RELU_FUNCTIONS.get(node.target) if node.op == "call_function" else None
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A head node with the nodes that a runtime folds into it: batch norm, then ReLU."""
+
+    head: fx.Node
+    norm: fx.Node | None = None
+    relu: fx.Node | None = None
+    activation: str | None = None
+
+    @property
+    def tail(self) -> fx.Node:
+        """The node whose value leaves the fused operator."""
+        return self.relu or self.norm or self.head
+
+
+def fused(head: fx.Node, root: nn.Module) -> Fused:
+    """Follow single-use edges: conv/linear -> batch norm -> ReLU; add -> ReLU."""
+    kind, norm, last = kind_of(head, root), None, head
+    if kind in ("conv", "linear"):
+        user = _only_user(last)
+        if user is not None and kind_of(user, root) == "norm":
+            norm = last = user
+    if kind in ("conv", "linear", "add"):
+        user = _only_user(last)
+        activation = relu_of(user, root) if user is not None else None
+        if user is not None and activation:
+            return Fused(head, norm, user, activation)
+    return Fused(head, norm)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def int8_tensors(root: fx.GraphModule, bits_of: Callable[[str], int]) -> dict[str, str]:
+    """Names of nodes whose value is held in int8, with the reason (`"layer"`, `"follows"` or `"feeds"`).
+
+    The value of a fused convolution or linear layer with 8 bits is int8 (at the tail of the fusion), except of the one
+    that makes the network's output. Adds, pools, concats, pads, slices and reshapes stay in int8 when all their inputs
+    are. What feeds an 8-bit layer from float32 is quantized on that edge's source when nothing else reads it ("feeds").
+
+    Args:
+        bits_of: layer name (module path) -> bits of the policy.
+    """
+    held: dict[str, str] = {}
+    inner = _inner_nodes(root)
+    for node in root.graph.nodes:
+        kind = kind_of(node, root)
+        if kind in ("conv", "linear") and bits_of(str(node.target)) == 8:
+            tail = fused(node, root).tail
+            if not _reaches_output_only(tail, root):
+                held[tail.name] = "layer"
+        elif kind in ("add", "pool", "concat", "pad", "slice", "reshape", "identity") and node.name not in inner:
+            sources = [source for source in node.all_input_nodes if _is_tensor(source)]
+            tail = fused(node, root).tail
+            if sources and all(source.name in held for source in sources) and not _reaches_output_only(tail, root):
+                held[tail.name] = "follows"
+    for node in root.graph.nodes:
+        if kind_of(node, root) in ("conv", "linear") and bits_of(str(node.target)) == 8:
+            held.setdefault(node.all_input_nodes[0].name, "feeds")
+    return held
+
+
+def _inner_nodes(root: fx.GraphModule) -> set[str]:
+    inner: set[str] = set()
+    for node in root.graph.nodes:
+        if kind_of(node, root) in ("conv", "linear", "add"):
+            chain = fused(node, root)
+            inner |= {part.name for part in (chain.norm, chain.relu) if part is not None}
+    return inner
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    value = node.meta.get("shape")
+    return value is None or (isinstance(value, tuple) and math.prod(value) > 0)
+
+
+def _reaches_output_only(node: fx.Node, root: nn.Module) -> bool:
+    return all(kind_of(user, root) == "output" for user in node.users)

@@ -1,0 +1,174 @@
+"""Policy: the complete, frozen recipe of one compressed network.
+
+Together with the teacher a policy is enough to build the student's structure; with
+`student.safetensors` it is the student. Order of application (compress/): student shape
+(dropped blocks, widths) -> channel removal -> quantization -> training with distillation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from autocompress.errors import UsageError
+
+KERNEL_BITS = (8, 32)
+STORAGE_BITS = (2, 3, 4, 5, 6, 7, 16)
+
+
+class Record(BaseModel):
+    """A frozen, validated value with a JSON form; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=1, by_alias=True)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Read what `to_json` wrote; raises UsageError that names the field."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise UsageError(f"not a valid {cls.__name__}: {explain(error)}") from None
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits of SHA-256 over the canonical JSON; equal in every process."""
+        canonical = json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def explain(error: ValidationError) -> str:
+    """The first problem of a pydantic error as `field: message (got value)`."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "document"
+    return f"{where}: {first['msg'].lower()} (got {first['input']!r:.80})"
+
+
+def _sorted_mapping(value: dict[str, Any]) -> dict[str, Any]:
+    return dict(sorted(value.items()))
+
+
+Ratio = Annotated[float, Field(ge=0.0, lt=1.0)]
+Width = Annotated[float, Field(gt=0.0, le=8.0)]
+Bits = Annotated[int, Field(ge=2, le=32)]
+
+
+class StudentSpec(Record):
+    """The student's shape, relative to the network that it is derived from.
+
+    reference: another architecture (a model REF) to derive the student from; None: the teacher.
+    width: multiplies every channel group that may change. 1.0 keeps it; above 1.0 adds channels.
+    widths: channel group -> a further multiplier for this group only.
+    drop: residual blocks that are removed, by name.
+    """
+
+    reference: str | None = None
+    width: Width = 1.0
+    widths: dict[str, Width] = {}
+    drop: tuple[str, ...] = ()
+
+    _sort_widths = field_validator("widths")(_sorted_mapping)
+
+    @field_validator("drop")
+    @classmethod
+    def _sort_drop(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted(set(value)))
+
+
+class PruneSpec(Record):
+    """Channel removal: channel group -> fraction of its channels that is removed, in [0, 1)."""
+
+    ratios: dict[str, Ratio] = {}
+
+    _sort = field_validator("ratios")(_sorted_mapping)
+
+
+class QuantSpec(Record):
+    """Number of bits per layer.
+
+    bits: what every convolution and linear layer gets; layers: exceptions by layer name.
+    8 means int8 weights (per output channel, symmetric) and uint8 activations (per tensor, affine), executed in
+    int8; 32 is float32; any other number is *storage*: weights are rounded and packed in the file and computed in float32.
+    reduced_range: weights use 7 of the 8 bits, for processors whose int8 multiply-add saturates (x86 without VNNI).
+    """
+
+    bits: Bits = 32
+    layers: dict[str, Bits] = {}
+    reduced_range: bool = False
+
+    _sort = field_validator("layers")(_sorted_mapping)
+
+    @field_validator("bits", "layers")
+    @classmethod
+    def _known(cls, value: int | dict[str, int]) -> int | dict[str, int]:
+        for bits in value.values() if isinstance(value, dict) else (value,):
+            if bits not in KERNEL_BITS + STORAGE_BITS:
+                raise ValueError(f"bits must be one of {sorted(KERNEL_BITS + STORAGE_BITS)}, but got {bits}")
+        return value
+
+    def of(self, layer: str) -> int:
+        """Bits of one layer."""
+        return self.layers.get(layer, self.bits)
+
+
+class DistillSpec(Record):
+    """Response distillation (Hinton et al. 2015, arXiv 1503.02531).
+
+    loss = alpha * T^2 * KL(teacher_T || student_T) + (1 - alpha) * cross_entropy(student, labels), batch means.
+    """
+
+    temperature: Annotated[float, Field(gt=0.0, le=100.0)] = 4.0
+    alpha: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
+
+
+class Policy(Record):
+    """The complete recipe of one compressed network; the default policy changes nothing."""
+
+    schema_version: Literal[1] = Field(1, alias="schema")
+    student: StudentSpec = StudentSpec()
+    prune: PruneSpec = PruneSpec()
+    quant: QuantSpec = QuantSpec()
+    distill: DistillSpec = DistillSpec()
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
+
+    @property
+    def structure_digest(self) -> str:
+        """Digest of what decides latency and size: everything but the distillation."""
+        return self.model_copy(update={"distill": DistillSpec()}).digest
+
+    def channels(self, group: str, size: int, multiple: int = 1) -> int:
+        """Channels that `group` of `size` channels has in the student, rounded to a multiple, at least one multiple.
+
+        An untouched group keeps its size, whatever the multiple.
+        """
+        factor = self.student.width * self.student.widths.get(group, 1.0) * (1.0 - self.prune.ratios.get(group, 0.0))
+        if factor == 1.0:
+            return size
+        multiple = min(multiple, size)
+        return max(multiple, round(size * factor / multiple) * multiple)
+
+    def in_words(self) -> str:
+        """One line for a person: what changed against the teacher."""
+        parts = []
+        if self.student.reference:
+            parts.append(f"student {self.student.reference}")
+        if self.student.drop:
+            parts.append(f"{len(self.student.drop)} blocks dropped")
+        widths = list(self.student.widths.values()) or [1.0]
+        if self.student.width != 1.0 or set(widths) != {1.0}:
+            low, high = self.student.width * min(widths), self.student.width * max(widths)
+            parts.append(f"width {low:.2f}" if low == high else f"width {low:.2f}-{high:.2f}")
+        ratios = [ratio for ratio in self.prune.ratios.values() if ratio]
+        if ratios:
+            parts.append(f"{len(ratios)} groups pruned by {100 * sum(ratios) / len(ratios):.0f} % on average")
+        exceptions = {bits for bits in self.quant.layers.values() if bits != self.quant.bits}
+        bits = f"int{self.quant.bits}" if self.quant.bits < 32 else "float32"
+        parts.append(bits + (f" with {len(self.quant.layers)} layers in {sorted(exceptions)} bits" if exceptions else ""))
+        parts.append(f"T={self.distill.temperature:.2g}, alpha={self.distill.alpha:.2g}")
+        return "; ".join(parts)

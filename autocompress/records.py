@@ -1,0 +1,217 @@
+"""Plain frozen data that travels between the parts. Seconds and bytes only."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from autocompress.errors import UsageError
+from autocompress.policy import Policy, Record
+from autocompress.units import format_duration, format_size, is_size, parse_duration, parse_size
+
+Shape = tuple[int, ...]
+OperatorKind = Literal["conv", "linear", "add", "mul", "pool", "norm", "activation", "concat", "pad", "slice", "other"]
+"""`pool` covers max, average, adaptive and global means; `norm` only norms that cannot be folded into a layer."""
+
+
+class Operator(Record):
+    """One operator of a student as a runtime sees it: batch norm folded, fusible activation attached.
+
+    Shapes include the batch. `bits` is 8 when the operator runs in int8, else 32; `weight_bits` is what its weights
+    take in the file. `params` counts weights and biases after folding.
+    """
+
+    name: str
+    kind: OperatorKind
+    inputs: tuple[Shape, ...]
+    output: Shape
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    activation: str | None = None
+    bits: Literal[8, 32] = 32
+    weight_bits: int = 32
+    params: int = 0
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates; 0 for operators without weights."""
+        if self.kind == "conv":
+            return math.prod(self.output) * self.inputs[0][1] // self.groups * math.prod(self.kernel)
+        if self.kind == "linear":
+            return math.prod(self.output) * self.inputs[0][-1]
+        return 0
+
+    @property
+    def signature(self) -> str:
+        """Digest of everything but the name: operators with the same signature take the same time."""
+        return self.model_copy(update={"name": ""}).digest
+
+
+class Workload(Record):
+    """The operators of one student in execution order, and the bytes of its weights in the file."""
+
+    operators: tuple[Operator, ...]
+    weight_bytes: int
+
+    @property
+    def macs(self) -> int:
+        return sum(operator.macs for operator in self.operators)
+
+    @property
+    def params(self) -> int:
+        return sum(operator.params for operator in self.operators)
+
+
+class Prediction(Record):
+    """What a latency model says of a workload: seconds with a 90 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Measurement(Record):
+    """Latency of one artifact on one device, in seconds. [low, high] is the 95 % interval of the median."""
+
+    median: float = Field(gt=0)
+    low: float
+    high: float
+    p95: float
+    n: int
+    iqr: float = 0.0
+    first_call: float = 0.0
+    noisy: bool = False
+    noise_reason: str = ""
+    environment: dict[str, str] = {}
+
+
+class Score(Record):
+    """Task quality of one model on one split; `value` is better in `direction`."""
+
+    name: str = "accuracy"
+    value: float
+    direction: Literal["maximize", "minimize"] = "maximize"
+    n: int = 0
+
+    @property
+    def gain(self) -> float:
+        """The value with the sign that makes larger better."""
+        return self.value if self.direction == "maximize" else -self.value
+
+
+class Budget(Record):
+    """Limits on the product. `latency` bounds the upper end of the median's 95 % interval.
+
+    `relative` bounds latency as a fraction of the measured baseline and is resolved by `against`.
+    """
+
+    latency_s: float | None = Field(None, gt=0)
+    p95_s: float | None = Field(None, gt=0)
+    size_bytes: int | None = Field(None, gt=0)
+    relative: float | None = Field(None, gt=0)
+
+    @classmethod
+    def parse(cls, texts: str | tuple[str, ...] | list[str]) -> Budget:
+        """`"10ms"`, `"0.5x"`, `"4MB"`, `"p95=10ms"`, several at once (a list, or separated by commas)."""
+        parts = [part.strip() for text in ([texts] if isinstance(texts, str) else texts) for part in text.split(",")]
+        limits: dict[str, float] = {}
+        for part in parts:
+            key, value = cls._parse_one(part)
+            if key in limits:
+                raise UsageError(f"the budget limits {key} twice: {', '.join(parts)}", hint="give each limit once")
+            limits[key] = value
+        return cls.model_validate(limits)
+
+    @staticmethod
+    def _parse_one(part: str) -> tuple[str, float]:
+        if part.startswith("p95="):
+            return "p95_s", parse_duration(part.removeprefix("p95="))
+        if is_size(part):
+            return "size_bytes", parse_size(part)
+        if part.endswith("x"):
+            try:
+                factor = float(part[:-1])
+            except ValueError:
+                factor = math.nan
+            if not (math.isfinite(factor) and factor > 0):
+                raise UsageError(f"a relative budget must be a number greater than zero and x, but got {part!r}",
+                                 hint="0.5x means half of the measured baseline")
+            return "relative", factor
+        try:
+            return "latency_s", parse_duration(part)
+        except UsageError as error:
+            raise UsageError(error.message.replace("duration", "budget"),
+                             hint="write 10ms, 500us, 0.5x (of the baseline), 4MB or p95=10ms") from None
+
+    def against(self, baseline: Measurement) -> Budget:
+        """The same budget with `relative` turned into seconds of this baseline's median."""
+        if self.relative is None:
+            return self
+        limit = self.relative * baseline.median
+        return self.model_copy(update={"relative": None, "latency_s": min(limit, self.latency_s or limit)})
+
+    def violation(self, latency_s: float, size_bytes: float, p95_s: float | None = None) -> float:
+        """Largest relative excess over a limit; <= 0 means within the budget."""
+        pairs = [(latency_s, self.latency_s), (size_bytes, self.size_bytes), (p95_s, self.p95_s)]
+        return max((value / limit - 1.0 for value, limit in pairs if limit is not None and value is not None), default=-1.0)
+
+    def allows(self, measurement: Measurement, size_bytes: float) -> bool:
+        """Whether a measured artifact is within the budget."""
+        return self.violation(measurement.high, size_bytes, measurement.p95) <= 0
+
+    def in_words(self) -> str:
+        limits = []
+        if self.latency_s is not None:
+            limits.append(f"latency {format_duration(self.latency_s)}")
+        if self.p95_s is not None:
+            limits.append(f"p95 {format_duration(self.p95_s)}")
+        if self.size_bytes is not None:
+            limits.append(f"size {format_size(self.size_bytes)}")
+        if self.relative is not None:
+            limits.append(f"latency {self.relative:g}x of the baseline")
+        return ", ".join(limits) or "none"
+
+
+class Artifact(Record):
+    """A file that ships: what a device measures."""
+
+    path: str
+    format: Literal["onnx", "openvino", "torch"] = "onnx"
+    size_bytes: int
+    policy_digest: str
+    inputs: dict[str, Shape]
+    sha256: str
+
+
+class Failure(Record):
+    """Why a policy did not become an artifact."""
+
+    stage: str
+    reason: str
+
+
+class Outcome(Record):
+    """One evaluated policy: a score and a measurement, or a failure; and what it cost."""
+
+    id: str
+    policy: Policy
+    rung: Literal["predict", "short", "full"]
+    val_score: Score | None = None
+    test_score: Score | None = None
+    latency_s: Measurement | None = None
+    predicted_latency_s: Prediction | None = None
+    size_bytes: int = 0
+    artifact: str | None = None
+    failure: Failure | None = None
+    seconds: float = 0.0
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Outcome:
+        if self.failure is not None and self.artifact is not None:
+            raise ValueError("an outcome is a failure or an artifact, not both")
+        return self

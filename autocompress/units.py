@@ -1,0 +1,66 @@
+"""Parse and print quantities. Inside autocompress everything is seconds and bytes."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from autocompress.errors import UsageError
+
+_DURATION_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_SIZE_BYTES = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_QUANTITY = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-zµ]*)\s*")
+
+
+def _parse(text: str, units: dict[str, float] | dict[str, int], what: str, example: str) -> float:
+    match = _QUANTITY.fullmatch(text)
+    hint = f"write a number and a unit, for example {example} (units: {', '.join(units)})"
+    if match is None:
+        raise UsageError(f"a {what} is a number with a unit, but got {text!r}", hint=hint)
+    number, unit = float(match[1]), match[2]
+    if not unit:
+        raise UsageError(f"a {what} needs a unit, but got {text!r}", hint=hint)
+    if unit not in units:
+        raise UsageError(f"unknown unit {unit!r} in the {what} {text!r}", hint=hint)
+    value = number * units[unit]
+    if not (math.isfinite(value) and value > 0):
+        raise UsageError(f"a {what} must be greater than zero, but got {text!r}", hint=hint)
+    return value
+
+
+def parse_duration(text: str) -> float:
+    """`"10ms"` -> 0.01 seconds. Raises UsageError unless positive, finite and with a unit."""
+    return _parse(text, _DURATION_S, "duration", "10ms")
+
+
+def parse_size(text: str) -> int:
+    """`"4MB"` -> 4000000 bytes. Raises UsageError unless positive, finite and with a unit."""
+    return math.ceil(_parse(text, _SIZE_BYTES, "size", "4MB"))
+
+
+def is_size(text: str) -> bool:
+    """Whether the text ends in a unit of size."""
+    match = _QUANTITY.fullmatch(text)
+    return match is not None and match[2] in _SIZE_BYTES
+
+
+def format_duration(seconds: float) -> str:
+    """0.00987 -> `"9.87 ms"`; from a minute on `"2m 05s"`."""
+    if not math.isfinite(seconds):
+        return str(seconds)
+    if seconds >= 60:
+        minutes, rest = divmod(round(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s"
+    for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if seconds >= factor:
+            return f"{seconds / factor:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def format_size(n_bytes: float) -> str:
+    """1234567 -> `"1.23 MB"`."""
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if n_bytes >= factor:
+            return f"{n_bytes / factor:.3g} {unit}"
+    return f"{n_bytes:.0f} B"
