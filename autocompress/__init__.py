@@ -1,1 +1,35 @@
-"""autocompress."""
+"""Find the most accurate compressed model that answers within your latency budget, measured on the file you ship."""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autocompress.data import Data, Split
+    from autocompress.policy import DistillSpec, Policy, PruneSpec, QuantSpec, StudentSpec
+    from autocompress.records import Budget, Measurement, Outcome, Score
+    from autocompress.search import SearchResult, search
+
+_HOMES = {
+    "Budget": "records", "Data": "data", "DistillSpec": "policy", "Measurement": "records", "Outcome": "records", "Policy": "policy",
+    "PruneSpec": "policy", "QuantSpec": "policy", "Score": "records", "SearchResult": "search", "Split": "data",
+    "StudentSpec": "policy", "search": "search",
+}  # fmt: skip
+
+__version__ = metadata.version("autocompress")
+__all__ = [
+    "Budget", "Data", "DistillSpec", "Measurement", "Outcome", "Policy", "PruneSpec", "QuantSpec", "Score", "SearchResult", "Split",
+    "StudentSpec", "search",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: torch takes seconds, and `autocompress --help` needs none of it."""
+    if name in _HOMES:
+        return getattr(import_module(f"autocompress.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'autocompress' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

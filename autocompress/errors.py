@@ -6,6 +6,7 @@ AutocompressError                 1   a bug in autocompress, or a base for the o
 ├── DeviceUnavailable             4   the device cannot be reached or cannot measure
 ├── TooManyFailures               5   the same failure stopped policy after policy
 ├── RunFolderError                6   the run folder is locked, damaged or cannot be written
+├── Terminated                  143   SIGTERM or SIGHUP ended the search
 └── PolicyFailure                 -   one policy failed; an Outcome, never the end of a search
 
 The message of each is one sentence that names the rule and the value, `hint` is the cure.
@@ -63,6 +64,12 @@ class RunFolderError(AutocompressError):
     """The run folder is in use, damaged, full or not writable."""
 
     exit_code = 6
+
+
+class Terminated(AutocompressError):
+    """A signal other than Ctrl-C asked the search to end; what is finished is kept."""
+
+    exit_code = 143
 
 
 class PolicyFailure(AutocompressError):

@@ -1,1 +1,32 @@
-"""."""
+"""Write a student as a file, check that the file computes the same, and keep what belongs to it together."""
+
+from autocompress.export.bundle import (
+    MODEL,
+    Manifest,
+    library_versions,
+    load_student,
+    now,
+    read_manifest,
+    update_manifest,
+    verify_bundle,
+    write_bundle,
+)
+from autocompress.export.onnx import check_onnx, onnx_bytes
+from autocompress.export.parity import Parity, compare, require_parity
+
+__all__ = [
+    "MODEL",
+    "Manifest",
+    "Parity",
+    "check_onnx",
+    "compare",
+    "library_versions",
+    "load_student",
+    "now",
+    "onnx_bytes",
+    "read_manifest",
+    "require_parity",
+    "update_manifest",
+    "verify_bundle",
+    "write_bundle",
+]

@@ -6,7 +6,6 @@ A traced network is a `torch.fx.GraphModule` whose leaves are modules of torch.n
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,7 +56,19 @@ def module_of(node: fx.Node, root: nn.Module) -> nn.Module | None:
 
 
 def kind_of(node: fx.Node, root: nn.Module) -> NodeKind:
-    """What the node computes, in the vocabulary of `NodeKind`."""
+    """What the node computes, in the vocabulary of `NodeKind`; the tracer keeps the answer in `meta["kind"]`."""
+    known: NodeKind | None = node.meta.get("kind")
+    return known if known is not None else _classify(node, root)
+
+
+def annotate_kinds(root: fx.GraphModule) -> None:
+    """Keep every node's kind with the node, so that it is looked up once."""
+    for node in root.graph.nodes:
+        node.meta["kind"] = _classify(node, root)
+        node.meta["relu"] = _relu_name(node, root)
+
+
+def _classify(node: fx.Node, root: nn.Module) -> NodeKind:
     if node.op == "placeholder":
         return "input"
     if node.op == "output":
@@ -74,6 +85,10 @@ def kind_of(node: fx.Node, root: nn.Module) -> NodeKind:
 
 def relu_of(node: fx.Node, root: nn.Module) -> str | None:
     """`"relu"` or `"relu6"` when the node is an activation that int8 kernels absorb, else None."""
+    return node.meta["relu"] if "relu" in node.meta else _relu_name(node, root)
+
+
+def _relu_name(node: fx.Node, root: nn.Module) -> str | None:
     module = module_of(node, root)
     if isinstance(module, _RELU):
         return "relu6" if isinstance(module, nn.ReLU6) else "relu"
@@ -134,7 +149,7 @@ def int8_tensors(root: fx.GraphModule, bits_of: Callable[[str], int]) -> dict[st
             tail = fused(node, root).tail
             if not _reaches_output_only(tail, root):
                 held[tail.name] = "layer"
-        elif kind in ("add", "pool", "concat", "pad", "slice", "reshape", "identity") and node.name not in inner:
+        elif _is_tensor(node) and kind in ("add", "pool", "concat", "pad", "slice", "reshape", "identity") and node.name not in inner:
             sources = [source for source in node.all_input_nodes if _is_tensor(source)]
             tail = fused(node, root).tail
             if sources and all(source.name in held for source in sources) and not _reaches_output_only(tail, root):
@@ -155,8 +170,7 @@ def _inner_nodes(root: fx.GraphModule) -> set[str]:
 
 
 def _is_tensor(node: fx.Node) -> bool:
-    value = node.meta.get("shape")
-    return value is None or (isinstance(value, tuple) and math.prod(value) > 0)
+    return "shape" in node.meta
 
 
 def _reaches_output_only(node: fx.Node, root: nn.Module) -> bool:

@@ -1,0 +1,355 @@
+"""The command line: parses, calls one function, prints. Heavy imports happen inside the commands.
+
+Results go to stdout, everything else to stderr. Exit codes are those of `autocompress.errors`; 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from autocompress import options
+from autocompress.errors import AutocompressError, InfeasibleBudget, UsageError
+from autocompress.terminal import complain, emit, emit_json, emit_record, report_error, terminal_width
+
+if TYPE_CHECKING:
+    from autocompress.task import Task
+
+FORMATS = ("onnx", "openvino", "torch")
+
+ParseError: type[Exception] = typer.BadParameter.__mro__[1]
+"""click's UsageError. Typer carries its own copy of click in some versions, so the class has no stable address."""
+
+app = typer.Typer(
+    name="autocompress",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Find the most accurate compressed model within your latency budget, measured on the file you ship.",
+    epilog="Start with: autocompress search --budget 10ms",
+)
+
+
+@app.callback()
+def _global_options(debug: options.Debug = False) -> None:
+    """Read by `main`, before anything is parsed."""
+
+
+@app.command(epilog="Example: autocompress search --model torchvision:resnet18 --data imagefolder:photos --budget 0.5x")
+def search(
+    *,
+    task_file: options.TaskFile = None,
+    budget: options.Budgets = None,
+    model: options.Model = None,
+    weights: options.Weights = None,
+    data: options.Data = None,
+    device: options.OwnDevice = None,
+    batch: options.OwnBatch = None,
+    student: options.Student = None,
+    space: options.Space = None,
+    learning_rate: options.LearningRate = None,
+    search_time: options.SearchTime = None,
+    trials: options.Trials = None,
+    target_accuracy: options.TargetAccuracy = None,
+    seed: options.Seed = None,
+    out: options.NewRun = None,
+    resume: options.Resume = False,
+    dry_run: options.DryRun = False,
+    quiet: options.Quiet = False,
+    json: options.Json = False,
+) -> None:
+    """Search compressed models that meet a budget; without arguments, the embedded demonstration."""
+    from autocompress.task import load_task
+
+    overrides: dict[str, object] = {
+        "budget": tuple(budget or ()), "model": model, "weights": str(weights) if weights else None, "data": data,
+        "device": device, "batch": batch, "student": student, "space": space, "learning_rate": learning_rate,
+        "search_time": search_time, "trials": trials, "target_accuracy": target_accuracy, "seed": seed,
+    }  # fmt: skip
+    task = load_task(task_file, overrides)
+    if resume and out is None:
+        raise UsageError("--resume needs the folder of the search to continue", hint="add --out RUN")
+    if dry_run:
+        _dry_run(task, json)
+    else:
+        run = out or Path(f"run-{datetime.now():%Y%m%d-%H%M%S}")
+        _search(task, run, resume=resume, quiet=quiet, json=json)
+
+
+def _dry_run(task: Task, json: bool) -> None:
+    from autocompress.search import plan
+
+    content = plan(task)
+    emit_json(content) if json else emit_record(content)
+
+
+def _search(task: Task, run: Path, *, resume: bool, quiet: bool, json: bool) -> None:
+    from autocompress.progress import make_progress
+    from autocompress.search import run_search
+
+    try:
+        with make_progress(quiet) as progress:
+            progress.message(f"searching in {run}")
+            run_search(task, run, resume=resume, progress=progress)
+    except InfeasibleBudget:
+        if not json and (run / "front.json").is_file():
+            _show(run, json=False)
+        raise
+    except KeyboardInterrupt:
+        complain("interrupted", _how_to_resume(run))
+        raise
+    _show(run, json=json)
+    if not json:
+        emit(f"\nreport  {run / 'report.html'}\nexport  autocompress export {run} --out DIR")
+
+
+def _how_to_resume(run: Path) -> str:
+    task = run / "task.toml"
+    return (
+        f"what is finished is kept; continue with: autocompress search {task} --out {run} --resume"
+        if task.is_file()
+        else ""
+    )
+
+
+def _content(run: Path) -> dict[str, Any]:
+    from autocompress.run_folder import read_front
+
+    return dict(read_front(run.parent if run.name == "front.json" and run.is_file() else run))
+
+
+@app.command()
+def show(*, run: options.RunFolder, json: options.Json = False) -> None:
+    """Show the front as a table, and what is best under the budget."""
+    _show(run, json=json)
+
+
+def _show(run: Path, *, json: bool) -> None:
+    from autocompress.tables import front_table, summary
+    from autocompress.view import Results
+
+    content = _content(run)
+    results = Results.read(content)
+    if json:
+        emit_json(content)
+        return
+    emit(front_table(results, terminal_width()))
+    emit("\n" + summary(results))
+
+
+@app.command()
+def report(*, run: options.RunFolder, open_: options.Open = False, json: options.Json = False) -> None:
+    """Write RUN/report.html (one offline file) and RUN/pareto.png."""
+    content = _content(run)
+    from autocompress.report import write_report
+
+    write_report(content, run)
+    page, picture = run / "report.html", run / "pareto.png"
+    emit_json({"report": str(page), "pareto": str(picture)}) if json else emit(f"{page}\n{picture}")
+    if open_:
+        import webbrowser
+
+        webbrowser.open(page.resolve().as_uri())
+
+
+@app.command()
+def export(
+    *,
+    run: options.RunFolder,
+    out: options.Out,
+    pick: options.Pick = "best",
+    format_: options.Formats = "onnx",
+    json: options.Json = False,
+) -> None:
+    """Write one policy as the files that ship, checked and measured again."""
+    from autocompress.references import nearest
+
+    formats = tuple(part.strip() for part in format_.split(",") if part.strip())
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
+        name = unknown[0] if unknown else format_
+        raise UsageError(f"unknown format {name!r}", hint=nearest(name, FORMATS))
+    from autocompress.deploy import export_run
+
+    folder = export_run(run, pick=pick, formats=formats, out=out)
+    written = sorted(str(path) for path in folder.rglob("*") if path.is_file())
+    emit_json({"folder": str(folder), "files": written}) if json else emit("\n".join(written))
+
+
+@app.command()
+def measure(
+    *,
+    what: options.FileOrReference,
+    device: options.Device = options.DEFAULT_DEVICE,
+    weights: options.Weights = None,
+    data: options.Data = None,
+    batch: options.Batch = 1,
+    json: options.Json = False,
+) -> None:
+    """Measure the latency of an ONNX file or a model: median, interval, p95."""
+    if what.endswith(".onnx"):
+        from autocompress.devices import open_device
+        from autocompress.export import check_onnx
+
+        if not Path(what).is_file():
+            raise UsageError(f"the file {what!r} does not exist")
+        check_onnx(Path(what))
+        found = open_device(device).measure([Path(what)])[0]
+    else:
+        from autocompress.deploy import measure_reference
+
+        found = measure_reference(what, device=device, weights=weights, data=data, batch=batch)
+    if json:
+        emit_json({"device": device, "what": what, "latency_s": found.model_dump(mode="json")})
+    else:
+        from autocompress.view import latency_line
+
+        emit(latency_line(found))
+
+
+@app.command()
+def calibrate(
+    *,
+    device: options.OwnDevice = None,
+    model: options.Model = None,
+    weights: options.Weights = None,
+    data: options.Data = None,
+    space: options.Space = None,
+    batch: options.OwnBatch = None,
+    time: options.MeasureTime = "60s",
+    quiet: options.Quiet = False,
+    json: options.Json = False,
+) -> None:
+    """Build the device's latency table for a model's search space; prints its error on whole networks."""
+    from autocompress.task import load_task
+    from autocompress.units import parse_duration
+
+    seconds = parse_duration(time)
+    overrides: dict[str, object] = {"device": device, "model": model, "data": data, "space": space, "batch": batch}
+    task = load_task(None, overrides | {"weights": str(weights) if weights else None})
+    from autocompress.calibrate import calibrate as measure_operators
+    from autocompress.progress import make_progress
+
+    with make_progress(quiet) as progress:
+        content = measure_operators(task, seconds, progress)
+    emit_json(content) if json else emit_record(content)
+
+
+@app.command()
+def inspect(
+    *,
+    model: options.Reference,
+    weights: options.Weights = None,
+    data: options.Data = None,
+    json: options.Json = False,
+) -> None:
+    """Show layers, channel groups and blocks of a model, what cannot be compressed, and why."""
+    from autocompress.inspect import inspect_model
+
+    content = inspect_model(model, weights=weights, data=data)
+    emit_json(content) if json else emit_record(content)
+
+
+@app.command()
+def explain(*, run: options.RunFolder, policy: options.PolicyId = "best", json: options.Json = False) -> None:
+    """Show what a policy does to each layer, its predicted time before and after, and why it is not faster."""
+    from autocompress.tables import layer_table, note
+    from autocompress.view import Results
+
+    entry = Results.read(_content(run)).pick(policy)
+    if json:
+        layers = [layer.model_dump(mode="json") | {"note": note(layer)} for layer in entry.layers]
+        emit_json({"id": entry.id, "policy": entry.words, "speedup": entry.speedup, "layers": layers})
+        return
+    emit(f"{entry.id}: {entry.words}\n")
+    emit(layer_table(entry))
+
+
+@app.command()
+def apply(
+    *,
+    model: options.Reference,
+    policy: options.PolicyFile,
+    out: options.Out,
+    weights: options.Weights = None,
+    data: options.Data = None,
+    batch: options.Batch = 1,
+    device: options.Device = options.DEFAULT_DEVICE,
+    json: options.Json = False,
+) -> None:
+    """Apply one policy without a search: compress, export, check."""
+    from autocompress.deploy import apply_policy
+
+    content = apply_policy(model, policy=policy, weights=weights, data=data, batch=batch, device=device, out=out)
+    emit_json(content) if json else emit_record(content)
+
+
+@app.command()
+def devices(*, json: options.Json = False) -> None:
+    """List the devices that can be measured here."""
+    from autocompress.devices import list_devices
+
+    content = {"devices": list_devices()}
+    emit_json(content) if json else emit_record(content)
+
+
+@app.command()
+def doctor(*, json: options.Json = False) -> None:
+    """Check this machine: versions, processor, disk, what disturbs measurements."""
+    from autocompress.doctor import examine
+
+    content = examine(Path.cwd())
+    emit_json({"ok": content["usable"]} | content) if json else emit_record(content)
+    if not content["usable"]:
+        raise typer.Exit(4)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    `--debug` and `--json` are looked up in the raw arguments, because an error can come before they are parsed.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug, as_json = "--debug" in given, "--json" in given
+    given = [argument for argument in given if argument != "--debug"]
+    _never_fail_on_encoding()
+    try:
+        code = typer.main.get_command(app).main(given or ["--help"], prog_name="autocompress", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BaseException as error:
+        if debug:
+            traceback.print_exc()
+        return _failed(error, as_json)
+
+
+def _failed(error: BaseException, as_json: bool) -> int:
+    if isinstance(error, AutocompressError):
+        known = error
+    elif isinstance(error, ParseError):
+        text = str(getattr(error, "format_message", lambda: error)()).rstrip(".")
+        known = UsageError(text, hint="autocompress --help, or --help after a command")
+    else:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        known = AutocompressError(
+            f"unexpected {what}", hint="this is a bug: please report it with the traceback that --debug shows"
+        )
+    report_error(known, as_json=as_json)
+    return known.exit_code
+
+
+def _never_fail_on_encoding() -> None:
+    """A terminal that cannot show a character shows a question mark."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="replace")

@@ -1,0 +1,256 @@
+"""Fake quantization: the arithmetic of int8 and of packed storage, in float, with a gradient.
+
+Weights of 8-bit layers are rounded per output channel, symmetric, with the scale at the largest magnitude; activations per tensor, uint8, affine, on
+the nodes that graph/nodes.py names. The gradient passes straight through rounding (Bengio et al. 2013, arXiv 1308.3432) and stops at clipping.
+A per-channel symmetric scale follows any per-channel factor exactly, so a student is trained with its batch norms and folded at export
+(fold then quantize = quantize then fold; cf. Jacob et al. 2018, arXiv 1712.05877, section 3.2).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from autocompress.graph.nodes import int8_tensors, kind_of
+from autocompress.graph.trace import OPAQUE
+from autocompress.policy import QuantSpec
+
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+INT8_MAX = 127
+REDUCED_MAX = 64
+"""vpmaddubsw adds two products of uint8 and int8 in 16 bits: 2 * 255 * 64 is the most that fits."""
+UINT8_MAX = 255
+SAMPLES = 200_000
+CLIP_FRACTIONS = tuple(0.3 + 0.02 * step for step in range(36))
+TINY = 1e-8
+
+
+def largest_int(bits: int, reduced_range: bool = False) -> int:
+    """Largest magnitude of a symmetric integer weight of `bits` bits."""
+    if bits == 8:
+        return REDUCED_MAX if reduced_range else INT8_MAX
+    return 2 ** (bits - 1) - 1
+
+
+def weight_scale(weight: Tensor, largest: int) -> Tensor:
+    """Scale per output channel (first axis): max|w| / largest, never zero."""
+    return weight.detach().flatten(1).abs().amax(1).clamp_min(TINY) / largest
+
+
+def round_weight(weight: Tensor, bits: int, reduced_range: bool = False) -> Tensor:
+    """The value that a weight has after storage in `bits` bits (16: IEEE half precision)."""
+    if bits == 16:
+        return weight.to(torch.float16).to(weight.dtype)
+    scale = weight_scale(weight, largest_int(bits, reduced_range)).view((-1,) + (1,) * (weight.dim() - 1))
+    return torch.round(weight / scale) * scale
+
+
+def _straight_through(weight: Tensor, bits: int, reduced_range: bool) -> Tensor:
+    """The rounded weight; with the scale at the largest magnitude nothing is clipped, so the gradient is that of the identity."""
+    return weight + (round_weight(weight.detach(), bits, reduced_range) - weight.detach())
+
+
+class RoundedConv(nn.Module):
+    """A convolution that computes with rounded weights. Holds the layer's own parameters under their own names."""
+
+    def __init__(self, layer: Conv, bits: int, reduced_range: bool) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.plain = _Plain(layer)
+        self.bits = bits
+        self.reduced_range = reduced_range
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.plain.layer._conv_forward(x, _straight_through(self.weight, self.bits, self.reduced_range), self.bias)  # type: ignore[arg-type]
+
+
+class RoundedLinear(nn.Module):
+    """A linear layer that computes with rounded weights. Holds the layer's own parameters under their own names."""
+
+    def __init__(self, layer: nn.Linear, bits: int, reduced_range: bool) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.plain = _Plain(layer)
+        self.bits = bits
+        self.reduced_range = reduced_range
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, _straight_through(self.weight, self.bits, self.reduced_range), self.bias)
+
+
+class _Plain:
+    """The geometry of a layer, outside the module tree so that its weights are listed once."""
+
+    def __init__(self, layer: Conv | nn.Linear) -> None:
+        self.layer: Any = copy.copy(layer)
+        self.layer._parameters = dict.fromkeys(layer._parameters)
+
+
+def plain_layer(rounded: RoundedConv | RoundedLinear) -> nn.Module:
+    """The ordinary layer with the weights that training updates, not rounded."""
+    layer: nn.Module = copy.copy(rounded.plain.layer)
+    layer._parameters = {"weight": rounded.weight, "bias": rounded.bias}
+    return layer.train(rounded.training)
+
+
+class ActivationQuantizer(nn.Module):
+    """Rounds a tensor to 256 levels; zero is one of them, so zero padding is exact.
+
+    Until calibrated it is the identity. The range is set once by calibration and stays while the student trains through it: a range that
+    follows every batch would change what a short run learns to tolerate. Ranges are buffers, saved with the student.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    calibrated: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(1.0))
+        self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
+        self.register_buffer("calibrated", torch.tensor(False))
+        self.observing = False
+        self.samples: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observing:
+            self.samples.append(_sample(x.detach().float()))
+            return x
+        if torch.compiler.is_exporting() or bool(self.calibrated):
+            return torch.fake_quantize_per_tensor_affine(x.float(), self.scale, self.zero_point, 0, UINT8_MAX)
+        return x
+
+    def fit(self) -> None:
+        """Choose the range from the observed samples: the clipping with the least squared error on a grid.
+
+        (Optimal clipping in the sense of Banner et al. 2019, arXiv 1810.05723, by search instead of a distribution's formula.)
+        """
+        values = torch.cat(self.samples)
+        self.samples = []
+        low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
+        errors = [(_squared_error(values, low * f, high * f), f) for f in CLIP_FRACTIONS]
+        best = min(errors)[1]
+        scale, zero_point = affine(low * best, high * best)
+        self.scale.fill_(scale)
+        self.zero_point.fill_(zero_point)
+        self.calibrated.fill_(True)
+
+
+def affine(low: float, high: float) -> tuple[float, int]:
+    """Scale and zero point of uint8 for the range [low, high] with low <= 0 <= high."""
+    scale = max((high - low) / UINT8_MAX, TINY)
+    return scale, round(-low / scale)
+
+
+def _squared_error(values: Tensor, low: float, high: float) -> float:
+    scale, zero_point = affine(low, high)
+    rounded = torch.fake_quantize_per_tensor_affine(values, scale, zero_point, 0, UINT8_MAX)
+    return float((rounded - values).square().mean())
+
+
+def _sample(x: Tensor) -> Tensor:
+    """At most SAMPLES / 8 values of a batch, evenly spaced, with the extremes."""
+    flat = x.flatten()
+    step = max(1, flat.numel() // (SAMPLES // 8))
+    return torch.cat([flat[::step], flat.min().view(1), flat.max().view(1)])
+
+
+def fake_quantize(student: fx.GraphModule, quant: QuantSpec) -> fx.GraphModule:
+    """A copy of the student whose layers compute as their bits say. Calibrate it before use."""
+    quantized = copy.deepcopy(student)
+    if any(node.op == "call_module" and node.target == OPAQUE for node in quantized.graph.nodes):
+        _quantize_opaque(quantized, quant)
+        return quantized
+    held = int8_tensors(quantized, quant.of)
+    for node in list(quantized.graph.nodes):
+        if kind_of(node, quantized) in ("conv", "linear"):
+            name = str(node.target)
+            quantized.set_submodule(name, _rounded(quantized.get_submodule(name), quant.of(name), quant.reduced_range))
+    for node in list(quantized.graph.nodes):
+        if node.name in held:
+            _insert_quantizer(quantized, node)
+    quantized.recompile()
+    return quantized
+
+
+def _insert_quantizer(module: fx.GraphModule, node: fx.Node) -> None:
+    """What only moves values keeps its source's quantizer: the same module at both ends, so that a runtime stays in int8."""
+    source = next((n for n in node.all_input_nodes if n.meta.get("quantizer")), None)
+    moves = _only_moves(node, module) and source is not None and len(node.all_input_nodes) == 1
+    name = source.meta["quantizer"] if moves and source is not None else f"quantizer_{node.name}"
+    if not moves:
+        module.add_submodule(name, ActivationQuantizer())
+    users = list(node.users)
+    with module.graph.inserting_after(node):
+        quantizer = module.graph.call_module(name, (node,))
+    quantizer.meta.update({"shape": node.meta.get("shape"), "quantizer": name, "kind": "identity", "relu": None})
+    for user in users:
+        user.replace_input_with(node, quantizer)
+
+
+def _only_moves(node: fx.Node, module: fx.GraphModule) -> bool:
+    kind = kind_of(node, module)
+    if kind in ("reshape", "identity", "slice", "pad"):
+        return True
+    title = str(node.target) if node.op != "call_module" else type(module.get_submodule(str(node.target))).__name__
+    return kind == "pool" and "max" in title.lower()
+
+
+def _rounded(layer: nn.Module, bits: int, reduced_range: bool) -> nn.Module:
+    if bits == 32:
+        return layer
+    if isinstance(layer, nn.Linear):
+        return RoundedLinear(layer, bits, reduced_range and bits == 8)
+    assert isinstance(layer, Conv)
+    return RoundedConv(layer, bits, reduced_range and bits == 8)
+
+
+class QuantizedInput(nn.Module):
+    """A layer of an untraced network behind a quantizer of its input."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.quantizer = ActivationQuantizer()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.quantizer(x))
+
+
+def _quantize_opaque(module: fx.GraphModule, quant: QuantSpec) -> None:
+    layers = [(n, m) for n, m in module.named_modules() if type(m) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)]
+    for name, layer in layers:
+        bits = quant.of(name)
+        rounded = _rounded(layer, bits, quant.reduced_range)
+        module.set_submodule(name, QuantizedInput(rounded) if bits == 8 else rounded)
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set the range of every activation quantizer from what passes through it on these inputs, in float."""
+    quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
+    if not quantizers:
+        return
+    model.eval()
+    for quantizer in quantizers:
+        quantizer.observing = True
+    try:
+        for batch in batches:
+            model(batch)
+    finally:
+        for quantizer in quantizers:
+            quantizer.observing = False
+    for quantizer in quantizers:
+        if quantizer.samples:
+            quantizer.fit()
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any layer of the model computes in int8."""
+    return any(isinstance(m, ActivationQuantizer) for m in model.modules())
+

@@ -1,0 +1,138 @@
+"""Build a policy's student: blocks really gone, channels really removed or added. Never in place."""
+
+from __future__ import annotations
+
+import copy
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from autocompress.graph import Graph
+from autocompress.graph.channels import pad_amounts
+from autocompress.graph.nodes import kind_of, module_of
+from autocompress.graph.resize import NEW, Roots, Selection
+from autocompress.graph.trace import annotate_shapes
+from autocompress.policy import Policy
+
+INIT_SEED = 1234
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+def build_student(graph: Graph, policy: Policy, multiple: int = 1) -> fx.GraphModule:
+    """The student's structure with what it can take of the teacher's weights; not quantized yet.
+
+    Added channels start from Kaiming's initialisation (He et al. 2015, arXiv 1502.01852), the same in every process. State-dict keys are the
+    teacher's. Raises UsageError for names that the graph does not know.
+    """
+    graph.require_known(policy)
+    student = copy.deepcopy(graph.without(policy.student.drop))
+    selection = graph.selection(policy, multiple)
+    generator = torch.Generator().manual_seed(INIT_SEED)
+    for node in student.graph.nodes:
+        kind = kind_of(node, student)
+        if kind in ("conv", "linear", "norm"):
+            _resize_module(node, student, graph, selection, generator)
+        elif kind == "pad":
+            _resize_pad(node, graph, selection)
+    student.recompile()
+    annotate_shapes(student, graph.example)
+    return student.eval()
+
+
+def _resize_module(node: fx.Node, student: fx.GraphModule, graph: Graph, selection: Selection, generator: torch.Generator) -> None:
+    source, target = node.all_input_nodes[0].name, node.name
+    rows, columns = _index(graph, target, selection), _index(graph, source, selection)
+    if rows is None and columns is None:
+        return
+    module = module_of(node, student)
+    if isinstance(module, Conv):
+        resized: nn.Module = _conv(module, rows, columns, generator)
+    elif isinstance(module, nn.Linear):
+        resized = _linear(module, rows, columns, generator)
+    else:
+        resized = _norm(cast(nn.BatchNorm2d, module), rows)
+    student.set_submodule(str(node.target), resized)
+
+
+def _index(graph: Graph, node: str, selection: Selection) -> Roots | None:
+    """Where each new channel of a node comes from; None where nothing changes (or the node came into being with the student)."""
+    layout, roots = graph.layout(node), graph.roots(node)
+    if layout is None or roots is None or not selection.changes(roots):
+        return None
+    return selection.index(roots, layout.repeat)
+
+
+def _conv(old: Conv, rows: Roots | None, columns: Roots | None, generator: torch.Generator) -> Conv:
+    depthwise = old.groups > 1
+    outputs = len(rows) if rows is not None else old.out_channels
+    inputs = outputs if depthwise else len(columns) if columns is not None else old.in_channels
+    new = type(old)(
+        inputs, outputs, old.kernel_size, old.stride, old.padding, old.dilation,  # type: ignore[arg-type]
+        groups=outputs if depthwise else old.groups, bias=old.bias is not None, padding_mode=old.padding_mode,
+    )  # fmt: skip
+    _fill(new, old, rows, None if depthwise else columns, generator)
+    return new
+
+
+def _linear(old: nn.Linear, rows: Roots | None, columns: Roots | None, generator: torch.Generator) -> nn.Linear:
+    new = nn.Linear(
+        len(columns) if columns is not None else old.in_features, len(rows) if rows is not None else old.out_features, bias=old.bias is not None
+    )
+    _fill(new, old, rows, columns, generator)
+    return new
+
+
+@torch.no_grad()
+def _fill(new: Conv | nn.Linear, old: Conv | nn.Linear, rows: Roots | None, columns: Roots | None, generator: torch.Generator) -> None:
+    fan_in = new.weight[0].numel()
+    fresh = torch.randn(new.weight.shape, generator=generator) * (2.0 / fan_in) ** 0.5
+    taken = _gather(_gather(old.weight, rows, 0), columns, 1)
+    known = torch.ones(new.weight.shape, dtype=torch.bool)
+    for axis, index in ((0, rows), (1, columns)):
+        if index is not None:
+            shape = [1] * new.weight.dim()
+            shape[axis] = -1
+            known &= torch.from_numpy(index != NEW).view(shape)
+    new.weight.copy_(torch.where(known, taken, fresh.to(taken.dtype)))
+    new.weight.requires_grad_(True)
+    if old.bias is not None and new.bias is not None:
+        new.bias.copy_(_gather(old.bias, rows, 0, fill=0.0))
+    new.train(old.training)
+
+
+def _norm(old: nn.BatchNorm2d, index: Roots | None) -> nn.Module:
+    if index is None:
+        return old
+    new = type(old)(len(index), eps=old.eps, momentum=old.momentum, affine=old.affine, track_running_stats=old.track_running_stats)
+    fills = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
+    with torch.no_grad():
+        for name, fill in fills.items():
+            value = getattr(old, name)
+            if value is not None:
+                getattr(new, name).copy_(_gather(value, index, 0, fill=fill))
+        if old.num_batches_tracked is not None and new.num_batches_tracked is not None:
+            new.num_batches_tracked.copy_(old.num_batches_tracked)
+    return new.train(old.training)
+
+
+def _gather(value: Tensor, index: Roots | None, axis: int, fill: float = 0.0) -> Tensor:
+    """Rows of `value` along `axis`; `fill` where the index is NEW."""
+    if index is None:
+        return value
+    taken = value.index_select(axis, torch.from_numpy(np.maximum(index, 0)))
+    shape = [1] * value.dim()
+    shape[axis] = -1
+    return torch.where(torch.from_numpy(index != NEW).view(shape), taken, torch.full_like(taken, fill))
+
+
+def _resize_pad(node: fx.Node, graph: Graph, selection: Selection) -> None:
+    """Padding over channels: what is padded in front and behind follows from the channels that came before and after."""
+    amounts, roots = pad_amounts(node), graph.roots(node.name)
+    if amounts is None or roots is None or len(amounts) < 2 * (len(node.meta["shape"]) - 1):
+        return
+    front, back = amounts[-2], amounts[-1]
+    before = selection.size(roots[:front])
+    behind = selection.size(roots[len(roots) - back :]) if back else 0
+    node.args = (node.args[0], (*amounts[:-2], before, behind), *node.args[2:])

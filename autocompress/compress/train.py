@@ -1,0 +1,200 @@
+"""The one training loop: training of a demonstration teacher, distillation, and training through fake quantization.
+
+SGD with Nesterov momentum under a one-cycle schedule (Smith & Topin 2017, arXiv 1708.07120): a short linear rise, then a
+linear fall to zero. No weight decay on biases and norms.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from autocompress.compress.distill import distillation_loss
+from autocompress.compress.quantize import calibrate, fake_quantize
+from autocompress.compress.teacher import Teacher
+from autocompress.data import Data
+from autocompress.errors import PolicyFailure
+from autocompress.policy import DistillSpec, QuantSpec
+
+RISE = 0.15
+FLOOR = 0.01
+MOMENTUM = 0.9
+WEIGHT_DECAY = 5e-4
+CLIP_NORM = 5.0
+CALIBRATION_IMAGES = 512
+
+Tick = Callable[[float], None]
+"""Called after each step with the progress in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """How long and how fast to train.
+
+    Args:
+        steps: optimiser steps at most.
+        deadline: `time.monotonic()` value at which training must have ended; the schedule follows the clock if that is sooner.
+        learning_rate: peak for `batch_size` inputs a step.
+        quant_fraction: share of the steps at the end that run through fake quantization.
+    """
+
+    steps: int
+    deadline: float = math.inf
+    learning_rate: float = 0.1
+    batch_size: int = 128
+    quant_fraction: float = 0.1
+    seed: int = 0
+
+
+def one_cycle(progress: float) -> float:
+    """Fraction of the peak learning rate at `progress` in [0, 1]."""
+    if progress < RISE:
+        return max(FLOOR, progress / RISE)
+    return max(FLOOR, (1 - progress) / (1 - RISE))
+
+
+def train(student: nn.Module, data: Data, plan: TrainPlan, *, teacher: Teacher | None = None,
+          distill: DistillSpec | None = None, tick: Tick | None = None) -> nn.Module:
+    """Train `student` in place and return it in eval mode.
+
+    Without a teacher the loss is the task's own. Raises PolicyFailure when the loss stops being finite.
+    """
+    steps = _Steps(plan)
+    _run(student, data, plan, steps, until=1.0, teacher=teacher, distill=distill, tick=tick)
+    return student.eval()
+
+
+def train_quantized(student: fx.GraphModule, quant: QuantSpec, data: Data, plan: TrainPlan, *, teacher: Teacher | None,
+                    distill: DistillSpec, tick: Tick | None = None) -> fx.GraphModule:
+    """Train in float, insert fake quantizers, train the rest through them; returns the quantized student in eval mode.
+
+    One schedule spans both parts. With `plan.steps == 0` this is post-training quantization: calibration only.
+    """
+    quantizes = quant.bits < 32 or any(bits < 32 for bits in quant.layers.values())
+    steps = _Steps(plan)
+    float_share = 1.0 - (plan.quant_fraction if quantizes else 0.0)
+    if plan.steps:
+        _run(student, data, plan, steps, until=float_share, teacher=teacher, distill=distill, tick=tick)
+    if not quantizes:
+        return student.eval()
+    quantized = fake_quantize(student.eval(), quant)
+    calibrate(quantized, data.calibration(CALIBRATION_IMAGES).split(plan.batch_size))
+    if plan.steps:
+        _run(quantized, data, plan, steps, until=1.0, teacher=teacher, distill=distill, tick=tick)
+    return quantized.eval()
+
+
+class _Steps:
+    """Progress of a plan in [0, 1]: by steps or by time, whichever is further.
+
+    A schedule that follows the clock ends annealed at its deadline on any machine, without a guess of its speed.
+    """
+
+    def __init__(self, plan: TrainPlan) -> None:
+        self.total = plan.steps
+        self.done = 0
+        self._started = time.monotonic()
+        self._allowed = plan.deadline - self._started
+
+    @property
+    def progress(self) -> float:
+        if self.done >= self.total or self._allowed <= 0:
+            return 1.0
+        return min(1.0, max(self.done / self.total, (time.monotonic() - self._started) / self._allowed))
+
+
+def _run(model: nn.Module, data: Data, plan: TrainPlan, steps: _Steps, *, until: float, teacher: Teacher | None,
+         distill: DistillSpec | None, tick: Tick | None) -> None:
+    device = best_training_device()
+    model.train().to(device)
+    optimizer = _optimizer(model)
+    for indices, epoch in _draws(len(data.train), plan, start=steps.done):
+        if steps.progress >= until:
+            break
+        inputs = data.view(indices, epoch, plan.seed)
+        for group in optimizer.param_groups:
+            group["lr"] = plan.learning_rate * one_cycle(steps.progress)
+        loss = _loss(model, data, indices, inputs, epoch, teacher, distill, device)
+        if not math.isfinite(loss.item()):
+            raise PolicyFailure(f"training diverged: the loss must stay finite, but is {loss.item()} at step {steps.done}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        optimizer.step()
+        steps.done += 1
+        if tick is not None:
+            tick(steps.progress)
+    model.cpu()
+
+
+def _loss(model: nn.Module, data: Data, indices: Tensor, inputs: Tensor, epoch: int, teacher: Teacher | None,
+          distill: DistillSpec | None, device: torch.device) -> Tensor:
+    targets = data.train.targets[indices].to(device)
+    answers = teacher.logits(indices, inputs, epoch).to(device) if teacher is not None else None
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_faster(device)):
+        outputs = model(inputs.to(device))
+    outputs = outputs.float()
+    if data.loss is not None:
+        hard = data.loss(outputs, targets)
+        if answers is None or distill is None:
+            return hard
+        return distill.alpha * F.mse_loss(outputs, answers) + (1 - distill.alpha) * hard
+    if answers is None or distill is None:
+        return F.cross_entropy(outputs, targets)
+    return distillation_loss(outputs, answers, targets, distill)
+
+
+def _draws(n: int, plan: TrainPlan, start: int) -> Iterator[tuple[Tensor, int]]:
+    """(indices, epoch) of each step for ever, from step `start` on; an epoch shows every input at most once."""
+    size = min(plan.batch_size, n)
+    per_epoch = n // size
+    epoch, skip = divmod(start, per_epoch)
+    while True:
+        generator = torch.Generator().manual_seed((plan.seed << 20) + epoch)
+        order = torch.randperm(n, generator=generator)
+        for step in range(skip, per_epoch):
+            yield order[step * size : (step + 1) * size], epoch
+        epoch, skip = epoch + 1, 0
+
+
+def _optimizer(model: nn.Module) -> torch.optim.SGD:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    decayed, free = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": free, "weight_decay": 0.0}]
+    return torch.optim.SGD([g for g in groups if g["params"]], lr=0.0, momentum=MOMENTUM, nesterov=True)
+
+
+def best_training_device() -> torch.device:
+    """CUDA when it is there, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+_bf16_faster: dict[str, bool] = {}
+
+
+def bf16_is_faster(device: torch.device) -> bool:
+    """Whether a convolution runs faster in bfloat16 than in float32 here; measured once a process.
+
+    Processors without bfloat16 instructions emulate it, many times slower.
+    """
+    if device.type not in _bf16_faster:
+        _bf16_faster[device.type] = _seconds(torch.bfloat16, device) < 0.9 * _seconds(torch.float32, device)
+    return _bf16_faster[device.type]
+
+
+def _seconds(dtype: torch.dtype, device: torch.device) -> float:
+    x = torch.randn(8, 32, 16, 16, device=device)
+    weight = torch.randn(32, 32, 3, 3, device=device)
+    best = math.inf
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
+        for _ in range(5):
+            start = time.perf_counter()
+            float(F.conv2d(x, weight, padding=1).sum())
+            best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,70 @@
+"""What front.json holds: everything that a reader of a finished (or interrupted) search may want to know."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from autocompress.front import hypervolume, measured, pareto_front
+from autocompress.graph import Graph
+from autocompress.objective import Baseline
+from autocompress.records import Budget, Measurement, Outcome
+from autocompress.schedule import rank_correlation
+
+
+def feasible(outcome: Outcome, budget: Budget) -> bool:
+    """Whether the outcome's artifact was measured within the budget."""
+    return outcome.latency_s is not None and budget.allows(outcome.latency_s, outcome.size_bytes)
+
+
+def entry(outcome: Outcome, baseline: Baseline, budget: Budget, graph: Graph, multiple: int, *, dominated: bool) -> dict[str, Any]:
+    """One measured policy as front.json and the report show it."""
+    assert outcome.latency_s is not None
+    own = outcome.model_dump(mode="json", by_alias=True, exclude={"failure", "seconds"})
+    return own | {
+        "digest": outcome.policy.digest,
+        "words": outcome.policy.in_words(),
+        "speedup": baseline.latency_s.median / outcome.latency_s.median,
+        "feasible": feasible(outcome, budget),
+        "dominated": dominated,
+        "seconds": outcome.seconds,
+        "layers": graph.describe(outcome.policy, multiple),
+    }
+
+
+def prediction_quality(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Predicted against measured latency of all measured policies, as predicted before they were measured."""
+    pairs = [(o.predicted_latency_s.value, o.latency_s.median) for o in measured(list(outcomes)) if o.predicted_latency_s and o.latency_s]
+    errors = [abs(predicted / actual - 1) for predicted, actual in pairs]
+    return {
+        "n": len(pairs),
+        "median_error": statistics.median(errors) if errors else None,
+        "spearman": rank_correlation([p for p, _ in pairs], [a for _, a in pairs]),
+    }
+
+
+def ladder_quality(short: dict[str, Outcome], full: dict[str, Outcome]) -> dict[str, Any]:
+    """Whether the short rung ranked policies as the full one did, over the policies that climbed."""
+    pairs = [(short[d].val_score, full[d].val_score) for d in full if d in short]
+    both = [(a.gain, b.gain) for a, b in pairs if a is not None and b is not None]
+    rho = rank_correlation([a for a, _ in both], [b for _, b in both])
+    return {"short_runs": len(short), "full_runs": len(full), "short_full_spearman": rho}
+
+
+def progress_point(outcomes: Sequence[Outcome], baseline: Measurement, budget: Budget, elapsed_s: float, trials: int) -> dict[str, Any]:
+    """Hypervolume (score above 0, latency up to the baseline's) and the best score within the budget, so far."""
+    points = [(o.val_score.gain, o.latency_s.median) for o in measured(list(outcomes)) if o.val_score and o.latency_s]
+    within = [o.val_score.value for o in measured(list(outcomes)) if o.val_score and feasible(o, budget)]
+    return {
+        "elapsed_s": elapsed_s,
+        "trials": trials,
+        "hypervolume": hypervolume(points, (0.0, baseline.median)) if points else 0.0,  # type: ignore[arg-type]
+        "best_val": max(within) if within else None,
+    }
+
+
+def front_of(outcomes: Sequence[Outcome], budget: Budget) -> list[Outcome]:
+    """With a budget the front within it; where nothing is within it, or without one, the whole front."""
+    within = [o for o in measured(list(outcomes)) if feasible(o, budget)]
+    return pareto_front(within)

@@ -1,0 +1,383 @@
+"""The search itself: rule out by prediction, train shortly, train the best fully, measure the front once more.
+
+Phases: calibrate -> check that the budget can be met -> short rung (Optuna suggests, the latency model rules out) -> full rung
+(policies that lead, spread over the latencies) -> final measurement of the front and, once, the test set.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.trial import Trial
+
+from autocompress import study as journal
+from autocompress.content import entry, feasible, front_of, ladder_quality, prediction_quality, progress_point
+from autocompress.errors import InfeasibleBudget, PolicyFailure, TooManyFailures
+from autocompress.evaluate import score_artifact
+from autocompress.export import write_bundle
+from autocompress.front import measured, pick
+from autocompress.latency import FittedLatencyModel
+from autocompress.objective import Setting, realise, untrained
+from autocompress.policy import Policy
+from autocompress.progress import Progress
+from autocompress.proposals import LevelSuggester, Proposal, spread_over_latency
+from autocompress.records import Budget, Outcome, Prediction, Workload
+from autocompress.schedule import Clock, Division, calibration_seconds, full_runs, promoted
+from autocompress.search_space import Suggest
+from autocompress.task import Task
+from autocompress.units import format_duration, format_size
+
+DRAWS = 600
+FIRST_POLICIES = 5
+WHOLE_NETWORKS = 6
+SAME_FAILURES = 3
+MOST_RULED_OUT = 150
+"""Suggestions in a row that prediction rules out before the best random draw takes their place."""
+FINAL_SECONDS_EACH = 1.5
+
+
+@dataclass
+class Search:
+    """State of one running search; everything that must survive is in the study."""
+
+    task: Task
+    run: Path
+    setting: Setting
+    suggest: Suggest
+    study: optuna.Study
+    model: FittedLatencyModel
+    budget: Budget
+    clock: Clock
+    progress: Progress
+    pairs: list[tuple[Workload, float]]
+    points: list[dict[str, Any]]
+
+    # -- prediction ---------------------------------------------------------------------------------------------
+
+    def workload(self, policy: Policy) -> Workload:
+        return self.setting.graph_of(policy).workload(policy, self.setting.multiple)
+
+    def predict(self, policy: Policy) -> tuple[Workload, Prediction]:
+        workload = self.workload(policy)
+        return workload, self.model.predict(workload)
+
+    def predicted_violation(self, workload: Workload, latency_s: float) -> float:
+        """Relative excess over the budget as predicted; the file is larger than its weights by as much as the baseline's."""
+        baseline = self.setting.baseline
+        overhead = baseline.size_bytes - self.workload(Policy()).weight_bytes
+        p95 = latency_s * baseline.latency_s.p95 / baseline.latency_s.median
+        return self.budget.violation(latency_s, workload.weight_bytes + max(0, overhead), p95)
+
+    def propose(self, suggester_seed: int, n: int) -> list[Proposal]:
+        """`n` draws of the space with their predicted latency."""
+        generator = np.random.default_rng(suggester_seed)
+        proposals = []
+        for _ in range(n):
+            suggester = LevelSuggester(generator)
+            policy = self.suggest(suggester)
+            workload, prediction = self.predict(policy)
+            proposals.append(Proposal(policy, suggester.params, workload, prediction.value))
+        return proposals
+
+    # -- phases -------------------------------------------------------------------------------------------------
+
+    def calibrate(self) -> None:
+        """Measure operators, then a few whole networks without training, so that latency can be predicted."""
+        seconds = calibration_seconds(self.clock)
+        generator = np.random.default_rng(self.task.seed)
+        policies = [self.suggest(LevelSuggester(generator)) for _ in range(64)]
+        workloads = [self.workload(Policy()), *(self.workload(policy) for policy in policies)]
+
+        def tick(done: int, total: int) -> None:
+            self._show("measuring operators", done, total)
+
+        self.model.table.calibrate(self.setting.device, workloads, 0.5 * seconds, tick)
+        self.pairs.append((workloads[0], self.setting.baseline.latency_s.median))
+        self._measure_whole_networks(policies, time.monotonic() + 0.5 * seconds)
+
+    def _measure_whole_networks(self, policies: list[Policy], deadline: float) -> None:
+        by_latency = sorted(policies, key=lambda p: self.predict(p)[1].value)
+        chosen = [by_latency[round(i)] for i in np.linspace(0, len(by_latency) - 1, WHOLE_NETWORKS)]
+        for done, policy in enumerate(chosen):
+            if time.monotonic() > deadline and done >= 2:
+                break
+            self._show("measuring whole networks", done, len(chosen))
+            self._measure_untrained(policy, f"calibration-{done}")
+        self.model.fit(self.pairs)
+
+    def _measure_untrained(self, policy: Policy, name: str) -> float | None:
+        """Upper end of the measured latency of the policy's structure; None when it cannot be built."""
+        folder = self.setting.models.parent / "calibration" / name
+        try:
+            student = untrained(self.setting, policy)
+            artifact = write_bundle(folder, student, policy, (self.setting.example,), model=self.setting.model_reference)
+            latency = self.setting.device.measure([folder / artifact.path], seconds_each=0.3)[0]
+        except (PolicyFailure, RuntimeError):
+            return None
+        self.pairs.append((self.workload(policy), latency.median))
+        return latency.high
+
+    def require_feasible(self, proposals: list[Proposal], smallest: Policy | None) -> None:
+        """Raises InfeasibleBudget unless some policy can meet the budget; the fastest is measured before it says so."""
+        fastest = min(proposals, key=lambda p: p.latency_s)
+        candidates = [fastest.policy] + ([smallest] if smallest is not None else [])
+        policy = min(candidates, key=lambda p: self.predict(p)[1].value)
+        workload, prediction = self.predict(policy)
+        if self.predicted_violation(workload, prediction.low) <= 0:
+            return
+        high = self._measure_untrained(policy, "fastest") or prediction.high
+        self.model.fit(self.pairs)
+        if self.predicted_violation(workload, high) <= 0:
+            return
+        raise self._infeasible(policy, workload, high)
+
+    def _infeasible(self, policy: Policy, workload: Workload, latency_s: float) -> InfeasibleBudget:
+        parts = sorted(self.model.explain(workload), key=lambda part: -part[1])[:3]
+        binds = ", ".join(f"{name} {format_duration(max(seconds, 0.0))}" for name, seconds in parts)
+        size = workload.weight_bytes
+        limit = format_duration(latency_s * 1.02)
+        cure = f"--budget {limit.replace(' ', '')}" if self.budget.latency_s or self.budget.p95_s else f"--budget {format_size(size).replace(' ', '')}"
+        return InfeasibleBudget(
+            f"no policy of the space meets the budget ({self.budget.in_words()}): the fastest takes {format_duration(latency_s)} "
+            f"({format_size(size)} of weights; {policy.in_words()})",
+            hint=f"the smallest budget that works here is about {cure}; the time goes to {binds}; or use a wider space",
+            smallest_latency_s=latency_s,
+            binds=binds,
+        )
+
+    def short_rung(self, proposals: list[Proposal]) -> None:
+        """Train many policies a little: first the spread of proposals, then what Optuna suggests."""
+        self._evaluate_unchanged()
+        division = Division.of(self.clock.left, self._overhead())
+        until = time.monotonic() + division.short_total
+        if self._short_count() == 0:
+            for proposal in spread_over_latency(proposals, FIRST_POLICIES, self._limit()):
+                self.study.enqueue_trial(proposal.params, skip_if_exists=True)
+        duplicates = 0
+        while time.monotonic() + 0.5 * division.short_each < until and not self._stop():
+            trial, policy = self._ask(proposals)
+            twin = self._twin(policy)
+            if twin is not None:
+                journal.tell_outcome(self.study, trial, twin, self._violation(twin))
+                duplicates += 1
+                if duplicates >= 50:
+                    self.progress.message("the search space is exhausted: every suggestion was evaluated before")
+                    return
+                continue
+            duplicates = 0
+            deadline = time.monotonic() + max(1.0, division.short_each - self._overhead())
+            self._evaluate(trial, policy, f"{trial.number:05d}", deadline)
+
+    def _evaluate_unchanged(self) -> None:
+        """The teacher itself in the bits that the device has kernels for: free points, and the reference of every search."""
+        for bits in (8,) if 8 in self.setting.device.profile.bits else ():
+            identity = f"int{bits}"
+            if any(o.id == identity for o in journal.outcomes(self.study)):
+                continue
+            reduced = self.setting.device.profile.reduced_range
+            policy = Policy.model_validate({"quant": {"bits": bits, "reduced_range": reduced}})
+            outcome = realise(self.setting, policy, id=identity, rung="short", deadline=time.monotonic(), predicted=self.predict(policy)[1])
+            self._keep(outcome)
+
+    def _ask(self, proposals: list[Proposal]) -> tuple[Trial, Policy]:
+        """The next policy within the budget by prediction; what is ruled out on the way costs microseconds and is told."""
+        for _ in range(MOST_RULED_OUT):
+            trial = self.study.ask()
+            policy = self.suggest(trial)
+            workload, prediction = self.predict(policy)
+            violation = self.predicted_violation(workload, prediction.low)
+            if violation <= 0:
+                return trial, policy
+            journal.tell_over_budget(self.study, trial, policy, prediction.value, violation)
+        within = [p for p in proposals if self.predicted_violation(p.workload, p.latency_s) <= 0]
+        chosen = within[len(self.study.get_trials(deepcopy=False)) % len(within)] if within else min(proposals, key=lambda p: p.latency_s)
+        self.study.enqueue_trial(chosen.params)
+        trial = self.study.ask()
+        return trial, self.suggest(trial)
+
+    def _evaluate(self, trial: Trial, policy: Policy, id: str, deadline: float) -> None:
+        name = f"short training, policy {self._short_count() + 1}"
+        try:
+            outcome = realise(
+                self.setting, policy, id=id, rung="short", deadline=deadline, predicted=self.predict(policy)[1],
+                tick=lambda done: self._show(name, round(100 * done), 100),
+            )
+        except BaseException:
+            journal.abandon(self.study, trial)
+            raise
+        self._keep(outcome)
+        journal.tell_outcome(self.study, trial, outcome, self._violation(outcome))
+        self._require_progress()
+
+    def full_rung(self) -> None:
+        """Continue the leading policies until the time is used."""
+        short = [o for o in journal.outcomes(self.study) if o.rung == "short" and o.id.isdigit()]
+        done = {o.id.removesuffix("-full") for o in journal.outcomes(self.study) if o.rung == "full"}
+        within = [o for o in short if feasible(o, self.budget)] or short
+        each = Division.of(self.clock.total, self._overhead()).short_each
+        count = full_runs(self.clock.left, each, len([o for o in within if o.id not in done]))
+        climbing = [o for o in promoted(within, count + len(done)) if o.id not in done][:count]
+        for position, outcome in enumerate(climbing):
+            if self._stop():
+                return
+            share = self.clock.left / (len(climbing) - position)
+            deadline = time.monotonic() + share - self._overhead()
+            if deadline <= time.monotonic():
+                return
+            name = f"full training {position + 1} of {len(climbing)}"
+            self._keep(
+                realise(
+                    self.setting, outcome.policy, id=f"{outcome.id}-full", rung="full", deadline=deadline,
+                    predicted=outcome.predicted_latency_s, continues=outcome.id,
+                    tick=lambda done, name=name: self._show(name, round(100 * done), 100),  # type: ignore[misc]
+                )
+            )
+
+    def measure_front(self) -> None:
+        """Measure the front's files together, interleaved with the baseline; a point stays within the budget only if both times it was."""
+        front = front_of(self.outcomes(), self.budget)
+        if not front:
+            return
+        self._show("measuring the front", 0, len(front))
+        paths = [self.setting.baseline.path, *(self.run / (o.artifact or "") for o in front)]
+        again = self.setting.device.measure(paths, seconds_each=FINAL_SECONDS_EACH)
+        self.setting = replace(self.setting, baseline=replace(self.setting.baseline, latency_s=again[0]))
+        for outcome, latency in zip(front, again[1:], strict=True):
+            assert outcome.latency_s is not None
+            slower = max((outcome.latency_s, latency), key=lambda m: m.high)
+            within = self.budget.allows(latency, outcome.size_bytes)
+            journal.record(self.study, outcome.model_copy(update={"latency_s": latency if within else slower}))
+
+    def score_test(self) -> None:
+        """The one look at the test set: the baseline and the front that is reported."""
+        setting, test = self.setting, self.setting.data.test
+        front = front_of(self.outcomes(), self.budget)
+        self._show("scoring the test set", 0, len(front) + 1)
+        score = score_artifact(setting.baseline.path, setting.data, test, setting.batch)
+        self.setting = replace(setting, baseline=replace(setting.baseline, test_score=score))
+        for done, outcome in enumerate(front):
+            self._show("scoring the test set", done + 1, len(front) + 1)
+            score = score_artifact(self.run / (outcome.artifact or ""), setting.data, test, setting.batch)
+            journal.record(self.study, outcome.model_copy(update={"test_score": score}))
+
+    # -- bookkeeping --------------------------------------------------------------------------------------------
+
+    def outcomes(self) -> list[Outcome]:
+        """One outcome a policy: the one of its highest rung."""
+        kept: dict[str, Outcome] = {}
+        for outcome in journal.outcomes(self.study):
+            before = kept.get(outcome.policy.digest)
+            if before is None or outcome.failure is None:
+                kept[outcome.policy.digest] = outcome
+        return list(kept.values())
+
+    def content(self) -> dict[str, Any]:
+        """What front.json holds now."""
+        baseline, results = self.setting.baseline, self.outcomes()
+        front = front_of(results, self.budget)
+        on_front = {o.id for o in front}
+        entries = [
+            entry(o, baseline, self.budget, self.setting.graph_of(o.policy), self.setting.multiple, dominated=o.id not in on_front)
+            for o in measured(results)
+        ]
+        every = journal.outcomes(self.study)
+        best = pick(results, self.budget)
+        return {
+            "schema": 1,
+            "task": self.task.model_dump(mode="json"),
+            "device": self.setting.device.name,
+            "environment": self.setting.device.environment(),
+            "budget": self.budget.model_dump(mode="json"),
+            "baseline": {
+                "val_score": _json(baseline.val_score), "test_score": _json(baseline.test_score),
+                "latency_s": _json(baseline.latency_s), "size_bytes": baseline.size_bytes, "artifact": str(baseline.path.relative_to(self.run)),
+            },
+            "front": [e for e in sorted(entries, key=lambda e: e["latency_s"]["median"]) if e["id"] in on_front],
+            "points": entries,
+            "best": best.id if best is not None else None,
+            "progress": self.points,
+            "prediction": prediction_quality(every) | {"held_out": self.model.held_out_error()},
+            "ladder": ladder_quality(
+                {o.policy.digest: o for o in every if o.rung == "short" and o.failure is None},
+                {o.policy.digest: o for o in every if o.rung == "full" and o.failure is None},
+            ),
+            "failures": [{"id": o.id, **o.failure.model_dump()} for o in every if o.failure is not None],
+            "trials": journal.count_trials(self.study),
+            "elapsed_s": self.clock.elapsed,
+            "infeasible": None,
+        }
+
+    def _keep(self, outcome: Outcome) -> None:
+        journal.record(self.study, outcome)
+        if outcome.latency_s is not None:
+            self.pairs.append((self.workload(outcome.policy), outcome.latency_s.median))
+            self.model.fit(self.pairs)
+        self.points.append(
+            progress_point(self.outcomes(), self.setting.baseline.latency_s, self.budget, self.clock.elapsed, journal.count_trials(self.study))
+        )
+        journal.remember(self.study, "progress", self.points)
+        self._announce(outcome)
+
+    def _announce(self, outcome: Outcome) -> None:
+        if outcome.failure is not None:
+            self.progress.message(f"policy {outcome.id} failed ({outcome.failure.stage}): {outcome.failure.reason}")
+        elif outcome.val_score is not None and outcome.latency_s is not None:
+            self.progress.message(
+                f"policy {outcome.id}: {100 * outcome.val_score.value:.2f} % {outcome.val_score.name}, "
+                f"{format_duration(outcome.latency_s.median)}, {format_size(outcome.size_bytes)} ({outcome.policy.in_words()})"
+            )
+
+    def _require_progress(self) -> None:
+        """Raises TooManyFailures when the last policies all failed for one reason: then the reason is not the policy."""
+        last = journal.outcomes(self.study)[-SAME_FAILURES:]
+        reasons = Counter((o.failure.stage, o.failure.reason) for o in last if o.failure is not None)
+        if len(last) == SAME_FAILURES and reasons.most_common(1) and reasons.most_common(1)[0][1] == SAME_FAILURES:
+            stage, reason = reasons.most_common(1)[0][0]
+            raise TooManyFailures(f"{SAME_FAILURES} policies in a row failed to {stage}: {reason}", hint="mend that, then --resume")
+
+    def _twin(self, policy: Policy) -> Outcome | None:
+        return next((o for o in journal.outcomes(self.study) if o.policy.digest == policy.digest), None)
+
+    def _violation(self, outcome: Outcome) -> float:
+        if outcome.latency_s is None:
+            return 1.0
+        return self.budget.violation(outcome.latency_s.high, outcome.size_bytes, outcome.latency_s.p95)
+
+    def _limit(self) -> float:
+        """Latency up to which first policies are spread: the budget, else the baseline."""
+        limits = [limit for limit in (self.budget.latency_s, self.budget.p95_s) if limit is not None]
+        return min([*limits, self.setting.baseline.latency_s.median])
+
+    def _short_count(self) -> int:
+        return sum(o.rung == "short" and o.id.isdigit() for o in journal.outcomes(self.study))
+
+    def _overhead(self) -> float:
+        """Seconds that a policy costs beside training: what the unchanged int8 policy took, which is not trained."""
+        return max((o.seconds for o in journal.outcomes(self.study) if not o.id.isdigit() and o.rung == "short"), default=5.0)
+
+    def _stop(self) -> bool:
+        if self.clock.left <= 0:
+            return True
+        if self.task.trials is not None and self._short_count() >= self.task.trials:
+            return True
+        best = pick(self.outcomes(), self.budget)
+        reached = best is not None and best.val_score is not None and best.val_score.value
+        return bool(self.task.target_accuracy and reached and reached >= self.task.target_accuracy)
+
+    def _show(self, phase: str, done: int, total: int | None) -> None:
+        best = pick(self.outcomes(), self.budget) if phase.startswith(("full", "short")) else None
+        words = ""
+        if best is not None and best.val_score is not None and best.latency_s is not None:
+            words = f"{100 * best.val_score.value:.2f} % at {format_duration(best.latency_s.median)}"
+        self.progress.update(phase=phase, done=done, total=total, best=words, seconds_left=self.clock.total - self.clock.elapsed)
+
+
+def _json(record: Any) -> Any:
+    return None if record is None else record.model_dump(mode="json")
+

@@ -1,0 +1,326 @@
+"""Data sets: references, splits, and deterministic augmentation.
+
+Every split is arrays (in memory, or memory-mapped when decoded from image files): inputs n x ... and targets n x ....
+uint8 images n x C x H x W are normalised when a batch is drawn. Augmentation is a pure function of (seed, epoch, index),
+so that a teacher's answers for one epoch can be kept and used for every student (compress/teacher.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autocompress.errors import UsageError
+from autocompress.references import call_function, parse_reference
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+SPLIT_SEED = 20240
+VAL_FRACTION = 0.1
+TEST_FRACTION = 0.2
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+ScoreFunction = Callable[[Tensor, Tensor], float]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Inputs and targets of one split, along the first dimension."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: Tensor | slice) -> Split:
+        return Split(self.inputs[index], self.targets[index])
+
+
+@dataclass(frozen=True)
+class Data:
+    """The splits of one task and how to read them.
+
+    The search sees `train` and `val` only; `test` is scored once, for the front that is reported.
+
+    Args:
+        classes: number of classes; None for tasks that bring their own `loss` and `score`.
+        mean, std: per-channel normalisation of uint8 images (scaled to [0, 1] first); None leaves inputs as they are.
+        flip: whether a mirrored input is as good as the original.
+        shift: largest shift in pixels of the augmentation (0: none).
+        loss: loss(outputs, targets) -> scalar; None: cross-entropy.
+        score: score(outputs, targets) -> float over a whole split, larger is better; None: accuracy.
+    """
+
+    train: Split
+    val: Split
+    test: Split
+    classes: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    flip: bool = False
+    shift: int = 0
+    loss: Loss | None = None
+    score: ScoreFunction | None = None
+    score_name: str = "accuracy"
+
+    def __post_init__(self) -> None:
+        for name, split in (("train", self.train), ("val", self.val), ("test", self.test)):
+            if len(split) == 0 or len(split.inputs) != len(split.targets):
+                raise UsageError(
+                    f"the {name} split must hold as many targets as inputs, at least one, but got "
+                    f"{len(split.inputs)} inputs and {len(split.targets)} targets"
+                )
+        if (self.loss is None) != (self.score is None):
+            raise UsageError("data with its own `loss` must bring its own `score`, and the other way round")
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input, without the batch."""
+        return tuple(self.train.inputs.shape[1:])
+
+    def prepare(self, inputs: Tensor) -> Tensor:
+        """What the model sees: floating point, normalised."""
+        if inputs.dtype != torch.uint8:
+            return inputs
+        x = inputs.float().div_(255)
+        if self.mean is None or self.std is None:
+            return x
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        return x.sub_(torch.tensor(self.mean).view(shape)).div_(torch.tensor(self.std).view(shape))
+
+    def batches(self, split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The split in order, without augmentation; the last batch may be smaller."""
+        for start in range(0, len(split), size):
+            part = split[slice(start, start + size)]
+            yield self.prepare(part.inputs), part.targets
+
+    def view(self, indices: Tensor, epoch: int, seed: int = 0) -> Tensor:
+        """Training inputs as the model sees them in this epoch: the same for every caller.
+
+        Mirroring alternates between epochs (Jordan 2024, arXiv 2404.00498, section 3.6): whether image i is mirrored in
+        epoch e is the parity of (hash(i) + e), so that two epochs show both.
+        """
+        x = self.train.inputs[indices]
+        if self.flip:
+            side = _coin(indices, seed).logical_xor(torch.tensor(epoch % 2 == 1))
+            x = torch.where(side.view((-1,) + (1,) * (x.dim() - 1)), x.flip(-1), x)
+        x = self.prepare(x)
+        if self.shift:
+            x = shifted(x, _offsets(len(self.train), self.shift, epoch, seed)[indices])
+        return x
+
+    def calibration(self, n: int) -> Tensor:
+        """`n` training inputs without augmentation, the same for every caller."""
+        generator = torch.Generator().manual_seed(SPLIT_SEED)
+        index = torch.randperm(len(self.train), generator=generator)[:n]
+        return self.prepare(self.train.inputs[index])
+
+
+def _coin(indices: Tensor, seed: int) -> Tensor:
+    """A fixed fair coin for each index (multiplicative hashing, Knuth, TAOCP volume 3, section 6.4)."""
+    return ((indices + 7919 * seed) * 2654435761 >> 15) % 2 == 1
+
+
+def _offsets(n: int, reach: int, epoch: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed((seed << 20) + epoch)
+    return torch.randint(-reach, reach + 1, (n, 2), generator=generator)
+
+
+def shifted(images: Tensor, offsets: Tensor) -> Tensor:
+    """Each image (n x C x H x W) moved by its own (dy, dx); the border is filled by reflection."""
+    height, width = images.shape[-2:]
+    rows = _reflect(torch.arange(height) + offsets[:, :1], height)
+    columns = _reflect(torch.arange(width) + offsets[:, 1:], width)
+    n, channels = torch.arange(len(images)), torch.arange(images.shape[1])
+    return images[n[:, None, None, None], channels[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def _reflect(index: Tensor, size: int) -> Tensor:
+    index = index.abs()
+    return torch.where(index >= size, 2 * (size - 1) - index, index).clamp_(0, size - 1)
+
+
+def stratified(targets: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """Indices of (rest, part) where part holds `fraction` of every class; fixed, independent of the search's seed."""
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    order = torch.randperm(len(targets), generator=generator)
+    part = torch.zeros(len(targets), dtype=torch.bool)
+    for label in targets.unique():
+        members = order[targets[order] == label]
+        part[members[: max(1, round(fraction * len(members)))]] = True
+    return (~part).nonzero().flatten(), part.nonzero().flatten()
+
+
+def load_data(reference: str) -> Data:
+    """`digits`, `torchvision:CIFAR10?root=DIR`, `imagefolder:DIR?size=224` or `file.py:function`.
+
+    Raises UsageError for anything that does not load.
+    """
+    name, options = parse_reference(reference)
+    if name == "digits":
+        return _digits()
+    if name.startswith("torchvision:"):
+        return _torchvision(name.removeprefix("torchvision:"), options)
+    if name.startswith("imagefolder:"):
+        return _image_folder(Path(name.removeprefix("imagefolder:")), options)
+    if ":" in name:
+        return _from_function(name)
+    raise UsageError(
+        f"unknown data {reference!r}",
+        hint="use digits, torchvision:NAME?root=DIR, imagefolder:DIR or file.py:function",
+    )
+
+
+def _three_way(inputs: Tensor, targets: Tensor) -> tuple[Split, Split, Split]:
+    whole = Split(inputs, targets)
+    rest, test = stratified(targets, TEST_FRACTION)
+    train, val = stratified(targets[rest], VAL_FRACTION / (1 - TEST_FRACTION))
+    return whole[rest[train]], whole[rest[val]], whole[test]
+
+
+def _digits() -> Data:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16
+    train, val, test = _three_way(images, torch.tensor(bunch.target, dtype=torch.long))
+    return Data(train, val, test, classes=10, shift=1)
+
+
+def _channel_values(options: dict[str, str], key: str, default: tuple[float, ...]) -> tuple[float, ...]:
+    if key not in options:
+        return default
+    try:
+        values = tuple(float(part) for part in options[key].split(","))
+    except ValueError:
+        raise UsageError(f"{key} must be numbers separated by commas, but got {options[key]!r}") from None
+    if len(values) != len(default):
+        raise UsageError(f"{key} must hold {len(default)} numbers, one a channel, but got {options[key]!r}")
+    return values
+
+
+def _normalised(splits: tuple[Split, Split, Split], classes: int, options: dict[str, str]) -> Data:
+    channels, height = splits[0].inputs.shape[1:3]
+    mean = IMAGENET_MEAN if channels == 3 else (0.5,) * channels
+    std = IMAGENET_STD if channels == 3 else (0.5,) * channels
+    return Data(
+        *splits,
+        classes=classes,
+        mean=_channel_values(options, "mean", mean),
+        std=_channel_values(options, "std", std),
+        flip=options.get("flip", "true").lower() in ("true", "1", "yes"),
+        shift=max(1, height // 8),
+    )
+
+
+def _known_options(options: dict[str, str], known: set[str], reference: str) -> None:
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise UsageError(f"unknown option {unknown[0]!r} of the data {reference}", hint=f"it takes {sorted(known)}")
+
+
+def _torchvision(name: str, options: dict[str, str]) -> Data:
+    import torchvision.datasets
+
+    _known_options(options, {"root", "mean", "std", "flip"}, f"torchvision:{name}")
+    dataset = getattr(torchvision.datasets, name, None)
+    supported = ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST")
+    if dataset is None or name not in supported:
+        raise UsageError(f"unknown data set torchvision:{name}", hint=f"known: {', '.join(supported)}; others: file.py:function")
+    root = Path(options.get("root", "data")).expanduser()
+    try:
+        train, test = dataset(str(root), train=True), dataset(str(root), train=False)
+    except (RuntimeError, OSError) as error:
+        raise UsageError(
+            f"{name} is not in {str(root)!r}", hint=f"name its folder: torchvision:{name}?root=DIR ({error})"
+        ) from None
+    whole = _array_split(train)
+    rest, val = stratified(whole.targets, VAL_FRACTION)
+    return _normalised((whole[rest], whole[val], _array_split(test)), len(train.classes), options)
+
+
+def _array_split(dataset: Any) -> Split:
+    images = torch.as_tensor(np.asarray(dataset.data))
+    images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
+    return Split(images, torch.as_tensor(np.asarray(dataset.targets), dtype=torch.long))
+
+
+def _image_folder(folder: Path, options: dict[str, str]) -> Data:
+    from autocompress.images import decode_folder
+
+    _known_options(options, {"size", "mean", "std", "flip"}, f"imagefolder:{folder}")
+    folder = folder.expanduser()
+    if not folder.is_dir():
+        raise UsageError(f"the image folder {str(folder)!r} does not exist")
+    text = options.get("size", "224")
+    if not text.isdigit() or int(text) < 1:
+        raise UsageError(f"size must be a whole number of pixels, but got {text!r}")
+    size = int(text)
+    if (folder / "train").is_dir():
+        train, classes = decode_folder(folder / "train", size)
+        whole = Split(*train)
+        held_out = [_held_out(folder / name, size, classes) for name in ("val", "test")]
+        splits = _fill_missing(whole, held_out[0], held_out[1])
+    else:
+        (inputs, targets), classes = decode_folder(folder, size)
+        splits = _three_way(inputs, targets)
+    return _normalised(splits, len(classes), options)
+
+
+def _held_out(folder: Path, size: int, classes: list[str]) -> Split | None:
+    from autocompress.images import decode_folder
+
+    if not folder.is_dir():
+        return None
+    arrays, found = decode_folder(folder, size)
+    if found != classes:
+        raise UsageError(f"{str(folder)!r} must hold the class folders of train ({classes[:5]}...), but got {found[:5]}...")
+    return Split(*arrays)
+
+
+def _fill_missing(train: Split, val: Split | None, test: Split | None) -> tuple[Split, Split, Split]:
+    if test is None and val is not None:
+        val, test = None, val  # the only held-out folder is kept for the end; validation comes out of train
+    if test is None:
+        rest, part = stratified(train.targets, TEST_FRACTION)
+        train, test = train[rest], train[part]
+    if val is None:
+        rest, part = stratified(train.targets, VAL_FRACTION)
+        train, val = train[rest], train[part]
+    return train, val, test
+
+
+def _from_function(reference: str) -> Data:
+    made = call_function(reference)
+    if isinstance(made, Data):
+        return made
+    if isinstance(made, (tuple, list)) and len(made) in (2, 3):
+        splits = [_as_split(part, reference) for part in made]
+        train, val, test = splits if len(splits) == 3 else _fill_missing(splits[0], splits[1], None)
+        targets = train.targets
+        classes = int(max(s.targets.max() for s in (train, val, test))) + 1 if targets.dtype == torch.long else None
+        return Data(train, val, test, classes=classes)
+    raise UsageError(
+        f"{reference} must return autocompress.Data or (train, val, test) of (inputs, targets), but got {type(made).__name__}"
+    )
+
+
+def _as_split(part: Any, reference: str) -> Split:
+    try:
+        inputs, targets = part
+        inputs, targets = torch.as_tensor(inputs), torch.as_tensor(targets)
+    except (TypeError, ValueError):
+        raise UsageError(f"each split of {reference} must be (inputs, targets) arrays, but got {type(part).__name__}") from None
+    return Split(inputs, targets.long() if not targets.is_floating_point() else targets)
+
+
+def subset(data: Data, n_train: int, n_val: int) -> Data:
+    """A smaller task with the first rows of each split (for dry runs and tests)."""
+    return replace(data, train=data.train[slice(0, n_train)], val=data.val[slice(0, n_val)])

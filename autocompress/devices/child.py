@@ -1,0 +1,127 @@
+"""The process that runs a model: reads one JSON request from stdin, writes one JSON answer to stdout.
+
+Imports NumPy and ONNX Runtime only, so that a crash, a leak or a hang of the runtime stays here. Ends when its parent does.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import ctypes
+import json
+import os
+import random
+import signal
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+WARM_UP_CAP_S = 2.0
+STABLE = 0.02
+SAMPLES_A_ROUND = 5
+LEAST_ROUNDS = 12
+LEAST_SAMPLE_S = 50e-6
+PR_SET_PDEATHSIG = 1
+TYPES = {"float": np.float32, "float16": np.float16, "double": np.float64, "int64": np.int64, "int32": np.int32,
+         "uint8": np.uint8, "int8": np.int8, "bool": np.bool_}  # fmt: skip
+
+
+class Runner:
+    """One session with random inputs of its declared types and shapes; free dimensions are 1."""
+
+    def __init__(self, model: str | bytes, threads: int) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 4
+        self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        generator = np.random.default_rng(0)
+        self.feeds = {value.name: _random(value, generator) for value in self.session.get_inputs()}
+        self.calls = 1
+
+    def sample(self) -> float:
+        """Seconds of one call, averaged over `calls` where one is too short for the clock."""
+        start = time.perf_counter()
+        for _ in range(self.calls):
+            self.session.run(None, self.feeds)
+        return (time.perf_counter() - start) / self.calls
+
+    def warm_up(self, cap: float) -> float:
+        """Run until the median of five samples changes by less than 2 %; seconds of the first call."""
+        first = self.sample()
+        end, before = time.perf_counter() + cap, 0.0
+        while time.perf_counter() < end:
+            now = float(np.median([self.sample() for _ in range(5)]))
+            if abs(now - before) < STABLE * now:
+                break
+            before = now
+        self.calls = max(1, int(np.ceil(LEAST_SAMPLE_S / max(self.sample(), 1e-9))))
+        return first
+
+
+def _random(value: Any, generator: np.random.Generator) -> Any:
+    shape = [size if isinstance(size, int) and size > 0 else 1 for size in value.shape]
+    kind = TYPES[value.type.removeprefix("tensor(").removesuffix(")")]
+    if np.issubdtype(kind, np.floating):
+        return generator.standard_normal(shape).astype(kind)
+    return generator.integers(0, 2, shape).astype(kind)
+
+
+def measure(request: dict[str, Any]) -> dict[str, Any]:
+    """Interleaved rounds over all files, in a new random order each round."""
+    runners = []
+    for index, path in enumerate(request["paths"]):
+        try:
+            runners.append(Runner(path, request["threads"]))
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}", "index": index}
+    firsts = [runner.warm_up(WARM_UP_CAP_S) for runner in runners]
+    order, shuffle = list(range(len(runners))), random.Random(0)
+    rounds: list[list[list[float]]] = [[] for _ in runners]
+    end = time.perf_counter() + request["seconds_each"] * len(runners)
+    while time.perf_counter() < end or len(rounds[0]) < LEAST_ROUNDS:
+        shuffle.shuffle(order)
+        for index in order:
+            runners[index].sample()  # the previous file has filled the caches
+            rounds[index].append([runners[index].sample() for _ in range(SAMPLES_A_ROUND)])
+    return {"rounds": rounds, "firsts": firsts}
+
+
+def measure_many(request: dict[str, Any]) -> dict[str, Any]:
+    """Median seconds of each small model; null for those that the runtime refuses."""
+    medians: list[float | None] = []
+    for encoded in request["models"]:
+        try:
+            runner = Runner(base64.b64decode(encoded), request["threads"])
+            runner.warm_up(request["seconds_each"])
+            end, samples = time.perf_counter() + request["seconds_each"], [runner.sample()]
+            while time.perf_counter() < end:
+                samples.append(runner.sample())
+            medians.append(float(np.median(samples)))
+        except Exception:
+            medians.append(None)
+    return {"medians": medians}
+
+
+def pin(threads: int) -> None:
+    """Stay on the last CPUs that this process may use; the first serves most interrupts. Not every system can pin."""
+    with contextlib.suppress(AttributeError, OSError):
+        allowed = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, allowed[-threads:])
+
+
+def main() -> None:
+    """Answer one request."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    request = json.load(sys.stdin)
+    pin(request["threads"])
+    answer = measure(request) if request["kind"] == "measure" else measure_many(request)
+    json.dump(answer, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""ONNX Runtime on this machine's CPU."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import fcntl
+import importlib.util
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from autocompress.devices.base import Device, DeviceProfile
+from autocompress.devices.timing import summarise
+from autocompress.errors import DeviceUnavailable, PolicyFailure
+from autocompress.records import Measurement
+
+TIMEOUT_S = 120.0
+FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp")
+
+
+class OnnxRuntimeCpu(Device):
+    """Measures ONNX files in a child process with a fixed number of threads."""
+
+    def __init__(self, threads: int = 1) -> None:
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise DeviceUnavailable("ONNX Runtime is not installed", hint="pip install onnxruntime")
+        self.name = f"onnxruntime:cpu?threads={threads}"
+        self.profile = DeviceProfile(
+            runtime="onnxruntime", threads=threads, reduced_range=int8_saturates(cpu_flags()),
+            note="x86 without VNNI: int8 weights use 7 bits" if int8_saturates(cpu_flags()) else "",
+        )  # fmt: skip
+
+    def measure(self, paths: Sequence[Path], *, seconds_each: float = 1.0) -> list[Measurement]:
+        request = {"kind": "measure", "paths": [str(path) for path in paths], "seconds_each": seconds_each, "threads": self.profile.threads}
+        answer = _ask(request, TIMEOUT_S + 30 * seconds_each * len(paths))
+        if "error" in answer:
+            raise PolicyFailure(f"ONNX Runtime cannot run {paths[answer['index']].name}: {answer['error']}")
+        environment = self.environment()
+        return [
+            summarise(rounds, first_call=first, environment=environment)
+            for rounds, first in zip(answer["rounds"], answer["firsts"], strict=True)
+        ]
+
+    def measure_many(self, models: Sequence[bytes], *, seconds_each: float = 0.02) -> list[float | None]:
+        encoded = [base64.b64encode(model).decode() for model in models]
+        request = {"kind": "many", "models": encoded, "seconds_each": seconds_each, "threads": self.profile.threads}
+        medians: list[float | None] = _ask(request, TIMEOUT_S + len(models))["medians"]
+        return medians
+
+    def environment(self) -> dict[str, str]:
+        flags = cpu_flags()
+        return {
+            "processor": cpu_name(),
+            "flags": " ".join(flag for flag in FLAGS if flag in flags),
+            "cpus": str(os.cpu_count()),
+            "governor": _governor(),
+            "load": f"{os.getloadavg()[0]:.2f}",
+            "threads": str(self.profile.threads),
+            "onnxruntime": metadata.version("onnxruntime"),
+            "python": platform.python_version(),
+            "system": platform.platform(),
+        }
+
+
+def int8_saturates(flags: frozenset[str]) -> bool:
+    """Whether uint8 x int8 products are added in 16 bits: x86 processors without VNNI."""
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
+    return is_x86 and not flags & {"avx512_vnni", "avx_vnni", "amx_int8"}
+
+
+def cpu_flags() -> frozenset[str]:
+    """Instruction sets that Linux reports; empty elsewhere."""
+    line = _cpuinfo("flags") or _cpuinfo("Features")
+    return frozenset(line.split())
+
+
+def cpu_name() -> str:
+    """The processor's name as the system tells it."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(key: str) -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.partition(":")[0].strip() == key:
+                return line.partition(":")[2].strip()
+    return ""
+
+
+def _governor() -> str:
+    try:
+        return Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text().strip()
+    except OSError:
+        return "unknown"
+
+
+@contextlib.contextmanager
+def _exclusive() -> Iterator[None]:
+    """One measuring at a time on this machine, whoever asks."""
+    path = Path(tempfile.gettempdir()) / f"autocompress-device-{os.getuid()}.lock"
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _ask(request: dict[str, Any], timeout: float) -> dict[str, Any]:
+    command = [sys.executable, "-m", "autocompress.devices.child"]
+    search_path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    environment = os.environ | {"PYTHONPATH": search_path, "OMP_NUM_THREADS": str(request["threads"])}
+    with _exclusive():
+        try:
+            done = subprocess.run(
+                command, input=json.dumps(request), capture_output=True, text=True, timeout=timeout, env=environment, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise PolicyFailure(f"measurement timeout: the runtime must answer within {timeout:.0f} s") from None
+    if done.returncode < 0:
+        raise PolicyFailure(f"the runtime crashed with {signal.Signals(-done.returncode).name}")
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise DeviceUnavailable(f"ONNX Runtime failed in its process: {last[0]}", hint="run `autocompress doctor`")
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer

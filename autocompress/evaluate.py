@@ -1,0 +1,59 @@
+"""Score the exported file with the real runtime, and a live model where no file is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autocompress.data import Data, Split
+from autocompress.errors import PolicyFailure
+from autocompress.records import Score
+
+
+def score_outputs(outputs: Tensor, targets: Tensor, data: Data) -> Score:
+    """The task's score of a split's outputs. Raises PolicyFailure for outputs that are not finite."""
+    if not bool(torch.isfinite(outputs).all()):
+        raise PolicyFailure("the outputs of a model must be finite, but some are NaN or infinite")
+    if data.score is not None:
+        value = float(data.score(outputs, targets))
+    else:
+        value = float((outputs.argmax(1) == targets).float().mean())
+    return Score(name=data.score_name, value=value, n=len(targets))
+
+
+@torch.inference_mode()
+def score_model(model: nn.Module, data: Data, split: Split, *, batch_size: int = 256) -> Score:
+    """Score a live model in eval mode."""
+    model.eval()
+    outputs = torch.cat([model(inputs).float() for inputs, _ in data.batches(split, batch_size)])
+    return score_outputs(outputs, split.targets, data)
+
+
+def run_artifact(path: Path, data: Data, split: Split, batch: int) -> Tensor:
+    """Outputs of an exported classifier for a whole split, run by ONNX Runtime at the deployment batch."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    outputs = [session.run(None, {name: inputs})[0][:count] for inputs, count in _full_batches(data, split, batch)]
+    return torch.from_numpy(np.concatenate(outputs))
+
+
+def _full_batches(data: Data, split: Split, batch: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Batches of exactly `batch` inputs: a file with a fixed batch takes no other; the last is filled up with repeats."""
+    for inputs, _ in data.batches(split, batch):
+        count = len(inputs)
+        if count < batch:
+            inputs = torch.cat([inputs, inputs[:1].expand(batch - count, *inputs.shape[1:])])
+        yield inputs.numpy(), count
+
+
+def score_artifact(path: Path, data: Data, split: Split, batch: int) -> Score:
+    """Score the file that ships, run by the runtime that will run it."""
+    return score_outputs(run_artifact(path, data, split, batch), split.targets, data)

@@ -1,0 +1,42 @@
+"""Whether the exported file computes what the student computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autocompress.errors import PolicyFailure
+
+FLOAT_TOLERANCE = 1e-4
+INT8_AGREEMENT = 0.995
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Differences of two sets of outputs; `relative` is against max(1, max |expected|)."""
+
+    relative: float
+    top1_agreement: float
+    n: int
+
+
+def compare(expected: Tensor, actual: Tensor) -> Parity:
+    """Compare the student's outputs (n x ...) with the file's."""
+    if expected.shape != actual.shape:
+        raise PolicyFailure(f"the file's outputs must have shape {tuple(expected.shape)}, but have {tuple(actual.shape)}")
+    scale = max(1.0, float(expected.abs().max()))
+    agreement = 1.0
+    if expected.dim() == 2 and expected.shape[1] > 1:
+        agreement = float((expected.argmax(1) == actual.argmax(1)).float().mean())
+    relative = float((expected - actual).abs().max()) / scale
+    return Parity(relative if torch.isfinite(actual).all() else float("inf"), agreement, len(expected))
+
+
+def require_parity(parity: Parity, *, quantized: bool) -> None:
+    """Raises PolicyFailure unless float32 outputs agree to 1e-4, or int8 decisions on 99.5 % of the inputs."""
+    if not quantized and not parity.relative <= FLOAT_TOLERANCE:
+        raise PolicyFailure(f"export mismatch: float32 outputs must agree to {FLOAT_TOLERANCE}, but differ by {parity.relative:.2g}")
+    if quantized and not (parity.top1_agreement >= INT8_AGREEMENT and parity.relative < float("inf")):
+        raise PolicyFailure(f"export mismatch: int8 decisions must agree on {100 * INT8_AGREEMENT} % of the inputs, but do on {100 * parity.top1_agreement:.2f} %")

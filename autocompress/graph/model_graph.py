@@ -1,0 +1,348 @@
+"""Graph: what can be compressed in a network, and what a policy makes of it, without touching weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from torch import Tensor, fx, nn
+
+from autocompress.errors import UsageError
+from autocompress.graph.blocks import Branch, drop, find_branches
+from autocompress.graph.channels import Channels, Layout, Role, frozen_roots, group_ids, propagate
+from autocompress.graph.importance import channel_scores
+from autocompress.graph.nodes import fused, int8_tensors, kind_of, module_of
+from autocompress.graph.resize import Roots, Selection, run_ends, select
+from autocompress.graph.trace import OPAQUE, trace
+from autocompress.policy import Policy
+from autocompress.records import Operator, OperatorKind, Shape, Workload
+from autocompress.references import nearest
+
+OPERATOR_KINDS: tuple[OperatorKind, ...] = ("conv", "linear", "add", "mul", "pool", "norm", "activation", "concat", "pad", "slice")
+CACHED_SHAPES = 256
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that can be removed or added one by one, in all tensors that share them.
+
+    stream: a residual stream, that is, the channels pass through an addition.
+    producers, consumers: names of the layers that write and read them.
+    """
+
+    name: str
+    size: int
+    prunable: bool
+    reason: str
+    stream: bool
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual branch that can be dropped; `stream` is the channel group that it adds to."""
+
+    name: str
+    stream: str | None
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer; `group` is the channel group that it was first to write, if that may change."""
+
+    name: str
+    kind: str
+    in_channels: int
+    out_channels: int
+    params: int
+    group: str | None
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A part that stays as it is, and why."""
+
+    name: str
+    reason: str
+
+
+class Graph:
+    """A traced network with its channel groups, droppable blocks and layers.
+
+    The network passed to `trace` is copied; nothing here changes it or the copy.
+    """
+
+    def __init__(self, module: fx.GraphModule, example: tuple[Tensor, ...], opaque_reason: str) -> None:
+        self.module = module
+        self.example = example
+        self.opaque_reason = opaque_reason
+        self._channels = propagate(module) if not opaque_reason else Channels()
+        self._roots = {name: self._channels.roots(layout) for name, layout in self._channels.layouts.items()}
+        self._members: dict[str, Roots] = {}
+        self.groups = self._find_groups()
+        self._branches = find_branches(module) if not opaque_reason else []
+        self.layers = self._find_layers()
+        self.blocks = tuple(self._block(branch) for branch in self._branches)
+        self.frozen = self._find_frozen()
+        self._order, self._ends = self._rank_channels()
+        self._without = lru_cache(CACHED_SHAPES)(self._drop_copy)
+
+    @classmethod
+    def trace(cls, model: nn.Module, example: tuple[Tensor, ...]) -> Graph:
+        """Trace a model on a batch of example inputs. Raises UsageError when the model does not run on it."""
+        traced = trace(model, example)
+        return cls(traced.module, example, traced.reason)
+
+    # -- what a policy makes of the network -----------------------------------------------------------------------
+
+    def require_known(self, policy: Policy) -> None:
+        """Raises UsageError when the policy names a group, block or layer that is not here, or one that must not change."""
+        groups = {group.name for group in self.groups if group.prunable}
+        blocks, layers = {block.name for block in self.blocks}, {layer.name for layer in self.layers}
+        for what, names, known in (
+            ("channel group", [*policy.student.widths, *policy.prune.ratios], groups),
+            ("block", policy.student.drop, blocks),
+            ("layer", policy.quant.layers, layers),
+        ):
+            for name in names:
+                if name not in known:
+                    raise UsageError(f"the policy names the {what} {name!r}, which this network does not have or cannot change", hint=nearest(name, known))
+
+    def sizes(self, policy: Policy, multiple: int = 1) -> dict[str, int]:
+        """Channels of every group that the policy may change."""
+        return {g.name: policy.channels(g.name, g.size, multiple) for g in self.groups if g.prunable}
+
+    def selection(self, policy: Policy, multiple: int = 1) -> Selection:
+        """Which channels stay, and where new ones go."""
+        return select(len(self._channels.parents), self._members, self.sizes(policy, multiple), self._order, self._ends)
+
+    def roots(self, node: str) -> Roots | None:
+        """Id classes of a node's channels; None where it has none."""
+        return self._roots.get(node)
+
+    def layout(self, node: str) -> Layout | None:
+        """Channel layout of a node; None where it has none."""
+        return self._channels.layouts.get(node)
+
+    def without(self, dropped: tuple[str, ...]) -> fx.GraphModule:
+        """The traced network without these blocks; shared and read-only: copy it before a change."""
+        return self._without(dropped)
+
+    def workload(self, policy: Policy, multiple: int = 1) -> Workload:
+        """Operators and weight bytes of the policy's student, by arithmetic on shapes alone."""
+        module = self.without(policy.student.drop)
+        selection = self.selection(policy, multiple)
+        held = int8_tensors(module, policy.quant.of)
+        operators: list[Operator] = []
+        inner: set[str] = set()
+        for node in module.graph.nodes:
+            kind = kind_of(node, module)
+            if node.name in inner or kind not in OPERATOR_KINDS or "shape" not in node.meta:
+                continue
+            chain = fused(node, module)
+            inner |= {part.name for part in (chain.norm, chain.relu) if part is not None}
+            operators.append(self._operator(node, module, selection, policy, held, chain.activation, kind))  # type: ignore[arg-type]
+        return Workload(operators=tuple(operators), weight_bytes=sum(map(weight_bytes, operators)) + self._opaque_bytes(policy))
+
+    def describe(self, policy: Policy, multiple: int = 1) -> list[dict[str, Any]]:
+        """Per layer in depth order: channels of teacher and student, bits, and whether its block is dropped."""
+        selection = self.selection(policy, multiple)
+        gone = {layer for block in self.blocks if block.name in policy.student.drop for layer in block.layers}
+        rows = []
+        for layer in self.layers:
+            roots = self._roots.get(self._node_of[layer.name]) if not self.opaque_reason else None
+            channels = selection.size(roots) if roots is not None else layer.out_channels
+            rows.append({
+                "name": layer.name, "kind": layer.kind, "teacher_channels": layer.out_channels,
+                "channels": 0 if layer.name in gone else channels, "bits": policy.quant.of(layer.name), "dropped": layer.name in gone,
+            })  # fmt: skip
+        return rows
+
+    # -- construction ---------------------------------------------------------------------------------------------
+
+    def _find_groups(self) -> tuple[ChannelGroup, ...]:
+        reasons = frozen_roots(self._channels)
+        position = {node.name: index for index, node in enumerate(self.module.graph.nodes)}
+        target = {node.name: str(node.target) for node in self.module.graph.nodes}
+        groups, taken = [], Counter[str]()
+        for roles, members in sorted(group_ids(self._channels), key=lambda item: min(position[r.node] for r in item[0])):
+            makers = sorted((r for r in roles if r.part in ("out", "depthwise")), key=lambda r: position[r.node])
+            if not makers:
+                continue
+            name = target[makers[0].node]
+            taken[name] += 1
+            name = name if taken[name] == 1 else f"{name}#{taken[name]}"
+            reason = next((reasons[root] for root in members.tolist() if root in reasons), "")
+            self._members[name] = members
+            groups.append(
+                ChannelGroup(
+                    name=name, size=len(members), prunable=not reason, reason=reason,
+                    stream=any(role.part == "add" for role in roles),
+                    producers=tuple(target[r.node] for r in makers), consumers=_targets(roles, "in", position, target),
+                )
+            )
+        return tuple(groups)
+
+    def _find_layers(self) -> tuple[Layer, ...]:
+        if self.opaque_reason:
+            inside = self.module.get_submodule(OPAQUE).named_modules()
+            pairs = [(f"{OPAQUE}.{name}", module) for name, module in inside]
+            self._node_of: dict[str, str] = {}
+            return tuple(_layer(name, module, None) for name, module in pairs if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)))
+        nodes = {str(n.target): n for n in self.module.graph.nodes if kind_of(n, self.module) in ("conv", "linear")}
+        self._node_of = {name: node.name for name, node in nodes.items()}
+        return tuple(_layer(name, module_of(node, self.module), self._born_at(node)) for name, node in nodes.items())
+
+    def _born_at(self, node: fx.Node) -> str | None:
+        """Of the groups that share a tensor, the one that is produced first the latest: the group of this stage."""
+        roots = set(self._roots.get(node.name, np.zeros(0, dtype=np.int64)).tolist())
+        sharing = [g for g in self.groups if roots & set(self._members[g.name].tolist())]
+        order = {str(n.target): i for i, n in enumerate(self.module.graph.nodes)}
+        return max(sharing, key=lambda g: order[g.producers[0]]).name if sharing else None
+
+    def _block(self, branch: Branch) -> Block:
+        group_of = {layer.name: layer.group for layer in self.layers}
+        layers = tuple(name for name in branch.modules if name in group_of)
+        return Block(branch.name, group_of[layers[-1]], layers)
+
+    def _find_frozen(self) -> tuple[Frozen, ...]:
+        if self.opaque_reason:
+            return (Frozen("the whole network", self.opaque_reason),)
+        return tuple(Frozen(group.name, group.reason) for group in self.groups if not group.prunable)
+
+    def _rank_channels(self) -> tuple[dict[str, Roots], dict[str, Roots]]:
+        scores = channel_scores(self.module, self._channels)
+        order = {name: members[np.lexsort((members, -scores[members]))] for name, members in self._members.items()}
+        layouts = list({roots.tobytes(): roots for roots in self._roots.values()}.values())
+        return order, {name: run_ends(members, layouts) for name, members in self._members.items()}
+
+    def _drop_copy(self, dropped: tuple[str, ...]) -> fx.GraphModule:
+        if not dropped:
+            return self.module
+        graph = fx.Graph()
+        values: dict[fx.Node, fx.Node] = {}
+        output = graph.graph_copy(self.module.graph, values)
+        graph.output(output)
+        module = fx.GraphModule(_references(self.module), graph)
+        drop(module, [branch for branch in self._branches if branch.name in dropped])
+        return module
+
+    def _operator(self, node: fx.Node, module: fx.GraphModule, selection: Selection, policy: Policy, held: dict[str, str],
+                  activation: str | None, kind: OperatorKind) -> Operator:
+        inputs = tuple(self._shape(source, selection) for source in node.all_input_nodes if "shape" in source.meta)
+        output = self._shape(node, selection)
+        int8 = kind in ("conv", "linear") and policy.quant.of(str(node.target)) == 8
+        chain = fused(node, module)
+        common = {
+            "name": str(node.target) if node.op == "call_module" else node.name, "kind": kind, "inputs": inputs, "output": output,
+            "activation": activation or (_activation_name(node, module) if kind == "activation" else None),
+            "bits": 8 if int8 or held.get(chain.tail.name) == "follows" else 32,
+        }  # fmt: skip
+        layer = module_of(node, module)
+        if kind not in ("conv", "linear"):
+            return Operator(**common, **_window(node, module))
+        assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
+        has_bias = layer.bias is not None or chain.norm is not None
+        channels_out = output[1] if kind == "conv" else output[-1]
+        weight_bits = policy.quant.of(str(node.target))
+        if isinstance(layer, nn.Linear):
+            return Operator(**common, weight_bits=weight_bits, params=channels_out * (inputs[0][-1] + has_bias))
+        depthwise = layer.groups > 1 and layer.groups == layer.in_channels == layer.out_channels
+        groups = channels_out if depthwise else layer.groups
+        per_filter = inputs[0][1] // groups * math.prod(layer.kernel_size)
+        padding = layer.padding if not isinstance(layer.padding, str) else ()
+        return Operator(
+            **common, weight_bits=weight_bits, params=channels_out * (per_filter + has_bias), groups=groups,
+            kernel=tuple(layer.kernel_size), stride=tuple(layer.stride), padding=tuple(padding), dilation=tuple(layer.dilation),
+        )
+
+    def _shape(self, node: fx.Node, selection: Selection) -> Shape:
+        shape = node.meta["shape"]
+        layout, roots = self._channels.layouts.get(node.name), self._roots.get(node.name)
+        if layout is None or roots is None:
+            return shape
+        return (*shape[: layout.axis], selection.size(roots) * layout.repeat, *shape[layout.axis + 1 :])
+
+    def _opaque_bytes(self, policy: Policy) -> int:
+        """Weight bytes of a network that could not be traced: its layers by their bits, everything else in float32."""
+        if not self.opaque_reason:
+            return 0
+        total = sum(4 * p.numel() for p in self.module.parameters())
+        return total - sum(4 * l.params - _packed(l.params, l.out_channels, policy.quant.of(l.name)) for l in self.layers)
+
+
+def _targets(roles: frozenset[Role], part: str, position: dict[str, int], target: dict[str, str]) -> tuple[str, ...]:
+    nodes = sorted({role.node for role in roles if role.part == part}, key=lambda name: position[name])
+    return tuple(target[node] for node in nodes)
+
+
+def _layer(name: str, module: nn.Module | None, group: str | None) -> Layer:
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
+    params = sum(p.numel() for p in module.parameters())
+    if isinstance(module, nn.Linear):
+        return Layer(name, "linear", module.in_features, module.out_features, params, group)
+    return Layer(name, "conv", module.in_channels, module.out_channels, params, group)
+
+
+def _references(module: fx.GraphModule) -> nn.Module:
+    """The same modules under a new root, so that a graph can lose some of them; weights are shared."""
+    root = nn.Module()
+    for name, child in module.named_children():
+        root.add_module(name, _shell(child))
+    for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        setattr(root, name, value)
+    return root
+
+
+def _shell(module: nn.Module) -> nn.Module:
+    """A container is copied without its leaves' weights; a leaf is shared."""
+    if not list(module.children()):
+        return module
+    shell = copy.copy(module)
+    shell._modules = {name: _shell(child) if child is not None else None for name, child in module._modules.items()}
+    return shell
+
+
+def _activation_name(node: fx.Node, module: fx.GraphModule) -> str:
+    layer = module_of(node, module)
+    if layer is not None:
+        return type(layer).__name__.lower()
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "activation")
+
+
+def _window(node: fx.Node, module: fx.GraphModule) -> dict[str, tuple[int, ...]]:
+    """Kernel, stride and padding of a pooling layer, where it is a module with a window."""
+    layer = module_of(node, module)
+    if not isinstance(layer, (nn.MaxPool2d, nn.AvgPool2d)):
+        return {}
+
+    def pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
+        return (value, value) if isinstance(value, int) else tuple(value)
+
+    return {"kernel": pair(layer.kernel_size), "stride": pair(layer.stride), "padding": pair(layer.padding)}
+
+
+def weight_bytes(operator: Operator) -> int:
+    """Bytes that an operator's weights and biases take in the file."""
+    if operator.kind not in ("conv", "linear"):
+        return 4 * operator.params
+    return _packed(operator.params, operator.output[1] if operator.kind == "conv" else operator.output[-1], operator.weight_bits)
+
+
+def _packed(params: int, channels: int, bits: int) -> int:
+    """Containers of 4, 8, 16 or 32 bits; below 16 with one float32 scale and one zero point a channel."""
+    if bits == 32:
+        return 4 * params
+    if bits == 16:
+        return 2 * params
+    container = 4 if bits <= 4 else 8
+    return math.ceil(params * container / 8) + 5 * channels
+
+

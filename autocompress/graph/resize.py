@@ -1,0 +1,69 @@
+"""New layouts: which channels stay, and where added ones go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Roots = NDArray[np.int64]
+NEW = -1
+
+
+@dataclass(frozen=True)
+class Selection:
+    """For every id class: whether it stays (`keep`), and how many new channels follow it (`added`)."""
+
+    keep: NDArray[np.bool_]
+    added: NDArray[np.int64]
+
+    def size(self, roots: Roots) -> int:
+        """Number of channels that a layout has afterwards."""
+        return int(self.keep[roots].sum() + self.added[roots].sum())
+
+    def index(self, roots: Roots, repeat: int = 1) -> Roots:
+        """For each new position the old one that it takes its weights from, or NEW."""
+        positions: list[Roots] = []
+        for position, root in enumerate(roots.tolist()):
+            if self.keep[root]:
+                positions.append(np.arange(position * repeat, (position + 1) * repeat))
+            if self.added[root]:
+                positions.append(np.full(int(self.added[root]) * repeat, NEW))
+        return np.concatenate(positions) if positions else np.zeros(0, dtype=np.int64)
+
+    def changes(self, roots: Roots) -> bool:
+        return not bool(self.keep[roots].all()) or bool(self.added[roots].any())
+
+
+def select(n_classes: int, members: Mapping[str, Roots], sizes: Mapping[str, int], order: Mapping[str, Roots],
+           ends: Mapping[str, Roots]) -> Selection:
+    """Choose channels for new group sizes.
+
+    Args:
+        members: group -> its classes. sizes: group -> new number of channels (groups left out keep theirs).
+        order: group -> classes, most important first. ends: group -> last class of each of its contiguous runs; added
+            channels are spread equally over them, so that every tensor that shares the group stays aligned.
+    """
+    keep = np.ones(n_classes, dtype=bool)
+    added = np.zeros(n_classes, dtype=np.int64)
+    for group, size in sizes.items():
+        extra = size - len(members[group])
+        if extra < 0:
+            keep[order[group][size:]] = False
+        elif extra > 0:
+            share, rest = divmod(extra, len(ends[group]))
+            added[ends[group]] = share
+            added[ends[group][:rest]] += 1
+    return Selection(keep, added)
+
+
+def run_ends(members: Roots, layouts: Iterable[Roots]) -> Roots:
+    """Classes of a group after which, in some layout, a channel of another group follows; at least the last class."""
+    inside = set(members.tolist())
+    ends: set[int] = set()
+    for roots in layouts:
+        row = roots.tolist()
+        ends |= {row[i] for i in range(len(row)) if row[i] in inside and (i + 1 == len(row) or row[i + 1] not in inside)}
+    return np.array(sorted(ends or {int(members[-1])}), dtype=np.int64)

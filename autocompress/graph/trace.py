@@ -1,0 +1,125 @@
+"""Trace a user's network into a `torch.fx.GraphModule` whose leaves are modules of torch.nn.
+
+The user's model is copied first and never touched. What cannot be traced becomes an *opaque* graph, one call of the whole copy: its layers
+can still be quantized and distilled, but nothing of its structure can change.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from autocompress.errors import UsageError
+from autocompress.graph.nodes import annotate_kinds
+
+OPAQUE = "model"
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A traced copy of the model in eval mode; `reason` says why it is opaque, or is empty."""
+
+    module: fx.GraphModule
+    reason: str = ""
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        from torchvision.ops import StochasticDepth
+
+        return isinstance(m, StochasticDepth) or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(model: nn.Module, example: tuple[Tensor, ...]) -> Traced:
+    """Trace `model` on a batch of example inputs; every tensor node carries `meta["shape"]`, batch included.
+
+    Raises UsageError when the model itself does not run on the example.
+    """
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        duplicate = copy.deepcopy(model).cpu().eval()
+        try:
+            expected = duplicate(*example)
+        except Exception as error:  # whatever the user's own code raises
+            raise UsageError(f"the model does not run on its example input: {type(error).__name__}: {error}") from None
+        try:
+            module = _symbolic(duplicate)
+            if not _same(module(*example), expected):
+                return _opaque(duplicate, example, "the traced network computes something else")
+        except Exception as error:  # torch.fx raises many kinds, and runs the user's own code
+            return _opaque(duplicate, example, f"torch.fx cannot trace it: {_first_line(error)}")
+        annotate_shapes(module, example)
+        return Traced(module)
+
+
+def _symbolic(model: nn.Module) -> fx.GraphModule:
+    module = fx.GraphModule(model, _Tracer().trace(model))
+    _normalise(module)
+    module.graph.lint()
+    module.recompile()
+    return module.eval()
+
+
+def _normalise(module: fx.GraphModule) -> None:
+    """Out-of-place operators only, so that blocks can be removed without aliasing; no identities."""
+    swaps = {operator.iadd: operator.add, operator.imul: operator.mul}
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and node.target in swaps:
+            node.target = swaps[node.target]
+        if node.op == "call_method" and node.target in ("add_", "mul_", "relu_"):
+            node.target = str(node.target)[:-1]
+        if node.op == "call_module" and type(module.get_submodule(str(node.target))) is nn.Identity:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            module.graph.erase_node(node)
+    for leaf in module.modules():
+        if hasattr(leaf, "inplace"):
+            leaf.inplace = False
+    module.delete_all_unused_submodules()
+    annotate_kinds(module)
+
+
+def _opaque(model: nn.Module, example: tuple[Tensor, ...], reason: str) -> Traced:
+    root = nn.Module()
+    root.add_module(OPAQUE, model)
+    graph = fx.Graph()
+    inputs = [graph.placeholder(f"input_{index}") for index in range(len(example))]
+    graph.output(graph.call_module(OPAQUE, tuple(inputs)))
+    module = fx.GraphModule(root, graph).eval()
+    annotate_shapes(module, example)
+    return Traced(module, reason)
+
+
+def _same(outputs: Any, expected: Any) -> bool:
+    if isinstance(expected, Tensor):
+        return isinstance(outputs, Tensor) and torch.allclose(outputs, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    if isinstance(expected, dict):
+        return isinstance(outputs, dict) and all(key in outputs and _same(outputs[key], expected[key]) for key in expected)
+    if isinstance(expected, (tuple, list)):
+        return len(outputs) == len(expected) and all(_same(a, b) for a, b in zip(outputs, expected, strict=True))
+    return bool(outputs == expected)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+class _Shapes(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        n.meta.pop("shape", None)
+        if isinstance(value, Tensor):
+            n.meta["shape"] = tuple(value.shape)
+        return value
+
+
+@torch.inference_mode()
+def annotate_shapes(module: fx.GraphModule, example: tuple[Tensor, ...]) -> None:
+    """Write `meta["shape"]` of every tensor node by running the example."""
+    with torch.random.fork_rng(devices=[]):
+        _Shapes(module).run(*example)

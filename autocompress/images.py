@@ -1,0 +1,68 @@
+"""Decode a folder of class folders into one uint8 array, once; later runs map the file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autocompress.errors import UsageError
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+RESIZE = 256 / 224  # shorter side against crop, the usual evaluation of ImageNet models
+
+
+def cache_folder() -> Path:
+    """Where autocompress keeps what can be made again (XDG base directories)."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "autocompress"
+
+
+def decode_folder(folder: Path, size: int) -> tuple[tuple[Tensor, Tensor], list[str]]:
+    """((images n x 3 x size x size uint8, labels n), class names in order) of `folder/CLASS/*.jpg`.
+
+    Images are resized and cropped in the middle. Raises UsageError for an empty folder or a broken image.
+    """
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    files = [(p, i) for i, c in enumerate(classes) for p in sorted((folder / c).rglob("*")) if p.suffix.lower() in EXTENSIONS]
+    if not files:
+        raise UsageError(f"{str(folder)!r} must hold one folder a class with images in it, but there is none")
+    labels = torch.tensor([label for _, label in files], dtype=torch.long)
+    return (torch.from_numpy(_decoded(folder, [path for path, _ in files], size)), labels), classes
+
+
+def _decoded(folder: Path, files: list[Path], size: int) -> np.ndarray:
+    stamp = "\n".join(f"{p}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
+    name = hashlib.sha256(f"{folder.resolve()}\n{size}\n{stamp}".encode()).hexdigest()[:24]
+    target = cache_folder() / "images" / f"{name}.npy"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}.npy")
+        array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=(len(files), 3, size, size))
+
+        def store(item: tuple[int, Path]) -> None:
+            array[item[0]] = _decode(item[1], size)
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(store, enumerate(files)))
+        array.flush()
+        partial.replace(target)
+    return np.load(target, mmap_mode="c")
+
+
+def _decode(path: Path, size: int) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+    except OSError as error:
+        raise UsageError(f"the image {str(path)!r} cannot be read: {error}", hint="remove or replace it") from None
+    scale = round(size * RESIZE) / min(image.size)
+    image = image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.BILINEAR)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)

@@ -1,0 +1,19 @@
+"""LatencyModel: what a policy's student will take on a device, before it exists. A model predicts; only a device measures."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from autocompress.records import Prediction, Workload
+
+
+class LatencyModel(ABC):
+    """Predicts seconds from a workload. Pure and fast: no weights, no device."""
+
+    @abstractmethod
+    def predict(self, workload: Workload) -> Prediction:
+        """Seconds of one call, with a 90 % interval."""
+
+    @abstractmethod
+    def explain(self, workload: Workload) -> list[tuple[str, float]]:
+        """(operator name, seconds) in execution order; together with the overhead of a call they make the prediction."""

@@ -1,0 +1,90 @@
+"""FittedLatencyModel: the operator table, corrected on whole networks.
+
+Alone in a loop an operator finds its data in the caches, and a runtime fuses, converts and schedules more than single operators show. So
+latency = call overhead + sum over classes of (scale * seconds by the table) + cost an operator, with the scales and the cost fitted
+on measured networks, in relative error, pulled towards what the table says (ridge). Re-fitted as a search measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+from scipy.stats import spearmanr
+
+from autocompress.latency.base import LatencyModel
+from autocompress.latency.table import OperatorTable
+from autocompress.records import Operator, Prediction, Workload
+
+CLASSES = ("conv8", "conv32", "other")
+RIDGE = 0.15
+OPERATOR_COST_S = 1e-6
+UNFITTED_SPREAD = 0.3
+COVERAGE = 0.9
+LEAST_TO_FIT = 3
+
+
+class FittedLatencyModel(LatencyModel):
+    """Predicts whole networks; `fit` it on (workload, measured seconds) pairs."""
+
+    def __init__(self, table: OperatorTable) -> None:
+        self.table = table
+        self._scales = np.array([1.0] * len(CLASSES) + [0.0])
+        self._spread = UNFITTED_SPREAD
+        self._errors: list[tuple[float, float]] = []
+
+    def predict(self, workload: Workload) -> Prediction:
+        value = self.table.call_overhead + float(self._features(workload) @ self._scales)
+        return Prediction(value=value, low=value / (1 + self._spread), high=value * (1 + self._spread))
+
+    def explain(self, workload: Workload) -> list[tuple[str, float]]:
+        cost = self._scales[-1] * OPERATOR_COST_S
+        return [(o.name, self.table.estimate(o) * self._scales[CLASSES.index(_class_of(o))] + cost) for o in workload.operators]
+
+    def fit(self, pairs: Sequence[tuple[Workload, float]]) -> None:
+        """Fit the correction, and the interval from what each pair would have been predicted without itself."""
+        if len(pairs) < LEAST_TO_FIT:
+            return
+        features = np.array([self._features(workload) for workload, _ in pairs])
+        seconds = np.array([measured for _, measured in pairs]) - self.table.call_overhead
+        seconds = np.maximum(seconds, 1e-7)
+        left_out = []
+        for index in range(len(pairs)):
+            others = np.arange(len(pairs)) != index
+            scales = _solve(features[others], seconds[others])
+            left_out.append((float(features[index] @ scales), float(seconds[index])))
+        self._scales = _solve(features, seconds)
+        self._errors = left_out
+        relative = np.array([abs(predicted / measured - 1) for predicted, measured in left_out])
+        rank = min(len(relative) - 1, int(np.ceil(COVERAGE * (len(relative) + 1))) - 1)
+        self._spread = max(0.02, float(np.sort(relative)[rank]))
+
+    def held_out_error(self) -> dict[str, float | int | None]:
+        """Median relative error and Spearman's rho, each network predicted by a fit without it."""
+        if not self._errors:
+            return {"median_error": None, "spearman": None, "n": 0}
+        predicted, measured = (np.array(side) for side in zip(*self._errors, strict=True))
+        rho = float(spearmanr(predicted, measured).statistic) if len(predicted) > 2 else None
+        return {"median_error": float(np.median(np.abs(predicted / measured - 1))), "spearman": rho, "n": len(predicted)}
+
+    def _features(self, workload: Workload) -> NDArray[np.float64]:
+        sums = dict.fromkeys(CLASSES, 0.0)
+        for operator in workload.operators:
+            sums[_class_of(operator)] += self.table.estimate(operator)
+        return np.array([*sums.values(), OPERATOR_COST_S * len(workload.operators)])
+
+
+def _class_of(operator: Operator) -> str:
+    return f"conv{operator.bits}" if operator.kind in ("conv", "linear") else "other"
+
+
+def _solve(features: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Non-negative scales with least relative error; ridge towards 1 for the classes and 0 for the cost an operator."""
+    n = features.shape[1]
+    prior = np.array([1.0] * (n - 1) + [0.0])
+    rows = np.vstack([features / seconds[:, None], RIDGE * np.eye(n)])
+    targets = np.concatenate([np.ones(len(seconds)), RIDGE * prior])
+    scales: NDArray[np.float64] = nnls(rows, targets)[0]
+    return scales

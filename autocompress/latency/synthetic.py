@@ -1,0 +1,169 @@
+"""ONNX models of single operators, to measure what each costs. Int8 operators have the form that runtimes fuse: uint8 in, uint8 out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from autocompress.records import Operator, Shape
+
+OPSET, IR_VERSION = 21, 10
+SCALE, ZERO_POINT = 0.05, 0
+WEIGHT_REACH = 60
+"""int8 weights stay within 7 bits, so that no processor saturates; speed does not depend on values."""
+ACTIVATIONS = {
+    "relu": "Relu", "relu6": "Relu", "hardswish": "HardSwish", "hardsigmoid": "HardSigmoid", "sigmoid": "Sigmoid", "tanh": "Tanh",
+    "gelu": "Gelu", "elu": "Elu", "leakyrelu": "LeakyRelu", "leaky_relu": "LeakyRelu", "mish": "Mish",
+}  # fmt: skip
+
+
+@dataclass
+class _Builder:
+    """Collects nodes and initialisers of a small graph."""
+
+    int8: bool
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    constants: list[TensorProto] = field(default_factory=list)
+    inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        self.constants.append(numpy_helper.from_array(value, name))
+        return name
+
+    def node(self, kind: str, inputs: list[str], **attributes: object) -> str:
+        name = f"value_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, inputs, [name], **attributes))
+        return name
+
+    def input(self, shape: Shape) -> str:
+        name = f"input_{len(self.inputs)}"
+        kind = TensorProto.UINT8 if self.int8 else TensorProto.FLOAT
+        self.inputs.append(helper.make_tensor_value_info(name, kind, shape))
+        return self.node("DequantizeLinear", [name, *self._range(f"{name}_range")]) if self.int8 else name
+
+    def _range(self, name: str) -> list[str]:
+        scale = self.constant(f"{name}_scale", np.array(SCALE, dtype=np.float32))
+        return [scale, self.constant(f"{name}_zero", np.array(ZERO_POINT, dtype=np.uint8))]
+
+    def weight(self, shape: Shape, axis: int) -> str:
+        generator = np.random.default_rng(0)
+        if not self.int8:
+            return self.constant("weight", generator.standard_normal(shape).astype(np.float32) / math.sqrt(math.prod(shape[1:])))
+        values = self.constant("weight_int", generator.integers(-WEIGHT_REACH, WEIGHT_REACH + 1, shape, dtype=np.int8))
+        scale = self.constant("weight_scale", np.full(shape[axis], 0.01, dtype=np.float32))
+        zero = self.constant("weight_zero", np.zeros(shape[axis], dtype=np.int8))
+        return self.node("DequantizeLinear", [values, scale, zero], axis=axis)
+
+    def bias(self, n: int) -> str:
+        if not self.int8:
+            return self.constant("bias", np.zeros(n, dtype=np.float32))
+        values = self.constant("bias_int", np.zeros(n, dtype=np.int32))
+        scale = self.constant("bias_scale", np.full(n, 0.01 * SCALE, dtype=np.float32))
+        return self.node("DequantizeLinear", [values, scale], axis=0)
+
+    def model(self, value: str, shape: Shape) -> bytes:
+        kind = TensorProto.UINT8 if self.int8 else TensorProto.FLOAT
+        if self.int8:
+            value = self.node("QuantizeLinear", [value, *self._range("output_range")])
+        output = helper.make_tensor_value_info(value, kind, shape)
+        graph = helper.make_graph(self.nodes, "operator", self.inputs, [output], self.constants)
+        made: bytes = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION).SerializeToString()
+        return made
+
+
+def empty_model(shape: Shape) -> bytes:
+    """A model that does nothing: what a call costs by itself."""
+    builder = _Builder(int8=False)
+    return builder.model(builder.node("Identity", [builder.input(shape)]), shape)
+
+
+def build_onnx(operator: Operator) -> bytes | None:
+    """The operator alone as an ONNX model with random weights; None for what cannot be built alone."""
+    builder = _Builder(int8=operator.bits == 8)
+    makers = {
+        "conv": _conv, "linear": _linear, "add": _pairwise, "mul": _pairwise, "pool": _pool, "norm": _norm,
+        "activation": _activation, "concat": _concat, "pad": _pad, "slice": _slice,
+    }  # fmt: skip
+    maker = makers.get(operator.kind)
+    if maker is None or not operator.inputs:
+        return None
+    value = maker(builder, operator)
+    if operator.activation in ("relu", "relu6") and operator.kind != "activation":
+        value = builder.node("Relu", [value])
+    return builder.model(value, operator.output)
+
+
+def _conv(builder: _Builder, operator: Operator) -> str:
+    source, target = operator.inputs[0], operator.output
+    weight = builder.weight((target[1], source[1] // operator.groups, *operator.kernel), axis=0)
+    pads = list(operator.padding or [(k - 1) // 2 for k in operator.kernel]) * 2
+    return builder.node(
+        "Conv", [builder.input(source), weight, builder.bias(target[1])], kernel_shape=list(operator.kernel), group=operator.groups,
+        strides=list(operator.stride), pads=pads, dilations=list(operator.dilation or [1] * len(operator.kernel)),
+    )  # fmt: skip
+
+
+def _linear(builder: _Builder, operator: Operator) -> str:
+    source, target = operator.inputs[0], operator.output
+    if len(source) == 2:
+        weight = builder.weight((target[-1], source[-1]), axis=0)
+        return builder.node("Gemm", [builder.input(source), weight, builder.bias(target[-1])], transB=1)
+    return builder.node("MatMul", [builder.input(source), builder.weight((source[-1], target[-1]), axis=1)])
+
+
+def _pairwise(builder: _Builder, operator: Operator) -> str:
+    shapes = operator.inputs if len(operator.inputs) == 2 else (operator.inputs[0], operator.inputs[0])
+    return builder.node(operator.kind.capitalize(), [builder.input(shape) for shape in shapes])
+
+
+def _pool(builder: _Builder, operator: Operator) -> str:
+    source, target = operator.inputs[0], operator.output
+    value = builder.input(source)
+    if operator.kernel:
+        return builder.node("MaxPool", [value], kernel_shape=list(operator.kernel), strides=list(operator.stride), pads=list(operator.padding) * 2)
+    if len(target) == len(source) and math.prod(target[2:]) > 1:
+        window = [a // b for a, b in zip(source[2:], target[2:], strict=True)]
+        return builder.node("AveragePool", [value], kernel_shape=window, strides=window)
+    axes = builder.constant("axes", np.arange(2, len(source), dtype=np.int64))
+    return builder.node("ReduceMean", [value, axes], keepdims=int(len(target) == len(source)))
+
+
+def _norm(builder: _Builder, operator: Operator) -> str:
+    n = operator.inputs[0][1]
+    ones = [builder.constant(name, np.ones(n, dtype=np.float32)) for name in ("scale", "shift", "mean", "variance")]
+    return builder.node("BatchNormalization", [builder.input(operator.inputs[0]), *ones])
+
+
+def _activation(builder: _Builder, operator: Operator) -> str:
+    value = builder.input(operator.inputs[0])
+    if operator.activation == "silu":
+        return builder.node("Mul", [value, builder.node("Sigmoid", [value])])
+    return builder.node(ACTIVATIONS.get(operator.activation or "relu", "Relu"), [value])
+
+
+def _concat(builder: _Builder, operator: Operator) -> str:
+    first = operator.inputs[0]
+    axis = next((i for i in range(len(first)) if operator.output[i] != first[i]), 1)
+    return builder.node("Concat", [builder.input(shape) for shape in operator.inputs], axis=axis)
+
+
+def _pad(builder: _Builder, operator: Operator) -> str:
+    source = operator.inputs[0]
+    extra = [b - a for a, b in zip(source, operator.output, strict=True)]
+    amounts = builder.constant("amounts", np.array([e // 2 for e in extra] + [e - e // 2 for e in extra], dtype=np.int64))
+    return builder.node("Pad", [builder.input(source), amounts])
+
+
+def _slice(builder: _Builder, operator: Operator) -> str:
+    source, target = operator.inputs[0], operator.output
+    axes = np.arange(len(source), dtype=np.int64)
+    steps = np.array([-(-a // b) for a, b in zip(source, target, strict=True)], dtype=np.int64)
+    names = [
+        builder.constant("starts", np.zeros(len(source), dtype=np.int64)), builder.constant("ends", np.array(source, dtype=np.int64)),
+        builder.constant("axes", axes), builder.constant("steps", steps),
+    ]  # fmt: skip
+    return builder.node("Slice", [builder.input(source), *names])

@@ -1,0 +1,182 @@
+"""OperatorTable: measured seconds of single operators on one device, and an interpolation between them.
+
+The table is kept on disk for each device, processor and runtime version, and grows with every calibration.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from autocompress.devices.base import Device
+from autocompress.images import cache_folder
+from autocompress.latency.synthetic import build_onnx, empty_model
+from autocompress.records import Operator, Workload
+from autocompress.run_folder import write_atomically
+
+SECONDS_EACH = 0.02
+CHUNK = 24
+NEIGHBOURS = 3
+LEAST_TO_LEARN = 4
+VECTOR = 8
+TINY_S = 1e-7
+
+Entry = dict[str, object]
+
+
+class OperatorTable:
+    """Seconds by operator signature. `lookup` gives what was measured, `estimate` also interpolates."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._measured: dict[str, float] = {}
+        self._operators: dict[str, Operator] = {}
+        self.call_overhead = 0.0
+        self._models: dict[tuple[str, int], _Interpolation] | None = None
+        self._estimates: dict[str, float] = {}
+        if path is not None and path.is_file():
+            self._load(path)
+
+    @classmethod
+    def for_device(cls, device: Device) -> OperatorTable:
+        """The table of this device on this machine, as far as it was measured before."""
+        facts = device.environment()
+        key = [device.name, facts.get("processor", ""), facts.get("flags", ""), facts.get("onnxruntime", "")]
+        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+        return cls(cache_folder() / "latency" / f"{name}.json")
+
+    def __len__(self) -> int:
+        return len(self._measured)
+
+    def lookup(self, operator: Operator) -> float | None:
+        """Measured seconds of this operator, or None."""
+        return self._measured.get(operator.signature)
+
+    def estimate(self, operator: Operator) -> float:
+        """Measured seconds, or interpolated from measured operators of the same kind and bits."""
+        key = operator.signature
+        if key not in self._estimates:
+            self._estimates[key] = self._measured.get(key, -1.0) if key in self._measured else self._interpolate(operator)
+        return self._estimates[key]
+
+    def record(self, operator: Operator, seconds: float) -> None:
+        """Add one measurement (call overhead taken off)."""
+        key = operator.signature
+        self._measured[key] = max(seconds, TINY_S)
+        self._operators[key] = operator.model_copy(update={"name": ""})
+        self._models, self._estimates = None, {}
+
+    def calibrate(self, device: Device, workloads: Sequence[Workload], seconds: float, tick: Callable[[int, int], None] | None = None) -> int:
+        """Measure operators of these workloads, the most useful first, for at most `seconds`; how many were measured."""
+        wanted = self._wanted(workloads)
+        end, done = time.monotonic() + seconds, 0
+        if wanted and not self.call_overhead:
+            shape = wanted[0].inputs[0]
+            self.call_overhead = device.measure_many([empty_model(shape)], seconds_each=5 * SECONDS_EACH)[0] or 0.0
+        while done < len(wanted) and (time.monotonic() < end or not self._measured):
+            chunk = [(operator, build_onnx(operator)) for operator in wanted[done : done + CHUNK]]
+            built = [(operator, model) for operator, model in chunk if model is not None]
+            for (operator, _), measured in zip(built, device.measure_many([m for _, m in built], seconds_each=SECONDS_EACH), strict=True):
+                if measured is not None:
+                    self.record(operator, measured - self.call_overhead)
+            done += len(chunk)
+            if tick is not None:
+                tick(min(done, len(wanted)), len(wanted))
+        self._save()
+        return done
+
+    def _wanted(self, workloads: Sequence[Workload]) -> list[Operator]:
+        """Operators not measured yet: all of the first workload, then by how often they occur times what they cost by arithmetic."""
+        weight: dict[str, float] = defaultdict(float)
+        operators: dict[str, Operator] = {}
+        for index, workload in enumerate(workloads):
+            for operator in workload.operators:
+                key = operator.signature
+                operators.setdefault(key, operator)
+                weight[key] += (1e12 if index == 0 else 0.0) + operator.macs + _elements(operator)
+        missing = [key for key in operators if key not in self._measured and operators[key].kind != "other"]
+        return [operators[key] for key in sorted(missing, key=lambda key: -weight[key])]
+
+    def _interpolate(self, operator: Operator) -> float:
+        if self._models is None:
+            self._models = self._learn()
+        model = self._models.get((operator.kind, operator.bits)) or self._models.get((operator.kind, 32)) or self._models.get(("", 0))
+        return model.predict(operator) if model is not None else TINY_S
+
+    def _learn(self) -> dict[tuple[str, int], _Interpolation]:
+        by_kind: dict[tuple[str, int], list[str]] = defaultdict(list)
+        for key, operator in self._operators.items():
+            by_kind[operator.kind, operator.bits].append(key)
+            by_kind["", 0].append(key)
+        return {
+            kind: _Interpolation([self._operators[k] for k in keys], np.array([self._measured[k] for k in keys]))
+            for kind, keys in by_kind.items()
+            if len(keys) >= LEAST_TO_LEARN or kind == ("", 0)
+        }
+
+    def _save(self) -> None:
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        entries = [{"operator": self._operators[k].model_dump(mode="json"), "seconds": s} for k, s in self._measured.items()]
+        write_atomically(self._path, json.dumps({"schema": 1, "call_overhead_s": self.call_overhead, "entries": entries}))
+
+    def _load(self, path: Path) -> None:
+        """A cache that cannot be read is measured again."""
+        try:
+            content = json.loads(path.read_text())
+            self.call_overhead = float(content["call_overhead_s"])
+            for entry in content["entries"]:
+                self.record(Operator.model_validate(entry["operator"]), float(entry["seconds"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            self._measured, self._operators, self.call_overhead = {}, {}, 0.0
+
+
+class _Interpolation:
+    """Non-negative sum of physical costs, corrected by the nearest measured operators.
+
+    Costs: one, multiply-accumulates with channels rounded up to the vector width, elements read, elements written, weights. Fitted in
+    relative error. The ratio measured / fitted of the nearest neighbours (in logarithms of the costs) is the correction.
+    """
+
+    def __init__(self, operators: Sequence[Operator], seconds: NDArray[np.float64]) -> None:
+        features = np.array([_features(operator) for operator in operators])
+        self._coefficients, _ = nnls(features / seconds[:, None], np.ones(len(seconds)))
+        fitted = np.maximum(features @ self._coefficients, TINY_S)
+        self._places = np.log1p(features)
+        self._ratios = np.log(seconds / fitted)
+
+    def predict(self, operator: Operator) -> float:
+        features = np.array(_features(operator))
+        distance = np.abs(self._places - np.log1p(features)).sum(1)
+        nearest = np.argsort(distance)[:NEIGHBOURS]
+        weight = 1.0 / (distance[nearest] + 0.05)
+        correction = float(np.average(self._ratios[nearest], weights=weight))
+        return float(max(features @ self._coefficients, TINY_S) * math.exp(correction))
+
+
+def _features(operator: Operator) -> list[float]:
+    macs = float(operator.macs)
+    if operator.kind in ("conv", "linear") and operator.groups == 1:
+        inputs = operator.inputs[0][1] if operator.kind == "conv" else operator.inputs[0][-1]
+        outputs = operator.output[1] if operator.kind == "conv" else operator.output[-1]
+        macs *= _round_up(inputs) / inputs * _round_up(outputs) / outputs
+    read = float(sum(math.prod(shape) for shape in operator.inputs))
+    return [1.0, macs, read, float(math.prod(operator.output)), float(operator.params)]
+
+
+def _round_up(channels: int) -> int:
+    return -(-channels // VECTOR) * VECTOR
+
+
+def _elements(operator: Operator) -> float:
+    return float(sum(math.prod(shape) for shape in operator.inputs) + math.prod(operator.output))

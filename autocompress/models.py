@@ -1,0 +1,99 @@
+"""Load the user's model: `torchvision:resnet18`, `timm:NAME`, `package.module:function`, `file.py:function`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from autocompress.errors import UsageError
+from autocompress.references import call_function, nearest, parse_reference
+
+
+def load_model(reference: str, *, weights: Path | None = None, classes: int | None = None) -> nn.Module:
+    """The model in eval mode on the CPU, with `weights` loaded.
+
+    Args:
+        reference: see the module docstring.
+        weights: safetensors, or a state dict saved by torch.save (read with weights_only=True).
+        classes: number of outputs asked of torchvision and timm models; None leaves their default.
+
+    Raises UsageError when the model or the weights do not load.
+    """
+    name, options = parse_reference(reference)
+    if options:
+        raise UsageError(f"a model reference takes no options, but got {reference!r}")
+    if name.startswith("torchvision:"):
+        model = _torchvision(name.removeprefix("torchvision:"), classes)
+    elif name.startswith("timm:"):
+        model = _timm(name.removeprefix("timm:"), classes)
+    elif ":" in name:
+        model = call_function(name)
+    else:
+        raise UsageError(
+            f"unknown model {reference!r}",
+            hint="use torchvision:NAME, timm:NAME, package.module:function or file.py:function",
+        )
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{reference} must return a torch.nn.Module, but got {type(model).__name__}")
+    if weights is not None:
+        load_weights(model, weights)
+    return model.cpu().eval()
+
+
+def _torchvision(name: str, classes: int | None) -> nn.Module:
+    from torchvision import models
+
+    if name not in models.list_models():
+        raise UsageError(f"unknown model torchvision:{name}", hint=nearest(name, models.list_models()))
+    return models.get_model(name, weights=None, **({} if classes is None else {"num_classes": classes}))
+
+
+def _timm(name: str, classes: int | None) -> nn.Module:
+    try:
+        import timm
+    except ImportError:
+        raise UsageError("timm is not installed", hint='pip install "autocompress[timm]"') from None
+    if not timm.is_model(name):
+        raise UsageError(f"unknown model timm:{name}", hint=nearest(name, timm.list_models()))
+    return timm.create_model(name, pretrained=False, **({} if classes is None else {"num_classes": classes}))
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Copy a file of weights into the model. Raises UsageError unless every name and shape fits."""
+    state = read_state(path)
+    own = model.state_dict()
+    missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    optional = {key for key in missing if key.endswith("num_batches_tracked")}
+    if unexpected or set(missing) - optional:
+        key = (unexpected or [k for k in missing if k not in optional])[0]
+        verb = "has" if unexpected else "lacks"
+        raise UsageError(f"the weights {str(path)!r} do not fit the model: the file {verb} {key!r}", hint=nearest(key, own if unexpected else state))
+    for key, value in state.items():
+        if value.shape != own[key].shape:
+            raise UsageError(
+                f"the weights {str(path)!r} do not fit the model: {key} must have shape {tuple(own[key].shape)}, "
+                f"but got {tuple(value.shape)}"
+            )
+    model.load_state_dict(state, strict=False)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file or of a torch state dict; pickled code is never executed."""
+    if not path.is_file():
+        raise UsageError(f"the weights file {str(path)!r} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors, zipfile, pickle and torch each raise their own kinds
+        hint = "give a state dict (torch.save(model.state_dict(), ...)) or safetensors; for a whole model use --model file.py:function"
+        raise UsageError(f"the weights {str(path)!r} ({path.stat().st_size} bytes) cannot be read: {type(error).__name__}", hint=hint) from None
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UsageError(f"the weights {str(path)!r} must hold a state dict of tensors, but got {type(state).__name__}")
+    return state

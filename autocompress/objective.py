@@ -1,0 +1,174 @@
+"""One policy, from recipe to measured artifact: compress, train, export, check, score, measure.
+
+The only place where compression, export, evaluation and devices meet. A policy that cannot become an artifact gives an Outcome with a
+failure; it never ends the search.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx
+
+from autocompress.compress.student import build_student
+from autocompress.compress.teacher import Teacher
+from autocompress.compress.train import Tick, TrainPlan, train_quantized
+from autocompress.data import Data
+from autocompress.devices.base import Device
+from autocompress.errors import PolicyFailure
+from autocompress.evaluate import run_artifact, score_outputs
+from autocompress.export import compare, require_parity, write_bundle
+from autocompress.graph import Graph
+from autocompress.policy import Policy
+from autocompress.records import Artifact, Failure, Measurement, Outcome, Prediction, Score
+
+FLOAT_WEIGHTS = "float.safetensors"
+Rung = Literal["short", "full"]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The user's own model, exported in float32 and measured: what every speed-up is relative to."""
+
+    path: Path
+    latency_s: Measurement
+    size_bytes: int
+    val_score: Score | None = None
+    test_score: Score | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that is the same for every policy of one search.
+
+    Args:
+        graphs: traced networks by `StudentSpec.reference`; None is the teacher's own.
+        example: one batch of inputs at the deployment batch, as the model takes it.
+        models: folder of the bundles, one folder an id.
+    """
+
+    data: Data
+    teacher: Teacher
+    graphs: dict[str | None, Graph]
+    device: Device
+    baseline: Baseline
+    example: Tensor
+    models: Path
+    model_reference: str
+    learning_rate: float = 0.1
+    batch_size: int = 128
+    seed: int = 0
+
+    @property
+    def batch(self) -> int:
+        return len(self.example)
+
+    @property
+    def multiple(self) -> int:
+        return self.device.profile.channel_multiple
+
+    def graph_of(self, policy: Policy) -> Graph:
+        return self.graphs[policy.student.reference]
+
+
+def untrained(setting: Setting, policy: Policy) -> fx.GraphModule:
+    """The student's structure with calibrated quantizers: as fast as the trained one, without its accuracy."""
+    student = build_student(setting.graph_of(policy), policy, setting.multiple)
+    plan = TrainPlan(steps=0, batch_size=setting.batch_size)
+    return train_quantized(student, policy.quant, setting.data, plan, teacher=None, distill=policy.distill)
+
+
+def changes_structure(policy: Policy) -> bool:
+    """Whether the student needs training: anything but the teacher itself in another number of bits."""
+    plain = Policy(quant=policy.quant, distill=policy.distill)
+    return policy.structure_digest != plain.structure_digest
+
+
+def realise(setting: Setting, policy: Policy, *, id: str, rung: Rung, deadline: float, predicted: Prediction | None = None,
+            continues: str | None = None, tick: Tick | None = None) -> Outcome:
+    """Turn a policy into an artifact with a validation score and a measurement, or into a failure.
+
+    Args:
+        id: name of the bundle's folder.
+        deadline: `time.monotonic()` at which training ends; export, scoring and measuring come after it.
+        continues: id of a lower rung of the same policy, whose float weights are the start.
+    """
+    started = time.monotonic()
+    known = {"id": id, "policy": policy, "rung": rung, "predicted_latency_s": predicted}
+    stage = "compress"
+    try:
+        student = build_student(setting.graph_of(policy), policy, setting.multiple)
+        stage = "train"
+        student = _trained(setting, student, policy, id, deadline, continues, tick)
+        stage = "export"
+        artifact, score = _exported(setting, student, policy, id)
+        stage = "measure"
+        latency = setting.device.measure([setting.baseline.path, setting.models / id / artifact.path])[1]
+    except (PolicyFailure, RuntimeError) as error:
+        failure = Failure(stage=stage, reason=_one_line(error))
+        return Outcome(**known, failure=failure, seconds=time.monotonic() - started)
+    return Outcome(
+        **known,
+        val_score=score,
+        latency_s=latency,
+        size_bytes=artifact.size_bytes,
+        artifact=f"models/{id}/{artifact.path}",
+        seconds=time.monotonic() - started,
+    )
+
+
+def _trained(setting: Setting, student: fx.GraphModule, policy: Policy, id: str, deadline: float, continues: str | None,
+             tick: Tick | None) -> fx.GraphModule:
+    needs_training = changes_structure(policy)
+    if continues is not None:
+        _continue_from(student, setting.models / continues / FLOAT_WEIGHTS)
+    plan = TrainPlan(
+        steps=10**9 if needs_training else 0,
+        deadline=deadline if needs_training else math.inf,
+        learning_rate=setting.learning_rate,
+        batch_size=setting.batch_size,
+        seed=setting.seed,
+    )
+    trained = train_quantized(
+        student, policy.quant, setting.data, plan, teacher=setting.teacher, distill=policy.distill, tick=tick
+    )
+    if needs_training:
+        folder = setting.models / id
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.contiguous() for key, value in student.state_dict().items()}, folder / FLOAT_WEIGHTS)
+    return trained
+
+
+def _continue_from(student: fx.GraphModule, path: Path) -> None:
+    """A missing or damaged checkpoint costs training time, not the policy."""
+    try:
+        student.load_state_dict(load_file(path))
+    except (OSError, SafetensorError):
+        return
+
+
+def _exported(setting: Setting, student: fx.GraphModule, policy: Policy, id: str) -> tuple[Artifact, Score]:
+    artifact = write_bundle(setting.models / id, student, policy, (setting.example,), model=setting.model_reference)
+    path = setting.models / id / artifact.path
+    outputs = run_artifact(path, setting.data, setting.data.val, setting.batch)
+    agreement = compare(_answers(student, setting), outputs)
+    require_parity(agreement, quantized=any(policy.quant.of(layer.name) == 8 for layer in setting.graph_of(policy).layers))
+    return artifact, score_outputs(outputs, setting.data.val.targets, setting.data)
+
+
+@torch.inference_mode()
+def _answers(student: fx.GraphModule, setting: Setting) -> Tensor:
+    batches = setting.data.batches(setting.data.val, setting.batch_size)
+    return torch.cat([student(inputs).float() for inputs, _ in batches])
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -1,0 +1,141 @@
+"""From a task to a setting: load the model and the data, check that they fit, trace, export and measure the baseline."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from autocompress.compress.student import build_student
+from autocompress.compress.teacher import Teacher
+from autocompress.compress.train import TrainPlan, best_training_device, train
+from autocompress.data import Data, load_data
+from autocompress.demo import LEARNING_RATE, TEACHER_EPOCHS
+from autocompress.devices import open_device
+from autocompress.devices.base import Device
+from autocompress.errors import UsageError
+from autocompress.evaluate import score_artifact
+from autocompress.export import write_bundle
+from autocompress.graph import Graph
+from autocompress.models import load_model
+from autocompress.objective import Baseline, Setting
+from autocompress.policy import Policy
+from autocompress.progress import Progress
+from autocompress.task import Task
+
+BASELINE = "baseline"
+TEACHER_WEIGHTS = "teacher.safetensors"
+
+
+def prepare(task: Task, run: Path, *, model: nn.Module | None = None, data: Data | None = None,
+            device: Device | None = None) -> Setting:
+    """Everything that a search needs, with the baseline's latency measured (its score comes from `score_baseline`).
+
+    Raises UsageError when model, data and task do not fit together.
+    """
+    device = device or open_device(task.device)
+    data = data or load_data(task.data)
+    teacher = model or load_model(task.model, weights=Path(task.weights) if task.weights else None, classes=data.classes)
+    example = example_batch(data, task.batch)
+    require_fit(teacher, data, example, task.model)
+    if task.is_demo and (run / TEACHER_WEIGHTS).is_file():
+        teacher.load_state_dict(load_file(run / TEACHER_WEIGHTS))
+    graphs: dict[str | None, Graph] = {None: Graph.trace(teacher, (example,))}
+    if task.student is not None:
+        student = load_model(task.student, classes=data.classes)
+        require_fit(student, data, example, task.student)
+        graphs[task.student] = Graph.trace(student, (example,))
+    models = run / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    return Setting(
+        data=data,
+        teacher=Teacher(teacher.to(best_training_device()), data, seed=task.seed),
+        graphs=graphs,
+        device=device,
+        baseline=_baseline(graphs[None], device, models, example, task.model),
+        example=example,
+        models=models,
+        model_reference=task.model,
+        learning_rate=task.learning_rate,
+        batch_size=task.batch_size,
+        seed=task.seed,
+    )
+
+
+def example_batch(data: Data, batch: int) -> Tensor:
+    """One batch at the deployment's size, as the model takes it."""
+    index = torch.arange(batch) % len(data.train)
+    return data.prepare(data.train.inputs[index])
+
+
+@torch.inference_mode()
+def require_fit(model: nn.Module, data: Data, example: Tensor, reference: str) -> None:
+    """Raises UsageError unless the model runs on the data and has an output for each class."""
+    was_training = model.training
+    try:
+        outputs = model.eval()(example)
+    except Exception as error:  # whatever the user's own code raises
+        raise UsageError(
+            f"{reference} must take inputs of shape {tuple(example.shape)}, but raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            hint="check that the data and the model belong together (channels, size)",
+        ) from None
+    finally:
+        model.train(was_training)
+    if data.classes is None:
+        return
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
+        raise UsageError(f"a classifier must return one tensor n x classes, but {reference} returned {_shape(outputs)}",
+                         hint="for other tasks let the data function return autocompress.Data with its own loss and score")
+    if outputs.shape[1] != data.classes:
+        raise UsageError(f"the model must have as many outputs as the data has classes, but {reference} has {outputs.shape[1]} outputs "
+                         f"and the data {data.classes} classes")
+    for split in (data.train, data.val, data.test):
+        if int(split.targets.max()) >= data.classes or int(split.targets.min()) < 0:
+            raise UsageError(f"labels must lie in 0..{data.classes - 1}, but reach from {int(split.targets.min())} to {int(split.targets.max())}")
+
+
+def _shape(outputs: object) -> str:
+    return str(tuple(outputs.shape)) if isinstance(outputs, Tensor) else type(outputs).__name__
+
+
+def _baseline(graph: Graph, device: Device, models: Path, example: Tensor, reference: str) -> Baseline:
+    student = build_student(graph, Policy())
+    artifact = write_bundle(models / BASELINE, student.eval(), Policy(), (example,), model=reference)
+    path = models / BASELINE / artifact.path
+    return Baseline(path=path, latency_s=device.measure([path])[0], size_bytes=artifact.size_bytes)
+
+
+def score_baseline(setting: Setting) -> Setting:
+    """The setting with the baseline's validation score, taken from its exported file."""
+    score = score_artifact(setting.baseline.path, setting.data, setting.data.val, setting.batch)
+    return replace(setting, baseline=replace(setting.baseline, val_score=score))
+
+
+def train_demo_teacher(setting: Setting, run: Path, seconds: float, progress: Progress) -> Setting:
+    """Train the demonstration's network, unless an interrupted search has done so; the setting with the trained teacher."""
+    weights = run / TEACHER_WEIGHTS
+    if weights.is_file():
+        return setting
+    model, data = setting.teacher.model, setting.data
+    steps = TEACHER_EPOCHS * (len(data.train) // setting.batch_size)
+    deadline = time.monotonic() + seconds
+
+    def tick(done: float) -> None:
+        progress.update(phase="training the demonstration teacher", done=round(100 * done), total=100, best="", seconds_left=None)
+
+    torch.manual_seed(setting.seed)
+    plan = TrainPlan(steps, deadline, LEARNING_RATE, setting.batch_size, seed=setting.seed)
+    train(model, data, plan, tick=tick)
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, weights)
+    graph = Graph.trace(model.cpu(), (setting.example,))
+    baseline = _baseline(graph, setting.device, setting.models, setting.example, setting.model_reference)
+    return replace(
+        setting,
+        teacher=Teacher(model.to(best_training_device()), data, seed=setting.seed),
+        graphs={**setting.graphs, None: graph},
+        baseline=baseline,
+    )

@@ -1,0 +1,84 @@
+"""References to models and data: `name?option=value`, `package.module:function`, `path/to/file.py:function`.
+
+Running a user's function is running the user's code; references are taken from the command line, a task file or Python
+only, never from a run folder that somebody else wrote.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from autocompress.errors import UsageError
+
+
+def parse_reference(reference: str) -> tuple[str, dict[str, str]]:
+    """`"torchvision:CIFAR10?root=DIR"` -> `("torchvision:CIFAR10", {"root": "DIR"})`."""
+    name, _, query = reference.partition("?")
+    if not name:
+        raise UsageError(f"a reference must start with a name, but got {reference!r}")
+    return name, dict(parse_qsl(query, keep_blank_values=True))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`"did you mean x?"` for a mistyped name, or the first known names."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"known: {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"
+
+
+def call_function(reference: str) -> Any:
+    """Import and call `package.module:function` or `file.py:function` without arguments.
+
+    Raises UsageError when it is not there; the function's own exceptions become a UsageError that names them.
+    """
+    function = _find_function(reference)
+    try:
+        return function()
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{reference} raised {type(error).__name__}: {error}", hint="run it alone to see the traceback") from error
+
+
+def _find_function(reference: str) -> Callable[[], Any]:
+    where, _, name = reference.rpartition(":")
+    module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UsageError(f"{where} has no function {name!r}", hint=nearest(name, [n for n in vars(module) if not n.startswith("_")]))
+    return function
+
+
+def _import_file(path: Path) -> Any:
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        raise UsageError(f"the file {str(path)!r} does not exist")
+    name = f"autocompress_user_{path.stem}_{abs(hash(str(path))):x}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickling look the module up by name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise UsageError(f"{str(path)!r} does not import: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _import_module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UsageError(f"the module {name!r} does not import: {error}", hint="use file.py:function for a file") from None

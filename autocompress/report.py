@@ -1,0 +1,125 @@
+"""The report of a search: report.html, one file that works offline, and pareto.png."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from autocompress.figures import Figure, layers_figure, pareto_figure, prediction_figure, progress_figure
+from autocompress.plots import pareto_png
+from autocompress.run_folder import write_atomically
+from autocompress.units import format_duration, format_size
+from autocompress.view import Entry, Results, format_score, headline, score_interval
+
+
+def write_report(front_json: Mapping[str, Any], run: Path) -> None:
+    """Write RUN/report.html and RUN/pareto.png from the content of front.json.
+
+    Raises RunFolderError when the content is damaged or the folder cannot be written.
+    """
+    write_atomically(run / "report.html", render(Results.read(front_json), run))
+    pareto_png(front_json, run / "pareto.png")
+
+
+def render(results: Results, run: Path) -> str:
+    """The page. Everything that comes from a run is escaped; scripts and styles are inside."""
+    from jinja2 import Environment, StrictUndefined
+    from plotly.offline import get_plotlyjs
+
+    template = files("autocompress").joinpath("templates", "report.html.j2").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"duration": format_duration, "size": format_size, "score": format_score}
+    return environment.from_string(template).render(
+        results=results,
+        run=str(run),
+        headline=headline(results).replace(" %", "\N{NO-BREAK SPACE}%"),
+        tiles=_tiles(results),
+        figures=_script_json(_figures(results)),
+        shown=_shown(results),
+        failures=Counter((f.stage, f.reason) for f in results.failures).most_common(),
+        quality=_quality(results),
+        ladder=_ladder(results),
+        plotly=get_plotlyjs(),
+    )
+
+
+def _shown(results: Results) -> list[Entry]:
+    """Policies whose layers can be looked at: the best first, then the front."""
+    best = results.best_entry
+    rest = [entry for entry in results.listed if entry.id != results.best]
+    return [entry for entry in [*([best] if best else []), *rest] if entry.layers]
+
+
+def _figures(results: Results) -> dict[str, Figure | dict[str, Figure]]:
+    figures: dict[str, Figure | dict[str, Figure]] = {"pareto": pareto_figure(results)}
+    if results.progress:
+        figures["progress"] = progress_figure(results)
+    if any(entry.predicted_latency_s for entry in results.points):
+        figures["prediction"] = prediction_figure(results)
+    figures["layers"] = {entry.id: layers_figure(entry) for entry in _shown(results)}
+    return figures
+
+
+def _script_json(value: object) -> str:
+    """JSON that is safe inside a script element: `<`, `>` and `&` cannot end it or start a comment."""
+    text = json.dumps(_finite(value), allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _finite(value: Any) -> Any:
+    """`value` with NaN and infinity as null, which JSON can say."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _tiles(results: Results) -> list[dict[str, str]]:
+    """Four numbers of the best policy: name, value, the fine print, what it was."""
+    best, original = results.best_entry, results.baseline
+    if best is None:
+        return []
+    latency = best.latency_s
+    spread = f"95 % interval {format_duration(latency.low)} to {format_duration(latency.high)}"
+    score = best.test_score or best.val_score
+    before = original.test_score if best.test_score else original.val_score
+    interval = score_interval(score)
+    split = "test" if best.test_score else "validation"
+    accuracy = f"95 % interval {100 * interval[0]:.2f} to {100 * interval[1]:.2f} %" if interval else f"n = {score.n}"
+    smaller = f"{original.size_bytes / max(best.size_bytes, 1):.1f}× smaller"
+    return [
+        _tile("Latency", format_duration(latency.median), spread, format_duration(original.latency_s.median)),
+        _tile("Speed-up", f"{best.speedup:.2f}×", f"p95 {format_duration(latency.p95)}, n = {latency.n}", "1.00×"),
+        _tile(f"{score.name.capitalize()} ({split})", format_score(score), accuracy, format_score(before)),
+        _tile("File size", format_size(best.size_bytes), smaller, format_size(original.size_bytes)),
+    ]
+
+
+def _tile(name: str, value: str, note: str, before: str) -> dict[str, str]:
+    return {"name": name, "value": value, "note": note, "before": before}
+
+
+def _quality(results: Results) -> list[tuple[str, str]]:
+    """How far predicted latencies could be trusted."""
+    error, spearman = results.prediction.get("median_error"), results.prediction.get("spearman")
+    pairs = [("median error", f"{100 * error:.1f} %")] if isinstance(error, float) else []
+    return pairs + ([("rank correlation", f"{spearman:.3f}")] if isinstance(spearman, float) else [])
+
+
+def _ladder(results: Results) -> list[tuple[str, str]]:
+    """How far short training runs could be trusted to rank policies."""
+    names = {"short_full_spearman": "rank correlation between them"}
+    pairs = [(names.get(key, str(key).replace("_", " ")), _number(value)) for key, value in results.ladder.items()]
+    return [(name, value) for name, value in pairs if value]
+
+
+def _number(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else ""

@@ -1,0 +1,78 @@
+"""The folder of one search: who may write it, and how files get into it whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from autocompress.errors import RunFolderError, UsageError
+
+LOCK = ".lock"
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace `path` by a file with this content; after a crash there is the old file or the new one.
+
+    Raises RunFolderError when the disk is full or the folder cannot be written.
+    """
+    payload = content.encode() if isinstance(content, str) else content
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(payload)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise RunFolderError(f"{str(path)!r} cannot be written: {error.strerror}", hint="free space or choose another --out") from None
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold the folder for this process. Raises RunFolderError when another process holds it.
+
+    The kernel drops the lock when its holder dies, so a killed search leaves nothing to clean up.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / LOCK).open("a+")
+    except OSError as error:
+        raise UsageError(f"the run folder {str(run)!r} cannot be written: {error.strerror}", hint="choose another --out") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise RunFolderError(
+                f"the run folder {str(run)!r} is in use by {file.read().strip() or 'another process'}",
+                hint="wait for it, or choose another --out",
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def read_front(run: Path) -> dict[str, object]:
+    """The content of RUN/front.json. Raises UsageError when there is none, RunFolderError when it is damaged."""
+    path = run / "front.json"
+    if not path.is_file():
+        raise UsageError(f"{str(run)!r} holds no front.json", hint="give the folder that `autocompress search --out` wrote")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{str(path)!r} is damaged: {error}", hint="resume the search: it writes the file again") from None
+    if not isinstance(content, dict) or content.get("schema") != 1:
+        raise UsageError(f"{str(path)!r} must be of schema 1, but is {content.get('schema') if isinstance(content, dict) else None}")
+    return content

@@ -1,0 +1,279 @@
+"""The front door of a search: `run_search` for a task, `search` for Python."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from torch import nn
+
+from autocompress import study as journal
+from autocompress.controller import DRAWS, Search
+from autocompress.data import Data, load_data
+from autocompress.devices import open_device
+from autocompress.devices.base import Device
+from autocompress.errors import InfeasibleBudget, Terminated, UsageError
+from autocompress.graph import Graph
+from autocompress.latency import FittedLatencyModel, OperatorTable
+from autocompress.models import load_model
+from autocompress.objective import Setting
+from autocompress.policy import Policy
+from autocompress.preparation import example_batch, prepare, require_fit, score_baseline, train_demo_teacher
+from autocompress.progress import Progress, SilentProgress
+from autocompress.proposals import LevelSuggester
+from autocompress.records import Budget
+from autocompress.references import call_function
+from autocompress.report import write_report
+from autocompress.run_folder import locked, read_front, write_atomically
+from autocompress.schedule import Clock
+from autocompress.search_space import SearchSpace, Suggest, load_space
+from autocompress.tables import frame
+from autocompress.task import Task
+from autocompress.units import format_duration
+
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
+
+DEMO_TEACHER_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found; `content` is RUN/front.json."""
+
+    run: Path
+    content: dict[str, Any]
+
+    @classmethod
+    def load(cls, run: Path | str) -> SearchResult:
+        """Read the result of a run folder."""
+        return cls(Path(run), dict(read_front(Path(run))))
+
+    @property
+    def best(self) -> str | None:
+        """Id of the most accurate policy within the budget."""
+        return self.content["best"]
+
+    @property
+    def front(self) -> list[Policy]:
+        """The policies of the Pareto front, fastest first."""
+        return [Policy.model_validate(entry["policy"]) for entry in self.content["front"]]
+
+    def frame(self) -> pd.DataFrame:
+        """One row a measured policy."""
+        return frame(self.content)
+
+    def plot(self, path: Path | str | None = None) -> Path:
+        """Draw the Pareto plot as PNG; into the run folder unless told where."""
+        from autocompress.plots import pareto_png
+
+        target = Path(path) if path is not None else self.run / "pareto.png"
+        pareto_png(self.content, target)
+        return target
+
+    def export(self, out: Path | str, *, pick: str = "best", formats: tuple[str, ...] = ("onnx",)) -> Path:
+        """Write the bundle of one policy: see `autocompress export`."""
+        from autocompress.deploy import export_run
+
+        return export_run(self.run, pick=pick, formats=formats, out=Path(out))
+
+
+def search(
+    model: nn.Module | str,
+    data: Data | str,
+    *,
+    budget: str | tuple[str, ...] = (),
+    out: Path | str = "run",
+    device: str = "onnxruntime:cpu?threads=1",
+    batch: int = 1,
+    search_time: str = "30m",
+    trials: int | None = None,
+    target_accuracy: float | None = None,
+    space: str = "default",
+    suggest: Suggest | None = None,
+    student: str | None = None,
+    weights: Path | str | None = None,
+    learning_rate: float = 0.1,
+    seed: int = 0,
+    resume: bool = False,
+    sampler: BaseSampler | None = None,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """Search the compressed models of `model` that meet `budget`; nothing that the command line can do is missing here.
+
+    Args:
+        model: a module (never changed) or a reference such as `"torchvision:resnet18"`.
+        data: `autocompress.Data` or a reference such as `"imagefolder:DIR"`.
+        budget: `"10ms"`, `"0.5x"`, `"4MB"`, `"p95=10ms"`, or several; empty for the whole front.
+        suggest: draws a policy from an Optuna trial, instead of a named space.
+        sampler: any Optuna sampler that handles two objectives.
+
+    Raises the errors of `autocompress.errors`; InfeasibleBudget when nothing meets the budget.
+    """
+    values = {
+        "budget": (budget,) if isinstance(budget, str) else tuple(budget),
+        "model": model if isinstance(model, str) else f"python:{type(model).__name__}",
+        "data": data if isinstance(data, str) else "python:Data",
+        "weights": str(weights) if weights is not None else None,
+        "device": device, "batch": batch, "search_time": search_time, "trials": trials, "target_accuracy": target_accuracy,
+        "space": space, "student": student, "learning_rate": learning_rate, "seed": seed,
+    }
+    return run_search(
+        Task.create(values), Path(out), resume=resume, progress=progress, sampler=sampler, suggest=suggest,
+        model=model if isinstance(model, nn.Module) else None, data=data if isinstance(data, Data) else None,
+    )
+
+
+def run_search(
+    task: Task,
+    run: Path,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    model: nn.Module | None = None,
+    data: Data | None = None,
+    device: Device | None = None,
+    sampler: BaseSampler | None = None,
+    suggest: Suggest | None = None,
+) -> SearchResult:
+    """Run one search in the folder `run` and return what it found; what is finished survives any interruption."""
+    clock = Clock.start(task.search_seconds)
+    progress = progress or SilentProgress()
+    if resume and not (run / journal.DATABASE).exists():
+        raise UsageError(f"there is no search to resume in {str(run)!r}", hint="leave --resume out to start one")
+    fresh = not run.exists()
+    with locked(run), _terminated_by_signal():
+        study = journal.open_study(run, task, resume=resume, sampler=sampler)
+        clock = Clock.start(task.search_seconds, already=clock.elapsed + study.user_attrs.get("elapsed_s", 0.0))
+        try:
+            setting = prepare(task, run, model=model, data=data, device=device)
+        except BaseException:
+            if fresh:
+                shutil.rmtree(run, ignore_errors=True)
+            raise
+        write_atomically(run / "task.toml", task.to_toml())
+        search_ = _assemble(task, run, setting, study, clock, progress, suggest)
+        try:
+            _phases(search_)
+        finally:
+            _finish(search_)
+    return _result(search_)
+
+
+def _assemble(task: Task, run: Path, setting: Setting, study: Any, clock: Clock, progress: Progress, suggest: Suggest | None) -> Search:
+    return Search(
+        task=task,
+        run=run,
+        setting=setting,
+        suggest=suggest or make_suggest(task, setting.graphs[task.student], setting.device),
+        study=study,
+        model=FittedLatencyModel(OperatorTable.for_device(setting.device)),
+        budget=task.limits.against(setting.baseline.latency_s),
+        clock=clock,
+        progress=progress,
+        pairs=[],
+        points=list(study.user_attrs.get("progress", [])),
+    )
+
+
+def make_suggest(task: Task, graph: Graph, device: Device) -> Suggest:
+    """How this task draws a policy: a shipped or own TOML space, or the user's function."""
+    if ".py:" in task.space or (":" in task.space and not task.space.endswith(".toml")):
+        function = call_function(task.space)
+        if not callable(function):
+            raise UsageError(f"{task.space} must return a function suggest(trial) -> Policy, but got {type(function).__name__}")
+        return function
+    return SearchSpace.build(load_space(task.space), graph, device.profile, reference=task.student).suggest
+
+
+def _phases(search_: Search) -> None:
+    task, clock = search_.task, search_.clock
+    lost = journal.retire_lost_trials(search_.study)
+    if lost:
+        search_.progress.message(f"{lost} interrupted trial(s) will be repeated")
+    search_.calibrate()
+    proposals = search_.propose(task.seed + len(search_.study.get_trials(deepcopy=False)), DRAWS)
+    search_.require_feasible(proposals, None)
+    if task.is_demo:
+        search_.setting = train_demo_teacher(search_.setting, search_.run, DEMO_TEACHER_SHARE * clock.total, search_.progress)
+    started = time.monotonic()
+    search_.setting = score_baseline(search_.setting)
+    data = search_.setting.data
+    per_test = (time.monotonic() - started) * len(data.test) / len(data.val)
+    search_.clock = clock.with_reserve(3.0 * per_test + 12.0)
+    search_.short_rung(proposals)
+    search_.full_rung()
+    search_.measure_front()
+    search_.score_test()
+
+
+def _finish(search_: Search) -> None:
+    """Write what there is, however the search ended."""
+    journal.remember(search_.study, "elapsed_s", search_.clock.elapsed)
+    content = search_.content()
+    write_atomically(search_.run / "front.json", json.dumps(content, indent=1))
+    write_report(content, search_.run)
+
+
+def _result(search_: Search) -> SearchResult:
+    result = SearchResult.load(search_.run)
+    if result.best is None and search_.task.budget:
+        fastest = min((e["latency_s"]["high"] for e in result.content["points"]), default=float("nan"))
+        raise InfeasibleBudget(
+            f"the search ended and nothing meets the budget ({search_.budget.in_words()}): the fastest policy took {format_duration(fastest)}",
+            hint=f"what was measured is in {search_.run}; search longer (--search-time), or allow more",
+            smallest_latency_s=fastest,
+        )
+    return result
+
+
+@contextmanager
+def _terminated_by_signal() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a search as Ctrl-C does: what is finished is written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame_: FrameType | None) -> None:
+        raise Terminated(f"the search was terminated by {signal.Signals(number).name}", hint="continue it with --resume")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def plan(task: Task) -> dict[str, Any]:
+    """What a search would do, without doing it: sizes of the space, budget, time, three policies in words."""
+    import numpy as np
+
+    device, data = open_device(task.device), load_data(task.data)
+    model = load_model(task.student or task.model, weights=Path(task.weights) if task.weights and not task.student else None, classes=data.classes)
+    example = example_batch(data, task.batch)
+    require_fit(model, data, example, task.student or task.model)
+    graph = Graph.trace(model, (example,))
+    suggest = make_suggest(task, graph, device)
+    generator = np.random.default_rng(task.seed)
+    drawn = [LevelSuggester(generator) for _ in range(3)]
+    policies = [suggest(suggester) for suggester in drawn]
+    return {
+        "task": task.model_dump(mode="json"),
+        "budget": Budget.parse(task.budget).in_words() if task.budget else "none",
+        "search_time_s": task.search_seconds,
+        "dimensions": len(drawn[0].params),
+        "groups": len(graph.groups), "blocks": len(graph.blocks), "layers": len(graph.layers), "frozen": len(graph.frozen),
+        "first_policies": [policy.in_words() for policy in policies],
+        "train": len(data.train), "val": len(data.val), "test": len(data.test),
+    }

@@ -1,0 +1,327 @@
+"""SearchSpace: the policies that may be drawn for one traced model, and how to draw one.
+
+The TOML file says which dimensions there are and how finely they are shared; the traced graph says what they apply to; the
+device's profile cuts them (bits that have kernels). A space is also any callable `suggest(suggester) -> Policy`.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from pydantic import Field, ValidationError, model_validator
+
+from autocompress.devices.base import DeviceProfile
+from autocompress.errors import UsageError
+from autocompress.graph import Graph
+from autocompress.policy import (
+    KERNEL_BITS,
+    STORAGE_BITS,
+    DistillSpec,
+    Policy,
+    PruneSpec,
+    QuantSpec,
+    Record,
+    StudentSpec,
+    explain,
+)
+from autocompress.references import nearest
+
+
+class Suggester(Protocol):
+    """What `optuna.Trial` and `optuna.trial.FixedTrial` offer."""
+
+    def suggest_int(self, name: str, low: int, high: int) -> int: ...
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float: ...
+
+    def suggest_categorical(self, name: str, choices: list[int]) -> int: ...
+
+
+Suggest = Callable[[Suggester], Policy]
+
+
+class Range(Record):
+    """An interval of values; `step` makes it a grid, `log` spaces it by ratio."""
+
+    low: float
+    high: float
+    step: float | None = Field(None, gt=0)
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if self.low > self.high:
+            raise ValueError(f"`low <= high` must hold, but got low={self.low}, high={self.high}")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError(f"a log range needs low > 0 and no step, but got low={self.low}, step={self.step}")
+        return self
+
+    def suggest(self, suggester: Suggester, name: str) -> float:
+        return suggester.suggest_float(name, self.low, self.high, step=self.step, log=self.log)
+
+
+class WidthSpace(Range):
+    low: float = Field(gt=0)
+    high: float = Field(le=8)
+    per: Literal["model", "stage", "group"] = "stage"
+
+
+class DepthSpace(Record):
+    min_blocks: int = Field(0, ge=0)
+    per: Literal["stage", "block"] = "stage"
+
+
+class PruneSpace(Range):
+    low: float = Field(ge=0)
+    high: float = Field(lt=1)
+    per: Literal["model", "stage", "group"] = "stage"
+
+
+class QuantSpace(Record):
+    bits: tuple[int, ...]
+    per: Literal["model", "stage", "layer"] = "layer"
+    storage: bool = False
+
+    @model_validator(mode="after")
+    def _known(self) -> QuantSpace:
+        if not self.bits or set(self.bits) - set(KERNEL_BITS + STORAGE_BITS):
+            raise ValueError(f"bits must be some of {sorted(KERNEL_BITS + STORAGE_BITS)}, but got {list(self.bits)}")
+        return self
+
+
+class DistillSpace(Record):
+    temperature: Range | None = None
+    alpha: Range | None = None
+
+
+class SpaceSpec(Record):
+    """A file of search_spaces/. A missing table leaves that technique out."""
+
+    name: str
+    width: WidthSpace | None = None
+    depth: DepthSpace | None = None
+    prune: PruneSpace | None = None
+    quant: QuantSpace | None = None
+    distill: DistillSpace = DistillSpace()
+
+
+def spaces_folder() -> Path:
+    """Where the shipped spaces are: beside the package in a checkout, inside it in a wheel."""
+    inside = Path(__file__).parent / "search_spaces"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "search_spaces"
+
+
+def load_space(name: str) -> SpaceSpec:
+    """A shipped space by name, or a TOML file. Raises UsageError that names the key."""
+    shipped = {path.stem: path for path in sorted(spaces_folder().glob("*.toml"))}
+    path = Path(name) if name.endswith(".toml") else shipped.get(name)
+    if path is None:
+        raise UsageError(f"unknown search space {name!r}", hint=f"{nearest(name, shipped)}; or give a file.toml or file.py:function")
+    try:
+        return SpaceSpec.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError:
+        raise UsageError(f"the search space {str(path)!r} cannot be read") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"the search space {str(path)!r} is not TOML: {error}") from None
+    except ValidationError as error:
+        raise UsageError(f"the search space {str(path)!r} is not valid: {explain(error)}", hint=nearest(str(error.errors()[0]["loc"][-1]), SpaceSpec.model_fields)) from None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the network that shares dimensions.
+
+    Args:
+        name: the channel group of the residual stream, or the one group of a stage without stream.
+        stream: that channel group where it is searchable, else None.
+        inner: searchable groups that are not streams.
+        blocks: droppable blocks in order.
+        layers: quantizable layers that write into the stage.
+    """
+
+    name: str
+    stream: str | None
+    inner: tuple[str, ...]
+    blocks: tuple[str, ...]
+    layers: tuple[str, ...]
+
+
+def stages_of(graph: Graph) -> tuple[Stage, ...]:
+    """Assign every searchable group, block and layer to the residual stream that it feeds (or to itself)."""
+    groups = {group.name: group for group in graph.groups}
+    group_of = {layer.name: layer.group for layer in graph.layers}
+
+    def home(name: str | None) -> str:
+        if name is None or name not in groups:
+            return "rest"
+        if groups[name].stream:
+            return name
+        fed = [group_of.get(consumer) for consumer in groups[name].consumers]
+        streams = [target for target in fed if target in groups and groups[target].stream]
+        return streams[0] if streams else name
+
+    names = list(dict.fromkeys([home(layer.group) for layer in graph.layers] + [home(g.name) for g in graph.groups]))
+    stages = []
+    for stage in names:
+        group = groups.get(stage)
+        inner = tuple(
+            g.name for g in graph.groups if g.prunable and home(g.name) == stage and not (g.stream and g.name == stage)
+        )
+        stages.append(
+            Stage(
+                name=stage,
+                stream=stage if group is not None and group.stream and group.prunable else None,
+                inner=inner,
+                blocks=tuple(block.name for block in graph.blocks if block.stream == stage),
+                layers=tuple(layer.name for layer in graph.layers if home(layer.group) == stage),
+            )
+        )
+    return tuple(stages)
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The policies of one graph on one device; `suggest` draws one."""
+
+    spec: SpaceSpec
+    stages: tuple[Stage, ...]
+    bits: tuple[int, ...]
+    reduced_range: bool
+    reference: str | None = None
+
+    @classmethod
+    def build(cls, spec: SpaceSpec, graph: Graph, profile: DeviceProfile, *, reference: str | None = None) -> SearchSpace:
+        """Cut the space to the graph and to the bits for which the device has kernels."""
+        wanted = spec.quant.bits if spec.quant is not None else (32,)
+        keep_storage = spec.quant is not None and spec.quant.storage
+        bits = tuple(b for b in sorted(set(wanted)) if b in profile.bits or (keep_storage and b in STORAGE_BITS))
+        return cls(spec, stages_of(graph), bits or (32,), profile.reduced_range, reference)
+
+    def suggest(self, suggester: Suggester) -> Policy:
+        """Draw one policy."""
+        drop = self._drops(suggester)
+        return Policy(
+            student=StudentSpec(reference=self.reference, widths=self._widths(suggester), drop=drop),
+            prune=PruneSpec(ratios=self._ratios(suggester)),
+            quant=self._quant(suggester),
+            distill=self._distill(suggester),
+        )
+
+    def unchanged(self, bits: int) -> Policy:
+        """The teacher itself, all layers at `bits`."""
+        return Policy(
+            student=StudentSpec(reference=self.reference), quant=QuantSpec(bits=bits, reduced_range=bits == 8 and self.reduced_range)
+        )
+
+    def smallest(self) -> Policy:
+        """The policy at the small end of every dimension: the best guess at the fastest one."""
+        return self.suggest(_Smallest(self.bits))
+
+    def _drops(self, suggester: Suggester) -> tuple[str, ...]:
+        if self.spec.depth is None:
+            return ()
+        if self.spec.depth.per == "block":
+            blocks = [block for stage in self.stages for block in stage.blocks]
+            return tuple(block for block in blocks if not suggester.suggest_int(f"keep:{block}", 0, 1))
+        dropped: list[str] = []
+        for stage in self.stages:
+            total, least = len(stage.blocks), min(self.spec.depth.min_blocks, len(stage.blocks))
+            if total > least:
+                keep = suggester.suggest_int(f"depth:{stage.name}", least, total)
+                kept = set(spread(total, keep))
+                dropped += [block for i, block in enumerate(stage.blocks) if i not in kept]
+        return tuple(dropped)
+
+    def _widths(self, suggester: Suggester) -> dict[str, float]:
+        space = self.spec.width
+        if space is None:
+            return {}
+        if space.per == "model":
+            width = space.suggest(suggester, "width")
+            return {group: width for stage in self.stages for group in _groups(stage)}
+        if space.per == "group":
+            return {g: space.suggest(suggester, f"width:{g}") for stage in self.stages for g in _groups(stage)}
+        return {
+            group: width
+            for stage in self.stages
+            if _groups(stage)
+            for width in [space.suggest(suggester, f"width:{stage.name}")]
+            for group in _groups(stage)
+        }
+
+    def _ratios(self, suggester: Suggester) -> dict[str, float]:
+        space = self.spec.prune
+        if space is None:
+            return {}
+        if space.per == "model":
+            ratio = space.suggest(suggester, "prune")
+            return {group: ratio for stage in self.stages for group in stage.inner}
+        if space.per == "group":
+            return {g: space.suggest(suggester, f"prune:{g}") for stage in self.stages for g in stage.inner}
+        return {
+            group: ratio
+            for stage in self.stages
+            if stage.inner
+            for ratio in [space.suggest(suggester, f"prune:{stage.name}")]
+            for group in stage.inner
+        }
+
+    def _quant(self, suggester: Suggester) -> QuantSpec:
+        def choose(name: str) -> int:
+            return self.bits[0] if len(self.bits) == 1 else suggester.suggest_categorical(name, list(self.bits))
+
+        per = self.spec.quant.per if self.spec.quant is not None else "model"
+        if per == "model":
+            bits = choose("bits")
+            return QuantSpec(bits=bits, reduced_range=bits == 8 and self.reduced_range)
+        layers: dict[str, int] = {}
+        for stage in self.stages:
+            if per == "layer":
+                layers |= {layer: choose(f"bits:{layer}") for layer in stage.layers}
+            elif stage.layers:
+                layers |= dict.fromkeys(stage.layers, choose(f"bits:{stage.name}"))
+        values = set(layers.values())
+        shared = values.pop() if len(values) == 1 else None
+        uses_int8 = 8 in layers.values()
+        if shared is not None:
+            return QuantSpec(bits=shared, reduced_range=uses_int8 and self.reduced_range)
+        return QuantSpec(layers=layers, reduced_range=uses_int8 and self.reduced_range)
+
+    def _distill(self, suggester: Suggester) -> DistillSpec:
+        default, space = DistillSpec(), self.spec.distill
+        temperature = space.temperature.suggest(suggester, "temperature") if space.temperature else default.temperature
+        alpha = space.alpha.suggest(suggester, "alpha") if space.alpha else default.alpha
+        return DistillSpec(temperature=temperature, alpha=alpha)
+
+
+def _groups(stage: Stage) -> tuple[str, ...]:
+    return ((stage.stream,) if stage.stream else ()) + stage.inner
+
+
+def spread(total: int, keep: int) -> list[int]:
+    """`keep` indices out of `total`, spread evenly, the first included: (9, 5) -> [0, 2, 4, 6, 8]."""
+    if keep <= 1:
+        return [0][:keep]
+    return [round(i * (total - 1) / (keep - 1)) for i in range(keep)]
+
+
+@dataclass(frozen=True)
+class _Smallest:
+    """A suggester that always takes the small end (the highest ratio, the fewest bits that have a kernel)."""
+
+    bits: tuple[int, ...]
+
+    def suggest_int(self, name: str, low: int, high: int) -> int:
+        return low
+
+    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
+        return high if name.startswith("prune") else low
+
+    def suggest_categorical(self, name: str, choices: list[int]) -> int:
+        return 8 if 8 in choices else choices[-1]

@@ -1,0 +1,138 @@
+"""Optuna's side of a search: storage, sampler, what is told of a policy. The only importer of optuna.
+
+The study in RUN/study.db is the journal of the search. A trial is one policy with its parameters; what became of it at each rung is an
+Outcome in the study's attributes, written in the same database, so that a killed search loses nothing that was finished.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.samplers import BaseSampler, TPESampler
+from optuna.trial import Trial, TrialState
+
+from autocompress.errors import RunFolderError, UsageError
+from autocompress.policy import Policy
+from autocompress.records import Outcome
+from autocompress.task import Task
+
+STUDY = "autocompress"
+DATABASE = "study.db"
+OUTCOME = "outcome:"
+MAX_RETRIES = 2
+OVER_BUDGET_SCORE = 0.0
+
+
+def open_study(run: Path, task: Task, *, resume: bool, sampler: BaseSampler | None = None) -> optuna.Study:
+    """Create or reopen RUN/study.db.
+
+    Raises UsageError when the folder holds a search and `resume` is not given, or holds another task's search;
+    RunFolderError when the database is damaged.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    path = run / DATABASE
+    if path.exists() and not resume:
+        raise UsageError(f"{str(run)!r} already holds a search", hint="add --resume, or choose another --out")
+    if resume and not path.exists():
+        raise UsageError(f"there is no search to resume in {str(run)!r}", hint="leave --resume out to start one")
+    _require_intact(path)
+    storage = optuna.storages.RDBStorage(
+        f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 30}}
+    )
+    study = optuna.create_study(
+        study_name=STUDY, storage=storage, directions=["maximize", "minimize"], load_if_exists=True
+    )
+    _require_same_task(study, task, run)
+    study.sampler = sampler or default_sampler(task.seed, len(study.get_trials(deepcopy=False)))
+    return study
+
+
+def default_sampler(seed: int, trials_so_far: int) -> BaseSampler:
+    """TPE; the seed depends on the trials so far, since the same seed on resume would repeat the same suggestions."""
+    return TPESampler(seed=seed * 100_003 + trials_so_far, n_startup_trials=8, n_ei_candidates=48)
+
+
+def _require_intact(path: Path) -> None:
+    if not path.exists():
+        return
+    try:
+        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as connection:
+            connection.execute("PRAGMA schema_version").fetchone()
+    except sqlite3.DatabaseError as error:
+        raise RunFolderError(f"{str(path)!r} is damaged: {error}", hint="restore it from a copy, or start again with another --out") from None
+
+
+def _require_same_task(study: optuna.Study, task: Task, run: Path) -> None:
+    known = study.user_attrs.get("task")
+    if known is None:
+        study.set_user_attr("task", json.loads(task.to_json()))
+        return
+    before = Task.create({key: tuple(value) if isinstance(value, list) else value for key, value in known.items()})
+    if before.fingerprint == task.fingerprint:
+        return
+    old, new = before.model_dump(), task.model_dump()
+    changed = [key for key in old if old[key] != new[key] and key not in ("search_time", "trials", "target_accuracy")]
+    raise UsageError(
+        f"{str(run)!r} holds the search of another task: {changed[0]} was {old[changed[0]]!r}, now {new[changed[0]]!r}",
+        hint="resume with the same task, or choose another --out",
+    )
+
+
+def retire_lost_trials(study: optuna.Study) -> int:
+    """Fail the trials that a killed search left running and queue their policies again, at most twice; how many there were."""
+    lost = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    for trial in lost:
+        study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        retries = int(trial.user_attrs.get("retries", 0))
+        if retries < MAX_RETRIES and trial.params:
+            study.enqueue_trial(dict(trial.params), user_attrs={"retries": retries + 1})
+    return len(lost)
+
+
+def record(study: optuna.Study, outcome: Outcome) -> None:
+    """Keep an outcome for good."""
+    study.set_user_attr(OUTCOME + outcome.id, json.loads(outcome.model_dump_json(by_alias=True)))
+
+
+def outcomes(study: optuna.Study) -> list[Outcome]:
+    """All outcomes so far, in the order of their ids."""
+    kept = {key: value for key, value in study.user_attrs.items() if key.startswith(OUTCOME)}
+    return [Outcome.model_validate_json(json.dumps(kept[key])) for key in sorted(kept)]
+
+
+def remember(study: optuna.Study, key: str, value: Any) -> None:
+    """Keep a JSON value beside the trials."""
+    study.set_user_attr(key, value)
+
+
+def tell_over_budget(study: optuna.Study, trial: Trial, policy: Policy, latency_s: float, violation: float) -> None:
+    """A policy that the latency model rules out: complete, with its constraint violated, so that the sampler learns from it."""
+    trial.set_user_attr("policy", policy.digest)
+    trial.set_constraint("budget", violation)
+    study.tell(trial, [OVER_BUDGET_SCORE, latency_s])
+
+
+def tell_outcome(study: optuna.Study, trial: Trial, outcome: Outcome, violation: float) -> None:
+    """The result of a policy that was realised; a failure teaches the sampler nothing about latency or accuracy."""
+    trial.set_user_attr("policy", outcome.policy.digest)
+    trial.set_user_attr("outcome", outcome.id)
+    if outcome.failure is not None or outcome.val_score is None or outcome.latency_s is None:
+        trial.set_user_attr("failure", outcome.failure.reason if outcome.failure else "no score")
+        study.tell(trial, state=TrialState.FAIL)
+        return
+    trial.set_constraint("budget", violation)
+    study.tell(trial, [outcome.val_score.gain, outcome.latency_s.median])
+
+
+def abandon(study: optuna.Study, trial: Trial) -> None:
+    """A trial that was interrupted."""
+    study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+
+
+def count_trials(study: optuna.Study) -> int:
+    """Finished trials, ruled-out ones included."""
+    return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)))

@@ -1,0 +1,130 @@
+"""Task: everything that defines one search, from a TOML file, the command line or Python."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, ValidationError, field_validator
+
+from autocompress.errors import UsageError
+from autocompress.policy import Record, explain
+from autocompress.records import Budget
+from autocompress.references import nearest
+from autocompress.units import parse_duration
+
+DEFAULT_DEVICE = "onnxruntime:cpu?threads=1"
+DEMO_MODEL = "autocompress.demo:teacher"
+DATA_VARIABLE = "AUTOCOMPRESS_DATA"
+
+
+class Task(Record):
+    """One search. Paths and `${AUTOCOMPRESS_DATA}` in references are expanded when the file is read.
+
+    search_time: how long the whole search may take (`"30m"`). batch: inputs a call of the deployed model.
+    """
+
+    budget: tuple[str, ...] = ()
+    model: str = DEMO_MODEL
+    weights: str | None = None
+    data: str = "digits"
+    device: str = DEFAULT_DEVICE
+    batch: Annotated[int, Field(ge=1, le=4096)] = 1
+    search_time: str = "30m"
+    trials: Annotated[int, Field(ge=1)] | None = None
+    target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
+    space: str = "default"
+    student: str | None = None
+    learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("budget")
+    @classmethod
+    def _parses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        Budget.parse(value) if value else None
+        return value
+
+    @property
+    def limits(self) -> Budget:
+        return Budget.parse(self.budget) if self.budget else Budget()
+
+    @property
+    def search_seconds(self) -> float:
+        return parse_duration(self.search_time)
+
+    @property
+    def is_demo(self) -> bool:
+        return self.model == DEMO_MODEL
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for tasks whose trials may share a run folder: everything but how long to search."""
+        free = {"search_time": "30m", "trials": None, "target_accuracy": None}
+        return self.model_copy(update=free).digest
+
+    def to_toml(self) -> str:
+        """The task as a file that `load_task` reads back."""
+        return "".join(f"{key} = {_toml(value)}\n" for key, value in self.model_dump().items() if value is not None)
+
+    @classmethod
+    def create(cls, values: Mapping[str, Any]) -> Self:
+        """Validate; raises UsageError that names the key, with the nearest one for a mistyped key."""
+        unknown = sorted(set(values) - set(cls.model_fields))
+        if unknown:
+            raise UsageError(f"unknown key {unknown[0]!r} in the task", hint=nearest(unknown[0], cls.model_fields))
+        try:
+            task = cls.model_validate(values)
+        except ValidationError as error:
+            raise UsageError(f"the task is not valid: {explain(error)}") from None
+        _ = task.search_seconds
+        return task
+
+
+def load_task(path: Path | None, overrides: Mapping[str, object]) -> Task:
+    """The task of a TOML file (or the demonstration's defaults) with `overrides` whose value is not None on top."""
+    given = {key: value for key, value in overrides.items() if value is not None and value != ()}
+    base = _read(path) if path is not None else {}
+    values = base | given
+    if "model" not in values:
+        values = {"batch": 32, "search_time": "4m"} | values
+    elif "data" not in values:
+        raise UsageError("a task with its own model needs data", hint="add --data imagefolder:DIR or data = ... to the task file")
+    return Task.create(values)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"the task file {str(path)!r} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"the task file {str(path)!r} is not UTF-8 text") from None
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"the task file {str(path)!r} is not TOML: {error}") from None
+    return {key: _expand(value, path) if isinstance(value, str) else value for key, value in values.items()}
+
+
+def _expand(value: str, path: Path) -> str:
+    marker = "${" + DATA_VARIABLE + "}"
+    if marker in value and DATA_VARIABLE not in os.environ:
+        raise UsageError(f"{path.name} reads {value!r}, but {DATA_VARIABLE} is not set", hint=f"export {DATA_VARIABLE}=FOLDER")
+    return value.replace(marker, os.environ.get(DATA_VARIABLE, "")).replace("${HERE}", str(path.resolve().parent))
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return str(value).lower() if isinstance(value, bool) else repr(value)

@@ -1,0 +1,126 @@
+"""How the command line speaks: data on stdout, everything else on stderr, errors as one sentence or as JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from autocompress.errors import AutocompressError, InfeasibleBudget
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+PIPE_WIDTH = 180
+"""Columns of a table that goes to a file or a pipe."""
+
+
+def emit(content: str | RenderableType) -> None:
+    """Print a result to stdout. When the reader has closed the pipe (`| head -1`) the command ends quietly."""
+    text = content if isinstance(content, str) else rendered(content)
+    try:
+        print(text.rstrip("\n"), flush=True)
+    except BrokenPipeError:
+        # Else the interpreter's own flush at exit would complain once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+
+
+def emit_json(content: Mapping[str, Any]) -> None:
+    """Print a result as JSON with its schema version. NaN and infinity become null."""
+    emit(json.dumps(_plain({"schema": 1, "ok": True} | dict(content)), indent=1, allow_nan=False, default=str))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def rendered(content: RenderableType) -> str:
+    """A rich table as text: coloured and as wide as the terminal there, plain and wide elsewhere."""
+    from rich.console import Console
+
+    live = sys.stdout.isatty()
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    buffer = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace", write_through=True)
+    Console(file=buffer, width=terminal_width(), force_terminal=live, highlight=False).print(content)
+    buffer.seek(0)
+    return "\n".join(line.rstrip() for line in buffer.read().splitlines()).strip("\n")
+
+
+def terminal_width() -> int:
+    """Columns of stdout."""
+    return shutil.get_terminal_size((PIPE_WIDTH, 24)).columns if sys.stdout.isatty() else PIPE_WIDTH
+
+
+def emit_record(content: Mapping[str, Any]) -> None:
+    """Print a nested record for a person: plain values as lines, lists of records as tables, in their order."""
+    for key, value in content.items():
+        name = key.replace("_", " ")
+        if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            emit(f"\n{name}")
+            emit(_table(value))
+        elif isinstance(value, Mapping):
+            emit(f"{name}:")
+            for inner, item in value.items():
+                emit(f"  {inner}: {_word(item)}")
+        elif isinstance(value, (list, tuple)) and value and max(len(str(item)) for item in value) > 40:
+            emit(f"{name}:")
+            for item in value:
+                emit(f"  {_word(item)}")
+        else:
+            emit(f"{name}: {_word(value)}")
+
+
+def _table(records: list[Mapping[str, Any]]) -> RenderableType:
+    from rich.text import Text
+
+    from autocompress.tables import plain_table
+
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    table = plain_table(*(column.replace("_", " ") for column in columns))
+    for record in records:
+        table.add_row(*(Text(_word(record.get(column, ""))) for column in columns))
+    return table
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(_word(item) for item in value) or "none" if isinstance(value, (list, tuple)) else str(value)
+
+
+def report_error(error: AutocompressError, *, as_json: bool) -> None:
+    """One sentence and a hint on stderr, or the same as JSON on stdout."""
+    if as_json:
+        facts: dict[str, Any] = {
+            "code": error.exit_code,
+            "kind": type(error).__name__,
+            "message": error.message,
+            "hint": error.hint,
+        }
+        if isinstance(error, InfeasibleBudget):
+            facts |= {"smallest_latency_s": error.smallest_latency_s, "binds": error.binds}
+        emit(json.dumps(_plain({"schema": 1, "ok": False, "error": facts}), indent=1))
+        return
+    complain(f"error: {error.message}", f"hint: {error.hint}" if error.hint else "")
+
+
+def complain(*lines: str) -> None:
+    """Lines on stderr; a closed stderr is no error."""
+    try:
+        for line in lines:
+            if line:
+                print(line, file=sys.stderr, flush=True)
+    except (BrokenPipeError, ValueError):
+        return
