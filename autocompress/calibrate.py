@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from autocompress.errors import PolicyFailure
-from autocompress.export import write_bundle
 from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.objective import Setting, untrained
 from autocompress.policy import Policy
@@ -18,7 +17,7 @@ from autocompress.preparation import prepare
 from autocompress.progress import Progress
 from autocompress.proposals import LevelSuggester
 from autocompress.records import Workload
-from autocompress.search import make_suggest
+from autocompress.search_space import find_suggest
 from autocompress.task import Task
 
 POLICIES = 64
@@ -32,7 +31,7 @@ def calibrate(task: Task, seconds: float, progress: Progress) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
         setting = prepare(task, Path(folder))
-        suggest = make_suggest(task, setting.graphs[task.student], setting.device)
+        suggest = find_suggest(task.space, setting.graphs[task.student], setting.device.profile, reference=task.student)
         generator = np.random.default_rng(task.seed)
         policies = [Policy(), *(suggest(LevelSuggester(generator)) for _ in range(POLICIES))]
         workloads = [setting.graph_of(policy).workload(policy, setting.multiple) for policy in policies]
@@ -68,7 +67,7 @@ def _whole_networks(
         folder = setting.models / f"calibration-{done}"
         try:
             student = untrained(setting, policy)
-            artifact = write_bundle(folder, student, policy, (setting.example,), model=setting.model_reference)
+            artifact = setting.write(folder, student, policy)
             latency = setting.device.measure([folder / artifact.path])[0]
         except PolicyFailure as failure:
             progress.message(f"left out: {failure.message}")

@@ -111,11 +111,7 @@ def _search(task: Task, run: Path, *, resume: bool, quiet: bool, json: bool) -> 
 
 def _how_to_resume(run: Path) -> str:
     task = run / "task.toml"
-    return (
-        f"what is finished is kept; continue with: autocompress search {task} --out {run} --resume"
-        if task.is_file()
-        else ""
-    )
+    return f"what is finished is kept; continue with: autocompress search {task} --out {run} --resume" if task.is_file() else ""
 
 
 def _content(run: Path) -> dict[str, Any]:
@@ -165,6 +161,7 @@ def export(
     out: options.Out,
     pick: options.Pick = "best",
     format_: options.Formats = "onnx",
+    model: options.Teacher = None,
     json: options.Json = False,
 ) -> None:
     """Write one policy as the files that ship, checked and measured again."""
@@ -177,9 +174,22 @@ def export(
         raise UsageError(f"unknown format {name!r}", hint=nearest(name, FORMATS))
     from autocompress.deploy import export_run
 
-    folder = export_run(run, pick=pick, formats=formats, out=out)
-    written = sorted(str(path) for path in folder.rglob("*") if path.is_file())
-    emit_json({"folder": str(folder), "files": written}) if json else emit("\n".join(written))
+    exported = export_run(run, pick=pick, formats=formats, out=out, model=model)
+    written = sorted(str(path) for path in exported.folder.iterdir() if path.is_file())
+    if json:
+        emit_json({"folder": str(exported.folder), "files": written, "within_budget": exported.within_budget,
+                   "manifest": exported.manifest.model_dump(mode="json", by_alias=True)})  # fmt: skip
+        return
+    from autocompress.view import latency_line
+
+    emit("\n".join(written))
+    if exported.manifest.latency_s is not None:
+        emit(f"latency {latency_line(exported.manifest.latency_s)}, measured on this file")
+    if not exported.within_budget:
+        complain(
+            "warning: this time the file was measured over the budget",
+            "hint: measure again when the machine is quiet, or pick a faster policy",
+        )
 
 
 @app.command()
@@ -340,9 +350,7 @@ def _failed(error: BaseException, as_json: bool) -> int:
         known = UsageError(text, hint="autocompress --help, or --help after a command")
     else:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
-        known = AutocompressError(
-            f"unexpected {what}", hint="this is a bug: please report it with the traceback that --debug shows"
-        )
+        known = AutocompressError(f"unexpected {what}", hint="this is a bug: please report it with the traceback that --debug shows")
     report_error(known, as_json=as_json)
     return known.exit_code
 

@@ -20,7 +20,6 @@ from autocompress import study as journal
 from autocompress.content import entry, feasible, front_of, ladder_quality, prediction_quality, progress_point
 from autocompress.errors import InfeasibleBudget, PolicyFailure, TooManyFailures
 from autocompress.evaluate import score_artifact
-from autocompress.export import write_bundle
 from autocompress.front import measured, pick
 from autocompress.latency import FittedLatencyModel
 from autocompress.objective import Setting, realise, untrained
@@ -116,7 +115,7 @@ class Search:
         folder = self.setting.models.parent / "calibration" / name
         try:
             student = untrained(self.setting, policy)
-            artifact = write_bundle(folder, student, policy, (self.setting.example,), model=self.setting.model_reference)
+            artifact = self.setting.write(folder, student, policy)
             latency = self.setting.device.measure([folder / artifact.path], seconds_each=0.3)[0]
         except (PolicyFailure, RuntimeError):
             return None
@@ -142,7 +141,11 @@ class Search:
         binds = ", ".join(f"{name} {format_duration(max(seconds, 0.0))}" for name, seconds in parts)
         size = workload.weight_bytes
         limit = format_duration(latency_s * 1.02)
-        cure = f"--budget {limit.replace(' ', '')}" if self.budget.latency_s or self.budget.p95_s else f"--budget {format_size(size).replace(' ', '')}"
+        cure = (
+            f"--budget {limit.replace(' ', '')}"
+            if self.budget.latency_s or self.budget.p95_s
+            else f"--budget {format_size(size).replace(' ', '')}"
+        )
         return InfeasibleBudget(
             f"no policy of the space meets the budget ({self.budget.in_words()}): the fastest takes {format_duration(latency_s)} "
             f"({format_size(size)} of weights; {policy.in_words()})",
@@ -205,7 +208,12 @@ class Search:
         name = f"short training, policy {self._short_count() + 1}"
         try:
             outcome = realise(
-                self.setting, policy, id=id, rung="short", deadline=deadline, predicted=self.predict(policy)[1],
+                self.setting,
+                policy,
+                id=id,
+                rung="short",
+                deadline=deadline,
+                predicted=self.predict(policy)[1],
                 tick=lambda done: self._show(name, round(100 * done), 100),
             )
         except BaseException:
@@ -233,8 +241,13 @@ class Search:
             name = f"full training {position + 1} of {len(climbing)}"
             self._keep(
                 realise(
-                    self.setting, outcome.policy, id=f"{outcome.id}-full", rung="full", deadline=deadline,
-                    predicted=outcome.predicted_latency_s, continues=outcome.id,
+                    self.setting,
+                    outcome.policy,
+                    id=f"{outcome.id}-full",
+                    rung="full",
+                    deadline=deadline,
+                    predicted=outcome.predicted_latency_s,
+                    continues=outcome.id,
                     tick=lambda done, name=name: self._show(name, round(100 * done), 100),  # type: ignore[misc]
                 )
             )
@@ -295,8 +308,11 @@ class Search:
             "environment": self.setting.device.environment(),
             "budget": self.budget.model_dump(mode="json"),
             "baseline": {
-                "val_score": _json(baseline.val_score), "test_score": _json(baseline.test_score),
-                "latency_s": _json(baseline.latency_s), "size_bytes": baseline.size_bytes, "artifact": str(baseline.path.relative_to(self.run)),
+                "val_score": _json(baseline.val_score),
+                "test_score": _json(baseline.test_score),
+                "latency_s": _json(baseline.latency_s),
+                "size_bytes": baseline.size_bytes,
+                "artifact": str(baseline.path.relative_to(self.run)),
             },
             "front": [e for e in sorted(entries, key=lambda e: e["latency_s"]["median"]) if e["id"] in on_front],
             "points": entries,
@@ -319,7 +335,9 @@ class Search:
             self.pairs.append((self.workload(outcome.policy), outcome.latency_s.median))
             self.model.fit(self.pairs)
         self.points.append(
-            progress_point(self.outcomes(), self.setting.baseline.latency_s, self.budget, self.clock.elapsed, journal.count_trials(self.study))
+            progress_point(
+                self.outcomes(), self.setting.baseline.latency_s, self.budget, self.clock.elapsed, journal.count_trials(self.study)
+            )
         )
         journal.remember(self.study, "progress", self.points)
         self._announce(outcome)
@@ -380,4 +398,3 @@ class Search:
 
 def _json(record: Any) -> Any:
     return None if record is None else record.model_dump(mode="json")
-

@@ -85,6 +85,10 @@ class Data:
         """Shape of one input, without the batch."""
         return tuple(self.train.inputs.shape[1:])
 
+    def example(self, batch: int) -> Tensor:
+        """One batch of training inputs as the model takes it."""
+        return self.prepare(self.train.inputs[torch.arange(batch) % len(self.train)])
+
     def prepare(self, inputs: Tensor) -> Tensor:
         """What the model sees: floating point, normalised."""
         if inputs.dtype != torch.uint8:
@@ -238,9 +242,7 @@ def _torchvision(name: str, options: dict[str, str]) -> Data:
     try:
         train, test = dataset(str(root), train=True), dataset(str(root), train=False)
     except (RuntimeError, OSError) as error:
-        raise UsageError(
-            f"{name} is not in {str(root)!r}", hint=f"name its folder: torchvision:{name}?root=DIR ({error})"
-        ) from None
+        raise UsageError(f"{name} is not in {str(root)!r}", hint=f"name its folder: torchvision:{name}?root=DIR ({error})") from None
     whole = _array_split(train)
     rest, val = stratified(whole.targets, VAL_FRACTION)
     return _normalised((whole[rest], whole[val], _array_split(test)), len(train.classes), options)
@@ -307,9 +309,7 @@ def _from_function(reference: str) -> Data:
         targets = train.targets
         classes = int(max(s.targets.max() for s in (train, val, test))) + 1 if targets.dtype == torch.long else None
         return Data(train, val, test, classes=classes)
-    raise UsageError(
-        f"{reference} must return autocompress.Data or (train, val, test) of (inputs, targets), but got {type(made).__name__}"
-    )
+    raise UsageError(f"{reference} must return autocompress.Data or (train, val, test) of (inputs, targets), but got {type(made).__name__}")
 
 
 def _as_split(part: Any, reference: str) -> Split:

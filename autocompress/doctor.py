@@ -35,16 +35,10 @@ def examine(folder: Path) -> dict[str, Any]:
     """The machine as seen by a search that would run in `folder`; `problems` says what is in its way, with the cure."""
     versions = {name: version(name) for name in NEEDED}
     free = shutil.disk_usage(folder).free
-    problems = [
-        f"{name} is not installed: pip install autocompress" for name, found in versions.items() if found is None
-    ]
+    problems = [f"{name} is not installed: pip install autocompress" for name, found in versions.items() if found is None]
     if free < DISK_NEEDED_BYTES:
-        problems.append(
-            f"only {format_size(free)} are free in {folder}: a search needs about {format_size(DISK_NEEDED_BYTES)}"
-        )
-    problems += [
-        f"{place} cannot be written" for place in (folder, Path(tempfile.gettempdir())) if not os.access(place, os.W_OK)
-    ]
+        problems.append(f"only {format_size(free)} are free in {folder}: a search needs about {format_size(DISK_NEEDED_BYTES)}")
+    problems += [f"{place} cannot be written" for place in (folder, Path(tempfile.gettempdir())) if not os.access(place, os.W_OK)]
     return {
         "usable": not problems,
         "problems": problems,

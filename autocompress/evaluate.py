@@ -18,11 +18,8 @@ def score_outputs(outputs: Tensor, targets: Tensor, data: Data) -> Score:
     """The task's score of a split's outputs. Raises PolicyFailure for outputs that are not finite."""
     if not bool(torch.isfinite(outputs).all()):
         raise PolicyFailure("the outputs of a model must be finite, but some are NaN or infinite")
-    if data.score is not None:
-        value = float(data.score(outputs, targets))
-    else:
-        value = float((outputs.argmax(1) == targets).float().mean())
-    return Score(name=data.score_name, value=value, n=len(targets))
+    value = data.score(outputs, targets) if data.score is not None else (outputs.argmax(1) == targets).float().mean()
+    return Score(name=data.score_name, value=float(value), n=len(targets))
 
 
 @torch.inference_mode()
@@ -48,10 +45,9 @@ def run_artifact(path: Path, data: Data, split: Split, batch: int) -> Tensor:
 def _full_batches(data: Data, split: Split, batch: int) -> Iterator[tuple[np.ndarray, int]]:
     """Batches of exactly `batch` inputs: a file with a fixed batch takes no other; the last is filled up with repeats."""
     for inputs, _ in data.batches(split, batch):
-        count = len(inputs)
-        if count < batch:
-            inputs = torch.cat([inputs, inputs[:1].expand(batch - count, *inputs.shape[1:])])
-        yield inputs.numpy(), count
+        missing = batch - len(inputs)
+        full = torch.cat([inputs, inputs[:1].expand(missing, *inputs.shape[1:])]) if missing else inputs
+        yield full.numpy(), len(inputs)
 
 
 def score_artifact(path: Path, data: Data, split: Split, batch: int) -> Score:

@@ -162,8 +162,7 @@ def hover(entry: Entry) -> str:
         f"<b>{escape(entry.id)}</b>  {entry.speedup:.2f}x",
         words,
         f"{escape(entry.val_score.name)} {format_score(entry.val_score)}{test}",
-        f"{format_duration(latency.median)}, 95 % interval {format_duration(latency.low)} to "
-        f"{format_duration(latency.high)}",
+        f"{format_duration(latency.median)}, 95 % interval {format_duration(latency.low)} to {format_duration(latency.high)}",
         f"p95 {format_duration(latency.p95)}, {format_size(entry.size_bytes)}",
     ]
     return "<br>".join([*lines, *(["over the budget"] if not entry.feasible else [])])

@@ -60,6 +60,23 @@ def _timm(name: str, classes: int | None) -> nn.Module:
     return timm.create_model(name, pretrained=False, **({} if classes is None else {"num_classes": classes}))
 
 
+USUAL_SHAPES = ((3, 224, 224), (3, 299, 299), (3, 32, 32), (1, 28, 28), (1, 8, 8))
+"""Inputs that a model is tried with when no data says what it takes."""
+
+
+@torch.inference_mode()
+def example_for(model: nn.Module, reference: str, batch: int = 1) -> Tensor:
+    """A batch of zeros of the first usual image shape that the model takes. Raises UsageError when it takes none."""
+    for shape in USUAL_SHAPES:
+        example = torch.zeros((batch, *shape))
+        try:
+            model(example)
+        except Exception:  # whatever the user's own code raises; S112 asks for a log, but a refusal is the answer here  # noqa: S112
+            continue
+        return example
+    raise UsageError(f"{reference} takes none of the usual image shapes {USUAL_SHAPES}", hint="add --data: its inputs tell the shape")
+
+
 def load_weights(model: nn.Module, path: Path) -> None:
     """Copy a file of weights into the model. Raises UsageError unless every name and shape fits."""
     state = read_state(path)
@@ -69,7 +86,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if unexpected or set(missing) - optional:
         key = (unexpected or [k for k in missing if k not in optional])[0]
         verb = "has" if unexpected else "lacks"
-        raise UsageError(f"the weights {str(path)!r} do not fit the model: the file {verb} {key!r}", hint=nearest(key, own if unexpected else state))
+        raise UsageError(
+            f"the weights {str(path)!r} do not fit the model: the file {verb} {key!r}", hint=nearest(key, own if unexpected else state)
+        )
     for key, value in state.items():
         if value.shape != own[key].shape:
             raise UsageError(
@@ -91,7 +110,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors, zipfile, pickle and torch each raise their own kinds
         hint = "give a state dict (torch.save(model.state_dict(), ...)) or safetensors; for a whole model use --model file.py:function"
-        raise UsageError(f"the weights {str(path)!r} ({path.stat().st_size} bytes) cannot be read: {type(error).__name__}", hint=hint) from None
+        raise UsageError(
+            f"the weights {str(path)!r} ({path.stat().st_size} bytes) cannot be read: {type(error).__name__}", hint=hint
+        ) from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

@@ -22,14 +22,17 @@ from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import Tick, TrainPlan, train_quantized
 from autocompress.data import Data
 from autocompress.devices.base import Device
+from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import PolicyFailure
 from autocompress.evaluate import run_artifact, score_outputs
-from autocompress.export import compare, require_parity, write_bundle
+from autocompress.export import Parity, compare, require_parity, write_bundle
 from autocompress.graph import Graph
 from autocompress.policy import Policy
 from autocompress.records import Artifact, Failure, Measurement, Outcome, Prediction, Score
 
 FLOAT_WEIGHTS = "float.safetensors"
+DRIFT_RETRIES = 3
+DRIFT_PAUSE_S = 2.0
 Rung = Literal["short", "full"]
 
 
@@ -77,6 +80,10 @@ class Setting:
     def graph_of(self, policy: Policy) -> Graph:
         return self.graphs[policy.student.reference]
 
+    def write(self, folder: Path, student: fx.GraphModule, policy: Policy) -> Artifact:
+        """Export a student of this search as a bundle."""
+        return write_bundle(folder, student, policy, (self.example,), model=self.model_reference, classes=self.data.classes)
+
 
 def untrained(setting: Setting, policy: Policy) -> fx.GraphModule:
     """The student's structure with calibrated quantizers: as fast as the trained one, without its accuracy."""
@@ -91,8 +98,17 @@ def changes_structure(policy: Policy) -> bool:
     return policy.structure_digest != plain.structure_digest
 
 
-def realise(setting: Setting, policy: Policy, *, id: str, rung: Rung, deadline: float, predicted: Prediction | None = None,
-            continues: str | None = None, tick: Tick | None = None) -> Outcome:
+def realise(
+    setting: Setting,
+    policy: Policy,
+    *,
+    id: str,
+    rung: Rung,
+    deadline: float,
+    predicted: Prediction | None = None,
+    continues: str | None = None,
+    tick: Tick | None = None,
+) -> Outcome:
     """Turn a policy into an artifact with a validation score and a measurement, or into a failure.
 
     Args:
@@ -110,7 +126,7 @@ def realise(setting: Setting, policy: Policy, *, id: str, rung: Rung, deadline: 
         stage = "export"
         artifact, score = _exported(setting, student, policy, id)
         stage = "measure"
-        latency = setting.device.measure([setting.baseline.path, setting.models / id / artifact.path])[1]
+        latency = measure_beside_baseline(setting, setting.models / id / artifact.path)
     except (PolicyFailure, RuntimeError) as error:
         failure = Failure(stage=stage, reason=_one_line(error))
         return Outcome(**known, failure=failure, seconds=time.monotonic() - started)
@@ -124,8 +140,9 @@ def realise(setting: Setting, policy: Policy, *, id: str, rung: Rung, deadline: 
     )
 
 
-def _trained(setting: Setting, student: fx.GraphModule, policy: Policy, id: str, deadline: float, continues: str | None,
-             tick: Tick | None) -> fx.GraphModule:
+def _trained(
+    setting: Setting, student: fx.GraphModule, policy: Policy, id: str, deadline: float, continues: str | None, tick: Tick | None
+) -> fx.GraphModule:
     needs_training = changes_structure(policy)
     if continues is not None:
         _continue_from(student, setting.models / continues / FLOAT_WEIGHTS)
@@ -136,9 +153,7 @@ def _trained(setting: Setting, student: fx.GraphModule, policy: Policy, id: str,
         batch_size=setting.batch_size,
         seed=setting.seed,
     )
-    trained = train_quantized(
-        student, policy.quant, setting.data, plan, teacher=setting.teacher, distill=policy.distill, tick=tick
-    )
+    trained = train_quantized(student, policy.quant, setting.data, plan, teacher=setting.teacher, distill=policy.distill, tick=tick)
     if needs_training:
         folder = setting.models / id
         folder.mkdir(parents=True, exist_ok=True)
@@ -155,12 +170,33 @@ def _continue_from(student: fx.GraphModule, path: Path) -> None:
 
 
 def _exported(setting: Setting, student: fx.GraphModule, policy: Policy, id: str) -> tuple[Artifact, Score]:
-    artifact = write_bundle(setting.models / id, student, policy, (setting.example,), model=setting.model_reference)
-    path = setting.models / id / artifact.path
-    outputs = run_artifact(path, setting.data, setting.data.val, setting.batch)
-    agreement = compare(_answers(student, setting), outputs)
-    require_parity(agreement, quantized=any(policy.quant.of(layer.name) == 8 for layer in setting.graph_of(policy).layers))
+    artifact = setting.write(setting.models / id, student, policy)
+    outputs, _ = check_artifact(setting, student, setting.models / id / artifact.path, policy)
     return artifact, score_outputs(outputs, setting.data.val.targets, setting.data)
+
+
+def check_artifact(setting: Setting, student: fx.GraphModule, path: Path, policy: Policy) -> tuple[Tensor, Parity]:
+    """Outputs of the exported file on the validation split. Raises PolicyFailure unless they are the student's."""
+    outputs = run_artifact(path, setting.data, setting.data.val, setting.batch)
+    parity = compare(_answers(student, setting), outputs)
+    require_parity(parity, quantized=any(policy.quant.of(layer.name) == 8 for layer in setting.graph_of(policy).layers))
+    return outputs, parity
+
+
+def measure_beside_baseline(setting: Setting, path: Path) -> Measurement:
+    """Latency of a file, interleaved with the baseline's; where the baseline itself has drifted, wait and measure again.
+
+    A measurement whose baseline never came back is flagged noisy: it cannot be compared with the others.
+    """
+    reference = setting.baseline.latency_s.median
+    for attempt in range(DRIFT_RETRIES):
+        baseline, latency = setting.device.measure([setting.baseline.path, path])
+        drift = baseline.median / reference - 1
+        if abs(drift) <= MOST_DRIFT:
+            return latency
+        time.sleep(DRIFT_PAUSE_S * (attempt + 1))
+    reason = f"the baseline beside it took {100 * drift:+.0f} % of its time"
+    return latency.model_copy(update={"noisy": True, "noise_reason": "; ".join(filter(None, [latency.noise_reason, reason]))})
 
 
 @torch.inference_mode()

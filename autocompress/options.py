@@ -18,12 +18,8 @@ FileOrReference = Annotated[str, typer.Argument(metavar="FILE|REF", help=f"An ON
 PolicyId = Annotated[str, typer.Argument(metavar="ID", help="Id of a policy, or best.")]
 TaskFile = Annotated[Path | None, typer.Argument(metavar="TASK.toml", help="A task file; options go before it.")]
 
-Model = Annotated[
-    str | None, typer.Option("--model", rich_help_panel=MODEL, help=f"{_REFERENCE}.; else the demonstration")
-]
-Weights = Annotated[
-    Path | None, typer.Option("--weights", rich_help_panel=MODEL, help="Of the model: safetensors or a state dict.")
-]
+Model = Annotated[str | None, typer.Option("--model", rich_help_panel=MODEL, help=f"{_REFERENCE}.; else the demonstration")]
+Weights = Annotated[Path | None, typer.Option("--weights", rich_help_panel=MODEL, help="Of the model: safetensors or a state dict.")]
 Data = Annotated[
     str | None,
     typer.Option(
@@ -32,9 +28,7 @@ Data = Annotated[
         help="digits, torchvision:CIFAR10?root=DIR, imagefolder:DIR or file.py:function.",
     ),
 ]
-Device = Annotated[
-    str, typer.Option("--device", rich_help_panel=MODEL, help="What to measure on; see `autocompress devices`.")
-]
+Device = Annotated[str, typer.Option("--device", rich_help_panel=MODEL, help="What to measure on; see `autocompress devices`.")]
 OwnDevice = Annotated[
     str | None,
     typer.Option("--device", rich_help_panel=MODEL, help=f"What to measure on. Default: {DEFAULT_DEVICE}."),
@@ -44,18 +38,12 @@ OwnBatch = Annotated[
     int | None,
     typer.Option("--batch", min=1, rich_help_panel=MODEL, help="Inputs a call of the deployed model. Default: 1."),
 ]
-Student = Annotated[
-    str | None, typer.Option("--student", rich_help_panel=MODEL, help="Another architecture to derive students from.")
-]
+Student = Annotated[str | None, typer.Option("--student", rich_help_panel=MODEL, help="Another architecture to derive students from.")]
 Space = Annotated[
     str | None,
-    typer.Option(
-        "--space", rich_help_panel=MODEL, help="Search space: a shipped name, a TOML file or file.py:function."
-    ),
+    typer.Option("--space", rich_help_panel=MODEL, help="Search space: a shipped name, a TOML file or file.py:function."),
 ]
-LearningRate = Annotated[
-    float | None, typer.Option("--learning-rate", rich_help_panel=MODEL, help="Peak rate of student training.")
-]
+LearningRate = Annotated[float | None, typer.Option("--learning-rate", rich_help_panel=MODEL, help="Peak rate of student training.")]
 
 Budgets = Annotated[
     list[str] | None,
@@ -66,35 +54,26 @@ Budgets = Annotated[
         help="10ms, 500us, 0.5x (of the baseline), 4MB, p95=10ms; may be repeated.",
     ),
 ]
-SearchTime = Annotated[
-    str | None, typer.Option("--search-time", rich_help_panel=LIMITS, help="How long to search, e.g. 30m.")
-]
-Trials = Annotated[
-    int | None, typer.Option("--trials", min=1, rich_help_panel=LIMITS, help="Stop after this many policies.")
-]
+SearchTime = Annotated[str | None, typer.Option("--search-time", rich_help_panel=LIMITS, help="How long to search, e.g. 30m.")]
+Trials = Annotated[int | None, typer.Option("--trials", min=1, rich_help_panel=LIMITS, help="Stop after this many policies.")]
 TargetAccuracy = Annotated[
     float | None,
     typer.Option("--target-accuracy", rich_help_panel=LIMITS, help="Stop when this is reached within the budget."),
 ]
-Seed = Annotated[
-    int | None, typer.Option("--seed", min=0, rich_help_panel=LIMITS, help="Of sampler, weights and data order.")
-]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, rich_help_panel=LIMITS, help="Of sampler, weights and data order.")]
 MeasureTime = Annotated[str, typer.Option("--time", rich_help_panel=LIMITS, help="How long to measure.")]
 
 Out = Annotated[Path, typer.Option("--out", rich_help_panel=OUTPUT, help="Folder to write.")]
-NewRun = Annotated[
-    Path | None, typer.Option("--out", rich_help_panel=OUTPUT, help="Run folder. Default: run-DATE-TIME.")
-]
+NewRun = Annotated[Path | None, typer.Option("--out", rich_help_panel=OUTPUT, help="Run folder. Default: run-DATE-TIME.")]
 Resume = Annotated[bool, typer.Option("--resume", rich_help_panel=OUTPUT, help="Continue the search in --out.")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", rich_help_panel=OUTPUT, help="Say what would be searched, and stop.")
-]
+DryRun = Annotated[bool, typer.Option("--dry-run", rich_help_panel=OUTPUT, help="Say what would be searched, and stop.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=OUTPUT, help="Show no progress.")]
 Json = Annotated[bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print JSON instead of text.")]
 Open = Annotated[bool, typer.Option("--open", help="Open it in the browser.")]
 Pick = Annotated[str, typer.Option("--pick", help="best, or the id of a policy.")]
 Formats = Annotated[str, typer.Option("--format", help="onnx, openvino, torch; several with commas.")]
-PolicyFile = Annotated[
-    str, typer.Option("--policy", metavar="FILE|random:SEED", help="A policy file, or one drawn from the space.")
+Teacher = Annotated[
+    str | None, typer.Option("--model", metavar="REF", help="The run's model, for --format torch where it is a function of yours.")
 ]
+PolicyFile = Annotated[str, typer.Option("--policy", metavar="FILE|random:SEED", help="A policy file, or one drawn from the space.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error. May stand anywhere.")]

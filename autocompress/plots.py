@@ -90,9 +90,7 @@ def _entries(axes: Any, axis: Axis, results: Results) -> None:
             axes.scatter(*_xy(chosen), s=30, color=FAINT, marker=marker, linewidth=1.2, label=name, zorder=3)
     if front:
         x, y = _xy(front)
-        axes.step(
-            [*x, front_end(results, axis)], [*y, y[-1]], where="post", color=ACCENT, alpha=0.5, linewidth=1.8, zorder=4
-        )
+        axes.step([*x, front_end(results, axis)], [*y, y[-1]], where="post", color=ACCENT, alpha=0.5, linewidth=1.8, zorder=4)
     for name, color, size, chosen in (
         ("front", ACCENT, 52, [e for e in front if e.id != results.best]),
         ("best within the budget" if results.has_budget else "most accurate", BEST, 130,

@@ -31,8 +31,7 @@ BASELINE = "baseline"
 TEACHER_WEIGHTS = "teacher.safetensors"
 
 
-def prepare(task: Task, run: Path, *, model: nn.Module | None = None, data: Data | None = None,
-            device: Device | None = None) -> Setting:
+def prepare(task: Task, run: Path, *, model: nn.Module | None = None, data: Data | None = None, device: Device | None = None) -> Setting:
     """Everything that a search needs, with the baseline's latency measured (its score comes from `score_baseline`).
 
     Raises UsageError when model, data and task do not fit together.
@@ -40,7 +39,7 @@ def prepare(task: Task, run: Path, *, model: nn.Module | None = None, data: Data
     device = device or open_device(task.device)
     data = data or load_data(task.data)
     teacher = model or load_model(task.model, weights=Path(task.weights) if task.weights else None, classes=data.classes)
-    example = example_batch(data, task.batch)
+    example = data.example(task.batch)
     require_fit(teacher, data, example, task.model)
     if task.is_demo and (run / TEACHER_WEIGHTS).is_file():
         teacher.load_state_dict(load_file(run / TEACHER_WEIGHTS))
@@ -66,12 +65,6 @@ def prepare(task: Task, run: Path, *, model: nn.Module | None = None, data: Data
     )
 
 
-def example_batch(data: Data, batch: int) -> Tensor:
-    """One batch at the deployment's size, as the model takes it."""
-    index = torch.arange(batch) % len(data.train)
-    return data.prepare(data.train.inputs[index])
-
-
 @torch.inference_mode()
 def require_fit(model: nn.Module, data: Data, example: Tensor, reference: str) -> None:
     """Raises UsageError unless the model runs on the data and has an output for each class."""
@@ -79,8 +72,9 @@ def require_fit(model: nn.Module, data: Data, example: Tensor, reference: str) -
     try:
         outputs = model.eval()(example)
     except Exception as error:  # whatever the user's own code raises
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UsageError(
-            f"{reference} must take inputs of shape {tuple(example.shape)}, but raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            f"{reference} must take inputs of shape {tuple(example.shape)}, but raised {what}",
             hint="check that the data and the model belong together (channels, size)",
         ) from None
     finally:
@@ -88,14 +82,20 @@ def require_fit(model: nn.Module, data: Data, example: Tensor, reference: str) -
     if data.classes is None:
         return
     if not isinstance(outputs, Tensor) or outputs.dim() != 2:
-        raise UsageError(f"a classifier must return one tensor n x classes, but {reference} returned {_shape(outputs)}",
-                         hint="for other tasks let the data function return autocompress.Data with its own loss and score")
+        raise UsageError(
+            f"a classifier must return one tensor n x classes, but {reference} returned {_shape(outputs)}",
+            hint="for other tasks let the data function return autocompress.Data with its own loss and score",
+        )
     if outputs.shape[1] != data.classes:
-        raise UsageError(f"the model must have as many outputs as the data has classes, but {reference} has {outputs.shape[1]} outputs "
-                         f"and the data {data.classes} classes")
+        raise UsageError(
+            f"the model must have as many outputs as the data has classes, but {reference} has {outputs.shape[1]} outputs "
+            f"and the data {data.classes} classes"
+        )
     for split in (data.train, data.val, data.test):
         if int(split.targets.max()) >= data.classes or int(split.targets.min()) < 0:
-            raise UsageError(f"labels must lie in 0..{data.classes - 1}, but reach from {int(split.targets.min())} to {int(split.targets.max())}")
+            raise UsageError(
+                f"labels must lie in 0..{data.classes - 1}, but reach from {int(split.targets.min())} to {int(split.targets.max())}"
+            )
 
 
 def _shape(outputs: object) -> str:

@@ -139,14 +139,17 @@ class Budget(Record):
             except ValueError:
                 factor = math.nan
             if not (math.isfinite(factor) and factor > 0):
-                raise UsageError(f"a relative budget must be a number greater than zero and x, but got {part!r}",
-                                 hint="0.5x means half of the measured baseline")
+                raise UsageError(
+                    f"a relative budget must be a number greater than zero and x, but got {part!r}",
+                    hint="0.5x means half of the measured baseline",
+                )
             return "relative", factor
         try:
             return "latency_s", parse_duration(part)
         except UsageError as error:
-            raise UsageError(error.message.replace("duration", "budget"),
-                             hint="write 10ms, 500us, 0.5x (of the baseline), 4MB or p95=10ms") from None
+            raise UsageError(
+                error.message.replace("duration", "budget"), hint="write 10ms, 500us, 0.5x (of the baseline), 4MB or p95=10ms"
+            ) from None
 
     def against(self, baseline: Measurement) -> Budget:
         """The same budget with `relative` turned into seconds of this baseline's median."""

@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,21 +28,22 @@ from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.models import load_model
 from autocompress.objective import Setting
 from autocompress.policy import Policy
-from autocompress.preparation import example_batch, prepare, require_fit, score_baseline, train_demo_teacher
+from autocompress.preparation import prepare, require_fit, score_baseline, train_demo_teacher
 from autocompress.progress import Progress, SilentProgress
 from autocompress.proposals import LevelSuggester
 from autocompress.records import Budget
-from autocompress.references import call_function
 from autocompress.report import write_report
 from autocompress.run_folder import locked, read_front, write_atomically
 from autocompress.schedule import Clock
-from autocompress.search_space import SearchSpace, Suggest, load_space
+from autocompress.search_space import Suggest, find_suggest
 from autocompress.tables import frame
 from autocompress.task import Task
 from autocompress.units import format_duration
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
+
+    from autocompress.deploy import Exported
 
 DEMO_TEACHER_SHARE = 0.25
 
@@ -81,11 +82,13 @@ class SearchResult:
         pareto_png(self.content, target)
         return target
 
-    def export(self, out: Path | str, *, pick: str = "best", formats: tuple[str, ...] = ("onnx",)) -> Path:
-        """Write the bundle of one policy: see `autocompress export`."""
+    def export(
+        self, out: Path | str, *, pick: str = "best", formats: Sequence[str] = ("onnx",), model: nn.Module | str | None = None
+    ) -> Exported:
+        """Write the bundle of one policy and measure it again: see `autocompress export`."""
         from autocompress.deploy import export_run
 
-        return export_run(self.run, pick=pick, formats=formats, out=Path(out))
+        return export_run(self.run, pick=pick, formats=formats, out=Path(out), model=model)
 
 
 def search(
@@ -125,12 +128,25 @@ def search(
         "model": model if isinstance(model, str) else f"python:{type(model).__name__}",
         "data": data if isinstance(data, str) else "python:Data",
         "weights": str(weights) if weights is not None else None,
-        "device": device, "batch": batch, "search_time": search_time, "trials": trials, "target_accuracy": target_accuracy,
-        "space": space, "student": student, "learning_rate": learning_rate, "seed": seed,
+        "device": device,
+        "batch": batch,
+        "search_time": search_time,
+        "trials": trials,
+        "target_accuracy": target_accuracy,
+        "space": space,
+        "student": student,
+        "learning_rate": learning_rate,
+        "seed": seed,
     }
     return run_search(
-        Task.create(values), Path(out), resume=resume, progress=progress, sampler=sampler, suggest=suggest,
-        model=model if isinstance(model, nn.Module) else None, data=data if isinstance(data, Data) else None,
+        Task.create(values),
+        Path(out),
+        resume=resume,
+        progress=progress,
+        sampler=sampler,
+        suggest=suggest,
+        model=model if isinstance(model, nn.Module) else None,
+        data=data if isinstance(data, Data) else None,
     )
 
 
@@ -175,7 +191,7 @@ def _assemble(task: Task, run: Path, setting: Setting, study: Any, clock: Clock,
         task=task,
         run=run,
         setting=setting,
-        suggest=suggest or make_suggest(task, setting.graphs[task.student], setting.device),
+        suggest=suggest or find_suggest(task.space, setting.graphs[task.student], setting.device.profile, reference=task.student),
         study=study,
         model=FittedLatencyModel(OperatorTable.for_device(setting.device)),
         budget=task.limits.against(setting.baseline.latency_s),
@@ -184,16 +200,6 @@ def _assemble(task: Task, run: Path, setting: Setting, study: Any, clock: Clock,
         pairs=[],
         points=list(study.user_attrs.get("progress", [])),
     )
-
-
-def make_suggest(task: Task, graph: Graph, device: Device) -> Suggest:
-    """How this task draws a policy: a shipped or own TOML space, or the user's function."""
-    if ".py:" in task.space or (":" in task.space and not task.space.endswith(".toml")):
-        function = call_function(task.space)
-        if not callable(function):
-            raise UsageError(f"{task.space} must return a function suggest(trial) -> Policy, but got {type(function).__name__}")
-        return function
-    return SearchSpace.build(load_space(task.space), graph, device.profile, reference=task.student).suggest
 
 
 def _phases(search_: Search) -> None:
@@ -230,7 +236,8 @@ def _result(search_: Search) -> SearchResult:
     if result.best is None and search_.task.budget:
         fastest = min((e["latency_s"]["high"] for e in result.content["points"]), default=float("nan"))
         raise InfeasibleBudget(
-            f"the search ended and nothing meets the budget ({search_.budget.in_words()}): the fastest policy took {format_duration(fastest)}",
+            f"the search ended and nothing meets the budget ({search_.budget.in_words()}): "
+            f"the fastest policy took {format_duration(fastest)}",
             hint=f"what was measured is in {search_.run}; search longer (--search-time), or allow more",
             smallest_latency_s=fastest,
         )
@@ -260,11 +267,13 @@ def plan(task: Task) -> dict[str, Any]:
     import numpy as np
 
     device, data = open_device(task.device), load_data(task.data)
-    model = load_model(task.student or task.model, weights=Path(task.weights) if task.weights and not task.student else None, classes=data.classes)
-    example = example_batch(data, task.batch)
+    model = load_model(
+        task.student or task.model, weights=Path(task.weights) if task.weights and not task.student else None, classes=data.classes
+    )
+    example = data.example(task.batch)
     require_fit(model, data, example, task.student or task.model)
     graph = Graph.trace(model, (example,))
-    suggest = make_suggest(task, graph, device)
+    suggest = find_suggest(task.space, graph, device.profile, reference=task.student)
     generator = np.random.default_rng(task.seed)
     drawn = [LevelSuggester(generator) for _ in range(3)]
     policies = [suggest(suggester) for suggester in drawn]
@@ -273,7 +282,12 @@ def plan(task: Task) -> dict[str, Any]:
         "budget": Budget.parse(task.budget).in_words() if task.budget else "none",
         "search_time_s": task.search_seconds,
         "dimensions": len(drawn[0].params),
-        "groups": len(graph.groups), "blocks": len(graph.blocks), "layers": len(graph.layers), "frozen": len(graph.frozen),
+        "groups": len(graph.groups),
+        "blocks": len(graph.blocks),
+        "layers": len(graph.layers),
+        "frozen": len(graph.frozen),
         "first_policies": [policy.in_words() for policy in policies],
-        "train": len(data.train), "val": len(data.val), "test": len(data.test),
+        "train": len(data.train),
+        "val": len(data.val),
+        "test": len(data.test),
     }

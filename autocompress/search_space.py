@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -28,7 +28,7 @@ from autocompress.policy import (
     StudentSpec,
     explain,
 )
-from autocompress.references import nearest
+from autocompress.references import call_function, nearest
 
 
 class Suggester(Protocol):
@@ -36,9 +36,7 @@ class Suggester(Protocol):
 
     def suggest_int(self, name: str, low: int, high: int) -> int: ...
 
-    def suggest_float(
-        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
-    ) -> float: ...
+    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float: ...
 
     def suggest_categorical(self, name: str, choices: list[int]) -> int: ...
 
@@ -130,7 +128,10 @@ def load_space(name: str) -> SpaceSpec:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"the search space {str(path)!r} is not TOML: {error}") from None
     except ValidationError as error:
-        raise UsageError(f"the search space {str(path)!r} is not valid: {explain(error)}", hint=nearest(str(error.errors()[0]["loc"][-1]), SpaceSpec.model_fields)) from None
+        raise UsageError(
+            f"the search space {str(path)!r} is not valid: {explain(error)}",
+            hint=nearest(str(error.errors()[0]["loc"][-1]), SpaceSpec.model_fields),
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,7 @@ def stages_of(graph: Graph) -> tuple[Stage, ...]:
     stages = []
     for stage in names:
         group = groups.get(stage)
-        inner = tuple(
-            g.name for g in graph.groups if g.prunable and home(g.name) == stage and not (g.stream and g.name == stage)
-        )
+        inner = tuple(g.name for g in graph.groups if g.prunable and home(g.name) == stage and not (g.stream and g.name == stage))
         stages.append(
             Stage(
                 name=stage,
@@ -218,10 +217,6 @@ class SearchSpace:
         return Policy(
             student=StudentSpec(reference=self.reference), quant=QuantSpec(bits=bits, reduced_range=bits == 8 and self.reduced_range)
         )
-
-    def smallest(self) -> Policy:
-        """The policy at the small end of every dimension: the best guess at the fastest one."""
-        return self.suggest(_Smallest(self.bits))
 
     def _drops(self, suggester: Suggester) -> tuple[str, ...]:
         if self.spec.depth is None:
@@ -315,8 +310,6 @@ def spread(total: int, keep: int) -> list[int]:
 class _Smallest:
     """A suggester that always takes the small end (the highest ratio, the fewest bits that have a kernel)."""
 
-    bits: tuple[int, ...]
-
     def suggest_int(self, name: str, low: int, high: int) -> int:
         return low
 
@@ -325,3 +318,18 @@ class _Smallest:
 
     def suggest_categorical(self, name: str, choices: list[int]) -> int:
         return 8 if 8 in choices else choices[-1]
+
+
+def find_suggest(space: str, graph: Graph, profile: DeviceProfile, *, reference: str | None = None) -> Suggest:
+    """How policies are drawn: from a shipped or own TOML space, or by the function that `file.py:function` returns."""
+    if ":" in space and not space.endswith(".toml"):
+        function = call_function(space)
+        if not callable(function):
+            raise UsageError(f"{space} must return a function suggest(trial) -> Policy, but got {type(function).__name__}")
+        return cast(Suggest, function)
+    return SearchSpace.build(load_space(space), graph, profile, reference=reference).suggest
+
+
+def smallest(suggest: Suggest) -> Policy:
+    """The policy at the small end of every dimension: the best guess at the fastest one."""
+    return suggest(_Smallest())

@@ -40,12 +40,8 @@ def open_study(run: Path, task: Task, *, resume: bool, sampler: BaseSampler | No
     if resume and not path.exists():
         raise UsageError(f"there is no search to resume in {str(run)!r}", hint="leave --resume out to start one")
     _require_intact(path)
-    storage = optuna.storages.RDBStorage(
-        f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 30}}
-    )
-    study = optuna.create_study(
-        study_name=STUDY, storage=storage, directions=["maximize", "minimize"], load_if_exists=True
-    )
+    storage = optuna.storages.RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 30}})
+    study = optuna.create_study(study_name=STUDY, storage=storage, directions=["maximize", "minimize"], load_if_exists=True)
     _require_same_task(study, task, run)
     study.sampler = sampler or default_sampler(task.seed, len(study.get_trials(deepcopy=False)))
     return study
@@ -63,7 +59,9 @@ def _require_intact(path: Path) -> None:
         with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as connection:
             connection.execute("PRAGMA schema_version").fetchone()
     except sqlite3.DatabaseError as error:
-        raise RunFolderError(f"{str(path)!r} is damaged: {error}", hint="restore it from a copy, or start again with another --out") from None
+        raise RunFolderError(
+            f"{str(path)!r} is damaged: {error}", hint="restore it from a copy, or start again with another --out"
+        ) from None
 
 
 def _require_same_task(study: optuna.Study, task: Task, run: Path) -> None:

@@ -63,6 +63,7 @@ class Original(_Read):
     test_score: Score | None = None
     latency_s: Measurement
     size_bytes: int
+    artifact: str | None = None
 
 
 class ProgressPoint(_Read):
@@ -105,9 +106,7 @@ class Results(_Read):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            raise RunFolderError(
-                f"front.json is damaged: {explain(error)}", hint="resume the search: it writes the file again"
-            ) from None
+            raise RunFolderError(f"front.json is damaged: {explain(error)}", hint="resume the search: it writes the file again") from None
 
     @property
     def model(self) -> str:

@@ -1,9 +1,10 @@
 """Fake quantization: the arithmetic of int8 and of packed storage, in float, with a gradient.
 
-Weights of 8-bit layers are rounded per output channel, symmetric, with the scale at the largest magnitude; activations per tensor, uint8, affine, on
-the nodes that graph/nodes.py names. The gradient passes straight through rounding (Bengio et al. 2013, arXiv 1308.3432) and stops at clipping.
-A per-channel symmetric scale follows any per-channel factor exactly, so a student is trained with its batch norms and folded at export
-(fold then quantize = quantize then fold; cf. Jacob et al. 2018, arXiv 1712.05877, section 3.2).
+Weights of 8-bit layers are rounded per output channel, symmetric, with the scale at the largest magnitude; activations per
+tensor, uint8, affine, on the nodes that graph/nodes.py names. The gradient passes straight through rounding (Bengio et al.
+2013, arXiv 1308.3432) and stops at clipping. A per-channel symmetric scale follows any per-channel factor exactly, so a
+student is trained with its batch norms and folded at export (fold then quantize = quantize then fold; cf. Jacob et al.
+2018, arXiv 1712.05877, section 3.2).
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class RoundedConv(nn.Module):
         self.reduced_range = reduced_range
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.plain.layer._conv_forward(x, _straight_through(self.weight, self.bits, self.reduced_range), self.bias)  # type: ignore[arg-type]
+        return self.plain.layer._conv_forward(x, _straight_through(self.weight, self.bits, self.reduced_range), self.bias)
 
 
 class RoundedLinear(nn.Module):
@@ -94,7 +95,7 @@ class _Plain:
 def plain_layer(rounded: RoundedConv | RoundedLinear) -> nn.Module:
     """The ordinary layer with the weights that training updates, not rounded."""
     layer: nn.Module = copy.copy(rounded.plain.layer)
-    layer._parameters = {"weight": rounded.weight, "bias": rounded.bias}
+    layer._parameters = {name: rounded._parameters.get(name) for name in ("weight", "bias")}
     return layer.train(rounded.training)
 
 
@@ -253,4 +254,3 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
 def is_quantized(model: nn.Module) -> bool:
     """Whether any layer of the model computes in int8."""
     return any(isinstance(m, ActivationQuantizer) for m in model.modules())
-

@@ -23,8 +23,8 @@ Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 def build_student(graph: Graph, policy: Policy, multiple: int = 1) -> fx.GraphModule:
     """The student's structure with what it can take of the teacher's weights; not quantized yet.
 
-    Added channels start from Kaiming's initialisation (He et al. 2015, arXiv 1502.01852), the same in every process. State-dict keys are the
-    teacher's. Raises UsageError for names that the graph does not know.
+    Added channels start from Kaiming's initialisation (He et al. 2015, arXiv 1502.01852), the same in every process.
+    State-dict keys are the teacher's. Raises UsageError for names that the graph does not know.
     """
     graph.require_known(policy)
     student = copy.deepcopy(graph.without(policy.student.drop))
@@ -78,7 +78,9 @@ def _conv(old: Conv, rows: Roots | None, columns: Roots | None, generator: torch
 
 def _linear(old: nn.Linear, rows: Roots | None, columns: Roots | None, generator: torch.Generator) -> nn.Linear:
     new = nn.Linear(
-        len(columns) if columns is not None else old.in_features, len(rows) if rows is not None else old.out_features, bias=old.bias is not None
+        len(columns) if columns is not None else old.in_features,
+        len(rows) if rows is not None else old.out_features,
+        bias=old.bias is not None,
     )
     _fill(new, old, rows, columns, generator)
     return new

@@ -59,8 +59,15 @@ def one_cycle(progress: float) -> float:
     return max(FLOOR, (1 - progress) / (1 - RISE))
 
 
-def train(student: nn.Module, data: Data, plan: TrainPlan, *, teacher: Teacher | None = None,
-          distill: DistillSpec | None = None, tick: Tick | None = None) -> nn.Module:
+def train(
+    student: nn.Module,
+    data: Data,
+    plan: TrainPlan,
+    *,
+    teacher: Teacher | None = None,
+    distill: DistillSpec | None = None,
+    tick: Tick | None = None,
+) -> nn.Module:
     """Train `student` in place and return it in eval mode.
 
     Without a teacher the loss is the task's own. Raises PolicyFailure when the loss stops being finite.
@@ -70,8 +77,16 @@ def train(student: nn.Module, data: Data, plan: TrainPlan, *, teacher: Teacher |
     return student.eval()
 
 
-def train_quantized(student: fx.GraphModule, quant: QuantSpec, data: Data, plan: TrainPlan, *, teacher: Teacher | None,
-                    distill: DistillSpec, tick: Tick | None = None) -> fx.GraphModule:
+def train_quantized(
+    student: fx.GraphModule,
+    quant: QuantSpec,
+    data: Data,
+    plan: TrainPlan,
+    *,
+    teacher: Teacher | None,
+    distill: DistillSpec,
+    tick: Tick | None = None,
+) -> fx.GraphModule:
     """Train in float, insert fake quantizers, train the rest through them; returns the quantized student in eval mode.
 
     One schedule spans both parts. With `plan.steps == 0` this is post-training quantization: calibration only.
@@ -109,8 +124,17 @@ class _Steps:
         return min(1.0, max(self.done / self.total, (time.monotonic() - self._started) / self._allowed))
 
 
-def _run(model: nn.Module, data: Data, plan: TrainPlan, steps: _Steps, *, until: float, teacher: Teacher | None,
-         distill: DistillSpec | None, tick: Tick | None) -> None:
+def _run(
+    model: nn.Module,
+    data: Data,
+    plan: TrainPlan,
+    steps: _Steps,
+    *,
+    until: float,
+    teacher: Teacher | None,
+    distill: DistillSpec | None,
+    tick: Tick | None,
+) -> None:
     device = best_training_device()
     model.train().to(device)
     optimizer = _optimizer(model)
@@ -133,8 +157,16 @@ def _run(model: nn.Module, data: Data, plan: TrainPlan, steps: _Steps, *, until:
     model.cpu()
 
 
-def _loss(model: nn.Module, data: Data, indices: Tensor, inputs: Tensor, epoch: int, teacher: Teacher | None,
-          distill: DistillSpec | None, device: torch.device) -> Tensor:
+def _loss(
+    model: nn.Module,
+    data: Data,
+    indices: Tensor,
+    inputs: Tensor,
+    epoch: int,
+    teacher: Teacher | None,
+    distill: DistillSpec | None,
+    device: torch.device,
+) -> Tensor:
     targets = data.train.targets[indices].to(device)
     answers = teacher.logits(indices, inputs, epoch).to(device) if teacher is not None else None
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_faster(device)):

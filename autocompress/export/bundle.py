@@ -30,6 +30,7 @@ class Manifest(Record):
 
     schema_version: Literal[1] = Field(1, alias="schema")
     model: str
+    classes: int | None = None
     policy_digest: str
     artifact: str = MODEL
     artifact_sha256: str
@@ -64,13 +65,15 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def write_bundle(folder: Path, student: fx.GraphModule, policy: Policy, example: tuple[Tensor, ...], *, model: str) -> Artifact:
+def write_bundle(
+    folder: Path, student: fx.GraphModule, policy: Policy, example: tuple[Tensor, ...], *, model: str, classes: int | None = None
+) -> Artifact:
     """Export a student. Raises PolicyFailure when the exporter fails, RunFolderError when the disk does.
 
     Args:
         student: quantized and calibrated as the policy says, in eval mode; not changed.
         example: inputs at the deployment batch, which the file keeps.
-        model: reference of the teacher.
+        model: reference of the teacher. classes: how many it tells apart; None for other tasks.
     """
     payload = onnx_bytes(student, policy.quant, example)
     names = [node.name for node in student.graph.nodes if node.op == "placeholder"]
@@ -79,7 +82,7 @@ def write_bundle(folder: Path, student: fx.GraphModule, policy: Policy, example:
         inputs={name: tuple(value.shape) for name, value in zip(names, example, strict=False)},
     )  # fmt: skip
     manifest = Manifest(
-        model=model, policy_digest=policy.digest, artifact_sha256=artifact.sha256, size_bytes=artifact.size_bytes,
+        model=model, classes=classes, policy_digest=policy.digest, artifact_sha256=artifact.sha256, size_bytes=artifact.size_bytes,
         inputs=artifact.inputs, batch=len(example[0]), created_at=now(), environment=library_versions(),
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +113,9 @@ def verify_bundle(folder: Path) -> Manifest:
     manifest = read_manifest(folder)
     path = folder / manifest.artifact
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != manifest.artifact_sha256:
-        raise RunFolderError(f"{str(path)!r} is missing or is not the file that was measured", hint="resume the search, or pick another policy")
+        raise RunFolderError(
+            f"{str(path)!r} is missing or is not the file that was measured", hint="resume the search, or pick another policy"
+        )
     return manifest
 
 

@@ -26,7 +26,7 @@ def fold_norms(module: fx.GraphModule) -> None:
         if norm is None:
             continue
         layer, batch_norm = module.get_submodule(str(node.target)), module.get_submodule(str(norm.target))
-        folded = fuse_conv_bn_eval(layer, batch_norm) if kind == "conv" else fuse_linear_bn_eval(layer, batch_norm)  # type: ignore[type-var]
+        folded = fuse_conv_bn_eval(layer, batch_norm) if kind == "conv" else fuse_linear_bn_eval(layer, batch_norm)  # type: ignore[type-var, arg-type]
         module.set_submodule(str(node.target), folded)
         norm.replace_all_uses_with(node)
         module.graph.erase_node(norm)

@@ -54,8 +54,12 @@ def onnx_bytes(student: fx.GraphModule, quant: QuantSpec, example: tuple[Tensor,
         if isinstance(child, ActivationQuantizer):
             module.set_submodule(name, _FixedQuantizer(child) if bool(child.calibrated) else nn.Identity())
     model = _export(module, example)
-    bits = {name: quant.of(name) for name, child in module.named_modules() if isinstance(child, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))}
-    _pack_weights(model, {name.replace(".layer", "") if name not in quant.layers else name: b for name, b in bits.items()} | bits, quant.reduced_range)
+    bits = {
+        name: quant.of(name) for name, child in module.named_modules() if isinstance(child, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
+    }
+    _pack_weights(
+        model, {name.replace(".layer", "") if name not in quant.layers else name: b for name, b in bits.items()} | bits, quant.reduced_range
+    )
     onnx.checker.check_model(model)
     return model.SerializeToString()
 
@@ -154,8 +158,9 @@ def _scales(weight: NDArray[np.float32], axis: int, largest: int) -> NDArray[np.
     return scale
 
 
-def _as_integers(graph: onnx.GraphProto, name: str, weight: NDArray[np.float32], scale: NDArray[np.float32], axis: int,
-                 bits: int) -> list[onnx.NodeProto]:
+def _as_integers(
+    graph: onnx.GraphProto, name: str, weight: NDArray[np.float32], scale: NDArray[np.float32], axis: int, bits: int
+) -> list[onnx.NodeProto]:
     shape = [1] * weight.ndim
     shape[axis] = -1
     values = np.rint(weight / scale.reshape(shape)).astype(np.int8)
@@ -164,7 +169,9 @@ def _as_integers(graph: onnx.GraphProto, name: str, weight: NDArray[np.float32],
     graph.initializer.append(numpy_helper.from_array(scale, f"{name}.scale"))
     zeros = np.zeros(len(scale), dtype=np.int8)
     graph.initializer.append(helper.make_tensor(f"{name}.zero", kind, zeros.shape, _packed(zeros, bits), raw=True))
-    return [helper.make_node("DequantizeLinear", [f"{name}.int", f"{name}.scale", f"{name}.zero"], [name], axis=axis, name=f"{name}.dequantize")]
+    return [
+        helper.make_node("DequantizeLinear", [f"{name}.int", f"{name}.scale", f"{name}.zero"], [name], axis=axis, name=f"{name}.dequantize")
+    ]
 
 
 def _packed(values: NDArray[np.int8], bits: int) -> bytes:
@@ -181,8 +188,13 @@ def _as_half(graph: onnx.GraphProto, name: str, weight: NDArray[np.float32]) -> 
     return [helper.make_node("Cast", [f"{name}.half"], [name], to=TensorProto.FLOAT, name=f"{name}.cast")]
 
 
-def _integer_bias(graph: onnx.GraphProto, node: onnx.NodeProto, producers: dict[str, onnx.NodeProto],
-                  initializers: dict[str, TensorProto], weight_scale: NDArray[np.float32]) -> list[onnx.NodeProto]:
+def _integer_bias(
+    graph: onnx.GraphProto,
+    node: onnx.NodeProto,
+    producers: dict[str, onnx.NodeProto],
+    initializers: dict[str, TensorProto],
+    weight_scale: NDArray[np.float32],
+) -> list[onnx.NodeProto]:
     """int32 at scale input x weight, the accumulator's own unit; the kernel then adds it for nothing."""
     source = producers.get(node.input[0])
     if source is None or source.op_type != "DequantizeLinear" or source.input[1] not in initializers:
@@ -194,7 +206,9 @@ def _integer_bias(graph: onnx.GraphProto, node: onnx.NodeProto, producers: dict[
     _replace(graph, name, numpy_helper.from_array(values, f"{name}.int"))
     graph.initializer.append(numpy_helper.from_array(scale, f"{name}.scale"))
     graph.initializer.append(numpy_helper.from_array(np.zeros(len(scale), dtype=np.int32), f"{name}.zero"))
-    return [helper.make_node("DequantizeLinear", [f"{name}.int", f"{name}.scale", f"{name}.zero"], [name], axis=0, name=f"{name}.dequantize")]
+    return [
+        helper.make_node("DequantizeLinear", [f"{name}.int", f"{name}.scale", f"{name}.zero"], [name], axis=0, name=f"{name}.dequantize")
+    ]
 
 
 def _replace(graph: onnx.GraphProto, name: str, value: TensorProto) -> None:
@@ -221,5 +235,7 @@ def check_onnx(path: Path) -> onnx.ModelProto:
         model = onnx.load(path)
         onnx.checker.check_model(str(path))
     except Exception as error:  # protobuf, checker and file system each raise their own kinds
-        raise UsageError(f"{str(path)!r} is not a valid ONNX model: {type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}") from None
+        raise UsageError(
+            f"{str(path)!r} is not a valid ONNX model: {type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+        ) from None
     return model

@@ -39,4 +39,7 @@ def require_parity(parity: Parity, *, quantized: bool) -> None:
     if not quantized and not parity.relative <= FLOAT_TOLERANCE:
         raise PolicyFailure(f"export mismatch: float32 outputs must agree to {FLOAT_TOLERANCE}, but differ by {parity.relative:.2g}")
     if quantized and not (parity.top1_agreement >= INT8_AGREEMENT and parity.relative < float("inf")):
-        raise PolicyFailure(f"export mismatch: int8 decisions must agree on {100 * INT8_AGREEMENT} % of the inputs, but do on {100 * parity.top1_agreement:.2f} %")
+        raise PolicyFailure(
+            f"export mismatch: int8 decisions must agree on {100 * INT8_AGREEMENT} % of {parity.n} inputs, "
+            f"but do on {100 * parity.top1_agreement:.2f} %"
+        )

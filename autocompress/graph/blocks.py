@@ -78,4 +78,3 @@ def drop(module: fx.GraphModule, branches: list[Branch]) -> None:
     module.graph.eliminate_dead_code()
     module.delete_all_unused_submodules()
     module.recompile()
-

@@ -103,7 +103,8 @@ class _Rules:
             return None
         shape = node.meta.get("shape")
         if shape is None or len(shape) < 2:
-            return self._not_a_tensor(node)
+            self._not_a_tensor(node)
+            return None
         if kind == "input":
             return self._frozen(node, "the network's input")
         rule = {
@@ -220,7 +221,7 @@ class _Rules:
         dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         if dims is None:
             return None
-        reduced = {d % before for d in ([dims] if isinstance(dims, int) else list(dims))}  # type: ignore[arg-type, operator, union-attr]
+        reduced = {d % before for d in ([dims] if isinstance(dims, int) else list(dims))}  # type: ignore[arg-type]
         if source.axis in reduced:
             return None
         kept = len(node.meta["shape"]) == before
@@ -235,7 +236,7 @@ class _Rules:
         if any(layout.axis != axis or layout.repeat != 1 for layout in layouts):
             return None
         by_name = self.channels.layouts
-        return Layout(np.concatenate([by_name[t.name].ids for t in tensors]), axis)  # type: ignore[union-attr]
+        return Layout(np.concatenate([by_name[t.name].ids for t in tensors]), axis)  # type: ignore[union-attr, index]
 
     def _pad(self, node: fx.Node) -> Layout | None:
         source, amounts = self._only(node), pad_amounts(node)
@@ -315,5 +316,3 @@ def group_ids(channels: Channels) -> list[tuple[frozenset[Role], Ids]]:
 def frozen_roots(channels: Channels) -> dict[int, str]:
     """Classes that must stay as they are, with the reason."""
     return {channels.root(index): reason for index, reason in channels.frozen.items()}
-
-

@@ -113,7 +113,10 @@ class Graph:
         ):
             for name in names:
                 if name not in known:
-                    raise UsageError(f"the policy names the {what} {name!r}, which this network does not have or cannot change", hint=nearest(name, known))
+                    raise UsageError(
+                        f"the policy names the {what} {name!r}, which this network does not have or cannot change",
+                        hint=nearest(name, known),
+                    )
 
     def sizes(self, policy: Policy, multiple: int = 1) -> dict[str, int]:
         """Channels of every group that the policy may change."""
@@ -148,7 +151,7 @@ class Graph:
                 continue
             chain = fused(node, module)
             inner |= {part.name for part in (chain.norm, chain.relu) if part is not None}
-            operators.append(self._operator(node, module, selection, policy, held, chain.activation, kind))  # type: ignore[arg-type]
+            operators.append(self._operator(node, module, selection, policy, held, chain.activation, kind))
         return Workload(operators=tuple(operators), weight_bytes=sum(map(weight_bytes, operators)) + self._opaque_bytes(policy))
 
     def describe(self, policy: Policy, multiple: int = 1) -> list[dict[str, Any]]:
@@ -183,9 +186,13 @@ class Graph:
             self._members[name] = members
             groups.append(
                 ChannelGroup(
-                    name=name, size=len(members), prunable=not reason, reason=reason,
+                    name=name,
+                    size=len(members),
+                    prunable=not reason,
+                    reason=reason,
                     stream=any(role.part == "add" for role in roles),
-                    producers=tuple(target[r.node] for r in makers), consumers=_targets(roles, "in", position, target),
+                    producers=tuple(target[r.node] for r in makers),
+                    consumers=_targets(roles, "in", position, target),
                 )
             )
         return tuple(groups)
@@ -195,7 +202,9 @@ class Graph:
             inside = self.module.get_submodule(OPAQUE).named_modules()
             pairs = [(f"{OPAQUE}.{name}", module) for name, module in inside]
             self._node_of: dict[str, str] = {}
-            return tuple(_layer(name, module, None) for name, module in pairs if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)))
+            return tuple(
+                _layer(name, module, None) for name, module in pairs if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
+            )
         nodes = {str(n.target): n for n in self.module.graph.nodes if kind_of(n, self.module) in ("conv", "linear")}
         self._node_of = {name: node.name for name, node in nodes.items()}
         return tuple(_layer(name, module_of(node, self.module), self._born_at(node)) for name, node in nodes.items())
@@ -234,8 +243,16 @@ class Graph:
         drop(module, [branch for branch in self._branches if branch.name in dropped])
         return module
 
-    def _operator(self, node: fx.Node, module: fx.GraphModule, selection: Selection, policy: Policy, held: dict[str, str],
-                  activation: str | None, kind: OperatorKind) -> Operator:
+    def _operator(
+        self,
+        node: fx.Node,
+        module: fx.GraphModule,
+        selection: Selection,
+        policy: Policy,
+        held: dict[str, str],
+        activation: str | None,
+        kind: OperatorKind,
+    ) -> Operator:
         inputs = tuple(self._shape(source, selection) for source in node.all_input_nodes if "shape" in source.meta)
         output = self._shape(node, selection)
         int8 = kind in ("conv", "linear") and policy.quant.of(str(node.target)) == 8
@@ -259,8 +276,14 @@ class Graph:
         per_filter = inputs[0][1] // groups * math.prod(layer.kernel_size)
         padding = layer.padding if not isinstance(layer.padding, str) else ()
         return Operator(
-            **common, weight_bits=weight_bits, params=channels_out * (per_filter + has_bias), groups=groups,
-            kernel=tuple(layer.kernel_size), stride=tuple(layer.stride), padding=tuple(padding), dilation=tuple(layer.dilation),
+            **common,
+            weight_bits=weight_bits,
+            params=channels_out * (per_filter + has_bias),
+            groups=groups,
+            kernel=tuple(layer.kernel_size),
+            stride=tuple(layer.stride),
+            padding=tuple(padding),
+            dilation=tuple(layer.dilation),
         )
 
     def _shape(self, node: fx.Node, selection: Selection) -> Shape:
@@ -275,7 +298,9 @@ class Graph:
         if not self.opaque_reason:
             return 0
         total = sum(4 * p.numel() for p in self.module.parameters())
-        return total - sum(4 * l.params - _packed(l.params, l.out_channels, policy.quant.of(l.name)) for l in self.layers)
+        return total - sum(
+            4 * layer.params - _packed(layer.params, layer.out_channels, policy.quant.of(layer.name)) for layer in self.layers
+        )
 
 
 def _targets(roles: frozenset[Role], part: str, position: dict[str, int], target: dict[str, str]) -> tuple[str, ...]:
@@ -344,5 +369,3 @@ def _packed(params: int, channels: int, bits: int) -> int:
         return 2 * params
     container = 4 if bits <= 4 else 8
     return math.ceil(params * container / 8) + 5 * channels
-
-

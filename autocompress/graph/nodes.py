@@ -16,34 +16,92 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 NodeKind = Literal[
-    "input", "conv", "linear", "norm", "activation", "add", "mul", "pool", "concat", "pad", "slice", "reshape",
-    "identity", "output", "other",
+    "input",
+    "conv",
+    "linear",
+    "norm",
+    "activation",
+    "add",
+    "mul",
+    "pool",
+    "concat",
+    "pad",
+    "slice",
+    "reshape",
+    "identity",
+    "output",
+    "other",
 ]
 
 _MODULES: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], NodeKind], ...] = (
     ((nn.Conv1d, nn.Conv2d, nn.Conv3d), "conv"),
     (nn.Linear, "linear"),
     ((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), "norm"),
-    ((nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.SiLU, nn.Sigmoid, nn.GELU, nn.LeakyReLU, nn.ELU, nn.Tanh,
-      nn.Mish, nn.Hardtanh), "activation"),
+    (
+        (
+            nn.ReLU,
+            nn.ReLU6,
+            nn.Hardswish,
+            nn.Hardsigmoid,
+            nn.SiLU,
+            nn.Sigmoid,
+            nn.GELU,
+            nn.LeakyReLU,
+            nn.ELU,
+            nn.Tanh,
+            nn.Mish,
+            nn.Hardtanh,
+        ),
+        "activation",
+    ),
     ((nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d), "pool"),
     ((nn.Flatten, nn.Unflatten), "reshape"),
     ((nn.Dropout, nn.Dropout2d, nn.Identity), "identity"),
     ((nn.ZeroPad2d, nn.ConstantPad2d), "pad"),
 )
 _FUNCTIONS: dict[object, NodeKind] = {
-    operator.add: "add", operator.iadd: "add", torch.add: "add",
-    operator.mul: "mul", operator.imul: "mul", torch.mul: "mul",
-    F.relu: "activation", torch.relu: "activation", F.relu6: "activation", F.hardswish: "activation",
-    F.hardsigmoid: "activation", F.silu: "activation", torch.sigmoid: "activation", F.gelu: "activation",
-    F.leaky_relu: "activation", F.elu: "activation", torch.tanh: "activation", F.mish: "activation",
-    F.max_pool2d: "pool", F.avg_pool2d: "pool", F.adaptive_avg_pool2d: "pool", torch.mean: "pool",
-    torch.cat: "concat", torch.concat: "concat", F.pad: "pad", operator.getitem: "slice",
-    torch.flatten: "reshape", torch.reshape: "reshape", F.dropout: "identity",
+    operator.add: "add",
+    operator.iadd: "add",
+    torch.add: "add",
+    operator.mul: "mul",
+    operator.imul: "mul",
+    torch.mul: "mul",
+    F.relu: "activation",
+    torch.relu: "activation",
+    F.relu6: "activation",
+    F.hardswish: "activation",
+    F.hardsigmoid: "activation",
+    F.silu: "activation",
+    torch.sigmoid: "activation",
+    F.gelu: "activation",
+    F.leaky_relu: "activation",
+    F.elu: "activation",
+    torch.tanh: "activation",
+    F.mish: "activation",
+    F.max_pool2d: "pool",
+    F.avg_pool2d: "pool",
+    F.adaptive_avg_pool2d: "pool",
+    torch.mean: "pool",
+    torch.cat: "concat",
+    torch.concat: "concat",
+    F.pad: "pad",
+    operator.getitem: "slice",
+    torch.flatten: "reshape",
+    torch.reshape: "reshape",
+    F.dropout: "identity",
 }
 _METHODS: dict[str, NodeKind] = {
-    "add": "add", "add_": "add", "mul": "mul", "mul_": "mul", "relu": "activation", "relu_": "activation",
-    "sigmoid": "activation", "mean": "pool", "flatten": "reshape", "view": "reshape", "reshape": "reshape",
+    "add": "add",
+    "add_": "add",
+    "mul": "mul",
+    "mul_": "mul",
+    "relu": "activation",
+    "relu_": "activation",
+    "sigmoid": "activation",
+    "mean": "pool",
+    "flatten": "reshape",
+    "view": "reshape",
+    "reshape": "reshape",
     "contiguous": "identity",
 }
 _RELU = (nn.ReLU, nn.ReLU6)
@@ -94,7 +152,7 @@ def _relu_name(node: fx.Node, root: nn.Module) -> str | None:
         return "relu6" if isinstance(module, nn.ReLU6) else "relu"
     if node.op == "call_method" and node.target in ("relu", "relu_"):
         return "relu"
-    return _RELU_FUNCTIONS.get(node.target) if node.op == "call_function" else None
+    return _RELU_FUNCTIONS.get(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

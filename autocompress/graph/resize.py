@@ -37,8 +37,9 @@ class Selection:
         return not bool(self.keep[roots].all()) or bool(self.added[roots].any())
 
 
-def select(n_classes: int, members: Mapping[str, Roots], sizes: Mapping[str, int], order: Mapping[str, Roots],
-           ends: Mapping[str, Roots]) -> Selection:
+def select(
+    n_classes: int, members: Mapping[str, Roots], sizes: Mapping[str, int], order: Mapping[str, Roots], ends: Mapping[str, Roots]
+) -> Selection:
     """Choose channels for new group sizes.
 
     Args:

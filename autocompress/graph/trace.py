@@ -78,7 +78,7 @@ def _normalise(module: fx.GraphModule) -> None:
             module.graph.erase_node(node)
     for leaf in module.modules():
         if hasattr(leaf, "inplace"):
-            leaf.inplace = False
+            leaf.inplace = False  # type: ignore[assignment]
     module.delete_all_unused_submodules()
     annotate_kinds(module)
 

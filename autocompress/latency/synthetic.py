@@ -124,7 +124,9 @@ def _pool(builder: _Builder, operator: Operator) -> str:
     source, target = operator.inputs[0], operator.output
     value = builder.input(source)
     if operator.kernel:
-        return builder.node("MaxPool", [value], kernel_shape=list(operator.kernel), strides=list(operator.stride), pads=list(operator.padding) * 2)
+        return builder.node(
+            "MaxPool", [value], kernel_shape=list(operator.kernel), strides=list(operator.stride), pads=list(operator.padding) * 2
+        )
     if len(target) == len(source) and math.prod(target[2:]) > 1:
         window = [a // b for a, b in zip(source[2:], target[2:], strict=True)]
         return builder.node("AveragePool", [value], kernel_shape=window, strides=window)

@@ -75,7 +75,9 @@ class OperatorTable:
         self._operators[key] = operator.model_copy(update={"name": ""})
         self._models, self._estimates = None, {}
 
-    def calibrate(self, device: Device, workloads: Sequence[Workload], seconds: float, tick: Callable[[int, int], None] | None = None) -> int:
+    def calibrate(
+        self, device: Device, workloads: Sequence[Workload], seconds: float, tick: Callable[[int, int], None] | None = None
+    ) -> int:
         """Measure operators of these workloads, the most useful first, for at most `seconds`; how many were measured."""
         wanted = self._wanted(workloads)
         end, done = time.monotonic() + seconds, 0

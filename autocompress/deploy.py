@@ -1,0 +1,230 @@
+"""Out of the search and into the world: export a policy of a run, apply one policy, measure one model.
+
+Nothing here runs code that a run folder names: files of a run are data, and what a user's function makes comes from the command line.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from autocompress.compress.quantize import fake_quantize
+from autocompress.compress.student import build_student
+from autocompress.data import Data, Split, load_data
+from autocompress.devices import open_device
+from autocompress.errors import PolicyFailure, RunFolderError, UsageError
+from autocompress.evaluate import score_outputs
+from autocompress.export import Manifest, load_student, now, read_manifest, update_manifest, verify_bundle, write_bundle
+from autocompress.graph import Graph
+from autocompress.models import example_for, load_model
+from autocompress.objective import check_artifact, untrained
+from autocompress.policy import Policy
+from autocompress.preparation import prepare
+from autocompress.proposals import LevelSuggester
+from autocompress.records import Measurement
+from autocompress.run_folder import read_front
+from autocompress.search_space import find_suggest
+from autocompress.task import Task
+from autocompress.units import format_duration, format_size
+from autocompress.view import Entry, Results, format_score
+
+BUNDLE = ("model.onnx", "student.safetensors", "policy.json", "manifest.json")
+RANDOM = "random:"
+RANDOM_INPUTS = 256
+MEASURE_S = 2.0
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A bundle that ships, measured once more where it now lies."""
+
+    folder: Path
+    manifest: Manifest
+    within_budget: bool
+
+
+# -- export ---------------------------------------------------------------------------------------------------------------
+
+
+def export_run(
+    run: Path, *, pick: str = "best", formats: Sequence[str] = ("onnx",), out: Path, model: nn.Module | str | None = None
+) -> Exported:
+    """Copy the bundle of one policy to `out`, measure its file again beside the baseline's, and say both in the manifest.
+
+    Args:
+        pick: `best`, an id, or the first digits of a digest.
+        formats: any of `onnx` (always written), `openvino` (IR; needs openvino) and `torch` (a torch.export program).
+        model: the teacher, for `torch` when the run's own is a user's function.
+
+    Raises UsageError for an unknown policy or format, RunFolderError when the bundle was damaged or deleted.
+    """
+    results = Results.read(read_front(run))
+    entry = results.pick(pick)
+    source = _bundle_folder(run, entry)
+    verify_bundle(source)
+    _require_free(out)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in BUNDLE:
+        shutil.copyfile(source / name, out / name)
+    if "openvino" in formats:
+        _write_openvino(out)
+    if "torch" in formats:
+        _write_torch(out, model)
+    before, after = open_device(results.device).measure([_baseline_file(run, results), out / BUNDLE[0]], seconds_each=MEASURE_S)
+    manifest = update_manifest(out, _facts(results, entry, before, after))
+    return Exported(out, manifest, results.budget.allows(after, manifest.size_bytes))
+
+
+def _bundle_folder(run: Path, entry: Entry) -> Path:
+    """The folder that holds an entry's artifact; only ever one inside the run."""
+    artifact = (run / (entry.artifact or "")).resolve()
+    if entry.artifact is None or not artifact.is_relative_to(run.resolve()):
+        raise RunFolderError(f"front.json must name a file inside {str(run)!r}, but policy {entry.id} has {entry.artifact!r}")
+    if not artifact.is_file():
+        raise RunFolderError(f"{str(artifact)!r} was deleted", hint="pick another policy, or search again")
+    return artifact.parent
+
+
+def _baseline_file(run: Path, results: Results) -> Path:
+    path = (run / (results.baseline.artifact or "")).resolve()
+    if not path.is_file() or not path.is_relative_to(run.resolve()):
+        raise RunFolderError(f"the baseline's file {str(path)!r} is not in the run folder", hint="search again")
+    return path
+
+
+def _require_free(out: Path) -> None:
+    """An export replaces an earlier export, and nothing else."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out must be a folder, but {str(out)!r} is a file")
+    if out.is_dir() and any(out.iterdir()) and not (out / BUNDLE[-1]).is_file():
+        raise UsageError(f"{str(out)!r} holds other files", hint="choose an empty folder, or one that an earlier export wrote")
+
+
+def _facts(results: Results, entry: Entry, before: Measurement, after: Measurement) -> dict[str, Any]:
+    return {
+        "device": results.device, "latency_s": after, "baseline_latency_s": before, "measured_at": now(),
+        "predicted_latency_s": entry.predicted_latency_s, "val_score": entry.val_score, "test_score": entry.test_score,
+    }  # fmt: skip
+
+
+def _write_openvino(out: Path) -> None:
+    try:
+        import openvino
+    except ImportError:
+        raise UsageError("the format openvino needs OpenVINO, which is not installed", hint="pip install openvino") from None
+    openvino.save_model(openvino.convert_model(out / BUNDLE[0]), out / "model.xml", compress_to_fp16=False)
+
+
+def _write_torch(out: Path, model: nn.Module | str | None) -> None:
+    student = recreate(out, model)
+    example = tuple(torch.zeros(shape) for shape in read_manifest(out).inputs.values())
+    torch.export.save(torch.export.export(student, example), out / "model.pt2")
+
+
+def recreate(bundle: Path, model: nn.Module | str | None = None) -> fx.GraphModule:
+    """The student of a bundle, from its policy, its weights and the teacher's architecture.
+
+    Args:
+        model: the teacher or its reference; None takes the manifest's, unless that is a user's function.
+    """
+    manifest = read_manifest(bundle)
+    policy = Policy.from_json((bundle / "policy.json").read_bytes())
+    reference = policy.student.reference or model or manifest.model
+    if isinstance(reference, str):
+        if model is None and not reference.startswith(("torchvision:", "timm:", "autocompress.")):
+            raise UsageError(f"the model {reference!r} is code that this command does not run by itself", hint="name it: --model REF")
+        reference = load_model(reference, classes=manifest.classes)
+    example = tuple(torch.zeros(shape) for shape in manifest.inputs.values())
+    student = build_student(Graph.trace(reference, example), policy)
+    return load_student(bundle, fake_quantize(student, policy.quant))
+
+
+# -- one policy, no search ------------------------------------------------------------------------------------------------
+
+
+def apply_policy(
+    model: str, *, policy: str, out: Path, weights: Path | None = None, data: str | None = None, batch: int = 1,
+    device: str = "onnxruntime:cpu?threads=1", space: str = "default",
+) -> dict[str, Any]:  # fmt: skip
+    """Compress, export and check one policy without training; int8 ranges come from the data, or from random inputs without it.
+
+    Args:
+        policy: a policy file, or `random:SEED` for one drawn from `space`.
+
+    Returns what was built and measured, for people. Raises UsageError, or PolicyFailure when the policy cannot become an artifact.
+    """
+    _require_free(out)
+    given = Policy.from_json(_read(policy)) if not policy.startswith(RANDOM) else None
+    loaded = load_data(data) if data is not None else _random_data(load_model(model, weights=weights), model)
+    task = Task.create({
+        "model": model, "data": data or "random", "device": device, "batch": batch, "space": space,
+        "weights": str(weights) if weights is not None else None, "student": given.student.reference if given else None,
+    })  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
+        setting = prepare(task, Path(folder), data=loaded)
+        chosen = given or _draw(task, policy.removeprefix(RANDOM), setting.graphs[None], setting)
+        student = untrained(setting, chosen)
+        artifact = setting.write(out, student, chosen)
+        outputs, parity = check_artifact(setting, student, out / artifact.path, chosen)
+        before, after = setting.device.measure([setting.baseline.path, out / artifact.path])
+        score = score_outputs(outputs, loaded.val.targets, loaded) if data is not None else None
+        update_manifest(out, {"device": device, "latency_s": after, "baseline_latency_s": before, "measured_at": now(), "val_score": score})
+        return {
+            "policy": chosen.in_words(), "digest": chosen.digest, "folder": str(out),
+            "latency": format_duration(after.median), "original_latency": format_duration(before.median),
+            "latency_s": after.median, "speedup": before.median / after.median,
+            "size": format_size(artifact.size_bytes), "original_size": format_size(setting.baseline.size_bytes),
+            "agreement_with_student": f"{100 * parity.top1_agreement:.2f} % of {parity.n} decisions",
+            "largest_difference": parity.relative,
+            "validation": format_score(score) if score else "no data: nothing to score",
+            "trained": "no: search trains, apply does not",
+        }  # fmt: skip
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError(f"the policy file {path!r} cannot be read: {error.strerror}", hint="give a policy.json, or random:SEED") from None
+
+
+def _draw(task: Task, seed: str, graph: Graph, setting: Any) -> Policy:
+    if not seed.isdigit():
+        raise UsageError(f"random: must be followed by a whole number, but got {seed!r}", hint="for example random:7")
+    suggest = find_suggest(task.space, graph, setting.device.profile)
+    return suggest(LevelSuggester(np.random.default_rng(int(seed))))
+
+
+def _random_data(model: nn.Module, reference: str) -> Data:
+    """Random inputs of the model's shape, for the ranges of int8 and for comparing outputs; it has no score."""
+    example = example_for(model, reference)
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn((RANDOM_INPUTS, *example.shape[1:]), generator=generator)
+    split = Split(inputs, torch.zeros(RANDOM_INPUTS, dtype=torch.long))
+    return Data(split, split[slice(0, 64)], split[slice(0, 1)])
+
+
+# -- one model, measured --------------------------------------------------------------------------------------------------
+
+
+def measure_reference(reference: str, *, device: str, weights: Path | None = None, data: str | None = None, batch: int = 1) -> Measurement:
+    """Latency of a model as it is: exported in float32 and measured on the device."""
+    target = open_device(device)
+    loaded = load_data(data) if data is not None else None
+    model = load_model(reference, weights=weights, classes=loaded.classes if loaded is not None else None)
+    example: Tensor = loaded.example(batch) if loaded is not None else example_for(model, reference, batch)
+    graph = Graph.trace(model, (example,))
+    with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
+        try:
+            artifact = write_bundle(Path(folder), build_student(graph, Policy()), Policy(), (example,), model=reference)
+            return target.measure([Path(folder) / artifact.path], seconds_each=MEASURE_S)[0]
+        except PolicyFailure as failure:
+            raise UsageError(f"{reference} cannot be measured: {failure.message}") from None
