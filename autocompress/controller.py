@@ -6,6 +6,7 @@ Phases: calibrate -> check that the budget can be met -> short rung (Optuna sugg
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -27,8 +28,9 @@ from autocompress.policy import Policy
 from autocompress.progress import Progress
 from autocompress.proposals import LevelSuggester, Proposal, spread_over_latency
 from autocompress.records import Budget, Outcome, Prediction, Workload
-from autocompress.schedule import Clock, Division, calibration_seconds, full_runs, promoted
-from autocompress.search_space import Suggest
+from autocompress.run_folder import write_atomically
+from autocompress.schedule import Clock, Division, calibration_seconds, full_runs, promoted, teacher_seconds
+from autocompress.search_space import Suggest, smallest
 from autocompress.task import Task
 from autocompress.units import format_duration, format_size
 
@@ -39,6 +41,8 @@ SAME_FAILURES = 3
 MOST_RULED_OUT = 150
 """Suggestions in a row that prediction rules out before the best random draw takes their place."""
 FINAL_SECONDS_EACH = 1.5
+HOPE = 1.5
+"""Kernels are staircases, so the smallest policy need not be the fastest: within this factor of the budget the search looks closer."""
 
 
 @dataclass
@@ -122,11 +126,18 @@ class Search:
         self.pairs.append((self.workload(policy), latency.median))
         return latency.high
 
-    def require_feasible(self, proposals: list[Proposal], smallest: Policy | None) -> None:
+    def require_hope(self) -> None:
+        """Before anything is calibrated: raises InfeasibleBudget when the smallest policy is far over the budget. Takes seconds."""
+        policy = smallest(self.suggest)
+        high = self._measure_untrained(policy, "smallest")
+        workload = self.workload(policy)
+        if high is not None and self.predicted_violation(workload, high / HOPE) > 0:
+            raise self._infeasible(policy, workload, high)
+
+    def require_feasible(self, proposals: list[Proposal]) -> None:
         """Raises InfeasibleBudget unless some policy can meet the budget; the fastest is measured before it says so."""
         fastest = min(proposals, key=lambda p: p.latency_s)
-        candidates = [fastest.policy] + ([smallest] if smallest is not None else [])
-        policy = min(candidates, key=lambda p: self.predict(p)[1].value)
+        policy = min((fastest.policy, smallest(self.suggest)), key=lambda p: self.predict(p)[1].value)
         workload, prediction = self.predict(policy)
         if self.predicted_violation(workload, prediction.low) <= 0:
             return
@@ -137,8 +148,8 @@ class Search:
         raise self._infeasible(policy, workload, high)
 
     def _infeasible(self, policy: Policy, workload: Workload, latency_s: float) -> InfeasibleBudget:
-        parts = sorted(self.model.explain(workload), key=lambda part: -part[1])[:3]
-        binds = ", ".join(f"{name} {format_duration(max(seconds, 0.0))}" for name, seconds in parts)
+        parts = sorted(self.model.explain(workload), key=lambda part: -part[1])[:3] if len(self.model.table) else []
+        binds = "; the time goes to " + ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in parts) if parts else ""
         size = workload.weight_bytes
         limit = format_duration(latency_s * 1.02)
         cure = (
@@ -149,10 +160,15 @@ class Search:
         return InfeasibleBudget(
             f"no policy of the space meets the budget ({self.budget.in_words()}): the fastest takes {format_duration(latency_s)} "
             f"({format_size(size)} of weights; {policy.in_words()})",
-            hint=f"the smallest budget that works here is about {cure}; the time goes to {binds}; or use a wider space",
+            hint=f"the smallest budget that works here is about {cure}{binds}; or use a wider space",
             smallest_latency_s=latency_s,
-            binds=binds,
+            binds=binds.removeprefix("; the time goes to "),
         )
+
+    def ask_teacher(self) -> None:
+        """Answer the training data ahead, so that no student pays for what the others read."""
+        seconds = teacher_seconds(self.clock)
+        self.setting.teacher.prepare(seconds, lambda done, total: self._show("asking the teacher", done, total))
 
     def short_rung(self, proposals: list[Proposal]) -> None:
         """Train many policies a little: first the spread of proposals, then what Optuna suggests."""
@@ -230,7 +246,8 @@ class Search:
         within = [o for o in short if feasible(o, self.budget)] or short
         each = Division.of(self.clock.total, self._overhead()).short_each
         count = full_runs(self.clock.left, each, len([o for o in within if o.id not in done]))
-        climbing = [o for o in promoted(within, count + len(done)) if o.id not in done][:count]
+        settled = [o for o in self.outcomes() if o.rung == "full" or not o.id.isdigit()]
+        climbing = promoted([o for o in within if o.id not in done], count, settled)
         for position, outcome in enumerate(climbing):
             if self._stop():
                 return
@@ -261,6 +278,7 @@ class Search:
         paths = [self.setting.baseline.path, *(self.run / (o.artifact or "") for o in front)]
         again = self.setting.device.measure(paths, seconds_each=FINAL_SECONDS_EACH)
         self.setting = replace(self.setting, baseline=replace(self.setting.baseline, latency_s=again[0]))
+        self.budget = self.task.limits.against(again[0])
         for outcome, latency in zip(front, again[1:], strict=True):
             assert outcome.latency_s is not None
             slower = max((outcome.latency_s, latency), key=lambda m: m.high)
@@ -340,7 +358,13 @@ class Search:
             )
         )
         journal.remember(self.study, "progress", self.points)
+        journal.remember(self.study, "elapsed_s", self.clock.elapsed)
+        self.write_front()
         self._announce(outcome)
+
+    def write_front(self) -> None:
+        """Write RUN/front.json: after every policy, so that a killed search leaves a folder that can be shown and exported."""
+        write_atomically(self.run / "front.json", json.dumps(self.content(), indent=1))
 
     def _announce(self, outcome: Outcome) -> None:
         if outcome.failure is not None:
@@ -353,7 +377,7 @@ class Search:
 
     def _require_progress(self) -> None:
         """Raises TooManyFailures when the last policies all failed for one reason: then the reason is not the policy."""
-        last = journal.outcomes(self.study)[-SAME_FAILURES:]
+        last = [o for o in journal.outcomes(self.study) if o.id.isdigit()][-SAME_FAILURES:]
         reasons = Counter((o.failure.stage, o.failure.reason) for o in last if o.failure is not None)
         if len(last) == SAME_FAILURES and reasons.most_common(1) and reasons.most_common(1)[0][1] == SAME_FAILURES:
             stage, reason = reasons.most_common(1)[0][0]

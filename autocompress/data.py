@@ -36,6 +36,12 @@ class Split:
     inputs: Tensor
     targets: Tensor
 
+    def __post_init__(self) -> None:
+        if len(self.inputs) != len(self.targets):
+            raise UsageError(
+                f"a split must hold as many targets as inputs, but got {len(self.inputs)} inputs and {len(self.targets)} targets"
+            )
+
     def __len__(self) -> int:
         return len(self.inputs)
 
@@ -72,11 +78,8 @@ class Data:
 
     def __post_init__(self) -> None:
         for name, split in (("train", self.train), ("val", self.val), ("test", self.test)):
-            if len(split) == 0 or len(split.inputs) != len(split.targets):
-                raise UsageError(
-                    f"the {name} split must hold as many targets as inputs, at least one, but got "
-                    f"{len(split.inputs)} inputs and {len(split.targets)} targets"
-                )
+            if len(split) == 0:
+                raise UsageError(f"the {name} split must hold at least one input, but is empty")
         if (self.loss is None) != (self.score is None):
             raise UsageError("data with its own `loss` must bring its own `score`, and the other way round")
 
@@ -169,12 +172,14 @@ def load_data(reference: str) -> Data:
     """
     name, options = parse_reference(reference)
     if name == "digits":
+        _known_options(options, set(), name)
         return _digits()
     if name.startswith("torchvision:"):
         return _torchvision(name.removeprefix("torchvision:"), options)
     if name.startswith("imagefolder:"):
         return _image_folder(Path(name.removeprefix("imagefolder:")), options)
     if ":" in name:
+        _known_options(options, set(), name)
         return _from_function(name)
     raise UsageError(
         f"unknown data {reference!r}",
@@ -227,7 +232,7 @@ def _normalised(splits: tuple[Split, Split, Split], classes: int, options: dict[
 def _known_options(options: dict[str, str], known: set[str], reference: str) -> None:
     unknown = sorted(set(options) - known)
     if unknown:
-        raise UsageError(f"unknown option {unknown[0]!r} of the data {reference}", hint=f"it takes {sorted(known)}")
+        raise UsageError(f"unknown option {unknown[0]!r} of the data {reference}", hint=f"it takes {', '.join(sorted(known)) or 'none'}")
 
 
 def _torchvision(name: str, options: dict[str, str]) -> Data:
@@ -260,9 +265,9 @@ def _image_folder(folder: Path, options: dict[str, str]) -> Data:
     _known_options(options, {"size", "mean", "std", "flip"}, f"imagefolder:{folder}")
     folder = folder.expanduser()
     if not folder.is_dir():
-        raise UsageError(f"the image folder {str(folder)!r} does not exist")
+        raise UsageError(f"the image folder {str(folder)!r} does not exist", hint="give imagefolder:DIR, with one folder a class in it")
     text = options.get("size", "224")
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"size must be a whole number of pixels, but got {text!r}")
     size = int(text)
     if (folder / "train").is_dir():
@@ -306,8 +311,12 @@ def _from_function(reference: str) -> Data:
     if isinstance(made, (tuple, list)) and len(made) in (2, 3):
         splits = [_as_split(part, reference) for part in made]
         train, val, test = splits if len(splits) == 3 else _fill_missing(splits[0], splits[1], None)
-        targets = train.targets
-        classes = int(max(s.targets.max() for s in (train, val, test))) + 1 if targets.dtype == torch.long else None
+        if train.targets.is_floating_point():
+            raise UsageError(
+                f"the targets of {reference} must be whole numbers, the classes, but got {train.targets.dtype}",
+                hint="for other tasks return autocompress.Data with its own loss and score",
+            )
+        classes = int(max(split.targets.max() for split in (train, val, test))) + 1
         return Data(train, val, test, classes=classes)
     raise UsageError(f"{reference} must return autocompress.Data or (train, val, test) of (inputs, targets), but got {type(made).__name__}")
 
@@ -316,9 +325,9 @@ def _as_split(part: Any, reference: str) -> Split:
     try:
         inputs, targets = part
         inputs, targets = torch.as_tensor(inputs), torch.as_tensor(targets)
+        return Split(inputs, targets if targets.is_floating_point() else targets.long())
     except (TypeError, ValueError):
         raise UsageError(f"each split of {reference} must be (inputs, targets) arrays, but got {type(part).__name__}") from None
-    return Split(inputs, targets.long() if not targets.is_floating_point() else targets)
 
 
 def subset(data: Data, n_train: int, n_val: int) -> Data:

@@ -106,7 +106,7 @@ def _score_axis(results: Results) -> Figure:
     if not results.points:
         return _axis("score")
     score = results.points[0].val_score
-    name = f"{score.name} on the validation set"
+    name = f"{escape(score.name)} on the validation set"
     axis = _axis(name if score.direction == "maximize" else f"{name} (lower is better)")
     low, high = score_limits(results)
     axis["range"] = [low, high] if score.direction == "maximize" else [high, low]

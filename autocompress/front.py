@@ -14,14 +14,19 @@ from autocompress.records import Budget, Outcome
 Points = NDArray[np.float64]
 
 
+def _finite(points: Points) -> Points:
+    points = np.asarray(points, dtype=np.float64).reshape(-1, 2)
+    if not np.isfinite(points).all():
+        raise AutocompressError("a Pareto front holds finite values only, but got NaN or infinity")
+    return points
+
+
 def non_dominated(points: Points) -> NDArray[np.bool_]:
     """Which rows of `points` (n x 2: gain, cost) no other row dominates. Of equal rows the first stays.
 
     Raises AutocompressError for NaN or infinity: an unmeasured point has no place on a front.
     """
-    points = np.asarray(points, dtype=np.float64).reshape(-1, 2)
-    if not np.isfinite(points).all():
-        raise AutocompressError("a Pareto front holds finite values only, but got NaN or infinity")
+    points = _finite(points)
     order = np.lexsort((-points[:, 0], points[:, 1]))
     keep = np.zeros(len(points), dtype=bool)
     best = -np.inf
@@ -45,8 +50,11 @@ def ranks(points: Points) -> NDArray[np.int64]:
 
 
 def hypervolume(points: Points, reference: tuple[float, float]) -> float:
-    """Area that the points dominate up to `reference` (gain, cost): worst gain, largest cost that counts."""
-    points = np.asarray(points, dtype=np.float64).reshape(-1, 2)
+    """Area that the points dominate up to `reference` (gain, cost): worst gain, largest cost that counts.
+
+    Raises AutocompressError for NaN or infinity.
+    """
+    points = _finite(points)
     points = points[(points[:, 0] > reference[0]) & (points[:, 1] < reference[1])]
     front = points[non_dominated(points)]
     front = front[np.argsort(front[:, 1])]

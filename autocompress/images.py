@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ RESIZE = 256 / 224  # shorter side against crop, the usual evaluation of ImageNe
 
 def cache_folder() -> Path:
     """Where autocompress keeps what can be made again (XDG base directories)."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "autocompress"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autocompress"
 
 
 def decode_folder(folder: Path, size: int) -> tuple[tuple[Tensor, Tensor], list[str]]:
@@ -40,18 +41,29 @@ def _decoded(folder: Path, files: list[Path], size: int) -> np.ndarray:
     name = hashlib.sha256(f"{folder.resolve()}\n{size}\n{stamp}".encode()).hexdigest()[:24]
     target = cache_folder() / "images" / f"{name}.npy"
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(f".{os.getpid()}.npy")
-        array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=(len(files), 3, size, size))
-
-        def store(item: tuple[int, Path]) -> None:
-            array[item[0]] = _decode(item[1], size)
-
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(store, enumerate(files)))
-        array.flush()
-        partial.replace(target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _decode_all(files, size, partial)
+            partial.replace(target)
+        except OSError as error:
+            hint = "free space, or name another folder: export XDG_CACHE_HOME=DIR"
+            raise UsageError(f"the cache {str(target.parent)!r} cannot be written: {error.strerror}", hint=hint) from None
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()
     return np.load(target, mmap_mode="c")
+
+
+def _decode_all(files: list[Path], size: int, target: Path) -> None:
+    array = np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=(len(files), 3, size, size))
+
+    def store(item: tuple[int, Path]) -> None:
+        array[item[0]] = _decode(item[1], size)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(store, enumerate(files)))
+    array.flush()
 
 
 def _decode(path: Path, size: int) -> np.ndarray:
@@ -60,7 +72,7 @@ def _decode(path: Path, size: int) -> np.ndarray:
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises depends on the format
         raise UsageError(f"the image {str(path)!r} cannot be read: {error}", hint="remove or replace it") from None
     scale = round(size * RESIZE) / min(image.size)
     image = image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.BILINEAR)

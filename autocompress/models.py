@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +38,7 @@ def load_model(reference: str, *, weights: Path | None = None, classes: int | No
             hint="use torchvision:NAME, timm:NAME, package.module:function or file.py:function",
         )
     if not isinstance(model, nn.Module):
-        raise UsageError(f"{reference} must return a torch.nn.Module, but got {type(model).__name__}")
+        raise UsageError(f"{reference} must return a torch.nn.Module, but got {type(model).__name__}", hint="return the model itself")
     if weights is not None:
         load_weights(model, weights)
     return model.cpu().eval()
@@ -47,7 +49,10 @@ def _torchvision(name: str, classes: int | None) -> nn.Module:
 
     if name not in models.list_models():
         raise UsageError(f"unknown model torchvision:{name}", hint=nearest(name, models.list_models()))
-    return models.get_model(name, weights=None, **({} if classes is None else {"num_classes": classes}))
+    options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+    if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
+        options["weights_backbone"] = None  # else the backbone's would be downloaded
+    return models.get_model(name, weights=None, **options)
 
 
 def _timm(name: str, classes: int | None) -> nn.Module:
@@ -101,7 +106,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 def read_state(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file or of a torch state dict; pickled code is never executed."""
     if not path.is_file():
-        raise UsageError(f"the weights file {str(path)!r} does not exist")
+        raise UsageError(f"the weights file {str(path)!r} does not exist", hint="give a state dict or a safetensors file")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -115,6 +120,6 @@ def read_state(path: Path) -> dict[str, Tensor]:
         ) from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise UsageError(f"the weights {str(path)!r} must hold a state dict of tensors, but got {type(state).__name__}")
     return state

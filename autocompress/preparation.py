@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from autocompress.compress.arithmetic import best_training_device
 from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
-from autocompress.compress.train import TrainPlan, best_training_device, train
+from autocompress.compress.train import TrainPlan, train
 from autocompress.data import Data, load_data
 from autocompress.demo import LEARNING_RATE, TEACHER_EPOCHS
 from autocompress.devices import open_device
@@ -89,12 +90,14 @@ def require_fit(model: nn.Module, data: Data, example: Tensor, reference: str) -
     if outputs.shape[1] != data.classes:
         raise UsageError(
             f"the model must have as many outputs as the data has classes, but {reference} has {outputs.shape[1]} outputs "
-            f"and the data {data.classes} classes"
+            f"and the data {data.classes} classes",
+            hint="give the data that the model was trained on, or a model with that many outputs",
         )
     for split in (data.train, data.val, data.test):
         if int(split.targets.max()) >= data.classes or int(split.targets.min()) < 0:
             raise UsageError(
-                f"labels must lie in 0..{data.classes - 1}, but reach from {int(split.targets.min())} to {int(split.targets.max())}"
+                f"labels must lie in 0..{data.classes - 1}, but reach from {int(split.targets.min())} to {int(split.targets.max())}",
+                hint="number the classes from 0",
             )
 
 

@@ -103,11 +103,11 @@ class RichProgress:
         from rich.spinner import Spinner
 
         self._console = console or Console(stderr=True, highlight=False)
-        self._live = Live(console=self._console, get_renderable=self.render, refresh_per_second=8, transient=True)
         self._spinner = Spinner("dots", style="cyan")
         self._started = time.monotonic()
         self._phase, self._done, self._total, self._best = "starting", 0, None, ""  # type: str, int, int | None, str
         self._ends: float | None = None
+        self._live = Live(console=self._console, get_renderable=self.render, refresh_per_second=8, transient=True)  # renders at once
 
     def update(self, *, phase: str, done: int, total: int | None, best: str, seconds_left: float | None) -> None:
         self._phase, self._done, self._total = phase, done, total

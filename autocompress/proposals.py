@@ -33,11 +33,11 @@ class LevelSuggester:
     def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
         quantile = self._quantile(name)
         if log:
-            return float(self._keep(name, low * (high / low) ** quantile))
+            return float(self._keep(name, min(high, low * (high / low) ** quantile)))
         if step is None:
-            return float(self._keep(name, low + quantile * (high - low)))
+            return float(self._keep(name, min(high, low + quantile * (high - low))))
         steps = math.floor((high - low) / step + 1e-9)
-        return float(self._keep(name, low + step * min(steps, math.floor(quantile * (steps + 1)))))
+        return float(self._keep(name, min(high, low + step * min(steps, math.floor(quantile * (steps + 1))))))
 
     def suggest_categorical(self, name: str, choices: list[int]) -> int:
         return int(self._keep(name, choices[min(len(choices) - 1, math.floor(self._quantile(name) * len(choices)))]))

@@ -23,12 +23,14 @@ def parse_reference(reference: str) -> tuple[str, dict[str, str]]:
     name, _, query = reference.partition("?")
     if not name:
         raise UsageError(f"a reference must start with a name, but got {reference!r}")
-    return name, dict(parse_qsl(query, keep_blank_values=True))
+    return name, dict(parse_qsl(query.replace("+", "%2B"), keep_blank_values=True))  # a plus is itself, as in paths
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"did you mean x?"` for a mistyped name, or the first known names."""
     known = list(known)
+    if not known:
+        return ""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if close:
         return f"did you mean {' or '.join(close)}?"
@@ -61,7 +63,7 @@ def _find_function(reference: str) -> Callable[[], Any]:
 def _import_file(path: Path) -> Any:
     path = path.expanduser().resolve()
     if not path.is_file():
-        raise UsageError(f"the file {str(path)!r} does not exist")
+        raise UsageError(f"the file {str(path)!r} does not exist", hint="give path/to/file.py:function")
     name = f"autocompress_user_{path.stem}_{abs(hash(str(path))):x}"
     if name in sys.modules:
         return sys.modules[name]
@@ -80,5 +82,6 @@ def _import_file(path: Path) -> Any:
 def _import_module(name: str) -> Any:
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        raise UsageError(f"the module {name!r} does not import: {error}", hint="use file.py:function for a file") from None
+    except Exception as error:  # whatever the module's own code raises
+        what = f"{type(error).__name__}: {error}"
+        raise UsageError(f"the module {name!r} does not import: {what}", hint="use file.py:function for a file") from error

@@ -71,7 +71,7 @@ def read_front(run: Path) -> dict[str, object]:
         raise UsageError(f"{str(run)!r} holds no front.json", hint="give the folder that `autocompress search --out` wrote")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunFolderError(f"{str(path)!r} is damaged: {error}", hint="resume the search: it writes the file again") from None
     if not isinstance(content, dict) or content.get("schema") != 1:
         raise UsageError(f"{str(path)!r} must be of schema 1, but is {content.get('schema') if isinstance(content, dict) else None}")

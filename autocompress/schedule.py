@@ -9,15 +9,18 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import spearmanr
 
-from autocompress.front import measured, ranks
+from autocompress.front import hypervolume, measured
 from autocompress.records import Outcome
 
 CALIBRATION_SHARE = 0.08
 CALIBRATION_CAP_S = 120.0
-SHORT_SHARE = 0.35
-SHORT_RUNS = 9
+TEACHER_SHARE = 0.08
+SHORT_SHARE = 0.3
+SHORT_RUNS = 8
 FULL_FACTOR = 5.0
 MOST_FULL_RUNS = 6
+WORST_MARGIN = 0.02
+"""How far beyond the worst score and the slowest latency the reference point of a hypervolume lies."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,10 @@ def calibration_seconds(clock: Clock) -> float:
     return min(CALIBRATION_CAP_S, CALIBRATION_SHARE * clock.total, 0.5 * clock.left)
 
 
+def teacher_seconds(clock: Clock) -> float:
+    return TEACHER_SHARE * clock.left
+
+
 @dataclass(frozen=True)
 class Division:
     """Seconds for the short rung as a whole and for one short run (training, export and measuring)."""
@@ -70,24 +77,31 @@ def full_runs(left: float, short_each: float, candidates: int) -> int:
     return max(0, min(MOST_FULL_RUNS, candidates, max(1, affordable)))
 
 
-def promoted(outcomes: Sequence[Outcome], n: int) -> list[Outcome]:
-    """`n` outcomes for the upper rung: by non-domination rank, and within a rank those that lie furthest apart in latency.
+def promoted(outcomes: Sequence[Outcome], n: int, settled: Sequence[Outcome] = ()) -> list[Outcome]:
+    """The `n` outcomes that together dominate most, beside those that are `settled` (trained to the end, or in no need of it).
 
-    Distances are ratios of latencies; the most accurate of the first rank always climbs.
+    Greedy hypervolume subset selection (Guerreiro, Fonseca & Paquete 2016, Evolutionary Computation 24(3)) over score and logarithm
+    of latency: what lies close to a point that is already there adds little, so the runs spread over the front by themselves.
     """
     candidates = measured(list(outcomes))
+    chosen: list[Outcome] = []
+    points = {o.id: _log_point(o) for o in [*candidates, *measured(list(settled))]}
     if not candidates or n < 1:
         return []
-    gains = np.array([o.val_score.gain for o in candidates if o.val_score])
-    logs = np.log([o.latency_s.median for o in candidates if o.latency_s])
-    rank = ranks(np.column_stack([gains, np.exp(logs)]))
-    chosen: list[int] = [int(np.lexsort((-gains, rank))[0])]
+    gains, logs = zip(*points.values(), strict=True)
+    reference = (min(gains) - WORST_MARGIN, max(logs) + WORST_MARGIN)
+    taken = [points[o.id] for o in measured(list(settled))]
     while len(chosen) < min(n, len(candidates)):
-        rest = [i for i in range(len(candidates)) if i not in chosen]
-        best_rank = min(rank[i] for i in rest)
-        level = [i for i in rest if rank[i] == best_rank]
-        chosen.append(max(level, key=lambda i: min(abs(logs[i] - logs[j]) for j in chosen)))
-    return [candidates[i] for i in chosen]
+        rest = [o for o in candidates if o not in chosen]
+        best = max(rest, key=lambda o: hypervolume(np.array([*taken, points[o.id]]), reference))
+        chosen.append(best)
+        taken.append(points[best.id])
+    return chosen
+
+
+def _log_point(outcome: Outcome) -> tuple[float, float]:
+    assert outcome.val_score is not None and outcome.latency_s is not None
+    return outcome.val_score.gain, float(np.log(outcome.latency_s.median))
 
 
 def rank_correlation(below: Sequence[float], above: Sequence[float]) -> float | None:

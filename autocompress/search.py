@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -207,9 +207,10 @@ def _phases(search_: Search) -> None:
     lost = journal.retire_lost_trials(search_.study)
     if lost:
         search_.progress.message(f"{lost} interrupted trial(s) will be repeated")
+    search_.require_hope()
     search_.calibrate()
     proposals = search_.propose(task.seed + len(search_.study.get_trials(deepcopy=False)), DRAWS)
-    search_.require_feasible(proposals, None)
+    search_.require_feasible(proposals)
     if task.is_demo:
         search_.setting = train_demo_teacher(search_.setting, search_.run, DEMO_TEACHER_SHARE * clock.total, search_.progress)
     started = time.monotonic()
@@ -217,6 +218,7 @@ def _phases(search_: Search) -> None:
     data = search_.setting.data
     per_test = (time.monotonic() - started) * len(data.test) / len(data.val)
     search_.clock = clock.with_reserve(3.0 * per_test + 12.0)
+    search_.ask_teacher()
     search_.short_rung(proposals)
     search_.full_rung()
     search_.measure_front()
@@ -226,9 +228,8 @@ def _phases(search_: Search) -> None:
 def _finish(search_: Search) -> None:
     """Write what there is, however the search ended."""
     journal.remember(search_.study, "elapsed_s", search_.clock.elapsed)
-    content = search_.content()
-    write_atomically(search_.run / "front.json", json.dumps(content, indent=1))
-    write_report(content, search_.run)
+    search_.write_front()
+    write_report(search_.content(), search_.run)
 
 
 def _result(search_: Search) -> SearchResult:
@@ -291,3 +292,12 @@ def plan(task: Task) -> dict[str, Any]:
         "val": len(data.val),
         "test": len(data.test),
     }
+
+
+class _CallableModule(ModuleType):
+    """`autocompress.search` is a function and this module: importing a submodule binds its name in the package."""
+
+    __call__ = staticmethod(search)
+
+
+sys.modules[__name__].__class__ = _CallableModule

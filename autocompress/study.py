@@ -49,7 +49,7 @@ def open_study(run: Path, task: Task, *, resume: bool, sampler: BaseSampler | No
 
 def default_sampler(seed: int, trials_so_far: int) -> BaseSampler:
     """TPE; the seed depends on the trials so far, since the same seed on resume would repeat the same suggestions."""
-    return TPESampler(seed=seed * 100_003 + trials_so_far, n_startup_trials=8, n_ei_candidates=48)
+    return TPESampler(seed=(seed * 100_003 + trials_so_far) % 2**32, n_startup_trials=8, n_ei_candidates=48)
 
 
 def _require_intact(path: Path) -> None:

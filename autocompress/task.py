@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from collections.abc import Mapping
@@ -40,7 +41,7 @@ class Task(Record):
     student: str | None = None
     learning_rate: Annotated[float, Field(gt=0)] = 0.1
     batch_size: Annotated[int, Field(ge=1)] = 128
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -105,7 +106,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"the task file {str(path)!r} cannot be read: {error.strerror}") from None
+        hint = "options such as --model need no file"
+        raise UsageError(f"the task file {str(path)!r} cannot be read: {error.strerror}", hint=hint) from None
     except UnicodeDecodeError:
         raise UsageError(f"the task file {str(path)!r} is not UTF-8 text") from None
     try:
@@ -124,7 +126,7 @@ def _expand(value: str, path: Path) -> str:
 
 def _toml(value: object) -> str:
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     return str(value).lower() if isinstance(value, bool) else repr(value)

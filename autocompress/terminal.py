@@ -51,7 +51,7 @@ def rendered(content: RenderableType) -> str:
     live = sys.stdout.isatty()
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     buffer = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace", write_through=True)
-    Console(file=buffer, width=terminal_width(), force_terminal=live, highlight=False).print(content)
+    Console(file=buffer, width=terminal_width(), force_terminal=live, highlight=False, markup=False, emoji=False).print(content)
     buffer.seek(0)
     return "\n".join(line.rstrip() for line in buffer.read().splitlines()).strip("\n")
 

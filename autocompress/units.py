@@ -8,7 +8,7 @@ import re
 from autocompress.errors import UsageError
 
 _DURATION_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
-_SIZE_BYTES = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_SIZE_BYTES = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _QUANTITY = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-zµ]*)\s*")
 
 
@@ -35,7 +35,7 @@ def parse_duration(text: str) -> float:
 
 def parse_size(text: str) -> int:
     """`"4MB"` -> 4000000 bytes. Raises UsageError unless positive, finite and with a unit."""
-    return math.ceil(_parse(text, _SIZE_BYTES, "size", "4MB"))
+    return max(1, round(_parse(text, _SIZE_BYTES, "size", "4MB")))
 
 
 def is_size(text: str) -> bool:
@@ -52,15 +52,15 @@ def format_duration(seconds: float) -> str:
         minutes, rest = divmod(round(seconds), 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s"
-    for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
-        if seconds >= factor:
-            return f"{seconds / factor:.3g} {unit}"
-    return f"{seconds * 1e9:.3g} ns"
+    return _three_digits(seconds, ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns")))
 
 
 def format_size(n_bytes: float) -> str:
     """1234567 -> `"1.23 MB"`."""
-    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if n_bytes >= factor:
-            return f"{n_bytes / factor:.3g} {unit}"
-    return f"{n_bytes:.0f} B"
+    return _three_digits(n_bytes, ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B")))
+
+
+def _three_digits(value: float, scale: tuple[tuple[float, str], ...]) -> str:
+    """In the largest unit of which it is one or more after rounding, else in the last: 0.9999 s is 1 s, not 1e+03 ms."""
+    factor, unit = next((step for step in scale if float(f"{value / step[0]:.3g}") >= 1), scale[-1])
+    return f"{value / factor:.3g} {unit}"

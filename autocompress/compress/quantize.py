@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from autocompress.graph.nodes import int8_tensors, kind_of
+from autocompress.graph.nodes import fused, int8_tensors, kind_of
 from autocompress.graph.trace import OPAQUE
 from autocompress.policy import QuantSpec
 
@@ -203,7 +203,7 @@ def _only_moves(node: fx.Node, module: fx.GraphModule) -> bool:
 
 
 def _rounded(layer: nn.Module, bits: int, reduced_range: bool) -> nn.Module:
-    if bits == 32:
+    if bits == 32 or isinstance(layer, (RoundedConv, RoundedLinear)):  # a layer that is called twice is rounded once
         return layer
     if isinstance(layer, nn.Linear):
         return RoundedLinear(layer, bits, reduced_range and bits == 8)
@@ -249,6 +249,37 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     for quantizer in quantizers:
         if quantizer.samples:
             quantizer.fit()
+
+
+@torch.no_grad()
+def settle_biases(student: fx.GraphModule) -> fx.GraphModule:
+    """Move the biases of int8 layers to values that a file can hold: multiples of input scale x weight scale (in place).
+
+    An int8 layer adds its bias in the accumulator's unit. Rounded at export only, that is by far the largest difference between file and
+    student; once training is over the student can take the rounded biases itself. With a batch norm it is the folded bias that moves.
+    """
+    modules = dict(student.named_modules())
+    for node in student.graph.nodes:
+        layer = modules.get(str(node.target)) if node.op == "call_module" else None
+        source = modules.get(str(node.all_input_nodes[0].target)) if node.all_input_nodes else None
+        if not isinstance(layer, (RoundedConv, RoundedLinear)) or layer.bits != 8 or not isinstance(source, ActivationQuantizer):
+            continue
+        norm = fused(node, student).norm
+        _settle(layer, modules[str(norm.target)] if norm is not None else None, float(source.scale))
+    return student
+
+
+def _settle(layer: RoundedConv | RoundedLinear, norm: Any, input_scale: float) -> None:
+    unit = input_scale * weight_scale(layer.weight, largest_int(8, layer.reduced_range)).double()
+    bias = layer.bias.double() if layer.bias is not None else torch.zeros_like(unit)
+    held = layer.bias
+    if norm is not None:
+        factor = (norm.weight if norm.weight is not None else 1.0) / (norm.running_var.double() + norm.eps).sqrt()
+        bias = (bias - norm.running_mean) * factor + (norm.bias if norm.bias is not None else 0.0)
+        unit, held = unit * factor.abs(), norm.bias
+    unit = unit.clamp_min(TINY**2)
+    if held is not None:
+        held += (torch.round(bias / unit) * unit - bias).to(held.dtype)
 
 
 def is_quantized(model: nn.Module) -> bool:

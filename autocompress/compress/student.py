@@ -7,7 +7,9 @@ from typing import cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx, nn
+from torch.nn.utils import skip_init
 
 from autocompress.graph import Graph
 from autocompress.graph.channels import pad_amounts
@@ -23,7 +25,8 @@ Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 def build_student(graph: Graph, policy: Policy, multiple: int = 1) -> fx.GraphModule:
     """The student's structure with what it can take of the teacher's weights; not quantized yet.
 
-    Added channels start from Kaiming's initialisation (He et al. 2015, arXiv 1502.01852), the same in every process.
+    Filters of added channels start from Kaiming's initialisation (He et al. 2015, arXiv 1502.01852), the same in every process, and
+    nothing reads them at first, so that a wider student starts as the same function.
     State-dict keys are the teacher's. Raises UsageError for names that the graph does not know.
     """
     graph.require_known(policy)
@@ -68,19 +71,21 @@ def _conv(old: Conv, rows: Roots | None, columns: Roots | None, generator: torch
     depthwise = old.groups > 1
     outputs = len(rows) if rows is not None else old.out_channels
     inputs = outputs if depthwise else len(columns) if columns is not None else old.in_channels
-    new = type(old)(
-        inputs, outputs, old.kernel_size, old.stride, old.padding, old.dilation,  # type: ignore[arg-type]
-        groups=outputs if depthwise else old.groups, bias=old.bias is not None, padding_mode=old.padding_mode,
+    new: Conv = skip_init(
+        type(old), inputs, outputs, old.kernel_size, old.stride, old.padding, old.dilation,  # type: ignore[arg-type]
+        groups=outputs if depthwise else old.groups, bias=old.bias is not None, padding_mode=old.padding_mode, dtype=old.weight.dtype,
     )  # fmt: skip
     _fill(new, old, rows, None if depthwise else columns, generator)
     return new
 
 
 def _linear(old: nn.Linear, rows: Roots | None, columns: Roots | None, generator: torch.Generator) -> nn.Linear:
-    new = nn.Linear(
+    new: nn.Linear = skip_init(
+        nn.Linear,
         len(columns) if columns is not None else old.in_features,
         len(rows) if rows is not None else old.out_features,
         bias=old.bias is not None,
+        dtype=old.weight.dtype,
     )
     _fill(new, old, rows, columns, generator)
     return new
@@ -88,16 +93,13 @@ def _linear(old: nn.Linear, rows: Roots | None, columns: Roots | None, generator
 
 @torch.no_grad()
 def _fill(new: Conv | nn.Linear, old: Conv | nn.Linear, rows: Roots | None, columns: Roots | None, generator: torch.Generator) -> None:
-    fan_in = new.weight[0].numel()
-    fresh = torch.randn(new.weight.shape, generator=generator) * (2.0 / fan_in) ** 0.5
-    taken = _gather(_gather(old.weight, rows, 0), columns, 1)
-    known = torch.ones(new.weight.shape, dtype=torch.bool)
-    for axis, index in ((0, rows), (1, columns)):
-        if index is not None:
-            shape = [1] * new.weight.dim()
-            shape[axis] = -1
-            known &= torch.from_numpy(index != NEW).view(shape)
-    new.weight.copy_(torch.where(known, taken, fresh.to(taken.dtype)))
+    """Old filters read nothing from added channels at first (function-preserving growth as in Net2Net, Chen et al. 2016, arXiv
+    1511.05641, by zeros instead of copies)."""
+    weight = _gather(_gather(old.weight, rows, 0), columns, 1, fill=0.0)
+    if rows is not None and bool((rows == NEW).any()):
+        fresh = torch.randn(new.weight.shape, generator=generator) * (2.0 / new.weight[0].numel()) ** 0.5
+        weight = torch.where(_along(rows == NEW, 0, weight.dim()), fresh.to(weight.dtype), weight)
+    new.weight.copy_(weight)
     new.weight.requires_grad_(True)
     if old.bias is not None and new.bias is not None:
         new.bias.copy_(_gather(old.bias, rows, 0, fill=0.0))
@@ -113,6 +115,7 @@ def _norm(old: nn.BatchNorm2d, index: Roots | None) -> nn.Module:
         for name, fill in fills.items():
             value = getattr(old, name)
             if value is not None:
+                new.to(value.dtype)
                 getattr(new, name).copy_(_gather(value, index, 0, fill=fill))
         if old.num_batches_tracked is not None and new.num_batches_tracked is not None:
             new.num_batches_tracked.copy_(old.num_batches_tracked)
@@ -124,9 +127,14 @@ def _gather(value: Tensor, index: Roots | None, axis: int, fill: float = 0.0) ->
     if index is None:
         return value
     taken = value.index_select(axis, torch.from_numpy(np.maximum(index, 0)))
-    shape = [1] * value.dim()
+    return torch.where(_along(index != NEW, axis, value.dim()), taken, torch.full_like(taken, fill))
+
+
+def _along(flags: NDArray[np.bool_], axis: int, dims: int) -> Tensor:
+    """Flags of the entries along one axis, in a shape that broadcasts over `dims` axes."""
+    shape = [1] * dims
     shape[axis] = -1
-    return torch.where(torch.from_numpy(index != NEW).view(shape), taken, torch.full_like(taken, fill))
+    return torch.from_numpy(flags).view(shape)
 
 
 def _resize_pad(node: fx.Node, graph: Graph, selection: Selection) -> None:

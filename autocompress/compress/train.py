@@ -1,7 +1,7 @@
 """The one training loop: training of a demonstration teacher, distillation, and training through fake quantization.
 
-SGD with Nesterov momentum under a one-cycle schedule (Smith & Topin 2017, arXiv 1708.07120): a short linear rise, then a
-linear fall to zero. No weight decay on biases and norms.
+Muon for hidden weights and SGD with Nesterov momentum for the rest, under a one-cycle schedule (Smith & Topin 2017, arXiv 1708.07120):
+a short linear rise, then a linear fall to zero. No weight decay on biases and norms.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from autocompress.compress.arithmetic import best_training_device, fast_arithmetic
 from autocompress.compress.distill import distillation_loss
+from autocompress.compress.muon import Muon, hidden_matrices
 from autocompress.compress.quantize import calibrate, fake_quantize
 from autocompress.compress.teacher import Teacher
 from autocompress.data import Data
@@ -26,7 +28,9 @@ RISE = 0.15
 FLOOR = 0.01
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
-CLIP_NORM = 5.0
+SGD_SHARE = 0.5
+MUON_SHARE = 0.2
+MUON_DECAY = 5e-3
 CALIBRATION_IMAGES = 512
 
 Tick = Callable[[float], None]
@@ -40,7 +44,7 @@ class TrainPlan:
     Args:
         steps: optimiser steps at most.
         deadline: `time.monotonic()` value at which training must have ended; the schedule follows the clock if that is sooner.
-        learning_rate: peak for `batch_size` inputs a step.
+        learning_rate: scale of all peaks: SGD runs at SGD_SHARE of it, Muon at MUON_SHARE.
         quant_fraction: share of the steps at the end that run through fake quantization.
     """
 
@@ -136,25 +140,21 @@ def _run(
     tick: Tick | None,
 ) -> None:
     device = best_training_device()
-    model.train().to(device)
-    optimizer = _optimizer(model)
+    model.train().to(device).to(memory_format=_memory_format(model))
+    optimizer = _Optimizer(model, plan.learning_rate)
     for indices, epoch in _draws(len(data.train), plan, start=steps.done):
         if steps.progress >= until:
             break
-        inputs = data.view(indices, epoch, plan.seed)
-        for group in optimizer.param_groups:
-            group["lr"] = plan.learning_rate * one_cycle(steps.progress)
-        loss = _loss(model, data, indices, inputs, epoch, teacher, distill, device)
+        view = teacher.view(epoch) if teacher is not None else epoch
+        inputs = data.view(indices, view, plan.seed)
+        loss = _loss(model, data, indices, inputs, view, teacher, distill, device)
         if not math.isfinite(loss.item()):
             raise PolicyFailure(f"training diverged: the loss must stay finite, but is {loss.item()} at step {steps.done}")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        optimizer.step()
+        optimizer.step(loss, one_cycle(steps.progress))
         steps.done += 1
         if tick is not None:
             tick(steps.progress)
-    model.cpu()
+    model.cpu().to(memory_format=torch.contiguous_format)
 
 
 def _loss(
@@ -162,14 +162,14 @@ def _loss(
     data: Data,
     indices: Tensor,
     inputs: Tensor,
-    epoch: int,
+    view: int,
     teacher: Teacher | None,
     distill: DistillSpec | None,
     device: torch.device,
 ) -> Tensor:
     targets = data.train.targets[indices].to(device)
-    answers = teacher.logits(indices, inputs, epoch).to(device) if teacher is not None else None
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_faster(device)):
+    answers = teacher.logits(indices, inputs, view).to(device) if teacher is not None else None
+    with fast_arithmetic(device):
         outputs = model(inputs.to(device))
     outputs = outputs.float()
     if data.loss is not None:
@@ -195,38 +195,35 @@ def _draws(n: int, plan: TrainPlan, start: int) -> Iterator[tuple[Tensor, int]]:
         epoch, skip = epoch + 1, 0
 
 
-def _optimizer(model: nn.Module) -> torch.optim.SGD:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    decayed, free = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.SGD([g for g in groups if g["params"]], lr=0.0, momentum=MOMENTUM, nesterov=True)
+class _Optimizer:
+    """Muon for the matrices inside the network, Nesterov SGD for its first and last layer, biases and norms (these without decay)."""
+
+    def __init__(self, model: nn.Module, learning_rate: float) -> None:
+        hidden = hidden_matrices(model)
+        known = {id(p) for p in hidden}
+        others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+        groups = [
+            {"params": [p for p in others if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
+            {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        self._parts: list[tuple[torch.optim.Optimizer, float]] = [
+            (torch.optim.SGD([g for g in groups if g["params"]], lr=0.0, momentum=MOMENTUM, nesterov=True), SGD_SHARE * learning_rate)
+        ]
+        if hidden:
+            self._parts.append((Muon(hidden, lr=0.0, weight_decay=MUON_DECAY), MUON_SHARE * learning_rate))
+
+    def step(self, loss: Tensor, rate: float) -> None:
+        """Descend along the gradient of `loss` at `rate` times the peak."""
+        for optimizer, peak in self._parts:
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = peak * rate
+        loss.backward()
+        for optimizer, _ in self._parts:
+            optimizer.step()
 
 
-def best_training_device() -> torch.device:
-    """CUDA when it is there, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-_bf16_faster: dict[str, bool] = {}
-
-
-def bf16_is_faster(device: torch.device) -> bool:
-    """Whether a convolution runs faster in bfloat16 than in float32 here; measured once a process.
-
-    Processors without bfloat16 instructions emulate it, many times slower.
-    """
-    if device.type not in _bf16_faster:
-        _bf16_faster[device.type] = _seconds(torch.bfloat16, device) < 0.9 * _seconds(torch.float32, device)
-    return _bf16_faster[device.type]
-
-
-def _seconds(dtype: torch.dtype, device: torch.device) -> float:
-    x = torch.randn(8, 32, 16, 16, device=device)
-    weight = torch.randn(32, 32, 3, 3, device=device)
-    best = math.inf
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
-        for _ in range(5):
-            start = time.perf_counter()
-            float(F.conv2d(x, weight, padding=1).sum())
-            best = min(best, time.perf_counter() - start)
-    return best
+def _memory_format(model: nn.Module) -> torch.memory_format:
+    """Channels last where all weights have a form for it: convolutions of images run faster so."""
+    images = all(p.dim() in (1, 2, 4) for p in model.parameters()) and any(p.dim() == 4 for p in model.parameters())
+    return torch.channels_last if images else torch.preserve_format

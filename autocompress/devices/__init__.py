@@ -21,8 +21,8 @@ def open_device(name: str) -> Device:
     if unknown:
         raise UsageError(f"unknown option {unknown[0]!r} of the device {name!r}", hint="it takes threads=N")
     threads, most = options.get("threads", "1"), os.cpu_count() or 1
-    if not threads.isdigit() or not 1 <= int(threads) <= most:
-        raise UsageError(f"threads must lie in 1..{most}, but got {threads!r}")
+    if not threads.isdecimal() or not 1 <= int(threads) <= most:
+        raise UsageError(f"threads must lie in 1..{most}, but got {threads!r}", hint=f"this machine has {most} processors")
     return OnnxRuntimeCpu(int(threads))
 
 

@@ -72,13 +72,14 @@ def _random(value: Any, generator: np.random.Generator) -> Any:
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
     """Interleaved rounds over all files, in a new random order each round."""
-    runners = []
+    runners: list[Runner] = []
+    firsts: list[float] = []
     for index, path in enumerate(request["paths"]):
         try:
             runners.append(Runner(path, request["threads"]))
+            firsts.append(runners[-1].warm_up(WARM_UP_CAP_S))
         except Exception as error:
             return {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}", "index": index}
-    firsts = [runner.warm_up(WARM_UP_CAP_S) for runner in runners]
     order, shuffle = list(range(len(runners))), random.Random(0)
     rounds: list[list[list[float]]] = [[] for _ in runners]
     end = time.perf_counter() + request["seconds_each"] * len(runners)
@@ -118,6 +119,8 @@ def main() -> None:
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     request = json.load(sys.stdin)
+    if os.getppid() != request["parent"]:  # the parent died before it could be tied to this process
+        return
     pin(request["threads"])
     answer = measure(request) if request["kind"] == "measure" else measure_many(request)
     json.dump(answer, sys.stdout)

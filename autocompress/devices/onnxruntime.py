@@ -119,7 +119,13 @@ def _ask(request: dict[str, Any], timeout: float) -> dict[str, Any]:
     with _exclusive():
         try:
             done = subprocess.run(
-                command, input=json.dumps(request), capture_output=True, text=True, timeout=timeout, env=environment, check=False
+                command,
+                input=json.dumps(request | {"parent": os.getpid()}),
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                env=environment,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             raise PolicyFailure(f"measurement timeout: the runtime must answer within {timeout:.0f} s") from None

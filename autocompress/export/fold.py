@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from torch import fx, nn
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
@@ -17,13 +19,14 @@ def plain_weights(module: nn.Module) -> None:
 
 
 def fold_norms(module: fx.GraphModule) -> None:
-    """Fold every convolution or linear layer with the batch norm that alone reads it (in place)."""
+    """Fold every convolution or linear layer with the batch norm that alone reads it (in place); not what is called more than once."""
+    calls = Counter(str(node.target) for node in module.graph.nodes if node.op == "call_module")
     for node in list(module.graph.nodes):
         kind = kind_of(node, module)
         if kind not in ("conv", "linear"):
             continue
         norm = fused(node, module).norm
-        if norm is None:
+        if norm is None or calls[str(node.target)] > 1 or calls[str(norm.target)] > 1:
             continue
         layer, batch_norm = module.get_submodule(str(node.target)), module.get_submodule(str(norm.target))
         folded = fuse_conv_bn_eval(layer, batch_norm) if kind == "conv" else fuse_linear_bn_eval(layer, batch_norm)  # type: ignore[type-var, arg-type]

@@ -21,13 +21,15 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
-from autocompress.compress.quantize import TINY, UINT8_MAX, ActivationQuantizer, largest_int
+from autocompress.compress.quantize import TINY, UINT8_MAX, ActivationQuantizer, RoundedConv, RoundedLinear, largest_int
 from autocompress.errors import PolicyFailure, UsageError
 from autocompress.export.fold import fold_norms, plain_weights
 from autocompress.policy import QuantSpec
 
 OPSET = 21
 """First opset with int4 tensors."""
+MOST_BIAS = 2**30
+"""An int8 layer adds its bias in int32. A channel whose weights are all but zero gets a coarser scale, so that its bias fits."""
 
 
 class _FixedQuantizer(nn.Module):
@@ -48,18 +50,15 @@ def onnx_bytes(student: fx.GraphModule, quant: QuantSpec, example: tuple[Tensor,
     Raises PolicyFailure when torch's exporter fails.
     """
     module = copy.deepcopy(student).cpu().eval()
+    bits = {name: layer.bits for name, layer in module.named_modules() if isinstance(layer, (RoundedConv, RoundedLinear))}
     plain_weights(module)
     fold_norms(module)
     for name, child in list(module.named_modules()):
         if isinstance(child, ActivationQuantizer):
             module.set_submodule(name, _FixedQuantizer(child) if bool(child.calibrated) else nn.Identity())
     model = _export(module, example)
-    bits = {
-        name: quant.of(name) for name, child in module.named_modules() if isinstance(child, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
-    }
-    _pack_weights(
-        model, {name.replace(".layer", "") if name not in quant.layers else name: b for name, b in bits.items()} | bits, quant.reduced_range
-    )
+    _pack_weights(model, bits, quant.reduced_range)
+    _strip(model)
     onnx.checker.check_model(model)
     return model.SerializeToString()
 
@@ -116,22 +115,27 @@ def _pack_weights(model: onnx.ModelProto, bits: dict[str, int], reduced_range: b
     initializers = {value.name: value for value in graph.initializer}
     producers = {name: node for node in graph.node for name in node.output}
     first: list[onnx.NodeProto] = []
+    done: set[str] = set()
     for node in graph.node:
         if node.op_type not in ("Conv", "Gemm", "MatMul") or len(node.input) < 2:
             continue
         source, transposed = _weight_name(node, producers)
         layer_bits = bits.get(source.removesuffix(".weight"), 32)
-        if source not in initializers or layer_bits == 32:
+        if source not in initializers or layer_bits == 32 or source in done:
             continue
+        done.add(source)
         weight = numpy_helper.to_array(initializers[source]).astype(np.float32)
         axis = _channel_axis(node, transposed)
         if layer_bits == 16:
             first += _as_half(graph, source, weight)
             continue
         scale = _scales(weight, axis, largest_int(layer_bits, reduced_range and layer_bits == 8))
+        step = _input_scale(node, producers, initializers) if layer_bits == 8 else None
+        if step is not None and len(node.input) > 2 and node.input[2] in initializers:
+            bias = numpy_helper.to_array(initializers[node.input[2]]).astype(np.float64)
+            scale = np.maximum(scale, np.abs(bias) / (step * MOST_BIAS)).astype(np.float32)
+            first += _integer_bias(graph, node.input[2], bias, (step * scale.astype(np.float64)).astype(np.float32))
         first += _as_integers(graph, source, weight, scale, axis, layer_bits)
-        if layer_bits == 8 and len(node.input) > 2 and node.input[2] in initializers:
-            first += _integer_bias(graph, node, producers, initializers, scale)
     nodes = [*first, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
@@ -188,21 +192,17 @@ def _as_half(graph: onnx.GraphProto, name: str, weight: NDArray[np.float32]) -> 
     return [helper.make_node("Cast", [f"{name}.half"], [name], to=TensorProto.FLOAT, name=f"{name}.cast")]
 
 
-def _integer_bias(
-    graph: onnx.GraphProto,
-    node: onnx.NodeProto,
-    producers: dict[str, onnx.NodeProto],
-    initializers: dict[str, TensorProto],
-    weight_scale: NDArray[np.float32],
-) -> list[onnx.NodeProto]:
-    """int32 at scale input x weight, the accumulator's own unit; the kernel then adds it for nothing."""
+def _input_scale(node: onnx.NodeProto, producers: dict[str, onnx.NodeProto], initializers: dict[str, TensorProto]) -> float | None:
+    """Scale of a layer's quantized input, or None where it is not quantized."""
     source = producers.get(node.input[0])
     if source is None or source.op_type != "DequantizeLinear" or source.input[1] not in initializers:
-        return []
-    name = node.input[2]
-    bias = numpy_helper.to_array(initializers[name]).astype(np.float64)
-    scale = (float(numpy_helper.to_array(initializers[source.input[1]])) * weight_scale.astype(np.float64)).astype(np.float32)
-    values = np.clip(np.rint(bias / scale), -(2**31) + 1, 2**31 - 1).astype(np.int32)
+        return None
+    return float(numpy_helper.to_array(initializers[source.input[1]]))
+
+
+def _integer_bias(graph: onnx.GraphProto, name: str, bias: NDArray[np.float64], scale: NDArray[np.float32]) -> list[onnx.NodeProto]:
+    """int32 at scale input x weight, the accumulator's own unit; the kernel then adds it for nothing."""
+    values = np.rint(bias / scale).astype(np.int32)
     _replace(graph, name, numpy_helper.from_array(values, f"{name}.int"))
     graph.initializer.append(numpy_helper.from_array(scale, f"{name}.scale"))
     graph.initializer.append(numpy_helper.from_array(np.zeros(len(scale), dtype=np.int32), f"{name}.zero"))
@@ -222,6 +222,15 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
     kept = [value for value in graph.initializer if value.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Drop the exporter's notes: stack traces with this machine's paths, which can outweigh the weights, and shapes that a runtime infers."""
+    graph = model.graph
+    del graph.value_info[:]
+    for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        del part.metadata_props[:]
+        part.doc_string = ""
 
 
 def check_onnx(path: Path) -> onnx.ModelProto:

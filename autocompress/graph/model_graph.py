@@ -25,6 +25,8 @@ from autocompress.references import nearest
 
 OPERATOR_KINDS: tuple[OperatorKind, ...] = ("conv", "linear", "add", "mul", "pool", "norm", "activation", "concat", "pad", "slice")
 CACHED_SHAPES = 256
+NORM_VECTORS = 4
+"""A batch norm that is not folded has weight, bias, mean and variance in the file."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Graph:
         self.frozen = self._find_frozen()
         self._order, self._ends = self._rank_channels()
         self._without = lru_cache(CACHED_SHAPES)(self._drop_copy)
+        self._other_bytes = lru_cache(CACHED_SHAPES)(self._count_other_bytes)
 
     @classmethod
     def trace(cls, model: nn.Module, example: tuple[Tensor, ...]) -> Graph:
@@ -152,7 +155,7 @@ class Graph:
             chain = fused(node, module)
             inner |= {part.name for part in (chain.norm, chain.relu) if part is not None}
             operators.append(self._operator(node, module, selection, policy, held, chain.activation, kind))
-        return Workload(operators=tuple(operators), weight_bytes=sum(map(weight_bytes, operators)) + self._opaque_bytes(policy))
+        return Workload(operators=tuple(operators), weight_bytes=self._bytes(operators, policy))
 
     def describe(self, policy: Policy, multiple: int = 1) -> list[dict[str, Any]]:
         """Per layer in depth order: channels of teacher and student, bits, and whether its block is dropped."""
@@ -264,7 +267,8 @@ class Graph:
         }  # fmt: skip
         layer = module_of(node, module)
         if kind not in ("conv", "linear"):
-            return Operator(**common, **_window(node, module))
+            params = NORM_VECTORS * output[1] if kind == "norm" else 0
+            return Operator(**common, **_window(node, module), params=params)
         assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
         has_bias = layer.bias is not None or chain.norm is not None
         channels_out = output[1] if kind == "conv" else output[-1]
@@ -293,14 +297,24 @@ class Graph:
             return shape
         return (*shape[: layout.axis], selection.size(roots) * layout.repeat, *shape[layout.axis + 1 :])
 
-    def _opaque_bytes(self, policy: Policy) -> int:
-        """Weight bytes of a network that could not be traced: its layers by their bits, everything else in float32."""
+    def _bytes(self, operators: list[Operator], policy: Policy) -> int:
+        """Weight bytes: layers by their bits, each once however often it is called, and what other modules hold in float32."""
         if not self.opaque_reason:
-            return 0
+            return sum(weight_bytes(o) for o in {o.name: o for o in operators}.values()) + self._other_bytes(policy.student.drop)
         total = sum(4 * p.numel() for p in self.module.parameters())
-        return total - sum(
-            4 * layer.params - _packed(layer.params, layer.out_channels, policy.quant.of(layer.name)) for layer in self.layers
-        )
+        for layer in self.layers:
+            weights = self.module.get_submodule(layer.name).weight.numel()
+            biases = layer.params - weights  # type: ignore[operator]
+            total += _packed(weights, biases, layer.out_channels, policy.quant.of(layer.name)) - 4 * layer.params  # type: ignore[arg-type]
+        return total
+
+    def _count_other_bytes(self, dropped: tuple[str, ...]) -> int:
+        module = self.without(dropped)
+        counted = {
+            id(p) for n in module.graph.nodes if kind_of(n, module) in ("conv", "linear", "norm")
+            for p in module.get_submodule(str(n.target)).parameters()
+        }  # fmt: skip
+        return sum(4 * p.numel() for p in module.parameters() if id(p) not in counted)
 
 
 def _targets(roles: frozenset[Role], part: str, position: dict[str, int], target: dict[str, str]) -> tuple[str, ...]:
@@ -358,14 +372,21 @@ def weight_bytes(operator: Operator) -> int:
     """Bytes that an operator's weights and biases take in the file."""
     if operator.kind not in ("conv", "linear"):
         return 4 * operator.params
-    return _packed(operator.params, operator.output[1] if operator.kind == "conv" else operator.output[-1], operator.weight_bits)
+    source, target = operator.inputs[0], operator.output
+    is_conv = operator.kind == "conv"
+    channels = target[1] if is_conv else target[-1]
+    weights = channels * (source[1] // operator.groups * math.prod(operator.kernel) if is_conv else source[-1])
+    fused_bias = is_conv or len(source) == 2
+    return _packed(weights, operator.params - weights, channels, operator.weight_bits, fused_bias=fused_bias)
 
 
-def _packed(params: int, channels: int, bits: int) -> int:
-    """Containers of 4, 8, 16 or 32 bits; below 16 with one float32 scale and one zero point a channel."""
-    if bits == 32:
-        return 4 * params
-    if bits == 16:
-        return 2 * params
+def _packed(weights: int, biases: int, channels: int, bits: int, *, fused_bias: bool = True) -> int:
+    """Weights in containers of 4, 8, 16 or 32 bits; below 16 with a float32 scale and a zero point a channel.
+
+    Biases are float32, but in an int8 operator int32 with a float32 scale and an int32 zero point each.
+    """
+    if bits >= 16:
+        return weights * bits // 8 + 4 * biases
     container = 4 if bits <= 4 else 8
-    return math.ceil(params * container / 8) + 5 * channels
+    integers = math.ceil(weights * container / 8) + math.ceil(channels * container / 8)
+    return integers + 4 * channels + (12 if bits == 8 and fused_bias else 4) * biases

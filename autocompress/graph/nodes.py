@@ -126,6 +126,13 @@ def annotate_kinds(root: fx.GraphModule) -> None:
         node.meta["relu"] = _relu_name(node, root)
 
 
+def is_stochastic_depth(module: nn.Module | None) -> bool:
+    """torchvision's StochasticDepth, which is a leaf here: it scales whole samples in training and is the identity otherwise."""
+    from torchvision.ops import StochasticDepth
+
+    return isinstance(module, StochasticDepth)
+
+
 def _classify(node: fx.Node, root: nn.Module) -> NodeKind:
     if node.op == "placeholder":
         return "input"
@@ -133,7 +140,8 @@ def _classify(node: fx.Node, root: nn.Module) -> NodeKind:
         return "output"
     if node.op == "call_module":
         module = module_of(node, root)
-        return next((kind for types, kind in _MODULES if isinstance(module, types)), "other")
+        known = next((kind for types, kind in _MODULES if isinstance(module, types)), None)
+        return known or ("identity" if is_stochastic_depth(module) else "other")
     if node.op == "call_function":
         return _FUNCTIONS.get(node.target, "other")
     if node.op == "call_method":

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from autocompress.errors import UsageError
-from autocompress.graph.nodes import annotate_kinds
+from autocompress.graph.nodes import annotate_kinds, is_stochastic_depth
 
 OPAQUE = "model"
 TOLERANCE = 1e-4
@@ -31,9 +31,7 @@ class Traced:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        from torchvision.ops import StochasticDepth
-
-        return isinstance(m, StochasticDepth) or super().is_leaf_module(m, module_qualified_name)
+        return is_stochastic_depth(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(model: nn.Module, example: tuple[Tensor, ...]) -> Traced:

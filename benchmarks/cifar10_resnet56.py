@@ -1,0 +1,176 @@
+"""What a user of ResNet-56 on CIFAR-10 gets in an hour: our front beside static int8 and beside the best channel pruner.
+
+    AUTOCOMPRESS_DATA=../shared/data .venv/bin/python benchmarks/cifar10_resnet56.py --out RUN
+
+Runs `autocompress search benchmarks/cifar10_resnet56.toml --budget 0.45x --search-time 60m`, then builds the two rivals: ONNX Runtime's own
+static quantization of the same float32 file, and Torch-Pruning at 50 % with six epochs of our distillation and our int8. All files are
+scored on the 10,000 test images by ONNX Runtime and measured interleaved with the float32 file in a fresh process. Writes
+benchmarks/results/cifar10_resnet56.{json,md} and the plot. `--run RUN` takes a finished search instead of searching.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+sys.path.insert(0, str(Path(__file__).parent))
+import cifar10
+
+from autocompress.compress.teacher import Teacher
+from autocompress.compress.train import TrainPlan, train_quantized
+from autocompress.data import Data
+from autocompress.devices import open_device
+from autocompress.evaluate import score_artifact
+from autocompress.export import write_bundle
+from autocompress.graph import Graph
+from autocompress.models import load_weights
+from autocompress.policy import DistillSpec, Policy, QuantSpec
+from autocompress.records import Measurement
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+DEVICE = "onnxruntime:cpu?threads=1"
+RIVAL_EPOCHS = 6
+CALIBRATION = 512
+ROUNDS = 5
+TARGETS = ((2.2, 0.933), (4.0, 0.927), (6.0, 0.917))
+
+
+def search(out: Path, search_time: str) -> None:
+    """The command of the README."""
+    command = [sys.executable, "-m", "autocompress", "search", str(HERE / "cifar10_resnet56.toml"), "--budget", "0.45x"]
+    subprocess.run([*command, "--search-time", search_time, "--out", str(out)], check=True)
+
+
+class Calibration(CalibrationDataReader):
+    """Training images, one a call."""
+
+    def __init__(self, data: Data, name: str) -> None:
+        self._rows = iter([{name: image[None].numpy()} for image in data.calibration(CALIBRATION)])
+
+    def get_next(self) -> dict[str, Any] | None:
+        return next(self._rows, None)
+
+
+def static_int8(baseline: Path, data: Data, folder: Path) -> Path:
+    """ONNX Runtime's own post-training quantization: QDQ, per channel, uint8 activations, int8 weights."""
+    import onnx
+
+    prepared, target = folder / "prepared.onnx", folder / "static_int8.onnx"
+    quant_pre_process(str(baseline), str(prepared))
+    name = onnx.load(str(prepared)).graph.input[0].name
+    quantize_static(
+        str(prepared), str(target), Calibration(data, name), quant_format=QuantFormat.QDQ, per_channel=True,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+    )  # fmt: skip
+    return target
+
+
+def torch_pruning(data: Data, teacher: Teacher, folder: Path) -> tuple[Path, float]:
+    """Torch-Pruning at half of the channels, then our distillation and our int8; the file and the seconds of training."""
+    import torch_pruning as tp
+
+    model, example = cifar10.resnet56(), data.example(1)
+    load_weights(model, cifar10.folder() / "cifar10_resnets" / "resnet56.safetensors")
+    pruner = tp.pruner.MagnitudePruner(
+        model, example, importance=tp.importance.MagnitudeImportance(p=2), pruning_ratio=0.5, round_to=8, ignored_layers=[model.linear]
+    )
+    pruner.step()
+    graph = Graph.trace(model, (example,))
+    quant, steps = QuantSpec(bits=8), RIVAL_EPOCHS * (len(data.train) // 128)
+    started = time.monotonic()
+    student = train_quantized(graph.module, quant, data, TrainPlan(steps), teacher=teacher, distill=DistillSpec())
+    seconds = time.monotonic() - started
+    write_bundle(folder / "torch_pruning", student, Policy(quant=quant), (example,), model="torch-pruning 50 %")
+    return folder / "torch_pruning" / "model.onnx", seconds
+
+
+def rivals(run: Path, data: Data, folder: Path) -> dict[str, tuple[Path, str]]:
+    """The files that a user could have had without us, with what was done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = cifar10.resnet56()
+    load_weights(model, cifar10.folder() / "cifar10_resnets" / "resnet56.safetensors")
+    teacher = Teacher(model.eval(), data)
+    pruned, seconds = torch_pruning(data, teacher, folder)
+    return {
+        "static int8": (static_int8(run / "models/baseline/model.onnx", data, folder), "onnxruntime.quantization, 512 images"),
+        "Torch-Pruning 50 % + int8": (pruned, f"{RIVAL_EPOCHS} epochs of the same distillation ({seconds / 60:.0f} min)"),
+    }
+
+
+def measured(paths: list[Path]) -> list[list[Measurement]]:
+    """Each file ROUNDS times, all files interleaved, a fresh process a round."""
+    device = open_device(DEVICE)
+    rounds = [device.measure(paths, seconds_each=2.0) for _ in range(ROUNDS)]
+    return [list(column) for column in zip(*rounds, strict=True)]
+
+
+def row(name: str, what: str, path: Path, data: Data, times: list[Measurement], base: list[Measurement]) -> dict[str, Any]:
+    ratios = sorted(b.median / t.median for b, t in zip(base, times, strict=True))
+    return {
+        "name": name, "what": what, "file": path.name, "size_bytes": path.stat().st_size,
+        "test_accuracy": score_artifact(path, data, data.test, 1).value,
+        "speedup": ratios[len(ratios) // 2], "speedup_low": ratios[0], "speedup_high": ratios[-1],
+        "latency_s": sorted(t.median for t in times)[len(times) // 2],
+        "latency_high_s": max(t.high for t in times), "noisy_rounds": sum(t.noisy for t in times),
+    }  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| model | test accuracy | latency | speed-up | size | |", "|---|---|---|---|---|---|"]
+    for r in rows:
+        speed = f"{r['speedup']:.2f}x ({r['speedup_low']:.2f}-{r['speedup_high']:.2f})"
+        size = f"{r['size_bytes'] / 1e3:.0f} kB"
+        lines.append(f"| {r['name']} | {100 * r['test_accuracy']:.2f} % | {1e3 * r['latency_s']:.3f} ms | {speed} | {size} | {r['what']} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Search, build the rivals, score and measure everything, write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/cifar10_resnet56"))
+    parser.add_argument("--run", type=Path, help="a finished search, instead of searching")
+    parser.add_argument("--search-time", default="60m")
+    options = parser.parse_args()
+    os.environ.setdefault("AUTOCOMPRESS_DATA", "../shared/data")
+    run = options.run or options.out
+    if options.run is None:
+        search(run, options.search_time)
+    front, data = json.loads((run / "front.json").read_text()), cifar10.data()
+    others = rivals(run, data, run / "rivals")
+    baseline = run / front["baseline"]["artifact"]
+    named = [("original (float32)", "ResNet-56", baseline), *((n, what, path) for n, (path, what) in others.items())]
+    named += [(f"autocompress {e['id']}", e["words"], run / e["artifact"]) for e in front["front"]]
+    times = measured([path for _, _, path in named])
+    rows = [row(name, what, path, data, t, times[0]) for (name, what, path), t in zip(named, times, strict=True)]
+    ours = [r for r in rows if r["name"].startswith("autocompress")]
+    result = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "machine": open_device(DEVICE).environment(),
+        "torch": torch.__version__, "search_time": front["task"]["search_time"], "search_seconds": front["elapsed_s"],
+        "budget": front["task"]["budget"], "rows": rows,
+        "targets": [{"speedup": s, "accuracy": a, "reached": any(r["speedup"] >= s and r["test_accuracy"] >= a for r in ours)} for s, a in TARGETS],
+        "within_budget_again": [r["name"] for r in ours if r["latency_high_s"] <= 0.45 * rows[0]["latency_s"]],
+        "prediction": front["prediction"], "ladder": front["ladder"], "trials": front["trials"],
+    }  # fmt: skip
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "cifar10_resnet56.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / "cifar10_resnet56.md").write_text(table(rows))
+    shutil.copyfile(run / "pareto.png", RESULTS / "cifar10_resnet56.png")
+    print(table(rows))
+    print(json.dumps(result["targets"], indent=1))
+
+
+if __name__ == "__main__":
+    main()

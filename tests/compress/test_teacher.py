@@ -1,0 +1,72 @@
+"""Cached answers are the answers."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from autocompress.compress.teacher import Teacher
+
+N, FEATURES, CLASSES = 20, 4, 3
+EPOCH_BYTES = N * CLASSES * 4
+TOLERANCE = 0.03
+"""Answers may be computed in bfloat16."""
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.rows = nn.Linear(FEATURES, CLASSES), 0
+
+    def forward(self, x):
+        self.rows += len(x)
+        return self.linear(x)
+
+
+def view(indices, epoch):
+    """The inputs of an epoch: a function of epoch and index, as data with augmentation is."""
+    rows = [torch.randn(FEATURES, generator=torch.Generator().manual_seed(1000 * epoch + int(i))) for i in indices]
+    return torch.stack(rows)
+
+
+def make(cache_bytes=10 * EPOCH_BYTES):
+    return Teacher(Counting().eval(), SimpleNamespace(train=range(N)), cache_bytes=cache_bytes)
+
+
+@pytest.mark.parametrize("cache_bytes", [0, EPOCH_BYTES, 2 * EPOCH_BYTES, 10 * EPOCH_BYTES])
+def test_cached_answers_are_fresh_answers(cache_bytes):
+    teacher = make(cache_bytes)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        for epoch in (0, 1, 2, 0):
+            for indices in torch.randperm(N, generator=generator).split(6):
+                inputs = view(indices, epoch)
+                answers = teacher.logits(indices, inputs, epoch)
+                assert torch.allclose(answers, teacher.model.linear(inputs), atol=TOLERANCE)
+                assert not answers.requires_grad
+
+
+def test_an_answer_is_paid_for_once():
+    teacher = make()
+    for _ in range(3):
+        for epoch in (0, 1):
+            for indices in torch.arange(N).split(5):
+                teacher.logits(indices, view(indices, epoch), epoch)
+    assert teacher.model.rows == 2 * N
+
+
+def test_a_batch_that_is_partly_known_is_answered():
+    teacher = make()
+    teacher.logits(torch.arange(5), view(range(5), 0), 0)
+    inputs = view(range(3, 9), 0)
+    assert torch.allclose(teacher.logits(torch.arange(3, 9), inputs, 0), teacher.model.linear(inputs), atol=TOLERANCE)
+
+
+def test_the_cache_keeps_to_its_limit():
+    teacher = make(2 * EPOCH_BYTES)
+    everything = torch.arange(N)
+    for _ in range(2):
+        for epoch in (0, 1, 2):
+            teacher.logits(everything, view(everything, epoch), epoch)
+    assert teacher.model.rows == (3 + 1) * N, "two of three fit"

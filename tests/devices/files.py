@@ -1,0 +1,17 @@
+"""Small ONNX files to measure."""
+
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
+
+
+def linear_model(n=16, inputs=None):
+    """n x n matrix product as an ONNX model."""
+    weight = numpy_helper.from_array(np.eye(n, dtype=np.float32), "weight")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "weight"], ["y"])],
+        "tiny",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, inputs or [1, n])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, n])],
+        [weight],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)

@@ -1,0 +1,34 @@
+"""Devices by name."""
+
+import os
+
+import pytest
+
+from autocompress.devices import list_devices, open_device
+from autocompress.errors import UsageError
+
+
+@pytest.mark.parametrize("name", ["onnxruntime:cpu", "onnxruntime:cpu?threads=1", f"onnxruntime:cpu?threads={os.cpu_count()}"])
+def test_a_device_opens_with_its_threads(name):
+    device = open_device(name)
+    assert str(device.profile.threads) == name.partition("=")[2].strip() or device.profile.threads == 1
+    assert open_device(device.name).name == device.name
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", str((os.cpu_count() or 1) + 1), "two", "1.5", "", "²"])
+def test_threads_out_of_range_are_refused(threads):
+    with pytest.raises(UsageError, match="threads|device reference|option"):
+        open_device(f"onnxruntime:cpu?threads={threads}")
+
+
+@pytest.mark.parametrize("name", ["onnxruntime:gpu", "openvino:cpu", "cpu", "onnxruntime:cpu?cores=1"])
+def test_unknown_devices_and_options_are_refused_with_a_cure(name):
+    with pytest.raises(UsageError) as error:
+        open_device(name)
+    assert error.value.hint
+
+
+def test_what_is_listed_opens():
+    for entry in list_devices():
+        assert entry["available"]
+        assert open_device(entry["name"]).name == entry["name"]

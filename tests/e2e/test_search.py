@@ -1,0 +1,364 @@
+"""Whole searches, from a task to files, on a device whose truth is arithmetic."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState
+from tasks import SLOW_CALLS, BrokenDevice, Diary, blobs
+
+import autocompress
+from autocompress import study as journal
+from autocompress.data import Split
+from autocompress.errors import InfeasibleBudget, TooManyFailures, UsageError
+from autocompress.front import non_dominated
+from autocompress.policy import Policy, PruneSpec, QuantSpec
+from autocompress.records import Budget, Measurement
+from autocompress.search import SearchResult, run_search
+from autocompress.task import Task
+from autocompress.testing.devices import FakeDevice
+
+ENTRY = {
+    "id", "digest", "policy", "val_score", "test_score", "latency_s", "predicted_latency_s", "size_bytes", "speedup", "feasible",
+    "artifact",
+}  # fmt: skip
+FILE = {"schema", "task", "device", "environment", "budget", "baseline", "front", "best"}
+BUNDLE = {"policy.json", "student.safetensors", "model.onnx", "manifest.json"}
+SECONDS = 14.0
+
+
+def task(**changes) -> Task:
+    return Task(model="own:net", data="own:blobs", search_time="60s").model_copy(update=changes)
+
+
+def trials_of(run: Path) -> list[optuna.trial.FrozenTrial]:
+    return journal_of(run).get_trials(deepcopy=False)
+
+
+def journal_of(run: Path) -> optuna.Study:
+    return optuna.load_study(study_name=journal.STUDY, storage=f"sqlite:///{run / journal.DATABASE}")
+
+
+def strict(path: Path) -> dict:
+    """JSON without NaN and infinity."""
+
+    def refuse(text):
+        raise AssertionError(f"{path} holds {text}")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def accesses() -> tuple[type[Split], list[tuple[str, int]], Diary]:
+    """A test split that notes (phase of the search, rows) whenever rows are taken from it."""
+    diary, seen = Diary(), []
+
+    @dataclass(frozen=True)
+    class Watched(Split):
+        def __getitem__(self, index):
+            part = Split(self.inputs[index], self.targets[index])
+            seen.append((diary.phases[-1] if diary.phases else "", len(part)))
+            return part
+
+    return Watched, seen, diary
+
+
+@dataclass
+class Finished:
+    result: SearchResult
+    seconds: float
+    test_accesses: list[tuple[str, int]]
+    weights_before: dict[str, torch.Tensor]
+    net: torch.nn.Module
+    device: FakeDevice
+
+    @property
+    def run(self) -> Path:
+        return self.result.run
+
+
+@pytest.fixture(scope="module")
+def finished(net, tmp_path_factory) -> Finished:
+    """One search under a budget that takes all of its time."""
+    watched, seen, diary = accesses()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    device = FakeDevice(SLOW_CALLS, noise=0.01)
+    run = tmp_path_factory.mktemp("search") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("autocompress.controller.FIRST_POLICIES", 1)  # the sampler suggests from the second policy on
+        patch.setattr("autocompress.controller.Search._overhead", lambda self: 0.3)
+        patch.setattr("autocompress.schedule.SHORT_SHARE", 0.7)
+        started = time.monotonic()
+        wanted = task(search_time=f"{SECONDS:g}s", budget=("0.6x",))
+        result = run_search(wanted, run, model=net, data=blobs(test=watched), device=device, progress=diary)
+    return Finished(result, time.monotonic() - started, seen, before, net, device)
+
+
+def test_the_result_file_keeps_its_contract(finished):
+    content = strict(finished.run / "front.json")
+    assert set(content) >= FILE
+    assert content["schema"] == 1
+    assert content["device"] == "fake"
+    assert content["task"]["search_time"] == f"{SECONDS:g}s"
+    assert content["front"], "there is an answer"
+    entries = content["front"] + content["points"]
+    for entry in entries:
+        assert set(entry) >= ENTRY
+        assert Policy.model_validate(entry["policy"]).digest == entry["digest"]
+        latency = entry["latency_s"]
+        assert set(latency) >= {"median", "low", "high", "p95", "n"}
+        assert 0 < latency["low"] <= latency["median"] <= latency["high"] <= latency["p95"] * 1.05
+        assert latency["median"] < 1e-2, "seconds, not milliseconds"
+        assert set(entry["predicted_latency_s"]) == {"value", "low", "high"}
+        path = Path(entry["artifact"])
+        assert not path.is_absolute()
+        assert (finished.run / path).stat().st_size == entry["size_bytes"], "bytes of the file that ships"
+        assert 0 <= entry["val_score"]["value"] <= 1
+        assert entry["val_score"]["direction"] == "maximize"
+        assert entry["val_score"]["name"] == "accuracy"
+        assert entry["speedup"] == pytest.approx(content["baseline"]["latency_s"]["median"] / latency["median"])
+    assert all(entry["test_score"]["n"] == 64 for entry in content["front"])
+
+
+def test_the_front_is_within_the_budget_and_nothing_on_it_is_dominated(finished):
+    content = finished.result.content
+    budget = Budget.model_validate(content["budget"])
+    assert budget.latency_s == pytest.approx(0.6 * content["baseline"]["latency_s"]["median"])
+    for entry in content["front"]:
+        assert entry["feasible"] is True
+        assert budget.allows(Measurement.model_validate(entry["latency_s"]), entry["size_bytes"])
+    for entry in content["points"]:
+        assert entry["feasible"] is budget.allows(Measurement.model_validate(entry["latency_s"]), entry["size_bytes"])
+    points = [(e["val_score"]["value"], e["latency_s"]["median"]) for e in content["points"] if e["feasible"]]
+    on_front = [(e["val_score"]["value"], e["latency_s"]["median"]) for e in content["front"]]
+    assert sorted(on_front) == sorted(point for point, kept in zip(points, non_dominated(points), strict=True) if kept)
+    assert on_front == sorted(on_front, key=lambda point: point[1]), "fastest first"
+    best = max(on_front)
+    assert content["best"] == next(e["id"] for e in content["front"] if e["val_score"]["value"] == best[0])
+
+
+def test_measured_latencies_are_the_truth_of_the_device(finished):
+    import onnx
+
+    for entry in finished.result.content["points"]:
+        truth = finished.device.seconds_of_model(onnx.load(finished.run / entry["artifact"]))
+        assert entry["latency_s"]["median"] == pytest.approx(truth, rel=0.02)
+
+
+def test_the_run_folder_holds_what_the_contract_lists(finished):
+    names = {path.name for path in finished.run.iterdir()}
+    assert names >= {"task.toml", "study.db", "front.json", "report.html", "pareto.png", "models"}
+    for entry in finished.result.content["points"]:
+        assert {path.name for path in (finished.run / "models" / entry["id"]).iterdir()} >= BUNDLE
+    assert (finished.run / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert not [path for path in finished.run.rglob(".*") if path.name != ".lock"], "no temporary file"
+    from autocompress.task import load_task
+
+    assert load_task(finished.run / "task.toml", {}) == task(search_time=f"{SECONDS:g}s", budget=("0.6x",))
+
+
+def test_the_result_object(finished, tmp_path, monkeypatch):
+    result = SearchResult.load(finished.run)
+    assert result == finished.result
+    assert [policy.digest for policy in result.front] == [entry["digest"] for entry in result.content["front"]]
+    frame = result.frame()
+    assert len(frame) == len(result.content["points"])
+    assert result.plot() == finished.run / "pareto.png"
+    assert result.plot(tmp_path / "own.png").stat().st_size > 1000
+    monkeypatch.setattr("autocompress.deploy.open_device", lambda name: finished.device)
+    exported = result.export(tmp_path / "out")
+    assert {path.name for path in exported.folder.iterdir()} == BUNDLE
+    best = next(entry for entry in result.content["points"] if entry["id"] == result.best)
+    assert exported.manifest.policy_digest == best["digest"]
+    assert exported.manifest.latency_s.median == pytest.approx(best["latency_s"]["median"], rel=0.02)
+    assert exported.within_budget
+    with pytest.raises(UsageError, match="no measured policy has the id 'nobody'"):
+        result.export(tmp_path / "other", pick="nobody")
+
+
+def test_the_model_of_the_user_stays_as_it_was(finished):
+    after = finished.net.state_dict()
+    assert after.keys() == finished.weights_before.keys()
+    for key, value in finished.weights_before.items():
+        assert torch.equal(after[key], value), key
+        assert after[key].device == value.device
+    assert not finished.net.training
+    assert all(parameter.requires_grad for parameter in finished.net.parameters())
+
+
+def test_the_deadline_holds(finished):
+    assert finished.seconds <= 1.05 * SECONDS + 3.0
+    assert finished.result.content["elapsed_s"] <= finished.seconds
+
+
+def test_the_test_split_is_touched_once_at_the_end(finished):
+    assert {phase for phase, _ in finished.test_accesses} == {"scoring the test set"}
+    rows = sum(count for _, count in finished.test_accesses)
+    assert rows == 64 * (1 + len(finished.result.front)), "the baseline and the front, once each"
+
+
+def test_what_prediction_rules_out_is_told_and_never_built(finished):
+    trials = trials_of(finished.run)
+    ruled_out = [t for t in trials if t.state is TrialState.COMPLETE and "outcome" not in t.user_attrs]
+    assert ruled_out, "a budget of 0.6x rules something out"
+    known = {outcome.id for outcome in journal.outcomes(journal_of(finished.run))}
+    for trial in ruled_out:
+        assert trial.values[0] == 0.0
+        assert trial.values[1] > 0
+        assert violation(trial) > 0
+        assert f"{trial.number:05d}" not in known
+        assert not (finished.run / "models" / f"{trial.number:05d}").exists()
+    realised = [t for t in trials if "outcome" in t.user_attrs]
+    assert realised
+    assert not [t for t in trials if t.state is TrialState.RUNNING]
+    for trial in (t for t in realised if t.state is TrialState.COMPLETE):
+        assert math.isfinite(violation(trial)), "no trial is complete without its constraint"
+
+
+def violation(trial: optuna.trial.FrozenTrial) -> float:
+    return trial.constraints["budget"]
+
+
+def test_short_and_full_training_both_happened(finished):
+    rungs = {outcome.rung for outcome in journal.outcomes(journal_of(finished.run))}
+    assert rungs == {"short", "full"}
+    digests = [entry["digest"] for entry in finished.result.content["points"]]
+    assert len(digests) == len(set(digests)), "one point a policy"
+
+
+# -- when a search ends ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_trial(net, data, tmp_path_factory):
+    """A search that stops after one policy, drawn by another sampler."""
+    run = tmp_path_factory.mktemp("resume") / "run"
+    result = run_search(task(trials=1), run, model=net, data=data, device=FakeDevice(SLOW_CALLS), sampler=optuna.samplers.RandomSampler(seed=1))
+    return run, result
+
+
+def test_a_number_of_trials_stops_early_whatever_the_sampler(one_trial):
+    run, result = one_trial
+    outcomes = journal.outcomes(journal_of(run))
+    assert sum(outcome.id.isdigit() for outcome in outcomes) == 1
+    assert result.content["elapsed_s"] < 30
+    assert result.content["front"]
+    assert result.content["budget"] == Budget().model_dump(mode="json")
+
+
+def test_a_resumed_search_loses_nothing_and_suggests_something_else(one_trial, net, data):
+    run, _ = one_trial
+    before = {outcome.id: outcome for outcome in journal.outcomes(journal_of(run))}
+    params = [trial.params for trial in trials_of(run) if trial.state.is_finished()]
+    progress = strict(run / "front.json")["progress"]
+    with pytest.raises(UsageError, match="already holds a search"):
+        run_search(task(trials=2), run, model=net, data=data, device=FakeDevice(SLOW_CALLS))
+    with pytest.raises(UsageError, match="another task: batch was 1, now 8"):
+        run_search(task(trials=2, batch=8), run, resume=True, model=net, data=data, device=FakeDevice(SLOW_CALLS))
+    result = run_search(task(trials=2), run, resume=True, model=net, data=data, device=FakeDevice(SLOW_CALLS))
+    after = {outcome.id: outcome for outcome in journal.outcomes(journal_of(run))}
+    assert len(after) > len(before)
+    for id, outcome in before.items():
+        again = after[id].model_copy(update={"test_score": outcome.test_score, "latency_s": outcome.latency_s})
+        assert again == outcome
+    trials = trials_of(run)
+    assert [trial.params for trial in trials[: len(params)]] == params
+    finished = [trial.params for trial in trials if trial.params]
+    assert len({json.dumps(p, sort_keys=True) for p in finished}) == len(finished), "nothing is suggested twice"
+    assert result.content["progress"][: len(progress)] == progress
+    assert {entry["id"] for entry in result.content["points"]} >= {id for id, outcome in before.items() if outcome.artifact}
+
+
+def test_nothing_to_resume(net, data, tmp_path):
+    with pytest.raises(UsageError, match="no search to resume"):
+        run_search(task(), tmp_path / "run", resume=True, model=net, data=data, device=FakeDevice())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_target_accuracy_stops_early(net, data, tmp_path):
+    result = run_search(task(target_accuracy=0.3), tmp_path / "run", model=net, data=data, device=FakeDevice())
+    assert result.best == "int8"
+    assert [outcome.id for outcome in journal.outcomes(journal_of(tmp_path / "run"))] == ["int8"]
+    assert result.content["elapsed_s"] < 30
+
+
+def test_two_policies_are_evaluated_once_each_and_the_space_is_exhausted(net, data, tmp_path, monkeypatch):
+    """Through `autocompress.search`, with a function of one's own for a space."""
+
+    def suggest(trial):
+        pruned = trial.suggest_categorical("pruned", [0, 1])
+        return Policy(quant=QuantSpec(bits=8), prune=PruneSpec(ratios=dict.fromkeys(groups[:1], 0.5) if pruned else {}))
+
+    from autocompress.graph import Graph
+
+    groups = [group.name for group in Graph.trace(net, (data.example(1),)).groups if group.prunable]
+    monkeypatch.setattr("autocompress.preparation.open_device", lambda name: FakeDevice(SLOW_CALLS))
+    monkeypatch.setattr("autocompress.schedule.SHORT_SHARE", 0.9)
+    monkeypatch.setattr("autocompress.controller.Search.full_rung", lambda self: None)
+    diary, run = Diary(), tmp_path / "run"
+    result = autocompress.search(net, data, out=run, search_time="24s", suggest=suggest, progress=diary)
+    assert any("exhausted" in message for message in diary.messages)
+    short = [outcome for outcome in journal.outcomes(journal_of(run)) if outcome.rung == "short"]
+    assert len(short) == len({outcome.policy.digest for outcome in short}) == 2
+    trials = [trial for trial in trials_of(run) if trial.state is TrialState.COMPLETE]
+    assert len(trials) > 50
+    assert {trial.user_attrs["outcome"] for trial in trials} == {outcome.id for outcome in short}
+    assert len({entry["digest"] for entry in result.content["points"]}) == 2
+
+
+# -- what goes wrong ------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_that_nothing_meets_is_refused_in_seconds_with_the_smallest_that_works(net, data, tmp_path):
+    started = time.monotonic()
+    with pytest.raises(InfeasibleBudget, match=r"no policy of the space meets the budget") as caught:
+        run_search(task(budget=("1us",)), tmp_path / "run", model=net, data=data, device=FakeDevice())
+    assert time.monotonic() - started < 15
+    assert 1e-6 < caught.value.smallest_latency_s < 1e-3
+    assert "--budget" in caught.value.hint
+    assert strict(tmp_path / "run" / "front.json")["best"] is None
+
+
+def test_a_policy_that_the_device_cannot_run_is_a_failure_and_the_search_goes_on(net, data, tmp_path):
+    run, device = tmp_path / "run", BrokenDevice(["00000"])
+    result = run_search(task(trials=2, search_time="30s"), run, model=net, data=data, device=device)
+    outcomes = {outcome.id: outcome for outcome in journal.outcomes(journal_of(run))}
+    assert (outcomes["00000"].failure.stage, outcomes["00000"].failure.reason) == ("measure", "PolicyFailure: the device is on fire")
+    assert outcomes["00001"].failure is None
+    assert trials_of(run)[0].state is TrialState.FAIL
+    assert result.content["failures"] == [{"id": "00000", "stage": "measure", "reason": "PolicyFailure: the device is on fire"}]
+    assert "00000" not in {entry["id"] for entry in result.content["points"]}
+
+
+def test_three_equal_failures_in_a_row_end_the_search(net, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("autocompress.controller.Search._overhead", lambda self: 0.2)
+    monkeypatch.setattr("autocompress.schedule.SHORT_SHARE", 0.9)
+    run = tmp_path / "run"
+    with pytest.raises(TooManyFailures, match=r"3 policies in a row failed to measure: PolicyFailure: the device is on fire"):
+        run_search(task(search_time="24s"), run, model=net, data=data, device=BrokenDevice(None))
+    content = strict(run / "front.json")
+    assert len(content["failures"]) == 3
+    assert [entry["id"] for entry in content["points"]] == ["int8"], "what is finished is kept"
+
+
+def test_training_that_diverges_never_reaches_the_front(net, data, tmp_path):
+    run, diverged = tmp_path / "run", None
+    try:
+        run_search(task(search_time="9s", learning_rate=1e9), run, model=net, data=data, device=FakeDevice())
+    except TooManyFailures as error:
+        diverged = error
+    content = strict(run / "front.json")
+    assert content["failures"]
+    for failure in content["failures"]:
+        assert failure["stage"] in ("train", "export")
+        assert "diverged" in failure["reason"] or "finite" in failure["reason"]
+    failed = {failure["id"] for failure in content["failures"]}
+    assert not failed & {entry["id"] for entry in content["points"]}
+    assert {entry["id"] for entry in content["front"]} <= {"int8"}
+    assert diverged is None or "diverged" in diverged.message

@@ -1,0 +1,144 @@
+"""Networks of torchvision: none crashes, what can change is found, what cannot says why, and a random policy builds and runs."""
+
+import pytest
+import torch
+import torchvision
+from laws.networks import random_policy
+from torch import nn
+
+from autocompress.compress.student import build_student
+from autocompress.graph import Graph
+
+SIZES = {"inception_v3": 96}
+OPTIONS = {"googlenet": {"init_weights": False}, "inception_v3": {"init_weights": False}}
+FOUND = {  # name: (layers, channel groups, of these prunable, droppable blocks)
+    "resnet18": (21, 13, 12, 5),
+    "resnet34": (37, 21, 20, 13),
+    "resnet50": (54, 38, 37, 12),
+    "resnext50_32x4d": (54, 38, 5, 12),
+    "vgg11": (11, 11, 10, 0),
+    "vgg16_bn": (16, 16, 15, 0),
+    "densenet121": (121, 121, 120, 0),
+    "mobilenet_v2": (53, 26, 25, 10),
+    "mobilenet_v3_large": (64, 31, 30, 10),
+    "mobilenet_v3_small": (54, 28, 27, 6),
+    "efficientnet_b0": (82, 50, 49, 9),
+    "shufflenet_v2_x1_0": (57, 40, 18, 0),
+    "googlenet": (58, 58, 57, 0),
+    "inception_v3": (95, 95, 94, 0),
+    "swin_t": (29, 2, 0, 12),
+}
+
+
+def make(name):
+    torch.manual_seed(0)
+    if name.startswith("vgg"):
+        model = torchvision.models.get_model(name, init_weights=False)
+        model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(2), nn.Sequential(nn.Linear(2048, 64), nn.ReLU(), nn.Linear(64, 10))
+    else:
+        model = torchvision.models.get_model(name, num_classes=10, **OPTIONS.get(name, {}))
+    size = SIZES.get(name, 64)
+    return model.eval(), torch.randn(1, 3, size, size)
+
+
+@pytest.fixture(scope="module", params=FOUND)
+def family(request):
+    model, inputs = make(request.param)
+    return request.param, model, inputs, Graph.trace(model, (inputs,))
+
+
+def test_what_can_change_is_found(family):
+    name, model, _, graph = family
+    layers = [key for key, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear)) and "aux" not in key.lower()]
+    prunable = sum(group.prunable for group in graph.groups)
+    found = (len(graph.layers), len(graph.groups), prunable, len(graph.blocks))
+    assert not graph.opaque_reason
+    assert found == FOUND[name]
+    if name != "swin_t":
+        assert {layer.name for layer in graph.layers} == set(layers)
+
+
+def test_what_is_frozen_has_a_reason(family):
+    _, _, _, graph = family
+    frozen = {group.name for group in graph.groups if not group.prunable}
+    assert {part.name for part in graph.frozen} == frozen
+    assert all(part.reason for part in graph.frozen)
+    assert any("output" in part.reason for part in graph.frozen), "the classes can never be removed"
+    assert all(not group.reason for group in graph.groups if group.prunable)
+
+
+def test_a_random_policy_builds_and_runs(family):
+    name, model, inputs, graph = family
+    if name == "swin_t":
+        pytest.skip("traced only")
+    policy = random_policy(graph, 1, widths=True)
+    student = build_student(graph, policy)
+    with torch.no_grad():
+        output = student(inputs)
+        assert output.shape == model(inputs).shape
+        assert torch.isfinite(output).all()
+        assert student(torch.randn(3, *inputs.shape[1:])).shape == (3, 10), "the batch is free"
+    assert graph.workload(policy).macs < 2 * graph.workload(type(policy)()).macs
+
+
+def test_inner_groups_of_bottlenecks_are_prunable_and_streams_are_marked():
+    model, inputs = make("resnet50")
+    groups = {group.name: group for group in Graph.trace(model, (inputs,)).groups}
+    for block in ("layer1.1", "layer4.2"):
+        for conv in ("conv1", "conv2"):
+            group = groups[f"{block}.{conv}"]
+            assert group.prunable and not group.stream
+            assert group.consumers == (f"{block}.conv{int(conv[-1]) + 1}",)
+    stream = next(group for group in groups.values() if "layer1.2.conv3" in group.producers)
+    assert stream.stream and stream.size == 256
+    assert {"layer1.0.conv3", "layer1.0.downsample.0", "layer1.1.conv3"} <= set(stream.producers)
+
+
+def test_blocks_of_resnet18_are_those_with_an_identity_shortcut():
+    model, inputs = make("resnet18")
+    blocks = {block.name: block for block in Graph.trace(model, (inputs,)).blocks}
+    assert set(blocks) == {"layer1.0", "layer1.1", "layer2.1", "layer3.1", "layer4.1"}
+    assert blocks["layer2.1"].layers == ("layer2.1.conv1", "layer2.1.conv2")
+
+
+class DataDependent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3)) if x.sum() > 0 else self.conv(-x).mean((2, 3))
+
+
+class Reduces(nn.Module):
+    """The number of channels is written into the code."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 5, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        x = x.view(x.shape[0], 2, 4, x.shape[2], x.shape[3]).transpose(1, 2).reshape(x.shape[0], 8, x.shape[2], x.shape[3])
+        return self.second(x).mean((2, 3))
+
+
+def test_data_dependent_control_flow_becomes_opaque_with_a_reason():
+    graph = Graph.trace(DataDependent(), (torch.ones(1, 3, 8, 8),))
+    assert "control flow" in graph.opaque_reason
+    assert [layer.name for layer in graph.layers] == ["model.conv"]
+    assert graph.frozen[0].reason == graph.opaque_reason
+
+
+def test_an_operator_that_is_not_understood_freezes_what_it_touches():
+    graph = Graph.trace(Reduces(), (torch.ones(1, 3, 8, 8),))
+    assert not graph.opaque_reason
+    assert not any(group.prunable for group in graph.groups)
+    assert "view" in next(part.reason for part in graph.frozen if part.name == "first")
+
+
+def test_a_model_that_does_not_run_is_a_usage_error():
+    from autocompress.errors import UsageError
+
+    with pytest.raises(UsageError, match="does not run on its example"):
+        Graph.trace(nn.Conv2d(3, 4, 3), (torch.ones(1, 5, 8, 8),))

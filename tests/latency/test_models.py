@@ -1,0 +1,248 @@
+"""Law 5: on a device whose costs are known, the table and the fitted model find them."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autocompress.compress.quantize import calibrate, fake_quantize
+from autocompress.compress.student import build_student
+from autocompress.errors import PolicyFailure
+from autocompress.export import onnx_bytes
+from autocompress.graph import Graph
+from autocompress.latency import FittedLatencyModel, OperatorTable
+from autocompress.latency.synthetic import build_onnx, empty_model
+from autocompress.policy import Policy, PruneSpec, QuantSpec
+from autocompress.records import Operator, Workload
+from autocompress.testing.devices import Costs, FakeDevice
+from autocompress.testing.models import resnet20
+
+
+@pytest.fixture(scope="session")
+def graph():
+    torch.manual_seed(0)
+    return Graph.trace(resnet20(), (torch.randn(1, 3, 32, 32),))
+
+
+def policies(graph, n, seed=0):
+    generator = np.random.default_rng(seed)
+    names = [group.name for group in graph.groups if group.prunable]
+    blocks = [block.name for block in graph.blocks]
+    for _ in range(n):
+        yield Policy(
+            student={"drop": tuple(b for b in blocks if generator.random() < 0.4)},
+            prune=PruneSpec(ratios={name: float(generator.uniform(0, 0.8)) for name in names}),
+            quant=QuantSpec(layers={layer.name: int(generator.choice([8, 32])) for layer in graph.layers}),
+        )
+
+
+@pytest.fixture(scope="session")
+def workloads(graph):
+    return [graph.workload(policy) for policy in policies(graph, 60)]
+
+
+def calibrated(device, workloads, path=None):
+    table = OperatorTable(path)
+    table.calibrate(device, workloads, seconds=60)
+    return table
+
+
+# -- the fake device --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_the_fake_device_takes_for_a_file_what_it_takes_for_its_workload(graph, tmp_path, bits):
+    device, policy = FakeDevice(), Policy(prune=PruneSpec(ratios={"layer1.0.conv1": 0.5}), quant=QuantSpec(bits=bits))
+    student = build_student(graph, policy)
+    if bits == 8:
+        student = fake_quantize(student, policy.quant)
+        calibrate(student, [torch.randn(4, 3, 32, 32)])
+    (tmp_path / "model.onnx").write_bytes(onnx_bytes(student, policy.quant, graph.example))
+    (measured,) = device.measure([tmp_path / "model.onnx"])
+    assert measured.low == measured.median == measured.high
+    assert measured.median == pytest.approx(device.seconds_of(graph.workload(policy)), rel=0.02)
+
+
+def test_the_fake_device_is_noisy_and_fails_as_scripted(tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(empty_model((1, 8)))
+    device = FakeDevice(noise=0.05, failures={1: PolicyFailure("scripted")})
+    first = device.measure([path])[0]
+    assert first.low < first.median < first.high
+    with pytest.raises(PolicyFailure, match="scripted"):
+        device.measure([path])
+    assert device.measure([path])[0].median != first.median
+    assert FakeDevice(noise=0.05).measure([path])[0] == first, "the same seed gives the same samples"
+    path.write_bytes(b"broken")
+    with pytest.raises(PolicyFailure, match=r"model\.onnx"):
+        device.measure([path])
+    assert device.measure_many([b"broken", empty_model((1, 8))])[0] is None
+
+
+# -- single operators -------------------------------------------------------------------------------------------------
+
+
+def test_every_operator_of_a_network_can_be_built_alone(workloads):
+    operators = {operator.signature: operator for workload in workloads[:3] for operator in workload.operators}.values()
+    device = FakeDevice()
+    assert {operator.bits for operator in operators} == {8, 32}
+    for operator in operators:
+        model = onnx.load_from_string(build_onnx(operator))
+        onnx.checker.check_model(model)
+        assert device.seconds_of_model(model) == pytest.approx(device.costs.call + device.seconds_of_operator(operator), rel=0.05)
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_measured_operators_are_looked_up_and_others_interpolated(workloads):
+    device = FakeDevice()
+    table = calibrated(device, workloads[:8])
+    assert table.call_overhead == pytest.approx(device.costs.call, rel=0.1)
+    seen = {operator.signature for workload in workloads[:8] for operator in workload.operators}
+    assert len(table) == len(seen)
+    for workload in workloads[:8]:
+        for operator in workload.operators:
+            assert table.lookup(operator) == table.estimate(operator)
+            assert table.estimate(operator) == pytest.approx(device.seconds_of_operator(operator), rel=0.05)
+    new = [operator for workload in workloads[8:] for operator in workload.operators if operator.signature not in seen]
+    assert new
+    assert all(table.lookup(operator) is None for operator in new)
+    errors = [abs(table.estimate(operator) / device.seconds_of_operator(operator) - 1) for operator in new]
+    assert np.median(errors) < 0.1
+    assert np.quantile(errors, 0.95) < 0.4
+
+
+def test_the_table_survives_on_disk(workloads, tmp_path):
+    path = tmp_path / "latency" / "table.json"
+    table = calibrated(FakeDevice(), workloads[:3], path)
+    again = OperatorTable(path)
+    assert len(again) == len(table) > 0
+    assert again.call_overhead == table.call_overhead
+    for workload in workloads[:6]:
+        for operator in workload.operators:
+            assert again.estimate(operator) == pytest.approx(table.estimate(operator))
+    assert again.calibrate(FakeDevice(), workloads[:3], seconds=60) == 0, "nothing is measured twice"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 1}', '{"call_overhead_s": 1, "entries": [{"operator": {}, "seconds": 1}]}'])
+def test_a_damaged_table_is_measured_again(workloads, tmp_path, content):
+    path = tmp_path / "table.json"
+    path.write_text(content)
+    table = OperatorTable(path)
+    assert len(table) == 0 and table.call_overhead == 0.0
+    assert table.calibrate(FakeDevice(), workloads[:1], seconds=60) > 0
+    assert json.loads(path.read_text())["entries"]
+
+
+def test_operators_that_do_not_run_are_left_to_interpolation(workloads):
+    class Refuses(FakeDevice):
+        def measure_many(self, models, *, seconds_each=0.02):
+            times = super().measure_many(models, seconds_each=seconds_each)
+            return [None if index % 2 else seconds for index, seconds in enumerate(times)]
+
+    table = calibrated(Refuses(), workloads[:8])
+    wanted = {operator.signature: operator for workload in workloads[:8] for operator in workload.operators}
+    missing = [operator for operator in wanted.values() if table.lookup(operator) is None]
+    assert missing
+    assert all(table.estimate(operator) > 0 for operator in missing)
+
+
+def test_tables_of_other_devices_are_other_files(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    other = FakeDevice()
+    other.name = "other"
+    paths = {OperatorTable.for_device(device)._path for device in (FakeDevice(), FakeDevice(), other)}
+    assert len(paths) == 2
+    assert all(path.is_relative_to(tmp_path) for path in paths)
+
+
+def test_an_empty_table_estimates_something_positive(workloads):
+    assert OperatorTable().estimate(workloads[0].operators[0]) > 0
+
+
+# -- whole networks ---------------------------------------------------------------------------------------------------
+
+
+def test_a_device_that_is_the_sum_of_its_operators_is_recovered_exactly(workloads):
+    device = FakeDevice()
+    model = FittedLatencyModel(calibrated(device, workloads))
+    for workload in workloads:
+        assert model.predict(workload).value == pytest.approx(device.seconds_of(workload), rel=0.02)
+    model.fit([(workload, device.seconds_of(workload)) for workload in workloads[:20]])
+    for workload in workloads[20:]:
+        prediction = model.predict(workload)
+        assert prediction.value == pytest.approx(device.seconds_of(workload), rel=0.02)
+        assert prediction.low <= device.seconds_of(workload) <= prediction.high
+    assert model.held_out_error()["median_error"] < 0.02
+    assert model.held_out_error()["spearman"] > 0.99
+
+
+def test_fitting_finds_what_single_operators_do_not_show(workloads):
+    """Inside a network this device computes int8 at half, float32 at double the cost of single operators."""
+    alone, whole = FakeDevice(), FakeDevice(Costs(mac=2e-10, mac_int8=0.2e-10, node=2e-6))
+    table = calibrated(alone, workloads)
+    model = FittedLatencyModel(table)
+
+    def error(pairs):
+        return float(np.median([abs(model.predict(w).value / s - 1) for w, s in pairs]))
+
+    pairs = [(workload, whole.seconds_of(workload)) for workload in workloads]
+    before = error(pairs[40:])
+    errors = []
+    for n in (5, 40):
+        model.fit(pairs[:n])
+        errors.append(error(pairs[40:]))
+    assert before > 0.2
+    assert errors[1] < 0.02
+    assert errors[1] <= errors[0] < before
+
+
+@pytest.mark.parametrize("noise", [0.03, 0.1])
+def test_the_interval_covers_what_it_has_not_seen_at_the_stated_rate(workloads, noise):
+    device, generator = FakeDevice(), np.random.default_rng(1)
+    table = calibrated(device, workloads)
+    covered = []
+    for _ in range(12):
+        pairs = [(w, device.seconds_of(w) * float(np.exp(noise * generator.standard_normal()))) for w in workloads]
+        order = generator.permutation(len(pairs))
+        model = FittedLatencyModel(table)
+        model.fit([pairs[i] for i in order[:30]])
+        for index in order[30:]:
+            prediction = model.predict(pairs[index][0])
+            covered.append(prediction.low <= pairs[index][1] <= prediction.high)
+    assert 0.84 <= np.mean(covered) <= 0.97, "90 % are stated"
+
+
+def test_too_few_points_change_nothing(workloads):
+    model = FittedLatencyModel(calibrated(FakeDevice(), workloads[:3]))
+    before = model.predict(workloads[0])
+    model.fit([(workloads[0], 1.0), (workloads[1], 2.0)])
+    assert model.predict(workloads[0]) == before
+    assert model.held_out_error() == {"median_error": None, "spearman": None, "n": 0}
+    assert before.low < before.value < before.high
+
+
+def test_the_explanation_adds_up_to_the_prediction(workloads):
+    device = FakeDevice()
+    model = FittedLatencyModel(calibrated(device, workloads[:10]))
+    model.fit([(workload, 1.3 * device.seconds_of(workload)) for workload in workloads[:10]])
+    for workload in workloads[:5]:
+        rows = model.explain(workload)
+        assert [name for name, _ in rows] == [operator.name for operator in workload.operators]
+        assert model.table.call_overhead + sum(s for _, s in rows) == pytest.approx(model.predict(workload).value)
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=5))
+@settings(max_examples=20, deadline=None)
+def test_operators_never_seen_are_predicted_finite_and_positive(channels):
+    operators = tuple(
+        Operator(name=str(i), kind="conv", inputs=((1, c, 8, 8),), output=(1, c, 8, 8), kernel=(3, 3), stride=(1, 1), padding=(1, 1))
+        for i, c in enumerate(channels)
+    )
+    prediction = FittedLatencyModel(OperatorTable()).predict(Workload(operators=operators, weight_bytes=0))
+    assert 0 < prediction.low < prediction.value < prediction.high < 1

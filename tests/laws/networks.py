@@ -1,0 +1,67 @@
+"""Networks and random policies for the laws. Everything is in eval mode, with batch norms that do something."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+import torchvision
+from torch import nn
+
+from autocompress.graph import Graph
+from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
+from autocompress.testing.models import resnet20, tiny_resnet
+
+CLASSES = 10
+
+
+def _vgg11_bn() -> nn.Module:
+    """With a small head: the original's 120 million weights say nothing more."""
+    model = torchvision.models.vgg11_bn(init_weights=False)
+    model.avgpool = nn.AdaptiveAvgPool2d((2, 2))
+    model.classifier = nn.Sequential(nn.Linear(512 * 4, 48), nn.ReLU(), nn.Dropout(), nn.Linear(48, CLASSES))
+    return model
+
+
+NETWORKS = {
+    "tiny_resnet": (tiny_resnet, 32),
+    "resnet20": (resnet20, 32),
+    "resnet18": (lambda: torchvision.models.resnet18(num_classes=CLASSES), 64),
+    "mobilenet_v3_small": (lambda: torchvision.models.mobilenet_v3_small(num_classes=CLASSES), 64),
+    "vgg11_bn": (_vgg11_bn, 64),
+    "densenet121": (lambda: torchvision.models.densenet121(num_classes=CLASSES), 64),
+    "efficientnet_b0": (lambda: torchvision.models.efficientnet_b0(num_classes=CLASSES), 64),
+}
+
+
+def network(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """(network, a batch of two inputs)."""
+    torch.manual_seed(0)
+    make, size = NETWORKS[name]
+    return with_statistics(make()), torch.randn(2, 3, size, size)
+
+
+def with_statistics(model: nn.Module) -> nn.Module:
+    """Batch norms with random scales, shifts and statistics; no bias is zero, which an exporter would leave out."""
+    for norm in model.modules():
+        if isinstance(norm, (nn.Conv2d, nn.Linear)) and norm.bias is not None:
+            nn.init.normal_(norm.bias, 0.0, 0.1)
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.8, 1.6)
+            nn.init.normal_(norm.bias, 0.1, 0.2)
+            nn.init.normal_(norm.running_mean, 0.0, 0.1)
+            nn.init.uniform_(norm.running_var, 0.3, 0.9)
+    return model.eval()
+
+
+def random_policy(graph: Graph, seed: int, *, widths: bool = False, bits: tuple[int, ...] = (32,)) -> Policy:
+    """Half of the groups changed, a third of the blocks dropped, bits drawn for every layer."""
+    draw = random.Random(seed)
+    groups = [group.name for group in graph.groups if group.prunable]
+    ratios = {name: draw.uniform(0.1, 0.8) for name in groups if draw.random() < 0.5}
+    wider = {name: draw.uniform(1.0, 1.6) for name in groups if widths and draw.random() < 0.3}
+    return Policy(
+        student=StudentSpec(widths=wider, drop=tuple(b.name for b in graph.blocks if draw.random() < 0.33)),
+        prune=PruneSpec(ratios=ratios),
+        quant=QuantSpec(layers={layer.name: draw.choice(bits) for layer in graph.layers}),
+    )

@@ -1,0 +1,134 @@
+"""Law 1: the pruned student is the teacher with the contributions of removed channels and dropped blocks zeroed."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from autocompress.compress.student import build_student
+from autocompress.graph import Graph
+from autocompress.graph.nodes import fused
+from autocompress.policy import Policy, PruneSpec, StudentSpec
+from laws.networks import NETWORKS, network, random_policy
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def traced(request):
+    model, inputs = network(request.param)
+    return model.double(), inputs.double(), Graph.trace(model, (inputs.double(),))
+
+
+@torch.no_grad()
+def zeroed(model: nn.Module, graph: Graph, policy: Policy) -> nn.Module:
+    """The user's own network in its own shape: no reader sees a removed channel, no dropped branch adds anything."""
+    model, keep = copy.deepcopy(model), graph.selection(policy).keep
+    nodes = {str(node.target): node for node in graph.module.graph.nodes if node.op == "call_module"}
+    for layer in graph.layers:
+        module, source = model.get_submodule(layer.name), nodes[layer.name].all_input_nodes[0].name
+        if getattr(module, "groups", 1) == 1:
+            kept = torch.from_numpy(keep[graph.roots(source)].repeat(graph.layout(source).repeat))
+            module.weight[:, ~kept] = 0
+    for block in graph.blocks:
+        if block.name in policy.student.drop:
+            last = nodes[block.layers[-1]]
+            for end in (last, fused(last, graph.module).norm):
+                for parameter in model.get_submodule(str(end.target)).parameters() if end is not None else ():
+                    parameter.zero_()
+    return model
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_pruned_student_is_the_teacher_without_the_removed_channels(traced, seed):
+    model, inputs, graph = traced
+    policy = random_policy(graph, seed)
+    with torch.no_grad():
+        student, expected, full = build_student(graph, policy)(inputs), zeroed(model, graph, policy)(inputs), model(inputs)
+    scale = expected.abs().max()
+    assert (student - expected).abs().max() <= 1e-8 * scale
+    assert (full - expected).abs().max() > 1e-3 * scale, "the policy must matter, or this test could not fail"
+
+
+def test_removed_channels_are_gone(traced):
+    _, _, graph = traced
+    policy = random_policy(graph, 0)
+    student, sizes = build_student(graph, policy), graph.sizes(policy)
+    assert any(sizes[name] < group.size for name, group in {g.name: g for g in graph.groups if g.prunable}.items())
+    dropped = {layer for block in graph.blocks if block.name in policy.student.drop for layer in block.layers}
+    for row in graph.describe(policy):
+        if row["name"] not in dropped:
+            assert student.get_submodule(row["name"]).weight.shape[0] == row["channels"]
+    assert not dropped & {name for name, _ in student.named_modules()}
+
+
+def test_default_policy_changes_nothing(traced):
+    model, inputs, graph = traced
+    student = build_student(graph, Policy())
+    with torch.no_grad():
+        assert torch.equal(student(inputs), graph.module(inputs))
+        assert torch.allclose(student(inputs), model(inputs), rtol=1e-10, atol=1e-10)
+    state, own = student.state_dict(), model.state_dict()
+    assert state.keys() == own.keys()
+    assert all(torch.equal(state[key], own[key]) for key in own)
+
+
+def test_wider_student_has_more_channels_around_the_teachers(traced):
+    _, inputs, graph = traced
+    policy = Policy(student=StudentSpec(width=1.5))
+    student, again = build_student(graph, policy), build_student(graph, policy)
+    assert {row["channels"] / row["teacher_channels"] for row in graph.describe(policy)} - {1.0}
+    with torch.no_grad():
+        first, second = student(inputs), again(inputs)
+    assert torch.isfinite(first).all()
+    assert torch.equal(first, second), "added channels must be the same in every build"
+    grown = [layer.name for layer in graph.layers if student.get_submodule(layer.name).weight.numel() > layer.params]
+    assert grown
+    for name in grown[:6]:
+        old, new = graph.module.get_submodule(name).weight, student.get_submodule(name).weight
+        assert new.shape[0] >= old.shape[0]
+        assert torch.isin(old.flatten()[:50], new).all()
+
+
+def test_input_model_stays_as_it_is(traced):
+    model = copy.deepcopy(traced[0]).train()
+    inputs = traced[1]
+    next(model.parameters()).requires_grad_(False)
+    model.register_forward_hook(lambda *_: None)
+    state = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    frees = [parameter.requires_grad for parameter in model.parameters()]
+    hooks = [list(module._forward_hooks) for module in model.modules()]
+    flags = [getattr(module, "inplace", None) for module in model.modules()]
+    random_state = torch.get_rng_state()
+    graph = Graph.trace(model, (inputs,))
+    build_student(graph, random_policy(graph, 1, widths=True))
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert modes == [module.training for module in model.modules()]
+    assert frees == [parameter.requires_grad for parameter in model.parameters()]
+    assert hooks == [list(module._forward_hooks) for module in model.modules()]
+    assert flags == [getattr(module, "inplace", None) for module in model.modules()]
+    assert torch.equal(random_state, torch.get_rng_state())
+
+
+def test_the_graph_can_be_used_again():
+    model, inputs = network("tiny_resnet")
+    graph = Graph.trace(model, (inputs,))
+    before = copy.deepcopy(graph.module.state_dict())
+    student = build_student(graph, random_policy(graph, 3))
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.fill_(9.0)
+    assert all(torch.equal(value, before[key]) for key, value in graph.module.state_dict().items())
+
+
+def test_the_least_important_channels_go():
+    model, inputs = network("tiny_resnet")
+    with torch.no_grad():
+        model.layer1[0].conv1.weight[5:9] = 0
+    graph = Graph.trace(model, (inputs,))
+    policy = Policy(prune=PruneSpec(ratios={"layer1.0.conv1": 0.25}))
+    student = build_student(graph, policy)
+    assert student.get_submodule("layer1.0.conv1").weight.shape[0] == 12
+    with torch.no_grad():
+        model.layer1[0].conv2.weight[:, 5:9] = 0
+        assert torch.allclose(student(inputs), model(inputs), atol=1e-5)

@@ -1,0 +1,129 @@
+"""Law 2: a policy's workload, known by arithmetic, is the workload of its student; its bytes are those of the file."""
+
+import math
+
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from autocompress.compress.quantize import calibrate, fake_quantize
+from autocompress.compress.student import build_student
+from autocompress.export import onnx_bytes
+from autocompress.graph import Graph
+from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
+from autocompress.records import Operator
+from laws.networks import NETWORKS, network, random_policy
+
+HEADER = 1_000
+PER_NODE = 400
+"""Names, attributes and shapes: bytes of the file that are not weights."""
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def traced(request):
+    model, inputs = network(request.param)
+    return Graph.trace(model, (inputs,))
+
+
+def of_a_kind(operator: Operator) -> str:
+    """Names of functional operators change with a second trace; nothing else may."""
+    return operator.signature
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("seed", range(2))
+def test_workload_is_that_of_the_traced_student(traced, seed, multiple):
+    policy = random_policy(traced, seed, widths=True)
+    predicted = traced.workload(policy, multiple)
+    again = Graph.trace(build_student(traced, policy, multiple), traced.example)
+    assert not again.opaque_reason
+    actual = again.workload(Policy())
+    assert [of_a_kind(o) for o in predicted.operators] == [of_a_kind(o) for o in actual.operators]
+    assert (predicted.macs, predicted.params, predicted.weight_bytes) == (actual.macs, actual.params, actual.weight_bytes)
+    assert predicted.macs != traced.workload(Policy()).macs
+
+
+def test_params_and_macs_are_those_of_the_modules(traced):
+    policy = random_policy(traced, 1)
+    student = build_student(traced, policy)
+    macs = 0
+
+    def count(module, inputs, output):
+        nonlocal macs
+        macs += output.numel() * math.prod(module.weight.shape[1:])
+
+    layers = [module for module in student.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    for layer in layers:
+        layer.register_forward_hook(count)
+    with torch.no_grad():
+        student(*traced.example)
+    workload = traced.workload(policy)
+    assert workload.macs == macs
+    weights = sum(layer.weight.numel() for layer in layers)
+    assert weights <= workload.params <= sum(p.numel() for p in student.parameters()) + weights // 10
+
+
+def test_channels_are_rounded_to_the_multiple(traced):
+    policy = random_policy(traced, 2, widths=True)
+    for name, size in traced.sizes(policy, 8).items():
+        group = next(group for group in traced.groups if group.name == name)
+        assert size == group.size or size % min(8, group.size) == 0
+
+
+def file_bytes(graph: Graph, policy: Policy) -> bytes:
+    student = build_student(graph, policy)
+    if any(policy.quant.of(layer.name) < 32 for layer in graph.layers):
+        student = fake_quantize(student, policy.quant)
+        calibrate(student, [graph.example[0]])
+    return onnx_bytes(student, policy.quant, graph.example)
+
+
+@pytest.mark.parametrize("bits", [(32,), (8,), (4, 8, 16, 32)], ids=str)
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v3_small"])
+def test_predicted_bytes_are_those_of_the_file(name, bits):
+    model, inputs = network(name)
+    graph = Graph.trace(model, (inputs,))
+    policy = random_policy(graph, 5, bits=bits)
+    payload = file_bytes(graph, policy)
+    model = onnx.load_from_string(payload)
+    predicted = graph.workload(policy).weight_bytes
+    tensors = sum(len(t.raw_data) or numpy_helper.to_array(t).nbytes for t in model.graph.initializer)
+    assert predicted <= tensors <= predicted + 16 * len(model.graph.node), "the rest: scales of activations and shapes"
+    assert tensors <= len(payload) <= tensors + HEADER + PER_NODE * len(model.graph.node)
+
+
+def test_fewer_bits_take_fewer_bytes(traced):
+    sizes = [traced.workload(Policy(quant=QuantSpec(bits=bits))).weight_bytes for bits in (32, 16, 8, 4)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == 4
+
+
+def test_shared_layers_and_loose_parameters_count_once():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+            self.offset = nn.Parameter(torch.randn(1, 4, 1, 1))
+
+        def forward(self, x):
+            return self.conv(self.conv(x) + self.offset).mean((2, 3))
+
+    graph = Graph.trace(Tied().eval(), (torch.randn(1, 4, 8, 8),))
+    assert graph.workload(Policy()).weight_bytes == 4 * (4 * 4 * 9 + 4)
+
+
+def test_names_that_are_not_there_are_refused():
+    model, inputs = network("tiny_resnet")
+    graph = Graph.trace(model, (inputs,))
+    from autocompress.errors import UsageError
+
+    for policy in (
+        Policy(student=StudentSpec(drop=("layer9",))),
+        Policy(student=StudentSpec(widths={"layer9": 0.5})),
+        Policy(prune=PruneSpec(ratios={"linear": 0.5})),
+        Policy(quant=QuantSpec(layers={"layer9": 8})),
+    ):
+        with pytest.raises(UsageError, match="layer9|linear"):
+            build_student(graph, policy)

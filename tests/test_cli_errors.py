@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from autocompress.cli import main
+from autocompress.run_folder import locked
+from autocompress.task import Task
+
+FRONT = Path(__file__).parent / "fixtures" / "front.json"
+SOURCE = """
+import torch
+from torch import nn
+def seven(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 7))
+def ten(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+def colour(): return nn.Conv2d(3, 10, 3)
+def no_module(): return 3
+"""
+
+
+class Payload:
+    """Touches a file when unpickled."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working directory with the bad inputs in it."""
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(SOURCE)
+    Path("key.toml").write_text("modle = 'own.py:ten'\ndata = 'digits'")
+    Path("broken.toml").write_text("model = ")
+    Path("space.toml").write_text("name = 'x'\n[widht]\nlow = 1")
+    weights = {"1.weight": torch.zeros(10, 64), "1.bias": torch.zeros(10)}
+    torch.save(weights, "good.pt")
+    Path("truncated.pt").write_bytes(Path("good.pt").read_bytes()[:-200])
+    Path("truncated.safetensors").write_bytes(b"\x10")
+    torch.save(weights | {"1.weight": torch.zeros(10, 65)}, "wrong_shape.pt")
+    torch.save(Payload(), "pickled.pt")
+    for name, content in (("empty", None), ("cut", FRONT.read_bytes()[:1000]), ("text", b"no json"), ("partial", b'{"schema": 1}')):
+        Path(name).mkdir()
+        if content is not None:
+            Path(name, "front.json").write_bytes(content)
+    Path("fine").mkdir()
+    Path("fine/front.json").write_bytes(FRONT.read_bytes())
+    return tmp_path
+
+
+OWN = "search --data digits --model own.py:ten --dry-run"
+USAGE = [
+    ("search --model torchvision:resnet19 --data digits --dry-run", "unknown model torchvision:resnet19", "did you mean"),
+    ("search --model resnet18 --data digits --dry-run", "unknown model 'resnet18'", "torchvision:NAME"),
+    ("search --model own.py:absent --data digits --dry-run", "no function 'absent'", "seven"),
+    ("search --model absent.py:f --data digits --dry-run", "does not exist", "file.py:function"),
+    ("search --model :f --data digits --dry-run", "does not import", "file.py"),
+    ("search --model own.py:no_module --data digits --dry-run", "must return a torch.nn.Module", "return the model"),
+    ("search --model own.py:ten --budget 10ms", "needs data", "--data"),
+    ("search --data digit --dry-run", "unknown data 'digit'", "digits"),
+    ("search --data imagefolder:absent --dry-run", "does not exist", "imagefolder:DIR"),
+    ("search --data torchvision:CIFAR10?root=absent --dry-run", "CIFAR10 is not in 'absent'", "root=DIR"),
+    ("search --device tpu --dry-run", "unknown device 'tpu'", "onnxruntime:cpu"),
+    ("search --device onnxruntime:cpu?threads=0 --dry-run", "threads must lie in", ""),
+    ("search --device onnxruntime:cpu?thread=1 --dry-run", "unknown option 'thread'", "threads"),
+    (f"{OWN} --space defualt", "unknown search space", "did you mean default"),
+    (f"{OWN} --space space.toml", "widht", "did you mean width"),
+    ("search --budget 10", "needs a unit", "10ms"),
+    ("search --budget 0", "needs a unit", "10ms"),
+    ("search --budget 0ms", "greater than zero", "10ms"),
+    ("search --budget -1ms", "greater than zero", "10ms"),
+    ("search --budget abc", "number with a unit", "10ms"),
+    ("search --budget 10parsec", "unknown unit 'parsec'", "10ms"),
+    ("search --budget 10ms --budget 5ms", "twice", "once"),
+    ("search --search-time 4", "needs a unit", "10ms"),
+    ("search --trials 0", "--trials", "--help"),
+    ("search --batch many", "--batch", "--help"),
+    ("search --learning-rate -1", "learning_rate", ""),
+    ("search key.toml", "unknown key 'modle'", "did you mean model"),
+    ("search broken.toml", "not TOML", ""),
+    ("search absent.toml", "cannot be read", "--model"),
+    (f"{OWN} --weights absent.pt", "does not exist", "safetensors"),
+    (f"{OWN} --weights truncated.pt", "cannot be read", "state dict"),
+    (f"{OWN} --weights truncated.safetensors", "cannot be read", "state dict"),
+    (f"{OWN} --weights pickled.pt", "cannot be read", "file.py:function"),
+    (f"{OWN} --weights wrong_shape.pt", "must have shape (10, 64), but got (10, 65)", ""),
+    ("search --data digits --model own.py:seven --dry-run", "7 outputs and the data 10 classes", ""),
+    ("search --data digits --model own.py:seven --out run", "7 outputs and the data 10 classes", ""),
+    ("search --data digits --model own.py:colour --dry-run", "must take inputs of shape (1, 1, 8, 8)", "belong together"),
+    ("search --resume", "--resume needs the folder", "--out RUN"),
+    ("search --resume --out empty", "no search to resume", "--resume"),
+    ("serach", "serach", "--help"),
+    ("search --bugdet 10ms", "--bugdet", "--help"),
+    ("show", "RUN", "--help"),
+    ("show absent", "no front.json", "--out"),
+    ("show empty", "no front.json", "--out"),
+    ("report empty", "no front.json", "--out"),
+    ("explain fine nobody", "no measured policy has the id 'nobody'", "known"),
+    ("export fine --format foo --out x", "unknown format 'foo'", "onnx"),
+    ("export fine --format , --out x", "unknown format", "onnx"),
+    ("measure absent.onnx", "does not exist", ""),
+    ("calibrate --time 0s", "greater than zero", "10ms"),
+]
+STORAGE = [("show cut", "is damaged", "resume"), ("show text", "is damaged", "resume"), ("show partial", "baseline", "resume")]
+STORAGE += [("report cut", "is damaged", "resume"), ("explain partial best", "baseline", "resume")]
+CASES = [(*case, 2) for case in USAGE] + [(*case, 6) for case in STORAGE]
+
+
+def require_explained(captured, message, hint):
+    lines = [line for line in captured.err.splitlines() if line.startswith(("error: ", "hint: "))]
+    assert lines[0].startswith("error: ") and message in lines[0]
+    assert hint in "\n".join(lines)
+    assert len(lines) == 2 if hint else len(lines) <= 2
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(("command", "message", "hint", "code"), CASES, ids=[case[0] for case in CASES])
+def test_bad_input_is_one_sentence_and_a_hint(place, capsys, command, message, hint, code):
+    before = sorted(place.rglob("*"))
+    assert main(command.split()) == code
+    require_explained(capsys.readouterr(), message, hint)
+    after = [path for path in sorted(place.rglob("*")) if "__pycache__" not in path.parts]
+    assert after == before, "nothing is written, nothing is executed"
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("search --budget 10 --json", 2),
+        ("show empty --json", 2),
+        ("show --json cut", 6),
+        ("search --json --bugdet 1ms", 2),
+        ("--json nonsense", 2),
+    ],
+)
+def test_errors_as_json(place, capsys, command, code):
+    assert main(command.split()) == code
+    captured = capsys.readouterr()
+    content = json.loads(captured.out)
+    assert (content["schema"], content["ok"], content["error"]["code"]) == (1, False, code)
+    assert content["error"]["message"] and content["error"]["hint"]
+    assert captured.err == ""
+
+
+def test_a_run_folder_in_use(place, capsys):
+    with locked(Path("run")):
+        assert main(["search", "--data", "digits", "--model", "own.py:ten", "--out", "run", "--quiet"]) == 6
+    require_explained(capsys.readouterr(), "in use by process", "--out")
+
+
+@pytest.fixture
+def run(place):
+    """A folder that holds a search of another task."""
+    from autocompress.study import open_study
+
+    Path("run").mkdir()
+    open_study(Path("run"), Task(model="own.py:ten", data="digits", seed=1), resume=False)
+    return Path("run")
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "hint"),
+    [
+        ("--resume --seed 2", "another task: seed was 1, now 2", "--out"),
+        ("--resume --seed 1 --batch 8", "another task: batch was 1, now 8", "--out"),
+        ("--seed 1", "already holds a search", "--resume"),
+    ],
+)
+def test_a_run_folder_of_another_search(run, capsys, options, message, hint):
+    before = (run / "study.db").read_bytes()
+    assert main(f"search --quiet --data digits --model own.py:ten --out run {options}".split()) == 2
+    require_explained(capsys.readouterr(), message, hint)
+    assert (run / "study.db").read_bytes() == before
+
+
+def test_a_damaged_database(run, capsys):
+    (run / "study.db").write_bytes(b"\x00" * 64 + (run / "study.db").read_bytes()[64:])
+    before = (run / "study.db").read_bytes()
+    assert main(["search", "--quiet", "--data", "digits", "--model", "own.py:ten", "--out", "run", "--resume", "--seed", "1"]) == 6
+    require_explained(capsys.readouterr(), "is damaged", "--out")
+    assert (run / "study.db").read_bytes() == before
+
+
+def test_a_bug_asks_for_a_report_and_debug_shows_where(place, capsys, monkeypatch):
+    def fail(run):
+        raise ZeroDivisionError("inside")
+
+    monkeypatch.setattr("autocompress.cli._content", fail)
+    assert main(["show", "fine"]) == 1
+    require_explained(capsys.readouterr(), "unexpected ZeroDivisionError: inside", "--debug")
+    assert main(["--debug", "show", "fine"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_130(place, capsys, monkeypatch):
+    def interrupt(run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("autocompress.cli._content", interrupt)
+    assert main(["show", "fine"]) == 130
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from autocompress.data import Data, Split
+from autocompress.errors import PolicyFailure
+from autocompress.evaluate import score_model, score_outputs
+
+SPLIT = Split(torch.eye(4), torch.tensor([0, 1, 2, 0]))
+DATA = Data(SPLIT, SPLIT, SPLIT, classes=4)
+
+
+def test_accuracy_is_the_share_of_right_answers():
+    score = score_outputs(torch.eye(4), SPLIT.targets, DATA)
+    assert (score.name, score.value, score.direction, score.n) == ("accuracy", 0.75, "maximize", 4)
+
+
+def test_a_task_may_bring_its_own_score():
+    own = Data(SPLIT, SPLIT, SPLIT, loss=nn.functional.cross_entropy, score=lambda y, t: float(y.sum() + len(t)), score_name="sum")
+    score = score_outputs(torch.eye(4), SPLIT.targets, own)
+    assert (score.name, score.value) == ("sum", 8.0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_outputs_that_are_not_finite_fail_the_policy(bad):
+    outputs = torch.eye(4)
+    outputs[3, 1] = bad
+    with pytest.raises(PolicyFailure, match="finite"):
+        score_outputs(outputs, SPLIT.targets, DATA)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4, 100])
+def test_a_live_model_is_scored_in_eval_mode_whatever_the_batch(batch):
+    model = nn.Sequential(nn.Dropout(0.99), nn.Identity()).train()
+    assert score_model(model, DATA, SPLIT, batch_size=batch).value == 0.75

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import pickle
+import pickletools
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from autocompress.errors import UsageError
+from autocompress.models import load_model, load_weights, read_state
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+
+
+def state(**changes):
+    return {key: value + 1 for key, value in net().state_dict().items()} | changes
+
+
+def write(path, content):
+    save_file(content, path) if path.suffix == ".safetensors" else torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth"])
+def test_weights_are_loaded(tmp_path, suffix):
+    model = net()
+    load_weights(model, write(tmp_path / f"w ü{suffix}", state()))
+    assert torch.equal(model[0].weight, net()[0].weight + 1)
+
+
+def test_a_checkpoint_may_hold_the_state_dict(tmp_path):
+    assert set(read_state(write(tmp_path / "c.pt", {"epoch": 3, "state_dict": state()}))) == set(state())
+
+
+def test_the_counter_of_batch_norm_may_be_missing(tmp_path):
+    content = {key: value for key, value in state().items() if "num_batches" not in key}
+    load_weights(net(), write(tmp_path / "w.safetensors", content))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.99])
+def test_truncated_weights_are_refused(tmp_path, suffix, kept):
+    path = write(tmp_path / f"w{suffix}", state())
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole))])
+    with pytest.raises(UsageError, match="cannot be read") as caught:
+        load_weights(net(), path)
+    assert path.name in caught.value.message
+    assert "state dict" in caught.value.hint
+
+
+class Payload:
+    """Touches a file when unpickled."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return (Path.touch, (self.target,))
+
+
+@pytest.mark.parametrize("writer", ["torch", "torch_legacy", "pickle"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_pickled_code_is_never_executed(tmp_path, writer, nested):
+    target, path = tmp_path / "executed", tmp_path / "evil.pt"
+    content = {"state_dict": {"0.weight": Payload(target)}} if nested else Payload(target)
+    if writer == "pickle":
+        path.write_bytes(pickle.dumps(content))
+        assert any(code.name in ("REDUCE", "NEWOBJ") for code, _, _ in pickletools.genops(path.read_bytes()))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=writer == "torch")
+    with pytest.raises(UsageError, match="cannot be read") as caught:
+        load_weights(net(), path)
+    assert not target.exists()
+    assert "file.py:function" in caught.value.hint
+
+
+def test_a_whole_model_is_refused(tmp_path):
+    torch.save(net(), tmp_path / "model.pt")
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_state(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (state(**{"0.weight": torch.zeros(3, 5)}), r"shape \(3, 4\), but got \(3, 5\)"),
+        (state(**{"0.wieght": torch.zeros(1)}), "the file has '0.wieght'"),
+        ({key: value for key, value in state().items() if key != "1.bias"}, "the file lacks '1.bias'"),
+        ({}, "the file lacks"),
+        ({1: torch.zeros(1)}, "state dict"),
+        ({"a": 1}, "state dict"),
+        ([torch.zeros(1)], "state dict"),
+        (torch.zeros(1), "state dict"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_and_nothing_is_copied(tmp_path, content, message):
+    model = net()
+    with pytest.raises(UsageError, match=message):
+        load_weights(model, write(tmp_path / "w.pt", content))
+    assert all(torch.equal(value, net().state_dict()[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["absent.pt", "."])
+def test_weights_that_are_no_file(tmp_path, name):
+    with pytest.raises(UsageError, match="does not exist"):
+        read_state(tmp_path / name)
+
+
+def test_models_come_in_eval_mode_with_the_classes_of_the_data():
+    model = load_model("torchvision:mobilenet_v3_small", classes=7)
+    assert not model.training
+    assert model.classifier[-1].out_features == 7
+
+
+def test_a_function_makes_a_model(tmp_path):
+    (tmp_path / "own.py").write_text("from torch import nn\ndef f(): return nn.Linear(4, 3)\ndef g(): return 3")
+    weights = write(tmp_path / "w.safetensors", {"weight": torch.ones(3, 4), "bias": torch.ones(3)})
+    assert torch.equal(load_model(f"{tmp_path}/own.py:f", weights=weights).weight, torch.ones(3, 4))
+    with pytest.raises(UsageError, match=r"must return a torch\.nn\.Module, but got int"):
+        load_model(f"{tmp_path}/own.py:g")
+
+
+@pytest.mark.parametrize(
+    ("reference", "message", "hint"),
+    [
+        ("torchvision:resnet19", "unknown model", "resnet18"),
+        ("torchvision:", "unknown model", "known"),
+        ("resnet18", "unknown model", "torchvision:NAME"),
+        ("torchvision:resnet18?x=1", "takes no options", ""),
+        ("timm:resnet19", "timm", ""),
+        ("no_such_module:f", "does not import", "file.py"),
+    ],
+)
+def test_references_that_name_no_model(reference, message, hint):
+    with pytest.raises(UsageError, match=message) as caught:
+        load_model(reference)
+    assert hint in caught.value.hint

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from autocompress.errors import UsageError
+from autocompress.references import call_function, nearest, parse_reference
+
+
+@pytest.mark.parametrize(
+    ("reference", "name", "options"),
+    [
+        ("digits", "digits", {}),
+        ("torchvision:CIFAR10?root=/data/c++ 1", "torchvision:CIFAR10", {"root": "/data/c++ 1"}),
+        ("imagefolder:a b?size=32&flip=", "imagefolder:a b", {"size": "32", "flip": ""}),
+        ("onnxruntime:cpu?threads=2", "onnxruntime:cpu", {"threads": "2"}),
+        ("x?root=%3Fé", "x", {"root": "?é"}),
+    ],
+)
+def test_parts_of_a_reference(reference, name, options):
+    assert parse_reference(reference) == (name, options)
+
+
+@pytest.mark.parametrize("reference", ["", "?", "?a=1"])
+def test_a_reference_starts_with_a_name(reference):
+    with pytest.raises(UsageError, match="must start with a name"):
+        parse_reference(reference)
+
+
+def test_nearest_names():
+    assert nearest("resnet19", ["resnet18", "vgg11"]) == "did you mean resnet18?"
+    assert nearest("q", ["a", "b"]) == "known: a, b"
+    assert nearest("q", [str(i) for i in range(20)]).endswith(", ...")
+    assert nearest("q", []) == ""
+
+
+def test_a_function_of_a_file_is_called(tmp_path):
+    path = tmp_path / "ein modul ü.py"
+    path.write_text("calls = []\ndef made():\n    calls.append(1)\n    return len(calls)\n", encoding="utf-8")
+    assert call_function(f"{path}:made") == 1
+    assert call_function(f"{path}:made") == 2, "the file is imported once"
+
+
+def test_a_function_of_a_module_is_called(tmp_path, monkeypatch):
+    (tmp_path / "fresh_module.py").write_text("def made(): return 42")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert call_function("fresh_module:made") == 42
+    del sys.modules["fresh_module"]
+
+
+SOURCES = {
+    "fine.py": "value = 3\ndef needs_argument(x): ...\ndef fails(): raise KeyError('lost')\ndef exits(): ...",
+    "syntax.py": "def broken(:",
+    "raising.py": "1 / 0",
+}
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("fine.py:missing", "no function 'missing'"),
+        ("fine.py:value", "no function 'value'"),
+        ("fine.py:", "no function"),
+        ("fine.py:needs_argument", "raised TypeError"),
+        ("fine.py:fails", "raised KeyError"),
+        ("syntax.py:broken", "SyntaxError"),
+        ("raising.py:f", "ZeroDivisionError"),
+        ("absent.py:f", "does not exist"),
+        ("no_such_module_anywhere:f", "does not import"),
+        ("raising:f", "ZeroDivisionError"),
+        ("syntax:f", "SyntaxError"),
+        (":f", "does not import"),
+        (".relative:f", "does not import"),
+    ],
+)
+def test_what_cannot_be_called_is_a_usage_error(tmp_path, monkeypatch, reference, message):
+    for name, text in SOURCES.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError, match=message):
+        call_function(reference)
+
+
+def test_a_file_that_failed_is_imported_again_once_mended(tmp_path):
+    path = tmp_path / "mended.py"
+    path.write_text("1 / 0")
+    with pytest.raises(UsageError):
+        call_function(f"{path}:f")
+    path.write_text("def f(): return 'well'    # mended")
+    assert call_function(f"{path}:f") == "well"
+
+
+def test_the_functions_own_usage_error_passes(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text("from autocompress.errors import UsageError\ndef f(): raise UsageError('mine')")
+    with pytest.raises(UsageError, match=r"^mine$"):
+        call_function(f"{path}:f")

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from autocompress.errors import RunFolderError, UsageError
+from autocompress.run_folder import locked, read_front, write_atomically
+
+
+@pytest.mark.parametrize("content", ["", "text ü\n", b"\x00\xff" * 1000])
+def test_a_file_is_written_whole(tmp_path, content):
+    path = tmp_path / "file ü"
+    path.write_text("what was there before")
+    write_atomically(path, content)
+    assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file ü"], "no temporary file is left"
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+FILL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from autocompress.errors import RunFolderError
+from autocompress.run_folder import write_atomically
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    write_atomically(Path(sys.argv[1]), "x" * 100_000)
+except RunFolderError as error:
+    print(error.message)
+"""
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path):
+    path = tmp_path / "front.json"
+    path.write_text("old")
+    done = subprocess.run([sys.executable, "-c", FILL_DISK, str(path)], capture_output=True, text=True, check=True)
+    assert "cannot be written" in done.stdout
+    assert path.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_crash_before_the_replacement_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "front.json"
+    path.write_text("old")
+
+    def crash(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", crash)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_that_is_gone_is_a_run_folder_error(tmp_path):
+    with pytest.raises(RunFolderError, match="cannot be written"):
+        write_atomically(tmp_path / "absent" / "file", "text")
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from autocompress.run_folder import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_has_one_writer_and_a_killed_one_leaves_it_free(tmp_path):
+    run = tmp_path / "new" / "run"
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunFolderError, match=f"in use by process {holder.pid}"), locked(run):
+            pass
+        holder.kill()
+        holder.wait()
+    with locked(run), pytest.raises(RunFolderError, match=f"process {os.getpid()}"), locked(run):
+        pass
+    with locked(run):
+        pass
+
+
+@pytest.mark.parametrize("place", ["file/run", "file"])
+def test_a_folder_that_cannot_be_made_is_a_usage_error(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be written"), locked(tmp_path / place):
+        pass
+
+
+def test_front_json_reads_back(tmp_path):
+    (tmp_path / "front.json").write_text(json.dumps({"schema": 1, "model": "ü"}), encoding="utf-8")
+    assert read_front(tmp_path) == {"schema": 1, "model": "ü"}
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (None, UsageError),
+        (b"", RunFolderError),
+        (b'{"schema": 1', RunFolderError),
+        (b'{"schema": 1, "model": "\xff"}', RunFolderError),
+        (b"[" * 200_000, RunFolderError),
+        (b"[]", UsageError),
+        (b"{}", UsageError),
+        (b'{"schema": 2}', UsageError),
+    ],
+)
+def test_a_missing_damaged_or_foreign_front_json(tmp_path, content, error):
+    if content is not None:
+        (tmp_path / "front.json").write_bytes(content)
+    with pytest.raises(error, match=r"front\.json"):
+        read_front(tmp_path)

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import numpy as np
+import optuna
+import pytest
+import torch
+
+from autocompress.devices.base import DeviceProfile
+from autocompress.errors import UsageError
+from autocompress.graph import Graph
+from autocompress.policy import Policy
+from autocompress.proposals import LevelSuggester
+from autocompress.search_space import SearchSpace, SpaceSpec, find_suggest, load_space, smallest, spaces_folder, spread, stages_of
+from autocompress.testing.models import tiny_resnet
+
+SHIPPED = sorted(path.stem for path in spaces_folder().glob("*.toml"))
+INT8 = DeviceProfile(runtime="test", bits=(8, 32), reduced_range=True)
+FLOAT = DeviceProfile(runtime="test", bits=(32,))
+
+
+@pytest.fixture(scope="module")
+def graph():
+    torch.manual_seed(0)
+    return Graph.trace(tiny_resnet(), (torch.zeros(1, 3, 32, 32),))
+
+
+def draws(space, n=30, seed=0):
+    generator = np.random.default_rng(seed)
+    suggesters = [LevelSuggester(generator) for _ in range(n)]
+    return [(suggester.params, space.suggest(suggester)) for suggester in suggesters]
+
+
+def test_spaces_are_shipped():
+    assert {"default", "per_layer", "prune", "quantize"} <= set(SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_space_draws_policies_that_fit_the_network(name, graph):
+    space = SearchSpace.build(load_space(name), graph, INT8)
+    assert space.spec.name == name
+    drawn = draws(space)
+    for _, policy in drawn:
+        graph.require_known(policy)
+        assert graph.workload(policy, 8).macs > 0
+    assert len({policy.digest for _, policy in drawn}) > 10
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_same_parameters_give_the_same_policy(name, graph):
+    space = SearchSpace.build(load_space(name), graph, INT8)
+    for params, policy in draws(space, 5):
+        assert space.suggest(optuna.trial.FixedTrial(params)) == policy
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_optuna_samples_the_space(name, graph):
+    space = SearchSpace.build(load_space(name), graph, INT8)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(3):
+        graph.require_known(space.suggest(study.ask()))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_smallest_policy_is_the_smallest(name, graph):
+    space = SearchSpace.build(load_space(name), graph, INT8)
+    least = graph.workload(smallest(space.suggest))
+    assert least.macs <= min(graph.workload(policy).macs for _, policy in draws(space))
+    assert least.macs <= graph.workload(Policy()).macs
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_bits_without_a_kernel_are_left_out(name, graph):
+    spec = load_space(name)
+    storage = {4} if spec.quant is not None and spec.quant.storage else set()
+    for _, policy in draws(SearchSpace.build(spec, graph, FLOAT)):
+        assert {policy.quant.bits, *policy.quant.layers.values()} <= {32} | storage
+        assert not policy.quant.reduced_range
+
+
+def test_int8_weights_keep_to_the_range_of_the_device(graph):
+    for profile in (INT8, INT8.model_copy(update={"reduced_range": False})):
+        for _, policy in draws(SearchSpace.build(load_space("quantize"), graph, profile)):
+            uses_int8 = 8 in {policy.quant.bits, *policy.quant.layers.values()}
+            assert policy.quant.reduced_range == (uses_int8 and profile.reduced_range)
+
+
+def test_stages_share_out_every_layer_block_and_group_once(graph):
+    stages = stages_of(graph)
+    layers = [layer for stage in stages for layer in stage.layers]
+    blocks = [block for stage in stages for block in stage.blocks]
+    groups = [name for stage in stages for name in [*([stage.stream] if stage.stream else []), *stage.inner]]
+    assert sorted(layers) == sorted(layer.name for layer in graph.layers)
+    assert sorted(blocks) == sorted(block.name for block in graph.blocks)
+    assert sorted(groups) == sorted(group.name for group in graph.groups if group.prunable)
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        ("name = 'x'", set()),
+        ("name = 'x'\n[width]\nlow = 0.5\nhigh = 1.0\nper = 'model'", {"width"}),
+        ("name = 'x'\n[width]\nlow = 0.5\nhigh = 1.0\nper = 'group'", {"width"}),
+        ("name = 'x'\n[prune]\nlow = 0.0\nhigh = 0.5\nper = 'model'", {"prune"}),
+        ("name = 'x'\n[depth]\nper = 'block'", {"keep"}),
+        ("name = 'x'\n[quant]\nbits = [8, 32]\nper = 'model'", {"bits"}),
+        ("name = 'x'\n[quant]\nbits = [8]", set()),
+        ("name = 'x'\n[distill.alpha]\nlow = 0.5\nhigh = 1.0", {"alpha"}),
+    ],
+)
+def test_a_missing_table_leaves_a_technique_out(tmp_path, graph, text, kinds):
+    path = tmp_path / "own.toml"
+    path.write_text(text)
+    for params, policy in draws(SearchSpace.build(load_space(str(path)), graph, INT8), 3):
+        assert {name.partition(":")[0] for name in params} == kinds
+        graph.require_known(policy)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name = 'x'\n[widht]\nlow = 1", "widht"),
+        ("name = 'x'\n[width]\nlow = 0.5\nhigh = 1.0\nsteps = 2", "width.steps"),
+        ("[width]\nlow = 0.5\nhigh = 1.0", "name"),
+        ("name = 'x'\n[width]\nlow = 2.0\nhigh = 1.0", "low <= high"),
+        ("name = 'x'\n[width]\nlow = 0.0\nhigh = 1.0", "width.low"),
+        ("name = 'x'\n[prune]\nlow = 0.0\nhigh = 1.0", "prune.high"),
+        ("name = 'x'\n[quant]\nbits = [9]", "bits must be some of"),
+        ("name = 'x'\n[quant]\nbits = []", "bits must be some of"),
+        ("name = 'x'\n[distill.temperature]\nlow = 0.0\nhigh = 1.0\nlog = true", "low > 0"),
+        ("name = ", "not TOML"),
+    ],
+)
+def test_a_bad_space_is_refused_by_key(tmp_path, text, message):
+    path = tmp_path / "own.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        load_space(str(path))
+
+
+def test_mistyped_names_come_with_the_nearest(tmp_path):
+    (tmp_path / "own.toml").write_text("name = 'x'\n[widht]\nlow = 1")
+    for name, hint in (("defualt", "default"), (str(tmp_path / "own.toml"), "width")):
+        with pytest.raises(UsageError) as caught:
+            load_space(name)
+        assert f"did you mean {hint}?" in caught.value.hint
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_space(str(tmp_path / "absent.toml"))
+
+
+@pytest.mark.parametrize(("total", "keep", "kept"), [(9, 5, [0, 2, 4, 6, 8]), (4, 1, [0]), (4, 0, []), (3, 3, [0, 1, 2])])
+def test_kept_blocks_are_spread(total, keep, kept):
+    assert spread(total, keep) == kept
+
+
+OWN = """
+from autocompress import Policy, QuantSpec
+def space(): return lambda trial: Policy(quant=QuantSpec(bits=trial.suggest_categorical("bits", [8, 32])))
+def number(): return 3
+"""
+
+
+def test_a_space_may_be_a_function(tmp_path, graph):
+    (tmp_path / "own.py").write_text(OWN)
+    suggest = find_suggest(f"{tmp_path}/own.py:space", graph, INT8)
+    assert suggest(optuna.trial.FixedTrial({"bits": 8})).quant.bits == 8
+    with pytest.raises(UsageError, match="must return a function"):
+        find_suggest(f"{tmp_path}/own.py:number", graph, INT8)
+
+
+@pytest.mark.parametrize("reference", [None, "m:f"])
+def test_the_space_of_a_student_names_its_reference(graph, reference):
+    suggest = find_suggest("default", graph, INT8, reference=reference)
+    assert suggest(LevelSuggester(np.random.default_rng(0))).student.reference == reference
+
+
+def test_an_empty_spec_draws_the_default_policy(graph):
+    space = SearchSpace.build(SpaceSpec(name="x"), graph, INT8)
+    assert space.suggest(LevelSuggester(np.random.default_rng(0))) == Policy()

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import tomllib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autocompress.errors import UsageError
+from autocompress.task import DATA_VARIABLE, DEMO_MODEL, Task, load_task
+
+texts = st.text(st.characters(exclude_categories=["Cs"]))
+tasks = st.builds(
+    Task,
+    budget=st.lists(st.sampled_from(["10ms", "4MB", "p95=1s", "0.5x"]), unique=True, max_size=3).map(tuple),
+    model=texts,
+    weights=st.none() | texts,
+    data=texts,
+    batch=st.integers(1, 4096),
+    trials=st.none() | st.integers(1, 10**9),
+    target_accuracy=st.none() | st.floats(1e-12, 1),
+    learning_rate=st.floats(1e-12, 1e6),
+    seed=st.integers(0, 2**31),
+)
+
+
+@settings(deadline=None)
+@given(tasks)
+def test_toml_round_trip(task):
+    assert Task.create(tomllib.loads(task.to_toml())) == task
+
+
+def write(folder, text):
+    path = folder / "task.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_file_reads_back_and_overrides_win(tmp_path):
+    path = write(tmp_path, Task(model="m:f", data="digits", budget=("5ms",), seed=3).to_toml())
+    assert load_task(path, {}) == Task(model="m:f", data="digits", budget=("5ms",), seed=3)
+    task = load_task(path, {"seed": 0, "budget": ("1ms", "4MB"), "batch": None, "trials": 7})
+    assert (task.seed, task.budget, task.batch, task.trials) == (0, ("1ms", "4MB"), 1, 7)
+    assert load_task(path, {"budget": ()}).budget == ("5ms",), "no --budget keeps the file's"
+
+
+def test_one_budget_needs_no_list(tmp_path):
+    assert load_task(write(tmp_path, 'budget = "10ms"'), {}).limits.latency_s == pytest.approx(0.01)
+
+
+def test_nothing_given_is_the_demonstration():
+    task = load_task(None, {})
+    assert (task.is_demo, task.model, task.batch, task.search_seconds) == (True, DEMO_MODEL, 32, 240)
+    assert load_task(None, {"batch": 1}).batch == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("budgets = '10ms'", "unknown key 'budgets'", "did you mean budget"),
+        ("modle = 'm:f'\ndata = 'digits'", "unknown key 'modle'", "did you mean model"),
+        ("model = 'm:f'", "needs data", "--data"),
+        ("batch = 0", "batch", ""),
+        ("batch = 'many'", "batch", ""),
+        ("seed = -1", "seed", ""),
+        ("target_accuracy = 1.5", "target_accuracy", ""),
+        ("learning_rate = nan", "learning_rate", ""),
+        ("budget = '10'", "needs a unit", "10ms"),
+        ("budget = ['1ms', '2ms']", "twice", ""),
+        ("budget = 10", "budget", ""),
+        ("search_time = '4'", "needs a unit", ""),
+        ("search_time = '0s'", "greater than zero", ""),
+        ("search_time = [", "not TOML", ""),
+    ],
+)
+def test_bad_files_are_refused_by_key(tmp_path, text, message, hint):
+    with pytest.raises(UsageError, match=message) as caught:
+        load_task(write(tmp_path, text), {})
+    assert hint in caught.value.hint
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_task(tmp_path / "absent.toml", {})
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_task(tmp_path, {})
+    (tmp_path / "latin.toml").write_bytes(b'model = "\xff"')
+    with pytest.raises(UsageError, match="UTF-8"):
+        load_task(tmp_path / "latin.toml", {})
+
+
+def test_the_folder_of_data_comes_from_the_environment(tmp_path, monkeypatch):
+    path = write(tmp_path, 'model = "${HERE}/net.py:f"\ndata = "imagefolder:${AUTOCOMPRESS_DATA}/x"')
+    monkeypatch.setenv(DATA_VARIABLE, "/big disk")
+    task = load_task(path, {})
+    assert (task.model, task.data) == (f"{tmp_path}/net.py:f", "imagefolder:/big disk/x")
+    monkeypatch.delenv(DATA_VARIABLE)
+    with pytest.raises(UsageError, match="is not set") as caught:
+        load_task(path, {})
+    assert DATA_VARIABLE in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("changed", "same"),
+    [
+        ({"search_time": "9h"}, True),
+        ({"trials": 3}, True),
+        ({"target_accuracy": 0.5}, True),
+        ({"seed": 1}, False),
+        ({"budget": ("1ms",)}, False),
+        ({"data": "other"}, False),
+        ({"batch": 2}, False),
+    ],
+)
+def test_a_search_may_be_resumed_for_longer_but_not_with_another_task(changed, same):
+    assert (Task(**changed).fingerprint == Task().fingerprint) is same
