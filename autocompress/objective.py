@@ -14,7 +14,8 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor, fx
 
 from autocompress.compress.student import build_student
@@ -29,6 +30,7 @@ from autocompress.export import Parity, compare, require_parity, write_bundle
 from autocompress.graph import Graph
 from autocompress.policy import Policy
 from autocompress.records import Artifact, Failure, Measurement, Outcome, Prediction, Score
+from autocompress.run_folder import write_atomically
 
 FLOAT_WEIGHTS = "float.safetensors"
 DRIFT_RETRIES = 3
@@ -157,7 +159,7 @@ def _trained(
     if needs_training:
         folder = setting.models / id
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.contiguous() for key, value in student.state_dict().items()}, folder / FLOAT_WEIGHTS)
+        write_atomically(folder / FLOAT_WEIGHTS, serialize({key: value.contiguous() for key, value in student.state_dict().items()}))
     return trained
 
 

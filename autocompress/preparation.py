@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from autocompress.compress.arithmetic import best_training_device
@@ -26,6 +27,7 @@ from autocompress.models import load_model
 from autocompress.objective import Baseline, Setting
 from autocompress.policy import Policy
 from autocompress.progress import Progress
+from autocompress.run_folder import write_atomically
 from autocompress.task import Task
 
 BASELINE = "baseline"
@@ -133,7 +135,7 @@ def train_demo_teacher(setting: Setting, run: Path, seconds: float, progress: Pr
     torch.manual_seed(setting.seed)
     plan = TrainPlan(steps, deadline, LEARNING_RATE, setting.batch_size, seed=setting.seed)
     train(model, data, plan, tick=tick)
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, weights)
+    write_atomically(weights, serialize({key: value.contiguous() for key, value in model.state_dict().items()}))
     graph = Graph.trace(model.cpu(), (setting.example,))
     baseline = _baseline(graph, setting.device, setting.models, setting.example, setting.model_reference)
     return replace(

@@ -168,7 +168,7 @@ def run_search(
     if resume and not (run / journal.DATABASE).exists():
         raise UsageError(f"there is no search to resume in {str(run)!r}", hint="leave --resume out to start one")
     fresh = not run.exists()
-    with locked(run), _terminated_by_signal():
+    with locked(run), _terminated_by_signal(), journal.writing(run):
         study = journal.open_study(run, task, resume=resume, sampler=sampler)
         clock = Clock.start(task.search_seconds, already=clock.elapsed + study.user_attrs.get("elapsed_s", 0.0))
         try:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,16 @@ def open_study(run: Path, task: Task, *, resume: bool, sampler: BaseSampler | No
     _require_same_task(study, task, run)
     study.sampler = sampler or default_sampler(task.seed, len(study.get_trials(deepcopy=False)))
     return study
+
+
+@contextmanager
+def writing(run: Path) -> Iterator[None]:
+    """Raises RunFolderError where the database could not be written: the disk is full, or the folder was taken away."""
+    try:
+        yield
+    except optuna.exceptions.StorageInternalError as error:
+        cause = str(error.__cause__ or error).splitlines()[0]
+        raise RunFolderError(f"{str(run / DATABASE)!r} cannot be written: {cause}", hint="free space, then --resume") from None
 
 
 def default_sampler(seed: int, trials_so_far: int) -> BaseSampler:
