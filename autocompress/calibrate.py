@@ -34,7 +34,7 @@ def calibrate(task: Task, seconds: float, progress: Progress) -> dict[str, Any]:
         suggest = find_suggest(task.space, setting.graphs[task.student], setting.device.profile, reference=task.student)
         generator = np.random.default_rng(task.seed)
         policies = [Policy(), *(suggest(LevelSuggester(generator)) for _ in range(POLICIES))]
-        workloads = [setting.graph_of(policy).workload(policy, setting.multiple) for policy in policies]
+        workloads = [setting.graph_of(policy).workload(policy) for policy in policies]
         table = OperatorTable.for_device(setting.device)
 
         def tick(done: int, total: int) -> None:

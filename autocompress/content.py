@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from autocompress.front import hypervolume, measured, pareto_front
-from autocompress.graph import Graph
 from autocompress.objective import Baseline
 from autocompress.records import Budget, Measurement, Outcome
 from autocompress.schedule import rank_correlation
@@ -18,7 +17,7 @@ def feasible(outcome: Outcome, budget: Budget) -> bool:
     return outcome.latency_s is not None and budget.allows(outcome.latency_s, outcome.size_bytes)
 
 
-def entry(outcome: Outcome, baseline: Baseline, budget: Budget, graph: Graph, multiple: int, *, dominated: bool) -> dict[str, Any]:
+def entry(outcome: Outcome, baseline: Baseline, budget: Budget, layers: list[dict[str, Any]], *, dominated: bool) -> dict[str, Any]:
     """One measured policy as front.json and the report show it."""
     assert outcome.latency_s is not None
     own = outcome.model_dump(mode="json", by_alias=True, exclude={"failure", "seconds"})
@@ -29,7 +28,7 @@ def entry(outcome: Outcome, baseline: Baseline, budget: Budget, graph: Graph, mu
         "feasible": feasible(outcome, budget),
         "dominated": dominated,
         "seconds": outcome.seconds,
-        "layers": graph.describe(outcome.policy, multiple),
+        "layers": layers,
     }
 
 

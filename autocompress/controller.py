@@ -64,7 +64,7 @@ class Search:
     # -- prediction ---------------------------------------------------------------------------------------------
 
     def workload(self, policy: Policy) -> Workload:
-        return self.setting.graph_of(policy).workload(policy, self.setting.multiple)
+        return self.setting.graph_of(policy).workload(policy)
 
     def predict(self, policy: Policy) -> tuple[Workload, Prediction]:
         workload = self.workload(policy)
@@ -314,7 +314,7 @@ class Search:
         front = front_of(results, self.budget)
         on_front = {o.id for o in front}
         entries = [
-            entry(o, baseline, self.budget, self.setting.graph_of(o.policy), self.setting.multiple, dominated=o.id not in on_front)
+            entry(o, baseline, self.budget, self._layers(o.policy), dominated=o.id not in on_front)
             for o in measured(results)
         ]
         every = journal.outcomes(self.study)
@@ -346,6 +346,15 @@ class Search:
             "elapsed_s": self.clock.elapsed,
             "infeasible": None,
         }
+
+    def _layers(self, policy: Policy) -> list[dict[str, Any]]:
+        """Every layer with its predicted seconds in the original and in the policy's student."""
+        before = dict(self.model.explain(self.workload(Policy())))
+        after = dict(self.model.explain(self.workload(policy)))
+        return [
+            layer | {"teacher_latency_s": before.get(layer["name"]), "latency_s": after.get(layer["name"])}
+            for layer in self.setting.graph_of(policy).describe(policy)
+        ]
 
     def _keep(self, outcome: Outcome) -> None:
         journal.record(self.study, outcome)

@@ -37,18 +37,6 @@ def non_dominated(points: Points) -> NDArray[np.bool_]:
     return keep
 
 
-def ranks(points: Points) -> NDArray[np.int64]:
-    """Non-domination rank of each row (0: the front; NSGA-II, Deb et al. 2002, section III-A)."""
-    points = np.asarray(points, dtype=np.float64).reshape(-1, 2)
-    rank = np.full(len(points), -1, dtype=np.int64)
-    level = 0
-    while (rank < 0).any():
-        left = np.flatnonzero(rank < 0)
-        rank[left[non_dominated(points[left])]] = level
-        level += 1
-    return rank
-
-
 def hypervolume(points: Points, reference: tuple[float, float]) -> float:
     """Area that the points dominate up to `reference` (gain, cost): worst gain, largest cost that counts.
 

@@ -75,10 +75,6 @@ class Setting:
     def batch(self) -> int:
         return len(self.example)
 
-    @property
-    def multiple(self) -> int:
-        return self.device.profile.channel_multiple
-
     def graph_of(self, policy: Policy) -> Graph:
         return self.graphs[policy.student.reference]
 
@@ -89,7 +85,7 @@ class Setting:
 
 def untrained(setting: Setting, policy: Policy) -> fx.GraphModule:
     """The student's structure with calibrated quantizers: as fast as the trained one, without its accuracy."""
-    student = build_student(setting.graph_of(policy), policy, setting.multiple)
+    student = build_student(setting.graph_of(policy), policy)
     plan = TrainPlan(steps=0, batch_size=setting.batch_size)
     return train_quantized(student, policy.quant, setting.data, plan, teacher=None, distill=policy.distill)
 
@@ -122,7 +118,7 @@ def realise(
     known = {"id": id, "policy": policy, "rung": rung, "predicted_latency_s": predicted}
     stage = "compress"
     try:
-        student = build_student(setting.graph_of(policy), policy, setting.multiple)
+        student = build_student(setting.graph_of(policy), policy)
         stage = "train"
         student = _trained(setting, student, policy, id, deadline, continues, tick)
         stage = "export"

@@ -65,12 +65,14 @@ class StudentSpec(Record):
     width: multiplies every channel group that may change. 1.0 keeps it; above 1.0 adds channels.
     widths: channel group -> a further multiplier for this group only.
     drop: residual blocks that are removed, by name.
+    multiple: channel counts that change are rounded to it, since kernels work in vectors.
     """
 
     reference: str | None = None
     width: Width = 1.0
     widths: dict[str, Width] = {}
     drop: tuple[str, ...] = ()
+    multiple: Annotated[int, Field(ge=1, le=256)] = 1
 
     _sort_widths = field_validator("widths")(_sorted_mapping)
 
@@ -142,15 +144,15 @@ class Policy(Record):
         """Digest of what decides latency and size: everything but the distillation."""
         return self.model_copy(update={"distill": DistillSpec()}).digest
 
-    def channels(self, group: str, size: int, multiple: int = 1) -> int:
-        """Channels that `group` of `size` channels has in the student, rounded to a multiple, at least one multiple.
+    def channels(self, group: str, size: int) -> int:
+        """Channels that `group` of `size` channels has in the student, rounded to `student.multiple`, at least one multiple.
 
         An untouched group keeps its size, whatever the multiple.
         """
         factor = self.student.width * self.student.widths.get(group, 1.0) * (1.0 - self.prune.ratios.get(group, 0.0))
         if factor == 1.0:
             return size
-        multiple = min(multiple, size)
+        multiple = min(self.student.multiple, size)
         return max(multiple, round(size * factor / multiple) * multiple)
 
     def in_words(self) -> str:

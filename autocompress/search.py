@@ -245,6 +245,10 @@ def _result(search_: Search) -> SearchResult:
     return result
 
 
+class _Signalled(BaseException):
+    """Not an Exception, as KeyboardInterrupt is none: what handles errors of one policy must not stop it."""
+
+
 @contextmanager
 def _terminated_by_signal() -> Iterator[None]:
     """SIGTERM and SIGHUP end a search as Ctrl-C does: what is finished is written."""
@@ -253,11 +257,13 @@ def _terminated_by_signal() -> Iterator[None]:
         return
 
     def stop(number: int, frame_: FrameType | None) -> None:
-        raise Terminated(f"the search was terminated by {signal.Signals(number).name}", hint="continue it with --resume")
+        raise _Signalled(signal.Signals(number).name)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
+    except _Signalled as signalled:
+        raise Terminated(f"the search was terminated by {signalled}", hint="continue it with --resume") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

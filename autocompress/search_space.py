@@ -192,6 +192,7 @@ class SearchSpace:
     stages: tuple[Stage, ...]
     bits: tuple[int, ...]
     reduced_range: bool
+    multiple: int = 1
     reference: str | None = None
 
     @classmethod
@@ -200,22 +201,16 @@ class SearchSpace:
         wanted = spec.quant.bits if spec.quant is not None else (32,)
         keep_storage = spec.quant is not None and spec.quant.storage
         bits = tuple(b for b in sorted(set(wanted)) if b in profile.bits or (keep_storage and b in STORAGE_BITS))
-        return cls(spec, stages_of(graph), bits or (32,), profile.reduced_range, reference)
+        return cls(spec, stages_of(graph), bits or (32,), profile.reduced_range, profile.channel_multiple, reference)
 
     def suggest(self, suggester: Suggester) -> Policy:
         """Draw one policy."""
         drop = self._drops(suggester)
         return Policy(
-            student=StudentSpec(reference=self.reference, widths=self._widths(suggester), drop=drop),
+            student=StudentSpec(reference=self.reference, widths=self._widths(suggester), drop=drop, multiple=self.multiple),
             prune=PruneSpec(ratios=self._ratios(suggester)),
             quant=self._quant(suggester),
             distill=self._distill(suggester),
-        )
-
-    def unchanged(self, bits: int) -> Policy:
-        """The teacher itself, all layers at `bits`."""
-        return Policy(
-            student=StudentSpec(reference=self.reference), quant=QuantSpec(bits=bits, reduced_range=bits == 8 and self.reduced_range)
         )
 
     def _drops(self, suggester: Suggester) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autocompress.errors import AutocompressError
-from autocompress.front import hypervolume, non_dominated, pareto_front, pick, ranks
+from autocompress.front import hypervolume, non_dominated, pareto_front, pick
 from autocompress.policy import Policy
 from autocompress.records import Budget, Failure, Measurement, Outcome, Score
 
@@ -69,23 +69,13 @@ def test_another_point_never_lowers_hypervolume(points, point):
     assert hypervolume(np.array([*points, point]), REFERENCE) >= hypervolume(np.array(points), REFERENCE) - 1e-9
 
 
-@settings(deadline=None)
-@given(point_lists)
-def test_ranks_are_fronts_peeled_one_by_one(points):
-    levels = ranks(np.array(points))
-    for level in range(max(levels, default=-1) + 1):
-        left = [p for p, rank in zip(points, levels, strict=True) if rank >= level]
-        here = {p for p, rank in zip(points, levels, strict=True) if rank == level}
-        assert here == {p for p in left if not any(dominates(q, p) for q in left)}
-
-
 def test_of_equal_points_the_first_stays():
     assert non_dominated(np.array([[1.0, 2.0], [1.0, 2.0]])).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("column", [0, 1])
-@pytest.mark.parametrize("function", [non_dominated, ranks, lambda points: hypervolume(points, REFERENCE)])
+@pytest.mark.parametrize("function", [non_dominated, lambda points: hypervolume(points, REFERENCE)])
 def test_points_that_are_not_finite_are_refused(function, column, bad):
     points = np.array([[1.0, 1.0], [2.0, 2.0]])
     points[1, column] = bad
@@ -95,7 +85,7 @@ def test_points_that_are_not_finite_are_refused(function, column, bad):
 
 def test_no_points_are_an_empty_front():
     empty = np.empty((0, 2))
-    assert non_dominated(empty).tolist() == ranks(empty).tolist() == []
+    assert non_dominated(empty).tolist() == []
     assert hypervolume(empty, REFERENCE) == 0.0
     assert pareto_front([]) == []
     assert pick([], Budget()) is None

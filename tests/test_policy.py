@@ -103,8 +103,8 @@ def test_bits_of_a_layer():
 @settings(deadline=None)
 @given(st.integers(1, 600), st.integers(1, 16), st.floats(0.05, 8), st.floats(0, 0.99))
 def test_channels_are_the_nearest_multiple(size, multiple, width, ratio):
-    policy = Policy(student=StudentSpec(widths={"g": width}), prune=PruneSpec(ratios={"g": ratio}))
-    channels, step = policy.channels("g", size, multiple), min(multiple, size)
+    policy = Policy(student=StudentSpec(widths={"g": width}, multiple=multiple), prune=PruneSpec(ratios={"g": ratio}))
+    channels, step = policy.channels("g", size), min(multiple, size)
     wanted = size * width * (1 - ratio)
     assert channels >= step
     assert channels == size or channels % step == 0
@@ -113,9 +113,10 @@ def test_channels_are_the_nearest_multiple(size, multiple, width, ratio):
 
 @pytest.mark.parametrize("multiple", [1, 8, 100])
 def test_an_untouched_group_keeps_its_size(multiple):
-    policy = Policy(student=StudentSpec(width=0.5, widths={"g": 2.0}))
-    assert policy.channels("g", 13, multiple) == 13
-    assert Policy(prune=PruneSpec(ratios={"other": 0.5})).channels("g", 13, multiple) == 13
+    student = StudentSpec(width=0.5, widths={"g": 2.0}, multiple=multiple)
+    assert Policy(student=student).channels("g", 13) == 13
+    other = StudentSpec(multiple=multiple)
+    assert Policy(student=other, prune=PruneSpec(ratios={"other": 0.5})).channels("g", 13) == 13
 
 
 def test_words_name_what_changed():

@@ -22,7 +22,7 @@ INIT_SEED = 1234
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-def build_student(graph: Graph, policy: Policy, multiple: int = 1) -> fx.GraphModule:
+def build_student(graph: Graph, policy: Policy) -> fx.GraphModule:
     """The student's structure with what it can take of the teacher's weights; not quantized yet.
 
     Filters of added channels start from Kaiming's initialisation (He et al. 2015, arXiv 1502.01852), the same in every process, and
@@ -31,7 +31,7 @@ def build_student(graph: Graph, policy: Policy, multiple: int = 1) -> fx.GraphMo
     """
     graph.require_known(policy)
     student = copy.deepcopy(graph.without(policy.student.drop))
-    selection = graph.selection(policy, multiple)
+    selection = graph.selection(policy)
     generator = torch.Generator().manual_seed(INIT_SEED)
     for node in student.graph.nodes:
         kind = kind_of(node, student)
@@ -72,7 +72,7 @@ def _conv(old: Conv, rows: Roots | None, columns: Roots | None, generator: torch
     outputs = len(rows) if rows is not None else old.out_channels
     inputs = outputs if depthwise else len(columns) if columns is not None else old.in_channels
     new: Conv = skip_init(
-        type(old), inputs, outputs, old.kernel_size, old.stride, old.padding, old.dilation,  # type: ignore[arg-type]
+        type(old), inputs, outputs, old.kernel_size, old.stride, old.padding, old.dilation,
         groups=outputs if depthwise else old.groups, bias=old.bias is not None, padding_mode=old.padding_mode, dtype=old.weight.dtype,
     )  # fmt: skip
     _fill(new, old, rows, None if depthwise else columns, generator)

@@ -121,13 +121,13 @@ class Graph:
                         hint=nearest(name, known),
                     )
 
-    def sizes(self, policy: Policy, multiple: int = 1) -> dict[str, int]:
+    def sizes(self, policy: Policy) -> dict[str, int]:
         """Channels of every group that the policy may change."""
-        return {g.name: policy.channels(g.name, g.size, multiple) for g in self.groups if g.prunable}
+        return {g.name: policy.channels(g.name, g.size) for g in self.groups if g.prunable}
 
-    def selection(self, policy: Policy, multiple: int = 1) -> Selection:
+    def selection(self, policy: Policy) -> Selection:
         """Which channels stay, and where new ones go."""
-        return select(len(self._channels.parents), self._members, self.sizes(policy, multiple), self._order, self._ends)
+        return select(len(self._channels.parents), self._members, self.sizes(policy), self._order, self._ends)
 
     def roots(self, node: str) -> Roots | None:
         """Id classes of a node's channels; None where it has none."""
@@ -141,10 +141,10 @@ class Graph:
         """The traced network without these blocks; shared and read-only: copy it before a change."""
         return self._without(dropped)
 
-    def workload(self, policy: Policy, multiple: int = 1) -> Workload:
+    def workload(self, policy: Policy) -> Workload:
         """Operators and weight bytes of the policy's student, by arithmetic on shapes alone."""
         module = self.without(policy.student.drop)
-        selection = self.selection(policy, multiple)
+        selection = self.selection(policy)
         held = int8_tensors(module, policy.quant.of)
         operators: list[Operator] = []
         inner: set[str] = set()
@@ -157,9 +157,9 @@ class Graph:
             operators.append(self._operator(node, module, selection, policy, held, chain.activation, kind))
         return Workload(operators=tuple(operators), weight_bytes=self._bytes(operators, policy))
 
-    def describe(self, policy: Policy, multiple: int = 1) -> list[dict[str, Any]]:
+    def describe(self, policy: Policy) -> list[dict[str, Any]]:
         """Per layer in depth order: channels of teacher and student, bits, and whether its block is dropped."""
-        selection = self.selection(policy, multiple)
+        selection = self.selection(policy)
         gone = {layer for block in self.blocks if block.name in policy.student.drop for layer in block.layers}
         rows = []
         for layer in self.layers:
@@ -303,9 +303,8 @@ class Graph:
             return sum(weight_bytes(o) for o in {o.name: o for o in operators}.values()) + self._other_bytes(policy.student.drop)
         total = sum(4 * p.numel() for p in self.module.parameters())
         for layer in self.layers:
-            weights = self.module.get_submodule(layer.name).weight.numel()
-            biases = layer.params - weights  # type: ignore[operator]
-            total += _packed(weights, biases, layer.out_channels, policy.quant.of(layer.name)) - 4 * layer.params  # type: ignore[arg-type]
+            weights = math.prod(self.module.get_parameter(f"{layer.name}.weight").shape)
+            total += _packed(weights, layer.params - weights, layer.out_channels, policy.quant.of(layer.name)) - 4 * layer.params
         return total
 
     def _count_other_bytes(self, dropped: tuple[str, ...]) -> int:

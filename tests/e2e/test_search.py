@@ -239,7 +239,9 @@ def test_short_and_full_training_both_happened(finished):
 def one_trial(net, data, tmp_path_factory):
     """A search that stops after one policy, drawn by another sampler."""
     run = tmp_path_factory.mktemp("resume") / "run"
-    result = run_search(task(trials=1), run, model=net, data=data, device=FakeDevice(SLOW_CALLS), sampler=optuna.samplers.RandomSampler(seed=1))
+    result = run_search(
+        task(trials=1), run, model=net, data=data, device=FakeDevice(SLOW_CALLS), sampler=optuna.samplers.RandomSampler(seed=1)
+    )
     return run, result
 
 

@@ -54,14 +54,14 @@ def with_statistics(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def random_policy(graph: Graph, seed: int, *, widths: bool = False, bits: tuple[int, ...] = (32,)) -> Policy:
+def random_policy(graph: Graph, seed: int, *, widths: bool = False, bits: tuple[int, ...] = (32,), multiple: int = 1) -> Policy:
     """Half of the groups changed, a third of the blocks dropped, bits drawn for every layer."""
     draw = random.Random(seed)
     groups = [group.name for group in graph.groups if group.prunable]
     ratios = {name: draw.uniform(0.1, 0.8) for name in groups if draw.random() < 0.5}
     wider = {name: draw.uniform(1.0, 1.6) for name in groups if widths and draw.random() < 0.3}
     return Policy(
-        student=StudentSpec(widths=wider, drop=tuple(b.name for b in graph.blocks if draw.random() < 0.33)),
+        student=StudentSpec(widths=wider, drop=tuple(b.name for b in graph.blocks if draw.random() < 0.33), multiple=multiple),
         prune=PruneSpec(ratios=ratios),
         quant=QuantSpec(layers={layer.name: draw.choice(bits) for layer in graph.layers}),
     )

@@ -35,9 +35,9 @@ def of_a_kind(operator: Operator) -> str:
 @pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize("seed", range(2))
 def test_workload_is_that_of_the_traced_student(traced, seed, multiple):
-    policy = random_policy(traced, seed, widths=True)
-    predicted = traced.workload(policy, multiple)
-    again = Graph.trace(build_student(traced, policy, multiple), traced.example)
+    policy = random_policy(traced, seed, widths=True, multiple=multiple)
+    predicted = traced.workload(policy)
+    again = Graph.trace(build_student(traced, policy), traced.example)
     assert not again.opaque_reason
     actual = again.workload(Policy())
     assert [of_a_kind(o) for o in predicted.operators] == [of_a_kind(o) for o in actual.operators]
@@ -66,8 +66,8 @@ def test_params_and_macs_are_those_of_the_modules(traced):
 
 
 def test_channels_are_rounded_to_the_multiple(traced):
-    policy = random_policy(traced, 2, widths=True)
-    for name, size in traced.sizes(policy, 8).items():
+    policy = random_policy(traced, 2, widths=True, multiple=8)
+    for name, size in traced.sizes(policy).items():
         group = next(group for group in traced.groups if group.name == name)
         assert size == group.size or size % min(8, group.size) == 0
 

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import time
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from autocompress import schedule
+from autocompress.front import hypervolume
+from autocompress.policy import DistillSpec, Policy
+from autocompress.records import Failure, Measurement, Outcome, Score
+from autocompress.schedule import Clock, Division, calibration_seconds, full_runs, promoted, rank_correlation
+
+
+def outcome(id, score, latency_s, **changes):
+    latency = Measurement(median=latency_s, low=latency_s, high=latency_s, p95=latency_s, n=9)
+    policy = Policy(distill=DistillSpec(temperature=1 + len(id) / 10))
+    made = Outcome(id=id, policy=policy, rung="short", val_score=Score(value=score), latency_s=latency, artifact="a.onnx")
+    return made.model_copy(update=changes)
+
+
+def ids(outcomes):
+    return [o.id for o in outcomes]
+
+
+FRONT = [outcome("a", 0.70, 0.001), outcome("b", 0.80, 0.002), outcome("c", 0.90, 0.004), outcome("d", 0.93, 0.008)]
+
+
+def test_all_climb_when_there_is_room():
+    assert set(ids(promoted(FRONT, 10))) == {"a", "b", "c", "d"}
+    assert set(ids(promoted([*FRONT, outcome("e", 0.1, 0.01)], 10))) == {"a", "b", "c", "d", "e"}, "a dominated one comes last, but comes"
+
+
+def test_a_dominated_policy_comes_after_those_that_dominate_it():
+    dominated = outcome("e", 0.69, 0.0075)
+    assert ids(promoted([dominated, *FRONT], 5))[-1] == "e"
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_nobody_climbs_without_room(n):
+    assert promoted(FRONT, n) == []
+
+
+def test_nobody_climbs_without_candidates():
+    assert promoted([], 3) == []
+    assert promoted([], 3, FRONT) == []
+    failed = outcome("f", 0.9, 0.001, failure=Failure(stage="train", reason="diverged"), artifact=None)
+    assert promoted([failed], 3) == []
+
+
+def test_the_greedy_choice_is_close_to_the_best_subset():
+    """Greedy selection reaches 1 - 1/e of the best subset (Nemhauser et al. 1978); here it is far closer."""
+    draw = np.random.default_rng(3)
+    for _ in range(10):
+        outcomes = [outcome(f"{i}", float(s), float(t)) for i, (s, t) in enumerate(draw.uniform(0.01, 1.0, (7, 2)))]
+        points = np.array([[o.val_score.gain, np.log(o.latency_s.median)] for o in outcomes])
+        reference = (points[:, 0].min() - schedule.WORST_MARGIN, points[:, 1].max() + schedule.WORST_MARGIN)
+        volume = {o.id: p for o, p in zip(outcomes, points, strict=True)}
+        chosen = hypervolume(np.array([volume[o.id] for o in promoted(outcomes, 3)]), reference)
+        best = max(hypervolume(np.array(subset), reference) for subset in combinations(points, 3))
+        assert chosen >= 0.9 * best
+
+
+def test_the_first_choice_dominates_most():
+    outcomes = [outcome("low", 0.5, 0.001), outcome("knee", 0.9, 0.0015), outcome("high", 0.91, 0.01)]
+    assert ids(promoted(outcomes, 1)) == ["knee"]
+
+
+def test_neighbours_of_a_settled_point_wait():
+    """The runs spread over the front: what lies beside a policy that is trained already adds little."""
+    settled = [outcome("s", 0.901, 0.0039, rung="full")]
+    assert ids(promoted(FRONT, 1)) == ["c"]
+    chosen = ids(promoted(FRONT, 2, settled))
+    assert "c" not in chosen
+    assert not set(chosen) & {"s"}, "what is settled does not climb again"
+
+
+def test_runs_spread_over_clusters():
+    clusters = [
+        outcome(f"{name}{i}", score + i / 1000, t * (1 + i / 1000))
+        for name, score, t in (("x", 0.6, 0.001), ("y", 0.9, 0.01))
+        for i in range(4)
+    ]
+    assert {id[0] for id in ids(promoted(clusters, 2))} == {"x", "y"}
+
+
+def test_scores_to_be_minimised_climb_by_their_gain():
+    loss = [outcome(o.id, 1 - o.val_score.value, o.latency_s.median) for o in FRONT]
+    loss = [o.model_copy(update={"val_score": Score(name="loss", value=o.val_score.value, direction="minimize")}) for o in loss]
+    assert ids(promoted(loss, 2)) == ids(promoted(FRONT, 2))
+
+
+def test_promotion_does_not_depend_on_the_unit_of_latency():
+    slower = [outcome(o.id, o.val_score.value, 1000 * o.latency_s.median) for o in FRONT]
+    assert ids(promoted(slower, 3)) == ids(promoted(FRONT, 3))
+
+
+def test_a_clock_counts_what_was_spent_before():
+    clock = Clock.start(100.0, already=30.0)
+    assert clock.elapsed == pytest.approx(30.0, abs=1.0)
+    assert clock.left == pytest.approx(70.0, abs=1.0)
+    assert clock.with_reserve(20.0).left == pytest.approx(50.0, abs=1.0)
+    assert clock.with_reserve(1000.0).left == pytest.approx(40.0, abs=1.0), "the reserve takes at most 30 %"
+    assert Clock.start(10.0, already=20.0).left == 0.0
+
+
+def test_a_clock_is_monotonic(monkeypatch):
+    clock = Clock.start(10.0)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    assert 0 <= clock.elapsed < 5
+
+
+@pytest.mark.parametrize(("total", "expected"), [(100.0, 8.0), (3600.0, 120.0)])
+def test_calibration_takes_a_small_share(total, expected):
+    assert calibration_seconds(Clock.start(total)) == pytest.approx(expected, rel=0.01)
+    assert calibration_seconds(Clock.start(total, already=total)) == 0.0
+
+
+def test_a_short_run_is_never_shorter_than_twice_its_overhead():
+    division = Division.of(left=100.0, overhead=1.0)
+    assert division.short_total == pytest.approx(35.0)
+    assert division.short_each == pytest.approx(35.0 / schedule.SHORT_RUNS)
+    assert Division.of(left=100.0, overhead=10.0).short_each == 20.0
+    assert Division.of(left=0.0, overhead=1.0).short_total == 0.0
+
+
+@pytest.mark.parametrize(
+    ("left", "each", "candidates", "expected"),
+    [
+        (100.0, 4.0, 10, 5),
+        (1000.0, 4.0, 10, schedule.MOST_FULL_RUNS),
+        (1000.0, 4.0, 2, 2),
+        (1.0, 4.0, 10, 1),
+        (100.0, 4.0, 0, 0),
+        (9.0, 0.0, 3, 3),
+    ],
+)
+def test_how_many_full_runs_can_be_had(left, each, candidates, expected):
+    assert full_runs(left, each, candidates) == expected
+
+
+def test_rank_correlation():
+    assert rank_correlation([1.0, 2.0, 3.0], [10.0, 20.0, 30.0]) == pytest.approx(1.0)
+    assert rank_correlation([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == pytest.approx(-1.0)
+    assert rank_correlation([1.0, 2.0], [1.0, 2.0]) is None
+    assert rank_correlation([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) is None
+    assert rank_correlation([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]) is None

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from autocompress import study as journal
+from autocompress.errors import RunFolderError, UsageError
+from autocompress.policy import Policy, QuantSpec
+from autocompress.records import Failure, Measurement, Outcome, Score
+from autocompress.task import Task
+
+TASK = Task(model="own:net", data="own:data", budget=("10ms",))
+LATENCY = Measurement(median=0.008, low=0.0079, high=0.009, p95=0.012, n=100)
+INT8 = Policy(quant=QuantSpec(bits=8))
+
+
+def outcome(id, **changes):
+    made = Outcome(id=id, policy=INT8, rung="short", val_score=Score(value=0.5), latency_s=LATENCY, artifact="models/0/model.onnx")
+    return made.model_copy(update=changes)
+
+
+@pytest.fixture
+def study(tmp_path):
+    return journal.open_study(tmp_path, TASK, resume=False)
+
+
+def ask(study):
+    trial = study.ask()
+    trial.suggest_int("bits", 2, 8)
+    return trial
+
+
+def again(run, task=TASK, **options):
+    return journal.open_study(run, task, resume=True, **options)
+
+
+def test_outcomes_come_back_as_they_were_in_another_process(study, tmp_path):
+    kept = [outcome("00001"), outcome("00000"), outcome("int8", failure=Failure(stage="train", reason="diverged"), artifact=None)]
+    for one in kept:
+        journal.record(study, one)
+    assert journal.outcomes(again(tmp_path)) == sorted(kept, key=lambda o: o.id)
+    journal.record(study, outcome("00001", test_score=Score(value=0.25)))
+    found = {o.id: o for o in journal.outcomes(again(tmp_path))}
+    assert len(found) == 3, "recording again replaces"
+    assert found["00001"].test_score == Score(value=0.25)
+
+
+def test_other_values_are_no_outcomes(study, tmp_path):
+    journal.remember(study, "elapsed_s", 3.5)
+    assert journal.outcomes(study) == []
+    assert again(tmp_path).user_attrs["elapsed_s"] == 3.5
+
+
+def test_what_was_realised_is_told_with_its_constraint(study):
+    trial = ask(study)
+    journal.tell_outcome(study, trial, outcome("00000"), -0.1)
+    told = study.trials[0]
+    assert told.state is TrialState.COMPLETE
+    assert told.values == [0.5, 0.008]
+    assert told.constraints == {"budget": -0.1}
+    assert told.user_attrs["policy"] == INT8.digest
+
+
+def test_a_loss_is_told_with_its_sign_turned(study):
+    journal.tell_outcome(study, ask(study), outcome("00000", val_score=Score(name="loss", value=2.0, direction="minimize")), -0.1)
+    assert study.trials[0].values == [-2.0, 0.008]
+
+
+def test_a_failure_fails_its_trial(study):
+    failed = outcome("00000", failure=Failure(stage="train", reason="diverged"), artifact=None, val_score=None, latency_s=None)
+    journal.tell_outcome(study, ask(study), failed, 1.0)
+    assert study.trials[0].state is TrialState.FAIL
+    assert study.trials[0].user_attrs["failure"] == "diverged"
+
+
+def test_what_is_ruled_out_is_complete_and_violates_the_budget(study):
+    journal.tell_over_budget(study, ask(study), INT8, 0.02, 1.0)
+    told = study.trials[0]
+    assert (told.state, told.values, told.constraints) == (TrialState.COMPLETE, [journal.OVER_BUDGET_SCORE, 0.02], {"budget": 1.0})
+    assert "outcome" not in told.user_attrs
+    assert journal.count_trials(study) == 1
+
+
+def test_a_lost_trial_is_failed_and_its_policy_comes_again_twice_at_most(study, tmp_path):
+    params = ask(study).params
+    for attempt in range(1 + journal.MAX_RETRIES):
+        reopened = again(tmp_path)
+        assert journal.retire_lost_trials(reopened) == 1
+        assert not reopened.get_trials(states=(TrialState.RUNNING,))
+        queued = reopened.get_trials(states=(TrialState.WAITING,))
+        assert len(queued) == (1 if attempt < journal.MAX_RETRIES else 0)
+        if queued:
+            trial = ask(reopened)
+            assert trial.params == params
+            assert trial.user_attrs["retries"] == attempt + 1
+    assert journal.retire_lost_trials(again(tmp_path)) == 0
+
+
+def test_a_lost_trial_that_had_drawn_nothing_is_only_failed(study):
+    study.ask()
+    assert journal.retire_lost_trials(study) == 1
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL]
+
+
+def test_an_abandoned_trial_is_failed_and_stays_so(study):
+    trial = ask(study)
+    journal.abandon(study, trial)
+    journal.abandon(study, trial)
+    assert [t.state for t in study.trials] == [TrialState.FAIL]
+
+
+def test_the_same_seed_does_not_repeat_suggestions_after_a_resume(study, tmp_path):
+    first = [ask(study).params for _ in range(6)]
+    for trial in study.trials:
+        study.tell(trial.number, state=TrialState.FAIL)
+    assert [ask(again(tmp_path)).params for _ in range(6)] != first
+    other = journal.open_study(tmp_path_of(tmp_path), TASK, resume=False)
+    assert [ask(other).params for _ in range(6)] == first, "a fresh search with the same seed is the same"
+
+
+def tmp_path_of(path):
+    (path / "other").mkdir()
+    return path / "other"
+
+
+def test_any_sampler_can_be_given(tmp_path):
+    sampler = optuna.samplers.RandomSampler(seed=0)
+    assert journal.open_study(tmp_path, TASK, resume=False, sampler=sampler).sampler is sampler
+
+
+@pytest.mark.parametrize("changes", [{"search_time": "2h"}, {"trials": 7}, {"target_accuracy": 0.9}])
+def test_how_long_to_search_may_change_on_resume(study, tmp_path, changes):
+    again(tmp_path, TASK.model_copy(update=changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"budget": ("5ms",)}, r"budget was \('10ms',\), now \('5ms',\)"),
+        ({"model": "own:other"}, "model was 'own:net', now 'own:other'"),
+        ({"seed": 3}, "seed was 0, now 3"),
+        ({"space": "prune"}, "space was 'default', now 'prune'"),
+    ],
+)
+def test_another_task_is_refused_with_what_differs(study, tmp_path, changes, what):
+    with pytest.raises(UsageError, match=what):
+        again(tmp_path, TASK.model_copy(update=changes))
+
+
+def test_an_existing_search_is_not_overwritten_and_an_absent_one_not_resumed(study, tmp_path):
+    with pytest.raises(UsageError, match="already holds a search"):
+        journal.open_study(tmp_path, TASK, resume=False)
+    with pytest.raises(UsageError, match="no search to resume"):
+        again(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"\0" * 64 + b[64:], lambda b: b"no database at all" * 100])
+def test_a_damaged_database_is_named_and_left_alone(study, tmp_path, damage):
+    path = tmp_path / journal.DATABASE
+    path.write_bytes(damage(path.read_bytes()))
+    before = path.read_bytes()
+    with pytest.raises(RunFolderError, match=r"study\.db' is damaged"):
+        again(tmp_path)
+    assert path.read_bytes() == before
+
+
+def test_a_database_that_cannot_be_written_is_the_folder_s_fault(study, tmp_path):
+    with pytest.raises(RunFolderError, match=r"study\.db' cannot be written: disk full") as caught, journal.writing(tmp_path):
+        raise optuna.exceptions.StorageInternalError("An exception is raised during the commit.") from OSError("disk full")
+    assert "--resume" in caught.value.hint
