@@ -26,7 +26,7 @@ from autocompress.latency import FittedLatencyModel
 from autocompress.objective import Setting, realise, untrained
 from autocompress.policy import Policy
 from autocompress.progress import Progress
-from autocompress.proposals import LevelSuggester, Proposal, spread_over_latency
+from autocompress.proposals import LevelSuggester, Proposal, spread_over_latency, without_growth
 from autocompress.records import Budget, Outcome, Prediction, Workload
 from autocompress.run_folder import write_atomically
 from autocompress.schedule import Clock, Division, calibration_seconds, full_runs, promoted, teacher_seconds
@@ -35,7 +35,7 @@ from autocompress.task import Task
 from autocompress.units import format_duration, format_size
 
 DRAWS = 600
-FIRST_POLICIES = 5
+FIRST_LATENCIES = 5
 WHOLE_NETWORKS = 6
 SAME_FAILURES = 3
 MOST_RULED_OUT = 150
@@ -85,7 +85,8 @@ class Search:
             suggester = LevelSuggester(generator)
             policy = self.suggest(suggester)
             workload, prediction = self.predict(policy)
-            proposals.append(Proposal(policy, suggester.params, workload, prediction.value))
+            inherited = self.workload(without_growth(policy)).macs
+            proposals.append(Proposal(policy, suggester.params, workload, prediction.value, inherited))
         return proposals
 
     # -- phases -------------------------------------------------------------------------------------------------
@@ -176,7 +177,7 @@ class Search:
         division = Division.of(self.clock.left, self._overhead())
         until = time.monotonic() + division.short_total
         if self._short_count() == 0:
-            for proposal in spread_over_latency(proposals, FIRST_POLICIES, self._limit()):
+            for proposal in spread_over_latency(proposals, FIRST_LATENCIES, self._limit()):
                 self.study.enqueue_trial(proposal.params, skip_if_exists=True)
         duplicates = 0
         while time.monotonic() + 0.5 * division.short_each < until and not self._stop():
@@ -313,10 +314,7 @@ class Search:
         baseline, results = self.setting.baseline, self.outcomes()
         front = front_of(results, self.budget)
         on_front = {o.id for o in front}
-        entries = [
-            entry(o, baseline, self.budget, self._layers(o.policy), dominated=o.id not in on_front)
-            for o in measured(results)
-        ]
+        entries = [entry(o, baseline, self.budget, self._layers(o.policy), dominated=o.id not in on_front) for o in measured(results)]
         every = journal.outcomes(self.study)
         best = pick(results, self.budget)
         return {

@@ -28,7 +28,7 @@ from autocompress.errors import PolicyFailure
 from autocompress.evaluate import run_artifact, score_outputs
 from autocompress.export import Parity, compare, require_parity, write_bundle
 from autocompress.graph import Graph
-from autocompress.policy import Policy
+from autocompress.policy import Policy, StudentSpec
 from autocompress.records import Artifact, Failure, Measurement, Outcome, Prediction, Score
 from autocompress.run_folder import write_atomically
 
@@ -92,7 +92,7 @@ def untrained(setting: Setting, policy: Policy) -> fx.GraphModule:
 
 def changes_structure(policy: Policy) -> bool:
     """Whether the student needs training: anything but the teacher itself in another number of bits."""
-    plain = Policy(quant=policy.quant, distill=policy.distill)
+    plain = Policy(student=StudentSpec(multiple=policy.student.multiple), quant=policy.quant, distill=policy.distill)
     return policy.structure_digest != plain.structure_digest
 
 

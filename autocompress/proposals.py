@@ -54,12 +54,16 @@ class LevelSuggester:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A policy with the parameters that draw it, its workload and its predicted latency in seconds."""
+    """A policy with the parameters that draw it, its workload, its predicted latency in seconds, and what it keeps of the teacher.
+
+    inherited_macs: multiply-accumulates that start from the teacher's weights, without added channels.
+    """
 
     policy: Policy
     params: dict[str, Value]
     workload: Workload
     latency_s: float
+    inherited_macs: int
 
     @property
     def capacity(self) -> float:
@@ -67,17 +71,29 @@ class Proposal:
         return math.sqrt(max(1, self.workload.macs) * max(1, self.workload.params))
 
 
+def without_growth(policy: Policy) -> Policy:
+    """The policy with no channels added: what of its student comes from the teacher."""
+    student = policy.student
+    widths = {group: min(1.0, width) for group, width in student.widths.items()}
+    return policy.model_copy(update={"student": student.model_copy(update={"width": min(1.0, student.width), "widths": widths})})
+
+
 def spread_over_latency(candidates: Sequence[Proposal], n: int, limit_s: float) -> list[Proposal]:
-    """`n` proposals within `limit_s`, the one of highest capacity in each of `n` latency bins of equal ratio, slowest bin first."""
+    """For `n` latencies inside the range up to `limit_s`, in equal ratios: the network of highest capacity, and the one that inherits most.
+
+    The ends of the range are left out: at the slow end stands the unchanged network, and nothing much at the fast one. What inherits
+    most leads after little training, what is large leads after much.
+    """
     within = [c for c in candidates if c.latency_s <= limit_s]
     if not within or n < 1:
         return []
     fastest = min(c.latency_s for c in within)
-    edges = np.geomspace(fastest, max(limit_s, fastest * 1.0001), n + 1)
+    steps = [(limit_s / fastest) ** (-(index + 0.5) / n) * limit_s for index in range(n)]
     chosen: dict[str, Proposal] = {}
-    for low, high in zip(edges[-2::-1], edges[:0:-1], strict=True):
-        members = [c for c in within if low <= c.latency_s <= high]
-        if members:
-            best = max(members, key=lambda c: c.capacity)
-            chosen.setdefault(best.policy.structure_digest, best)
+    for slowest, next_one in zip(steps, [*steps[1:], 0.0], strict=True):
+        members = [c for c in within if next_one < c.latency_s <= slowest]
+        for worth in (lambda c: c.inherited_macs, lambda c: c.capacity):
+            if members:
+                best = max(members, key=worth)
+                chosen.setdefault(best.policy.structure_digest, best)
     return list(chosen.values())

@@ -16,8 +16,8 @@ CALIBRATION_SHARE = 0.08
 CALIBRATION_CAP_S = 120.0
 TEACHER_SHARE = 0.08
 SHORT_SHARE = 0.3
-SHORT_RUNS = 8
-FULL_FACTOR = 5.0
+SHORT_RUNS = 12
+FULL_FACTOR = 8.0
 MOST_FULL_RUNS = 6
 WORST_MARGIN = 0.02
 """How far beyond the worst score and the slowest latency the reference point of a hypervolume lies."""

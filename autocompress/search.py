@@ -227,6 +227,7 @@ def _phases(search_: Search) -> None:
 
 def _finish(search_: Search) -> None:
     """Write what there is, however the search ended."""
+    journal.retire_lost_trials(search_.study)
     journal.remember(search_.study, "elapsed_s", search_.clock.elapsed)
     search_.write_front()
     write_report(search_.content(), search_.run)

@@ -7,6 +7,7 @@ device's profile cuts them (bits that have kernels). A space is also any callabl
 from __future__ import annotations
 
 import tomllib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,12 +277,9 @@ class SearchSpace:
                 layers |= {layer: choose(f"bits:{layer}") for layer in stage.layers}
             elif stage.layers:
                 layers |= dict.fromkeys(stage.layers, choose(f"bits:{stage.name}"))
-        values = set(layers.values())
-        shared = values.pop() if len(values) == 1 else None
-        uses_int8 = 8 in layers.values()
-        if shared is not None:
-            return QuantSpec(bits=shared, reduced_range=uses_int8 and self.reduced_range)
-        return QuantSpec(layers=layers, reduced_range=uses_int8 and self.reduced_range)
+        common = Counter(layers.values()).most_common(1)[0][0] if layers else 32
+        exceptions = {layer: bits for layer, bits in layers.items() if bits != common}
+        return QuantSpec(bits=common, layers=exceptions, reduced_range=8 in layers.values() and self.reduced_range)
 
     def _distill(self, suggester: Suggester) -> DistillSpec:
         default, space = DistillSpec(), self.spec.distill

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from autocompress.compress.arithmetic import best_training_device, fast_arithmetic
 from autocompress.compress.distill import distillation_loss
 from autocompress.compress.muon import Muon, hidden_matrices
-from autocompress.compress.quantize import calibrate, fake_quantize
+from autocompress.compress.quantize import calibrate, fake_quantize, settle_biases
 from autocompress.compress.teacher import Teacher
 from autocompress.data import Data
 from autocompress.errors import PolicyFailure
@@ -106,7 +106,7 @@ def train_quantized(
     calibrate(quantized, data.calibration(CALIBRATION_IMAGES).split(plan.batch_size))
     if plan.steps:
         _run(quantized, data, plan, steps, until=1.0, teacher=teacher, distill=distill, tick=tick)
-    return quantized.eval()
+    return settle_biases(quantized.eval())
 
 
 class _Steps:

@@ -225,7 +225,7 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Drop the exporter's notes: stack traces with this machine's paths, which can outweigh the weights, and shapes that a runtime infers."""
+    """Drop the exporter's notes (stack traces with this machine's paths can outweigh the weights) and shapes that a runtime infers."""
     graph = model.graph
     del graph.value_info[:]
     for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):

@@ -1,6 +1,7 @@
 """Rounding laws, gradients, calibration."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_rounding_errs_by_half_a_step_and_keeps_zero(seed, magnitude, bits, redu
 def test_more_bits_never_have_a_larger_bound(seed):
     weight = weights(seed, 1.0)
     bounds = [weight_scale(weight, largest_int(bits)) for bits in INTEGER_BITS]
-    assert all((more < fewer).all() for fewer, more in zip(bounds, bounds[1:], strict=False))
+    assert all((more < fewer).all() for fewer, more in itertools.pairwise(bounds))
     errors = [float((round_weight(weight, bits) - weight).abs().max()) for bits in (*INTEGER_BITS, 16)]
     assert errors[0] > errors[2] > errors[4] > errors[6] > errors[7]
 

@@ -17,7 +17,7 @@ def test_a_device_opens_with_its_threads(name):
 
 @pytest.mark.parametrize("threads", ["0", "-1", str((os.cpu_count() or 1) + 1), "two", "1.5", "", "²"])
 def test_threads_out_of_range_are_refused(threads):
-    with pytest.raises(UsageError, match="threads|device reference|option"):
+    with pytest.raises(UsageError, match=r"threads|device reference|option"):
         open_device(f"onnxruntime:cpu?threads={threads}")
 
 

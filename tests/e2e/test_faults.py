@@ -120,7 +120,17 @@ def resumed(run: Path, net, data, trials: int) -> None:
     run_search(load_task(run / "task.toml", {"trials": trials}), run, resume=True, model=net, data=data, device=FakeDevice(SLOW_CALLS))
 
 
-def test_a_search_that_is_killed_three_times_loses_nothing(tmp_path, capsys, net, data):
+@pytest.fixture(scope="module")
+def starved(tmp_path_factory):
+    """A search whose disk is full when it records its second outcome; started beside the first test."""
+    running = Running.start(tmp_path_factory.mktemp("starved") / "run", FULL_AFTER="1")
+    yield running
+    if running.process.poll() is None:
+        running.process.kill()
+        running.ended()
+
+
+def test_a_search_that_is_killed_three_times_loses_nothing(tmp_path, capsys, net, data, starved):
     run, known, draw = tmp_path / "run", {}, random.Random(0)
     for attempt in range(3):
         running = Running.start(run, "--quiet", *(["--resume"] if attempt else []))
@@ -128,7 +138,7 @@ def test_a_search_that_is_killed_three_times_loses_nothing(tmp_path, capsys, net
             running.wait_for(2)
             time.sleep(draw.uniform(0.0, 1.5))
         else:
-            time.sleep(draw.uniform(3.0, 9.0))  # while it starts, calibrates, trains or writes
+            time.sleep(draw.uniform(3.0, 8.0))  # while it starts, calibrates, trains or writes
         running.signalled(signal.SIGKILL)
         code, words = running.ended()
         assert code == -signal.SIGKILL, words
@@ -193,9 +203,9 @@ def test_a_second_search_in_the_same_folder_is_refused(stopped):
     assert "--out" in words
 
 
-def test_a_full_disk_ends_with_6_and_the_search_goes_on_when_there_is_room(tmp_path, capsys, net, data):
-    run = tmp_path / "run"
-    code, words = Running.start(run, FULL_AFTER="1").ended()
+def test_a_full_disk_ends_with_6_and_the_search_goes_on_when_there_is_room(starved, capsys, net, data):
+    run = starved.run
+    code, words = starved.ended()
     assert code == 6, words
     assert "cannot be written" in words
     assert "hint: free space" in words

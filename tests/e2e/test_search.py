@@ -31,7 +31,7 @@ ENTRY = {
 }  # fmt: skip
 FILE = {"schema", "task", "device", "environment", "budget", "baseline", "front", "best"}
 BUNDLE = {"policy.json", "student.safetensors", "model.onnx", "manifest.json"}
-SECONDS = 14.0
+SECONDS = 16.0
 
 
 def task(**changes) -> Task:
@@ -67,6 +67,19 @@ def accesses() -> tuple[type[Split], list[tuple[str, int]], Diary]:
             return part
 
     return Watched, seen, diary
+
+
+def short_runs_only(patch: pytest.MonkeyPatch) -> None:
+    """Policies train for a second each, as long as the search takes: what ends it is what a test is about, not the machine's load."""
+    patch.setattr("autocompress.schedule.SHORT_SHARE", 0.9)
+    patch.setattr("autocompress.schedule.SHORT_RUNS", 100)
+    patch.setattr("autocompress.controller.Search._overhead", lambda self: 0.2)
+    patch.setattr("autocompress.controller.Search.full_rung", lambda self: None)
+
+
+@pytest.fixture
+def brisk(monkeypatch):
+    short_runs_only(monkeypatch)
 
 
 @dataclass
@@ -239,9 +252,10 @@ def test_short_and_full_training_both_happened(finished):
 def one_trial(net, data, tmp_path_factory):
     """A search that stops after one policy, drawn by another sampler."""
     run = tmp_path_factory.mktemp("resume") / "run"
-    result = run_search(
-        task(trials=1), run, model=net, data=data, device=FakeDevice(SLOW_CALLS), sampler=optuna.samplers.RandomSampler(seed=1)
-    )
+    sampler = optuna.samplers.RandomSampler(seed=1)
+    with pytest.MonkeyPatch.context() as patch:
+        short_runs_only(patch)
+        result = run_search(task(trials=1), run, model=net, data=data, device=FakeDevice(SLOW_CALLS), sampler=sampler)
     return run, result
 
 
@@ -254,7 +268,7 @@ def test_a_number_of_trials_stops_early_whatever_the_sampler(one_trial):
     assert result.content["budget"] == Budget().model_dump(mode="json")
 
 
-def test_a_resumed_search_loses_nothing_and_suggests_something_else(one_trial, net, data):
+def test_a_resumed_search_loses_nothing_and_suggests_something_else(one_trial, net, data, brisk):
     run, _ = one_trial
     before = {outcome.id: outcome for outcome in journal.outcomes(journal_of(run))}
     params = [trial.params for trial in trials_of(run) if trial.state.is_finished()]
@@ -290,7 +304,7 @@ def test_a_target_accuracy_stops_early(net, data, tmp_path):
     assert result.content["elapsed_s"] < 30
 
 
-def test_two_policies_are_evaluated_once_each_and_the_space_is_exhausted(net, data, tmp_path, monkeypatch):
+def test_two_policies_are_evaluated_once_each_and_the_space_is_exhausted(net, data, tmp_path, monkeypatch, brisk):
     """Through `autocompress.search`, with a function of one's own for a space."""
 
     def suggest(trial):
@@ -301,10 +315,8 @@ def test_two_policies_are_evaluated_once_each_and_the_space_is_exhausted(net, da
 
     groups = [group.name for group in Graph.trace(net, (data.example(1),)).groups if group.prunable]
     monkeypatch.setattr("autocompress.preparation.open_device", lambda name: FakeDevice(SLOW_CALLS))
-    monkeypatch.setattr("autocompress.schedule.SHORT_SHARE", 0.9)
-    monkeypatch.setattr("autocompress.controller.Search.full_rung", lambda self: None)
     diary, run = Diary(), tmp_path / "run"
-    result = autocompress.search(net, data, out=run, search_time="24s", suggest=suggest, progress=diary)
+    result = autocompress.search(net, data, out=run, search_time="60s", suggest=suggest, progress=diary)
     assert any("exhausted" in message for message in diary.messages)
     short = [outcome for outcome in journal.outcomes(journal_of(run)) if outcome.rung == "short"]
     assert len(short) == len({outcome.policy.digest for outcome in short}) == 2
@@ -327,9 +339,9 @@ def test_a_budget_that_nothing_meets_is_refused_in_seconds_with_the_smallest_tha
     assert strict(tmp_path / "run" / "front.json")["best"] is None
 
 
-def test_a_policy_that_the_device_cannot_run_is_a_failure_and_the_search_goes_on(net, data, tmp_path):
+def test_a_policy_that_the_device_cannot_run_is_a_failure_and_the_search_goes_on(net, data, tmp_path, brisk):
     run, device = tmp_path / "run", BrokenDevice(["00000"])
-    result = run_search(task(trials=2, search_time="30s"), run, model=net, data=data, device=device)
+    result = run_search(task(trials=2), run, model=net, data=data, device=device)
     outcomes = {outcome.id: outcome for outcome in journal.outcomes(journal_of(run))}
     assert (outcomes["00000"].failure.stage, outcomes["00000"].failure.reason) == ("measure", "PolicyFailure: the device is on fire")
     assert outcomes["00001"].failure is None
@@ -338,21 +350,19 @@ def test_a_policy_that_the_device_cannot_run_is_a_failure_and_the_search_goes_on
     assert "00000" not in {entry["id"] for entry in result.content["points"]}
 
 
-def test_three_equal_failures_in_a_row_end_the_search(net, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("autocompress.controller.Search._overhead", lambda self: 0.2)
-    monkeypatch.setattr("autocompress.schedule.SHORT_SHARE", 0.9)
+def test_three_equal_failures_in_a_row_end_the_search(net, data, tmp_path, brisk):
     run = tmp_path / "run"
     with pytest.raises(TooManyFailures, match=r"3 policies in a row failed to measure: PolicyFailure: the device is on fire"):
-        run_search(task(search_time="24s"), run, model=net, data=data, device=BrokenDevice(None))
+        run_search(task(), run, model=net, data=data, device=BrokenDevice(None))
     content = strict(run / "front.json")
     assert len(content["failures"]) == 3
     assert [entry["id"] for entry in content["points"]] == ["int8"], "what is finished is kept"
 
 
-def test_training_that_diverges_never_reaches_the_front(net, data, tmp_path):
+def test_training_that_diverges_never_reaches_the_front(net, data, tmp_path, brisk):
     run, diverged = tmp_path / "run", None
     try:
-        run_search(task(search_time="9s", learning_rate=1e9), run, model=net, data=data, device=FakeDevice())
+        run_search(task(trials=4, learning_rate=1e9), run, model=net, data=data, device=FakeDevice())
     except TooManyFailures as error:
         diverged = error
     content = strict(run / "front.json")

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from autocompress import deploy
+from autocompress.compress.student import build_student
+from autocompress.deploy import apply_policy, export_run, measure_reference, recreate
+from autocompress.errors import RunFolderError, UsageError
+from autocompress.export import read_manifest, update_manifest, write_bundle
+from autocompress.graph import Graph
+from autocompress.policy import Policy, PruneSpec
+from autocompress.testing.devices import FakeDevice
+
+MODEL = "autocompress.testing.models:tiny_resnet"
+EXAMPLE = (torch.randn(1, 3, 16, 16),)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two busy cores: tiny networks only wait for a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run folder with a baseline and one policy that is written as a search writes it."""
+    from autocompress.testing.models import tiny_resnet
+
+    run = tmp_path_factory.mktemp("made")
+    graph = Graph.trace(tiny_resnet(), EXAMPLE)
+    group = next(group.name for group in graph.groups if group.prunable)
+    policy = Policy(prune=PruneSpec(ratios={group: 0.5}))
+    for name, chosen in (("baseline", Policy()), ("00000", policy)):
+        write_bundle(run / "models" / name, build_student(graph, chosen).eval(), chosen, EXAMPLE, model=MODEL, classes=10)
+    device = FakeDevice()
+    before, after = device.measure([run / "models" / name / "model.onnx" for name in ("baseline", "00000")])
+    entry = {
+        "id": "00000", "digest": policy.digest, "policy": policy.model_dump(mode="json", by_alias=True), "speedup": 1.5, "feasible": True,
+        "val_score": {"value": 0.5}, "latency_s": after.model_dump(mode="json"), "artifact": "models/00000/model.onnx",
+        "size_bytes": (run / "models" / "00000" / "model.onnx").stat().st_size,
+    }  # fmt: skip
+    baseline = {"latency_s": before.model_dump(mode="json"), "size_bytes": 9, "artifact": "models/baseline/model.onnx"}
+    content = {"schema": 1, "device": "fake", "budget": {}, "baseline": baseline, "front": [entry], "points": [entry], "best": "00000"}
+    (run / "front.json").write_text(json.dumps(content))
+    return run
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch):
+    monkeypatch.setattr(deploy, "RANDOM_INPUTS", 64)
+    for module in ("deploy", "preparation"):
+        monkeypatch.setattr(f"autocompress.{module}.open_device", lambda name: FakeDevice())
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    import shutil
+
+    return shutil.copytree(made, tmp_path / "run")
+
+
+def change(run, **changes):
+    content = json.loads((run / "front.json").read_text())
+    content["points"][0] |= changes
+    (run / "front.json").write_text(json.dumps(content))
+
+
+def test_an_export_holds_the_bundle_and_fresh_measurements(run, tmp_path):
+    exported = export_run(run, out=tmp_path / "new" / "out")
+    assert {path.name for path in exported.folder.iterdir()} == set(deploy.BUNDLE)
+    assert exported.manifest == read_manifest(exported.folder)
+    assert exported.manifest.latency_s.median < exported.manifest.baseline_latency_s.median
+    assert exported.within_budget
+    assert not read_manifest(run / "models" / "00000").latency_s, "the run's own bundle stays as it was"
+
+
+def test_a_policy_is_picked_by_the_first_digits_of_its_digest(run, tmp_path):
+    digest = json.loads((run / "front.json").read_text())["points"][0]["digest"]
+    assert export_run(run, pick=digest[:8], out=tmp_path / "out").manifest.policy_digest == digest
+
+
+def test_over_the_budget_is_said(run, tmp_path):
+    content = json.loads((run / "front.json").read_text())
+    (run / "front.json").write_text(json.dumps(content | {"budget": {"latency_s": 1e-9}}))
+    assert not export_run(run, pick="00000", out=tmp_path / "out").within_budget
+
+
+def test_a_torch_program_computes_the_same(run, tmp_path):
+    out = export_run(run, out=tmp_path / "out", formats=("onnx", "torch"), model=MODEL).folder
+    program = torch.export.load(out / "model.pt2").module()
+    x = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(program(x), recreate(out, MODEL)(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("artifact", ["../../etc/passwd", "/etc/passwd", None])
+def test_a_run_folder_never_leads_outside_of_itself(run, tmp_path, artifact):
+    change(run, artifact=artifact)
+    with pytest.raises(RunFolderError, match="must name a file inside"):
+        export_run(run, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_deleted_and_a_damaged_artifact_are_named(run, tmp_path):
+    path = run / "models" / "00000" / "model.onnx"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(RunFolderError, match="is not the file that was measured"):
+        export_run(run, out=tmp_path / "out")
+    path.unlink()
+    with pytest.raises(RunFolderError, match="was deleted"):
+        export_run(run, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_baseline_that_is_gone_is_named(run, tmp_path):
+    (run / "models" / "baseline" / "model.onnx").unlink()
+    with pytest.raises(RunFolderError, match="the baseline's file"):
+        export_run(run, out=tmp_path / "out")
+
+
+def test_code_that_a_folder_names_is_not_run(run):
+    bundle = run / "models" / "00000"
+    update_manifest(bundle, {"model": "evil.py:build"})
+    with pytest.raises(UsageError, match="code that this command does not run") as caught:
+        recreate(bundle)
+    assert "--model" in caught.value.hint
+
+
+def test_a_student_is_made_again_from_a_module(run):
+    from autocompress.testing.models import tiny_resnet
+
+    student = recreate(run / "models" / "00000", tiny_resnet())
+    assert isinstance(student, nn.Module)
+    assert not student.training
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [("absent.json", "cannot be read"), ("random:x", "whole number")],
+)
+def test_policies_that_cannot_be_had(tmp_path, policy, message):
+    with pytest.raises(UsageError, match=message):
+        apply_policy(MODEL, policy=policy, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+SPLITS = """
+import torch
+def splits(): return [(torch.randn(32, 3, 16, 16), torch.arange(32) % 10)] * 3
+"""
+
+
+def test_a_policy_file_is_applied_to_data(tmp_path):
+    (tmp_path / "own.py").write_text(SPLITS)
+    (tmp_path / "policy.json").write_text(Policy(quant={"bits": 8}).to_json())
+    told = apply_policy(MODEL, policy=str(tmp_path / "policy.json"), data=f"{tmp_path / 'own.py'}:splits", out=tmp_path / "out", batch=8)
+    assert told["digest"] == Policy(quant={"bits": 8}).digest
+    assert told["speedup"] > 1
+    assert read_manifest(tmp_path / "out").val_score.n == 32
+
+
+def test_a_model_is_measured_by_its_reference():
+    assert measure_reference(MODEL, device="fake").median > 0
