@@ -9,12 +9,12 @@ if TYPE_CHECKING:
     from autocompress.data import Data, Split
     from autocompress.policy import DistillSpec, Policy, PruneSpec, QuantSpec, StudentSpec
     from autocompress.records import Budget, Measurement, Outcome, Score
-    from autocompress.search import SearchResult, search
+    from autocompress.session import SearchResult, search
 
 _HOMES = {
     "Budget": "records", "Data": "data", "DistillSpec": "policy", "Measurement": "records", "Outcome": "records", "Policy": "policy",
-    "PruneSpec": "policy", "QuantSpec": "policy", "Score": "records", "SearchResult": "search", "Split": "data",
-    "StudentSpec": "policy", "search": "search",
+    "PruneSpec": "policy", "QuantSpec": "policy", "Score": "records", "SearchResult": "session", "Split": "data",
+    "StudentSpec": "policy", "search": "session",
 }  # fmt: skip
 
 __version__ = metadata.version("autocompress")

@@ -83,7 +83,7 @@ def search(
 
 
 def _dry_run(task: Task, json: bool) -> None:
-    from autocompress.search import plan
+    from autocompress.session import plan
 
     content = plan(task)
     emit_json(content) if json else emit_record(content)
@@ -91,7 +91,7 @@ def _dry_run(task: Task, json: bool) -> None:
 
 def _search(task: Task, run: Path, *, resume: bool, quiet: bool, json: bool) -> None:
     from autocompress.progress import make_progress
-    from autocompress.search import run_search
+    from autocompress.session import run_search
 
     try:
         with make_progress(quiet) as progress:

@@ -103,6 +103,7 @@ class Search:
 
         self.model.table.calibrate(self.setting.device, workloads, 0.5 * seconds, tick)
         self.pairs.append((workloads[0], self.setting.baseline.latency_s.median))
+        self.pairs += [(self.workload(o.policy), o.latency_s.median) for o in measured(journal.outcomes(self.study)) if o.latency_s]
         self._measure_whole_networks(policies, time.monotonic() + 0.5 * seconds)
 
     def _measure_whole_networks(self, policies: list[Policy], deadline: float) -> None:

@@ -21,7 +21,7 @@ from tasks import SLOW_CALLS
 
 from autocompress.cli import main
 from autocompress.records import Outcome
-from autocompress.search import run_search
+from autocompress.session import run_search
 from autocompress.task import load_task
 from autocompress.testing.devices import FakeDevice
 

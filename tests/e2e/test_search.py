@@ -21,7 +21,7 @@ from autocompress.errors import InfeasibleBudget, TooManyFailures, UsageError
 from autocompress.front import non_dominated
 from autocompress.policy import Policy, PruneSpec, QuantSpec
 from autocompress.records import Budget, Measurement
-from autocompress.search import SearchResult, run_search
+from autocompress.session import SearchResult, run_search
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
 
@@ -104,7 +104,7 @@ def finished(net, tmp_path_factory) -> Finished:
     device = FakeDevice(SLOW_CALLS, noise=0.01)
     run = tmp_path_factory.mktemp("search") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("autocompress.controller.FIRST_POLICIES", 1)  # the sampler suggests from the second policy on
+        patch.setattr("autocompress.controller.FIRST_LATENCIES", 1)  # the sampler suggests from the second policy on
         patch.setattr("autocompress.controller.Search._overhead", lambda self: 0.3)
         patch.setattr("autocompress.schedule.SHORT_SHARE", 0.7)
         started = time.monotonic()

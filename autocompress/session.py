@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -299,12 +298,3 @@ def plan(task: Task) -> dict[str, Any]:
         "val": len(data.val),
         "test": len(data.test),
     }
-
-
-class _CallableModule(ModuleType):
-    """`autocompress.search` is a function and this module: importing a submodule binds its name in the package."""
-
-    __call__ = staticmethod(search)
-
-
-sys.modules[__name__].__class__ = _CallableModule
