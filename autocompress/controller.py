@@ -27,7 +27,7 @@ from autocompress.objective import Setting, realise, untrained
 from autocompress.policy import Policy
 from autocompress.progress import Progress
 from autocompress.proposals import LevelSuggester, Proposal, spread_over_latency, without_growth
-from autocompress.records import Budget, Outcome, Prediction, Workload
+from autocompress.records import Budget, Measurement, Outcome, Prediction, Workload
 from autocompress.run_folder import write_atomically
 from autocompress.schedule import Clock, Division, calibration_seconds, full_runs, promoted, teacher_seconds
 from autocompress.search_space import Suggest, smallest
@@ -272,20 +272,27 @@ class Search:
             )
 
     def measure_front(self) -> None:
-        """Measure the front's files together, interleaved with the baseline; a point stays within the budget only if both times it was."""
-        front = front_of(self.outcomes(), self.budget)
-        if not front:
-            return
-        self._show("measuring the front", 0, len(front))
-        paths = [self.setting.baseline.path, *(self.run / (o.artifact or "") for o in front)]
-        again = self.setting.device.measure(paths, seconds_each=FINAL_SECONDS_EACH)
-        self.setting = replace(self.setting, baseline=replace(self.setting.baseline, latency_s=again[0]))
-        self.budget = self.task.limits.against(again[0])
-        for outcome, latency in zip(front, again[1:], strict=True):
-            assert outcome.latency_s is not None
-            slower = max((outcome.latency_s, latency), key=lambda m: m.high)
-            within = self.budget.allows(latency, outcome.size_bytes)
-            journal.record(self.study, outcome.model_copy(update={"latency_s": latency if within else slower}))
+        """Measure the front's files together, interleaved with the baseline; a point stays within the budget only if both times it was.
+
+        What leaves the budget may let points onto the front that were behind it, so that it is measured until all of it has been.
+        """
+        known: set[str] = set()
+        while front := [o for o in front_of(self.outcomes(), self.budget) if o.id not in known]:
+            self._show("measuring the front", 0, len(front))
+            paths = [self.setting.baseline.path, *(self.run / (o.artifact or "") for o in front)]
+            again = self.setting.device.measure(paths, seconds_each=FINAL_SECONDS_EACH)
+            if not known:
+                self.setting = replace(self.setting, baseline=replace(self.setting.baseline, latency_s=again[0]))
+                self.budget = self.task.limits.against(again[0])
+            for outcome, latency in zip(front, again[1:], strict=True):
+                self._measured_again(outcome, latency)
+            known |= {o.id for o in front}
+
+    def _measured_again(self, outcome: Outcome, latency: Measurement) -> None:
+        assert outcome.latency_s is not None
+        slower = max((outcome.latency_s, latency), key=lambda m: m.high)
+        within = self.budget.allows(latency, outcome.size_bytes)
+        journal.record(self.study, outcome.model_copy(update={"latency_s": latency if within else slower}))
 
     def score_test(self) -> None:
         """The one look at the test set: the baseline and the front that is reported."""
@@ -343,7 +350,6 @@ class Search:
             "failures": [{"id": o.id, **o.failure.model_dump()} for o in every if o.failure is not None],
             "trials": journal.count_trials(self.study),
             "elapsed_s": self.clock.elapsed,
-            "infeasible": None,
         }
 
     def _layers(self, policy: Policy) -> list[dict[str, Any]]:

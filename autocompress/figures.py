@@ -18,6 +18,9 @@ from autocompress.view import Entry, ProgressPoint, Results, format_score, is_sh
 
 Figure = dict[str, Any]
 
+AIR = 0.08
+"""Of the score axis beyond the outermost points, as a share of their span."""
+
 
 def _latency_axis(axis: Axis, title: str) -> Figure:
     limits = [math.log10(axis.low), math.log10(axis.high)] if axis.log else [axis.low, axis.high]
@@ -121,7 +124,8 @@ def score_limits(results: Results) -> tuple[float, float]:
     low, high = min(main), max(main)
     span = (high - low) or 0.1 * abs(high) or 1.0
     near = [e.val_score.value for e in results.points if low - span <= e.val_score.value <= high + span]
-    return min([low, *near]) - 0.08 * span, max([high, *near]) + 0.08 * span
+    bottom, top = min([low, *near]) - AIR * span, max([high, *near]) + AIR * span
+    return bottom, min(top, 1.0 + 0.5 * AIR * span) if percent(results) else top
 
 
 def _points(entries: Sequence[Entry], name: str, color: str, size: int, symbol: str, *, errors: bool = False) -> Figure:
