@@ -15,9 +15,9 @@ from autocompress.records import Outcome
 CALIBRATION_SHARE = 0.08
 CALIBRATION_CAP_S = 120.0
 TEACHER_SHARE = 0.08
-SHORT_SHARE = 0.3
+SHORT_SHARE = 0.25
 SHORT_RUNS = 12
-FULL_FACTOR = 8.0
+FULL_FACTOR = 9.0
 MOST_FULL_RUNS = 6
 WORST_MARGIN = 0.02
 """How far beyond the worst score and the slowest latency the reference point of a hypervolume lies."""
@@ -73,7 +73,7 @@ class Division:
 
 def full_runs(left: float, short_each: float, candidates: int) -> int:
     """How many policies share the time that is left, each with about FULL_FACTOR short runs' worth."""
-    affordable = int(left / max(FULL_FACTOR * short_each, 1e-9))
+    affordable = round(left / max(FULL_FACTOR * short_each, 1e-9))
     return max(0, min(MOST_FULL_RUNS, candidates, max(1, affordable)))
 
 

@@ -128,7 +128,7 @@ def test_a_short_run_is_never_shorter_than_twice_its_overhead():
 @pytest.mark.parametrize(
     ("left", "each", "candidates", "expected"),
     [
-        (100.0, 4.0, 10, 5),
+        (100.0, 4.0, 10, 3),
         (1000.0, 4.0, 10, schedule.MOST_FULL_RUNS),
         (1000.0, 4.0, 2, 2),
         (1.0, 4.0, 10, 1),
