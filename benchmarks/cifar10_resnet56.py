@@ -28,6 +28,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
+from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import TrainPlan, train_quantized
 from autocompress.data import Data
@@ -91,7 +92,7 @@ def torch_pruning(data: Data, teacher: Teacher, folder: Path) -> tuple[Path, flo
     graph = Graph.trace(model, (example,))
     quant, steps = QuantSpec(bits=8), RIVAL_EPOCHS * (len(data.train) // 128)
     started = time.monotonic()
-    student = train_quantized(graph.module, quant, data, TrainPlan(steps), teacher=teacher, distill=DistillSpec())
+    student = train_quantized(build_student(graph, Policy()), quant, data, TrainPlan(steps), teacher=teacher, distill=DistillSpec())
     seconds = time.monotonic() - started
     write_bundle(folder / "torch_pruning", student, Policy(quant=quant), (example,), model="torch-pruning 50 %")
     return folder / "torch_pruning" / "model.onnx", seconds

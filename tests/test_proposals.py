@@ -57,9 +57,7 @@ def proposal(name, latency, outputs, inherited=0):
 
 
 @settings(deadline=None)
-@given(
-    st.lists(st.tuples(st.floats(1e-4, 1), st.integers(1, 99), st.integers(0, 99)), max_size=30), st.integers(0, 6), st.floats(1e-4, 1)
-)
+@given(st.lists(st.tuples(st.floats(1e-4, 1), st.integers(1, 99), st.integers(0, 99)), max_size=30), st.integers(0, 6), st.floats(1e-4, 1))
 def test_the_spread_is_within_the_limit_and_without_twins(triples, n, limit):
     candidates = [proposal(str(i), *triple) for i, triple in enumerate(triples)]
     chosen = spread_over_latency(candidates, n, limit)

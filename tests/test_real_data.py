@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from autocompress.compress.student import build_student
 from autocompress.compress.train import TrainPlan, train_quantized
 from autocompress.data import Data, load_data
 from autocompress.evaluate import run_artifact, score_outputs
@@ -48,7 +49,9 @@ def test_int8_without_training_keeps_the_accuracy_of_resnet56(resnet56: Graph, c
     scores = {}
     for bits in (32, 8):
         policy = Policy(quant=QuantSpec(bits=bits))
-        student = train_quantized(resnet56.module, policy.quant, cifar, TrainPlan(steps=0), teacher=None, distill=DistillSpec())
+        student = train_quantized(
+            build_student(resnet56, Policy()), policy.quant, cifar, TrainPlan(steps=0), teacher=None, distill=DistillSpec()
+        )
         artifact = write_bundle(tmp_path / str(bits), student, policy, (cifar.example(1),), model="resnet56")
         scores[bits] = score_outputs(run_artifact(tmp_path / str(bits) / artifact.path, cifar, test, 1), test.targets, cifar).value
     assert scores[32] > 0.92

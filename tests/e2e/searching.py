@@ -12,7 +12,7 @@ import sys
 import torch
 from tasks import SLOW_CALLS, blobs, export_faster, trained_net
 
-from autocompress import cli, controller, schedule, search, study
+from autocompress import cli, controller, schedule, session, study
 from autocompress.controller import Search
 from autocompress.testing.devices import FakeDevice
 
@@ -21,7 +21,7 @@ def main() -> int:
     torch.set_num_threads(1)
     export_faster()
     data = blobs()
-    net, run, record = trained_net(data), search.run_search, study.record
+    net, run, record = trained_net(data), session.run_search, study.record
     full_after = int(os.environ.get("FULL_AFTER", "1000"))
     recorded = []
 
@@ -35,7 +35,7 @@ def main() -> int:
         recorded.append(outcome.id)
         print("outcome", outcome.id, flush=True)
 
-    search.run_search, study.record = run_here, tell
+    session.run_search, study.record = run_here, tell
     Search._overhead = lambda self: 0.2
     schedule.SHORT_SHARE, controller.WHOLE_NETWORKS = 0.8, 2
     own = ["search", "--model", "own:net", "--data", "own:blobs", "--search-time", "40s", "--out", sys.argv[1], *sys.argv[2:]]
