@@ -73,8 +73,8 @@ def _budget(axes: Any, axis: Axis, results: Results) -> None:
     axes.axvspan(limit, axis.high, color=BAD, alpha=0.05, linewidth=0)
     axes.axvline(limit, color=BAD, linestyle="--", linewidth=1.3)
     axes.annotate(
-        f"budget {format_duration(limit)}", (limit, 0), xycoords=("data", "axes fraction"), xytext=(6, 6),
-        textcoords="offset points", color=BAD, fontsize=9.5,
+        f"budget {format_duration(limit)}", (limit, 0), xycoords=("data", "axes fraction"), xytext=(-6, 6),
+        textcoords="offset points", color=BAD, fontsize=9.5, rotation=90, ha="right", va="bottom",  # the legend lies on its right
     )  # fmt: skip
 
 
