@@ -148,13 +148,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/cifar10_resnet56"))
     parser.add_argument("--run", type=Path, help="a finished search, instead of searching")
     parser.add_argument("--search-time", default="60m")
+    parser.add_argument("--skip-rivals", action="store_true", help="score and measure our own files only")
     options = parser.parse_args()
     os.environ.setdefault("AUTOCOMPRESS_DATA", "../shared/data")
     run = options.run or options.out
     if options.run is None:
         search(run, options.search_time)
     front, data = json.loads((run / "front.json").read_text()), cifar10.data()
-    others = rivals(run, data, run / "rivals")
+    others = {} if options.skip_rivals else rivals(run, data, run / "rivals")
     baseline = run / front["baseline"]["artifact"]
     named = [("original (float32)", "ResNet-56", baseline), *((n, what, path) for n, (path, what) in others.items())]
     named += [(f"autocompress {e['id']}", e["words"], run / e["artifact"]) for e in front["front"]]
