@@ -38,7 +38,7 @@ def main() -> int:
     session.run_search, study.record = run_here, tell
     Search._overhead = lambda self: 0.2
     schedule.SHORT_SHARE, controller.WHOLE_NETWORKS = 0.8, 2
-    own = ["search", "--model", "own:net", "--data", "own:blobs", "--search-time", "40s", "--out", sys.argv[1], *sys.argv[2:]]
+    own = ["search", "--model", "own:net", "--data", "own:blobs", "--search-time", "180s", "--out", sys.argv[1], *sys.argv[2:]]
     return cli.main(own)
 
 
