@@ -7,6 +7,7 @@ Phases: calibrate -> check that the budget can be met -> short rung (Optuna sugg
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from autocompress.latency import FittedLatencyModel
 from autocompress.objective import Setting, realise, untrained
 from autocompress.policy import Policy
 from autocompress.progress import Progress
-from autocompress.proposals import LevelSuggester, Proposal, spread_over_latency, without_growth
+from autocompress.proposals import LevelSuggester, Proposal, outclassed, spread_over_latency, without_growth
 from autocompress.records import Budget, Measurement, Outcome, Prediction, Workload
 from autocompress.run_folder import write_atomically
 from autocompress.schedule import Clock, Division, calibration_seconds, full_runs, promoted, teacher_seconds
@@ -35,11 +36,11 @@ from autocompress.task import Task
 from autocompress.units import format_duration, format_size
 
 DRAWS = 600
-FIRST_LATENCIES = 5
+FIRST_LATENCIES = 6
 WHOLE_NETWORKS = 6
 SAME_FAILURES = 3
 MOST_RULED_OUT = 150
-"""Suggestions in a row that prediction rules out before the best random draw takes their place."""
+"""Suggestions in a row that prediction rules out before a random draw takes their place."""
 FINAL_SECONDS_EACH = 1.5
 HOPE = 1.5
 """Kernels are staircases, so the smallest policy need not be the fastest: within this factor of the budget the search looks closer."""
@@ -84,10 +85,12 @@ class Search:
         for _ in range(n):
             suggester = LevelSuggester(generator)
             policy = self.suggest(suggester)
-            workload, prediction = self.predict(policy)
-            inherited = self.workload(without_growth(policy)).macs
-            proposals.append(Proposal(policy, suggester.params, workload, prediction.value, inherited))
+            proposals.append(self._proposal(policy, suggester.params))
         return proposals
+
+    def _proposal(self, policy: Policy, params: dict[str, Any]) -> Proposal:
+        workload, prediction = self.predict(policy)
+        return Proposal(policy, params, workload, prediction.value, self.workload(without_growth(policy)).macs)
 
     # -- phases -------------------------------------------------------------------------------------------------
 
@@ -207,20 +210,29 @@ class Search:
             self._keep(outcome)
 
     def _ask(self, proposals: list[Proposal]) -> tuple[Trial, Policy]:
-        """The next policy within the budget by prediction; what is ruled out on the way costs microseconds and is told."""
+        """The next policy that prediction does not rule out; what it rules out on the way costs milliseconds and is told.
+
+        Ruled out is what is over the budget, and what a network that was trained already beats in latency, size and inheritance at once.
+        """
+        known = [self._proposal(o.policy, {}) for o in measured(journal.outcomes(self.study))]
         for _ in range(MOST_RULED_OUT):
             trial = self.study.ask()
             policy = self.suggest(trial)
-            workload, prediction = self.predict(policy)
-            violation = self.predicted_violation(workload, prediction.low)
-            if violation <= 0:
+            proposal = self._proposal(policy, trial.params)
+            over_budget = self.predicted_violation(proposal.workload, self.model.predict(proposal.workload).low)
+            shortfall = outclassed(proposal, known)
+            if over_budget <= 0 and shortfall <= 0:
                 return trial, policy
-            journal.tell_over_budget(self.study, trial, policy, prediction.value, violation)
-        within = [p for p in proposals if self.predicted_violation(p.workload, p.latency_s) <= 0]
-        chosen = within[len(self.study.get_trials(deepcopy=False)) % len(within)] if within else min(proposals, key=lambda p: p.latency_s)
-        self.study.enqueue_trial(chosen.params)
+            journal.tell_ruled_out(self.study, trial, policy, proposal.latency_s, over_budget=over_budget, outclassed=shortfall)
+        self.study.enqueue_trial(self._fallback(proposals, known).params)
         trial = self.study.ask()
         return trial, self.suggest(trial)
+
+    def _fallback(self, proposals: list[Proposal], known: list[Proposal]) -> Proposal:
+        """A random draw, within the budget and not outclassed where there are such; the fastest when none is within the budget."""
+        within = [p for p in proposals if self.predicted_violation(p.workload, p.latency_s) <= 0]
+        promising = [p for p in within if outclassed(p, known) <= 0] or within
+        return promising[self._short_count() % len(promising)] if promising else min(proposals, key=lambda p: p.latency_s)
 
     def _evaluate(self, trial: Trial, policy: Policy, id: str, deadline: float) -> None:
         name = f"short training, policy {self._short_count() + 1}"
@@ -309,11 +321,11 @@ class Search:
     # -- bookkeeping --------------------------------------------------------------------------------------------
 
     def outcomes(self) -> list[Outcome]:
-        """One outcome a policy: the one of its highest rung."""
+        """One outcome a policy: the most accurate file of it, whichever rung made it; a failure where there is none."""
         kept: dict[str, Outcome] = {}
         for outcome in journal.outcomes(self.study):
             before = kept.get(outcome.policy.digest)
-            if before is None or outcome.failure is None:
+            if before is None or _gain(outcome) >= _gain(before):
                 kept[outcome.policy.digest] = outcome
         return list(kept.values())
 
@@ -432,6 +444,10 @@ class Search:
         if best is not None and best.val_score is not None and best.latency_s is not None:
             words = f"{100 * best.val_score.value:.2f} % at {format_duration(best.latency_s.median)}"
         self.progress.update(phase=phase, done=done, total=total, best=words, seconds_left=self.clock.total - self.clock.elapsed)
+
+
+def _gain(outcome: Outcome) -> float:
+    return outcome.val_score.gain if outcome.val_score is not None and outcome.failure is None else -math.inf
 
 
 def _json(record: Any) -> Any:

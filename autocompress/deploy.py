@@ -163,6 +163,7 @@ def apply_policy(
     """
     _require_free(out)
     given = Policy.from_json(_read(policy)) if not policy.startswith(RANDOM) else None
+    seed = _seed(policy.removeprefix(RANDOM)) if given is None else 0
     loaded = load_data(data) if data is not None else _random_data(load_model(model, weights=weights), model)
     task = Task.create({
         "model": model, "data": data or "random", "device": device, "batch": batch, "space": space,
@@ -170,7 +171,7 @@ def apply_policy(
     })  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
         setting = prepare(task, Path(folder), data=loaded)
-        chosen = given or _draw(task, policy.removeprefix(RANDOM), setting.graphs[None], setting)
+        chosen = given or _draw(task, seed, setting.graphs[None], setting)
         student = untrained(setting, chosen)
         artifact = setting.write(out, student, chosen)
         outputs, parity = check_artifact(setting, student, out / artifact.path, chosen)
@@ -196,11 +197,15 @@ def _read(path: str) -> bytes:
         raise UsageError(f"the policy file {path!r} cannot be read: {error.strerror}", hint="give a policy.json, or random:SEED") from None
 
 
-def _draw(task: Task, seed: str, graph: Graph, setting: Any) -> Policy:
-    if not seed.isdigit():
-        raise UsageError(f"random: must be followed by a whole number, but got {seed!r}", hint="for example random:7")
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise UsageError(f"random: must be followed by a whole number, but got {text!r}", hint="for example random:7")
+    return int(text)
+
+
+def _draw(task: Task, seed: int, graph: Graph, setting: Any) -> Policy:
     suggest = find_suggest(task.space, graph, setting.device.profile)
-    return suggest(LevelSuggester(np.random.default_rng(int(seed))))
+    return suggest(LevelSuggester(np.random.default_rng(seed)))
 
 
 def _random_data(model: nn.Module, reference: str) -> Data:

@@ -12,22 +12,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from autocompress.devices import processor
 from autocompress.units import format_size
 
 NEEDED = ("torch", "torchvision", "optuna", "onnx", "onnxruntime", "numpy", "scipy", "pydantic", "safetensors")
 OPTIONAL = {"openvino": "pip install openvino", "timm": 'pip install "autocompress[timm]"'}
-CPU_FLAGS = (
-    "avx2",
-    "avx512f",
-    "avx512_vnni",
-    "avx_vnni",
-    "amx_int8",
-    "amx_bf16",
-    "avx512_bf16",
-    "asimd",
-    "asimddp",
-    "i8mm",
-)
 DISK_NEEDED_BYTES = 2 * 10**9
 
 
@@ -45,10 +34,10 @@ def examine(folder: Path) -> dict[str, Any]:
         "advice": _advice(),
         "python": sys.version.split()[0],
         "system": platform.platform(),
-        "cpu": _cpu_model(),
-        "cpu_flags": [flag for flag in CPU_FLAGS if flag in _cpu_flags()],
+        "cpu": processor.name(),
+        "cpu_flags": processor.listed_flags(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "governor": _governor() or "unknown",
+        "governor": processor.governor() or "unknown",
         "load": round(os.getloadavg()[0], 2),
         "free_disk": format_size(free),
         "versions": {name: found or "missing" for name, found in versions.items()},
@@ -66,35 +55,12 @@ def version(package: str) -> str | None:
 
 def _advice() -> list[str]:
     advice = []
-    governor, load = _governor(), os.getloadavg()[0]
+    governor, load = processor.governor(), os.getloadavg()[0]
     if governor not in (None, "performance"):
         advice.append(f"the CPU governor is {governor!r}: latencies vary less with 'performance'")
     if load > 0.5 * (os.cpu_count() or 1):
         advice.append(f"the load is {load:.1f}: other programs disturb latency measurements")
-    flags = _cpu_flags()
-    if "avx2" in flags and not flags & {"avx512_vnni", "avx_vnni"}:
+    flags = processor.flags()
+    if flags and processor.int8_saturates(flags):
         advice.append("this x86 CPU has no VNNI: int8 weights use 7 bits here, or its multiply-add would saturate")
     return advice
-
-
-def _cpu_info(key: str) -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), "")
-
-
-def _cpu_model() -> str:
-    return _cpu_info("model name") or platform.processor() or platform.machine()
-
-
-def _cpu_flags() -> set[str]:
-    return set((_cpu_info("flags") or _cpu_info("Features")).split())
-
-
-def _governor() -> str | None:
-    try:
-        return Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text(encoding="ascii").strip()
-    except OSError:
-        return None

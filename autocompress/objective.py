@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, fx
 
-from autocompress.compress.student import build_student
+from autocompress.compress.student import build_student, shared_features
 from autocompress.compress.teacher import Teacher
-from autocompress.compress.train import Tick, TrainPlan, train_quantized
+from autocompress.compress.train import Lesson, Tick, TrainPlan, train_quantized
 from autocompress.data import Data
 from autocompress.devices.base import Device
 from autocompress.devices.timing import MOST_DRIFT
@@ -87,7 +87,7 @@ def untrained(setting: Setting, policy: Policy) -> fx.GraphModule:
     """The student's structure with calibrated quantizers: as fast as the trained one, without its accuracy."""
     student = build_student(setting.graph_of(policy), policy)
     plan = TrainPlan(steps=0, batch_size=setting.batch_size)
-    return train_quantized(student, policy.quant, setting.data, plan, teacher=None, distill=policy.distill)
+    return train_quantized(student, policy.quant, setting.data, plan)
 
 
 def changes_structure(policy: Policy) -> bool:
@@ -151,7 +151,8 @@ def _trained(
         batch_size=setting.batch_size,
         seed=setting.seed,
     )
-    trained = train_quantized(student, policy.quant, setting.data, plan, teacher=setting.teacher, distill=policy.distill, tick=tick)
+    lesson = Lesson(setting.teacher, policy.distill, shared_features(setting.graph_of(policy), policy))
+    trained = train_quantized(student, policy.quant, setting.data, plan, lesson=lesson, tick=tick)
     if needs_training:
         folder = setting.models / id
         folder.mkdir(parents=True, exist_ok=True)

@@ -119,13 +119,16 @@ class QuantSpec(Record):
 
 
 class DistillSpec(Record):
-    """Response distillation (Hinton et al. 2015, arXiv 1503.02531).
+    """Distillation of answers (Hinton et al. 2015, arXiv 1503.02531) and of features (SimKD: Chen et al. 2022, arXiv 2203.14001).
 
-    loss = alpha * T^2 * KL(teacher_T || student_T) + (1 - alpha) * cross_entropy(student, labels), batch means.
+    answers = alpha * T^2 * KL(teacher_T || student_T) + (1 - alpha) * cross_entropy(student, labels), batch means.
+    loss = (1 - features) * answers + features * (difference of the classifier's inputs); where student and teacher share no classifier,
+    the answers alone.
     """
 
     temperature: Annotated[float, Field(gt=0.0, le=100.0)] = 4.0
     alpha: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
+    features: Annotated[float, Field(ge=0.0, le=1.0)] = 0.8
 
 
 class Policy(Record):
@@ -172,5 +175,6 @@ class Policy(Record):
         exceptions = {bits for bits in self.quant.layers.values() if bits != self.quant.bits}
         bits = f"int{self.quant.bits}" if self.quant.bits < 32 else "float32"
         parts.append(bits + (f" with {len(self.quant.layers)} layers in {sorted(exceptions)} bits" if exceptions else ""))
-        parts.append(f"T={self.distill.temperature:.2g}, alpha={self.distill.alpha:.2g}")
+        distill = self.distill
+        parts.append(f"T={distill.temperature:.2g}, alpha={distill.alpha:.2g}, features={distill.features:.2g}")
         return "; ".join(parts)

@@ -55,7 +55,7 @@ def prepare(task: Task, run: Path, *, model: nn.Module | None = None, data: Data
     models.mkdir(parents=True, exist_ok=True)
     return Setting(
         data=data,
-        teacher=Teacher(teacher.to(best_training_device()), data, seed=task.seed),
+        teacher=Teacher(teacher.to(best_training_device()), data, classifier=graphs[None].classifier, seed=task.seed),
         graphs=graphs,
         device=device,
         baseline=_baseline(graphs[None], device, models, example, task.model),
@@ -140,7 +140,7 @@ def train_demo_teacher(setting: Setting, run: Path, seconds: float, progress: Pr
     baseline = _baseline(graph, setting.device, setting.models, setting.example, setting.model_reference)
     return replace(
         setting,
-        teacher=Teacher(model.to(best_training_device()), data, seed=setting.seed),
+        teacher=Teacher(model.to(best_training_device()), data, classifier=graph.classifier, seed=setting.seed),
         graphs={**setting.graphs, None: graph},
         baseline=baseline,
     )

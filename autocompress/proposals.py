@@ -1,4 +1,4 @@
-"""First policies of a search: spread over the latencies that the budget allows, each the largest network for its latency.
+"""First policies of a search: spread over the latencies that the budget allows, each the most promising network for its latency.
 
 Uniform draws from a space of many dimensions all look like the average policy. Here every kind of dimension (width, depth, prune, bits)
 first draws a level, and its dimensions scatter around it, so that policies reach from barely to fully compressed.
@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from autocompress.policy import Policy
+from autocompress.policy import DistillSpec, Policy
 from autocompress.records import Workload
 
 SCATTER = 0.2
+USUAL: dict[str, float] = DistillSpec().model_dump()
+"""Dimensions that first policies leave at their usual value, so that they differ in structure only."""
 Value = int | float
 
 
@@ -31,6 +33,8 @@ class LevelSuggester:
         return int(self._keep(name, low + min(high - low, math.floor(self._quantile(name) * (high - low + 1)))))
 
     def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
+        if low <= USUAL.get(name, math.inf) <= high and step is None:
+            return float(self._keep(name, USUAL[name]))
         quantile = self._quantile(name)
         if log:
             return float(self._keep(name, min(high, low * (high / low) ** quantile)))
@@ -78,11 +82,25 @@ def without_growth(policy: Policy) -> Policy:
     return policy.model_copy(update={"student": student.model_copy(update={"width": min(1.0, student.width), "widths": widths})})
 
 
+def outclassed(candidate: Proposal, known: Sequence[Proposal]) -> float:
+    """How clearly some network of `known` beats the candidate before either is trained; 0 when none does.
+
+    It beats it when it is no slower, keeps more of the teacher and is larger; by the smaller of these two relative differences.
+    """
+
+    def lead(other: Proposal) -> float:
+        if other.latency_s > candidate.latency_s:
+            return 0.0
+        return min(1 - candidate.inherited_macs / max(1, other.inherited_macs), 1 - candidate.capacity / other.capacity)
+
+    return max(0.0, *(lead(other) for other in known)) if known else 0.0
+
+
 def spread_over_latency(candidates: Sequence[Proposal], n: int, limit_s: float) -> list[Proposal]:
-    """For `n` latencies inside the range up to `limit_s`, in equal ratios: the network of highest capacity, and the one that inherits most.
+    """For `n` latencies inside the range up to `limit_s`, in equal ratios, what inherits most; for every second the largest too.
 
     The ends of the range are left out: at the slow end stands the unchanged network, and nothing much at the fast one. What inherits
-    most leads after little training, what is large leads after much.
+    most leads after little training, what is large may lead after much.
     """
     within = [c for c in candidates if c.latency_s <= limit_s]
     if not within or n < 1:
@@ -90,10 +108,13 @@ def spread_over_latency(candidates: Sequence[Proposal], n: int, limit_s: float) 
     fastest = min(c.latency_s for c in within)
     steps = [(limit_s / fastest) ** (-(index + 0.5) / n) * limit_s for index in range(n)]
     chosen: dict[str, Proposal] = {}
-    for slowest, next_one in zip(steps, [*steps[1:], 0.0], strict=True):
+    for index, (slowest, next_one) in enumerate(zip(steps, [*steps[1:], 0.0], strict=True)):
         members = [c for c in within if next_one < c.latency_s <= slowest]
-        for worth in (lambda c: c.inherited_macs, lambda c: c.capacity):
-            if members:
-                best = max(members, key=worth)
-                chosen.setdefault(best.policy.structure_digest, best)
+        if not members:
+            continue
+        picks = [max(members, key=lambda c: c.inherited_macs)]
+        if index % 2 == 0:
+            picks.append(max(members, key=lambda c: c.capacity))
+        for pick in picks:
+            chosen.setdefault(pick.policy.structure_digest, pick)
     return list(chosen.values())

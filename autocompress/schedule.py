@@ -20,7 +20,7 @@ SHORT_RUNS = 12
 FULL_FACTOR = 9.0
 MOST_FULL_RUNS = 6
 WORST_MARGIN = 0.02
-"""How far beyond the worst score and the slowest latency the reference point of a hypervolume lies."""
+"""How far beyond the worst score and the logarithm of the slowest latency the reference point of a hypervolume lies."""
 
 
 @dataclass(frozen=True)
@@ -82,18 +82,25 @@ def promoted(outcomes: Sequence[Outcome], n: int, settled: Sequence[Outcome] = (
 
     Greedy hypervolume subset selection (Guerreiro, Fonseca & Paquete 2016, Evolutionary Computation 24(3)) over score and logarithm
     of latency: what lies close to a point that is already there adds little, so the runs spread over the front by themselves.
+    The reference is the median score first: whoever has a budget wants accuracy within it, and networks that are tiny and bad would
+    dominate a large area of a plot that nobody looks at. They come last, spread by the whole area.
     """
-    candidates = measured(list(outcomes))
-    chosen: list[Outcome] = []
-    points = {o.id: _log_point(o) for o in [*candidates, *measured(list(settled))]}
-    if not candidates or n < 1:
+    candidates, beside = measured(list(outcomes)), measured(list(settled))
+    if not candidates:
         return []
-    gains, logs = zip(*points.values(), strict=True)
-    reference = (min(gains) - WORST_MARGIN, max(logs) + WORST_MARGIN)
-    taken = [points[o.id] for o in measured(list(settled))]
-    while len(chosen) < min(n, len(candidates)):
-        rest = [o for o in candidates if o not in chosen]
-        best = max(rest, key=lambda o: hypervolume(np.array([*taken, points[o.id]]), reference))
+    points = {o.id: _log_point(o) for o in [*candidates, *beside]}
+    scores, slowest = [points[o.id][0] for o in candidates], max(log for _, log in points.values()) + WORST_MARGIN
+    references = (float(np.median(scores)), slowest), (min(scores) - WORST_MARGIN, slowest)
+    taken, rest = [points[o.id] for o in beside], list(candidates)
+    chosen: list[Outcome] = []
+
+    def area(outcome: Outcome) -> tuple[float, ...]:
+        front = np.array([*taken, points[outcome.id]])
+        return tuple(hypervolume(front, reference) for reference in references)
+
+    while rest and len(chosen) < n:
+        best = max(rest, key=area)
+        rest.remove(best)
         chosen.append(best)
         taken.append(points[best.id])
     return chosen

@@ -97,6 +97,7 @@ class QuantSpace(Record):
 class DistillSpace(Record):
     temperature: Range | None = None
     alpha: Range | None = None
+    features: Range | None = None
 
 
 class SpaceSpec(Record):
@@ -282,10 +283,8 @@ class SearchSpace:
         return QuantSpec(bits=common, layers=exceptions, reduced_range=8 in layers.values() and self.reduced_range)
 
     def _distill(self, suggester: Suggester) -> DistillSpec:
-        default, space = DistillSpec(), self.spec.distill
-        temperature = space.temperature.suggest(suggester, "temperature") if space.temperature else default.temperature
-        alpha = space.alpha.suggest(suggester, "alpha") if space.alpha else default.alpha
-        return DistillSpec(temperature=temperature, alpha=alpha)
+        ranges = {name: getattr(self.spec.distill, name) for name in DistillSpace.model_fields}
+        return DistillSpec(**{name: space.suggest(suggester, name) for name, space in ranges.items() if space is not None})
 
 
 def _groups(stage: Stage) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ STUDY = "autocompress"
 DATABASE = "study.db"
 OUTCOME = "outcome:"
 MAX_RETRIES = 2
-OVER_BUDGET_SCORE = 0.0
+RULED_OUT_SCORE = 0.0
 
 
 def open_study(run: Path, task: Task, *, resume: bool, sampler: BaseSampler | None = None) -> optuna.Study:
@@ -119,11 +119,12 @@ def remember(study: optuna.Study, key: str, value: Any) -> None:
     study.set_user_attr(key, value)
 
 
-def tell_over_budget(study: optuna.Study, trial: Trial, policy: Policy, latency_s: float, violation: float) -> None:
-    """A policy that the latency model rules out: complete, with its constraint violated, so that the sampler learns from it."""
+def tell_ruled_out(study: optuna.Study, trial: Trial, policy: Policy, latency_s: float, *, over_budget: float, outclassed: float) -> None:
+    """A policy that prediction rules out: complete, with a constraint violated, so that the sampler learns from it."""
     trial.set_user_attr("policy", policy.digest)
-    trial.set_constraint("budget", violation)
-    study.tell(trial, [OVER_BUDGET_SCORE, latency_s])
+    trial.set_constraint("budget", over_budget)
+    trial.set_constraint("outclassed", outclassed)
+    study.tell(trial, [RULED_OUT_SCORE, latency_s])
 
 
 def tell_outcome(study: optuna.Study, trial: Trial, outcome: Outcome, violation: float) -> None:
@@ -135,6 +136,7 @@ def tell_outcome(study: optuna.Study, trial: Trial, outcome: Outcome, violation:
         study.tell(trial, state=TrialState.FAIL)
         return
     trial.set_constraint("budget", violation)
+    trial.set_constraint("outclassed", 0.0)
     study.tell(trial, [outcome.val_score.gain, outcome.latency_s.median])
 
 

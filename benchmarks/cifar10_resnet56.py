@@ -24,13 +24,15 @@ from typing import Any
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
+from autocompress.compress.distill import SharedFeatures
 from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
-from autocompress.compress.train import TrainPlan, train_quantized
+from autocompress.compress.train import Lesson, TrainPlan, train_quantized
 from autocompress.data import Data
 from autocompress.devices import open_device
 from autocompress.evaluate import score_artifact
@@ -79,6 +81,13 @@ def static_int8(baseline: Path, data: Data, folder: Path) -> Path:
     return target
 
 
+def kept_features(pruned: nn.Module, teacher: nn.Module) -> SharedFeatures:
+    """Which inputs of the teacher's classifier the pruned network has kept: those whose weights are the same."""
+    same = (pruned.linear.weight.T[:, None] == teacher.linear.weight.T[None]).all(2)
+    student, original = same.nonzero(as_tuple=True)
+    return SharedFeatures("linear", student, original)
+
+
 def torch_pruning(data: Data, teacher: Teacher, folder: Path) -> tuple[Path, float]:
     """Torch-Pruning at half of the channels, then our distillation and our int8; the file and the seconds of training."""
     import torch_pruning as tp
@@ -92,7 +101,8 @@ def torch_pruning(data: Data, teacher: Teacher, folder: Path) -> tuple[Path, flo
     graph = Graph.trace(model, (example,))
     quant, steps = QuantSpec(bits=8), RIVAL_EPOCHS * (len(data.train) // 128)
     started = time.monotonic()
-    student = train_quantized(build_student(graph, Policy()), quant, data, TrainPlan(steps), teacher=teacher, distill=DistillSpec())
+    lesson = Lesson(teacher, DistillSpec(), kept_features(model, teacher.model))
+    student = train_quantized(build_student(graph, Policy()), quant, data, TrainPlan(steps), lesson=lesson)
     seconds = time.monotonic() - started
     write_bundle(folder / "torch_pruning", student, Policy(quant=quant), (example,), model="torch-pruning 50 %")
     return folder / "torch_pruning" / "model.onnx", seconds
@@ -103,7 +113,7 @@ def rivals(run: Path, data: Data, folder: Path) -> dict[str, tuple[Path, str]]:
     folder.mkdir(parents=True, exist_ok=True)
     model = cifar10.resnet56()
     load_weights(model, cifar10.folder() / "cifar10_resnets" / "resnet56.safetensors")
-    teacher = Teacher(model.eval(), data)
+    teacher = Teacher(model.eval(), data, classifier="linear")
     pruned, seconds = torch_pruning(data, teacher, folder)
     return {
         "static int8": (static_int8(run / "models/baseline/model.onnx", data, folder), "onnxruntime.quantization, 512 images"),

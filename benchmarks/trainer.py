@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
 from autocompress.compress import train as trainer
-from autocompress.compress.student import build_student
+from autocompress.compress.student import build_student, shared_features
 from autocompress.compress.teacher import Teacher
 from autocompress.data import Data
 from autocompress.evaluate import score_model
@@ -55,7 +55,8 @@ def run(graph: Graph, chosen: Policy, data: Data, teacher: Teacher, optimiser: s
     try:
         if optimiser == "sgd":
             trainer.hidden_matrices = lambda model: []
-        student: nn.Module = trainer.train(build_student(graph, chosen), data, plan, teacher=teacher, distill=DistillSpec())
+        lesson = trainer.Lesson(teacher, DistillSpec(), shared_features(graph, chosen))
+        student: nn.Module = trainer.train(build_student(graph, chosen), data, plan, lesson=lesson)
     finally:
         trainer.hidden_matrices = keep
     return score_model(student, data, data.val).value, time.monotonic() - started
@@ -71,7 +72,7 @@ def main() -> None:
     load_weights(model, cifar10.folder() / "cifar10_resnets" / "resnet56.safetensors")
     graph, rows = Graph.trace(model.eval(), (data.example(1),)), []
     for seed in range(options.seeds):
-        teacher = Teacher(model, data, seed=seed)
+        teacher = Teacher(model, data, classifier=graph.classifier, seed=seed)
         for name, (keep, widths) in STUDENTS.items():
             for optimiser in ("sgd", "muon"):
                 accuracy, seconds = run(graph, policy(graph, keep, widths), data, teacher, optimiser, options.epochs, seed)

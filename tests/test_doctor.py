@@ -56,8 +56,9 @@ def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path, roomy, monkeypat
     ],
 )
 def test_advice_on_what_disturbs_measurements(tmp_path, roomy, monkeypatch, governor, load, flags, words):
-    monkeypatch.setattr(doctor, "_governor", lambda: governor)
-    monkeypatch.setattr(doctor, "_cpu_flags", lambda: flags)
+    monkeypatch.setattr(doctor.processor, "governor", lambda: governor)
+    monkeypatch.setattr(doctor.processor, "flags", lambda: frozenset(flags))
+    monkeypatch.setattr(doctor.processor.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr("os.getloadavg", lambda: (load, load, load))
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     advice = doctor.examine(tmp_path)["advice"]

@@ -120,10 +120,11 @@ def test_an_untouched_group_keeps_its_size(multiple):
 
 
 def test_words_name_what_changed():
-    assert Policy().in_words() == "float32; T=4, alpha=0.9"
+    assert Policy().in_words() == "float32; T=4, alpha=0.9, features=0.8"
     words = Policy(
         student=StudentSpec(width=0.5, drop=("a", "b")),
         prune=PruneSpec(ratios={"g": 0.5, "h": 0.0}),
         quant=QuantSpec(bits=8, layers={"l": 32}),
     ).in_words()
-    assert words == "2 blocks dropped; width 0.50; 1 groups pruned by 50 % on average; int8 with 1 layers in [32] bits; T=4, alpha=0.9"
+    changed = "2 blocks dropped; width 0.50; 1 groups pruned by 50 % on average; int8 with 1 layers in [32] bits"
+    assert words == f"{changed}; T=4, alpha=0.9, features=0.8"

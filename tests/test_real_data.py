@@ -15,7 +15,7 @@ from autocompress.evaluate import run_artifact, score_outputs
 from autocompress.export import write_bundle
 from autocompress.graph import Graph
 from autocompress.models import load_model
-from autocompress.policy import DistillSpec, Policy, QuantSpec
+from autocompress.policy import Policy, QuantSpec
 
 pytestmark = pytest.mark.data
 REPOSITORY = Path(__file__).parents[1]
@@ -49,9 +49,7 @@ def test_int8_without_training_keeps_the_accuracy_of_resnet56(resnet56: Graph, c
     scores = {}
     for bits in (32, 8):
         policy = Policy(quant=QuantSpec(bits=bits))
-        student = train_quantized(
-            build_student(resnet56, Policy()), policy.quant, cifar, TrainPlan(steps=0), teacher=None, distill=DistillSpec()
-        )
+        student = train_quantized(build_student(resnet56, Policy()), policy.quant, cifar, TrainPlan(steps=0))
         artifact = write_bundle(tmp_path / str(bits), student, policy, (cifar.example(1),), model="resnet56")
         scores[bits] = score_outputs(run_artifact(tmp_path / str(bits) / artifact.path, cifar, test, 1), test.targets, cifar).value
     assert scores[32] > 0.92

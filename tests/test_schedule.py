@@ -53,18 +53,25 @@ def test_the_greedy_choice_is_close_to_the_best_subset():
     """Greedy selection reaches 1 - 1/e of the best subset (Nemhauser et al. 1978); here it is far closer."""
     draw = np.random.default_rng(3)
     for _ in range(10):
-        outcomes = [outcome(f"{i}", float(s), float(t)) for i, (s, t) in enumerate(draw.uniform(0.01, 1.0, (7, 2)))]
+        outcomes = [outcome(f"{i}", float(s), float(t)) for i, (s, t) in enumerate(draw.uniform(0.01, 1.0, (8, 2)))]
         points = np.array([[o.val_score.gain, np.log(o.latency_s.median)] for o in outcomes])
-        reference = (points[:, 0].min() - schedule.WORST_MARGIN, points[:, 1].max() + schedule.WORST_MARGIN)
+        reference = (np.median(points[:, 0]), points[:, 1].max() + schedule.WORST_MARGIN)
         volume = {o.id: p for o, p in zip(outcomes, points, strict=True)}
         chosen = hypervolume(np.array([volume[o.id] for o in promoted(outcomes, 3)]), reference)
         best = max(hypervolume(np.array(subset), reference) for subset in combinations(points, 3))
         assert chosen >= 0.9 * best
 
 
-def test_the_first_choice_dominates_most():
-    outcomes = [outcome("low", 0.5, 0.001), outcome("knee", 0.9, 0.0015), outcome("high", 0.91, 0.01)]
+def test_the_first_choice_dominates_most_of_what_scores_above_the_median():
+    tiny = [outcome(f"tiny{i}", 0.3 + i / 100, 1e-5) for i in range(4)]
+    outcomes = [*tiny, outcome("knee", 0.9, 0.0015), outcome("high", 0.91, 0.01), outcome("low", 0.7, 0.001)]
     assert ids(promoted(outcomes, 1)) == ["knee"]
+
+
+def test_tiny_and_bad_networks_climb_last():
+    tiny = [outcome(f"tiny{i}", 0.3 + i / 100, 1e-5) for i in range(4)]
+    assert set(ids(promoted([*tiny, *FRONT], 4))) == {"a", "b", "c", "d"}
+    assert ids(promoted([*tiny, *FRONT], 5))[-1] == "tiny3", "then the one of the rest that adds most to the whole"
 
 
 def test_neighbours_of_a_settled_point_wait():
@@ -79,7 +86,7 @@ def test_neighbours_of_a_settled_point_wait():
 def test_runs_spread_over_clusters():
     clusters = [
         outcome(f"{name}{i}", score + i / 1000, t * (1 + i / 1000))
-        for name, score, t in (("x", 0.6, 0.001), ("y", 0.9, 0.01))
+        for name, score, t in (("x", 0.8, 0.001), ("y", 0.9, 0.01), ("z", 0.1, 0.0005))
         for i in range(4)
     ]
     assert {id[0] for id in ids(promoted(clusters, 2))} == {"x", "y"}

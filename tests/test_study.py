@@ -58,7 +58,7 @@ def test_what_was_realised_is_told_with_its_constraint(study):
     told = study.trials[0]
     assert told.state is TrialState.COMPLETE
     assert told.values == [0.5, 0.008]
-    assert told.constraints == {"budget": -0.1}
+    assert told.constraints == {"budget": -0.1, "outclassed": 0.0}
     assert told.user_attrs["policy"] == INT8.digest
 
 
@@ -74,12 +74,15 @@ def test_a_failure_fails_its_trial(study):
     assert study.trials[0].user_attrs["failure"] == "diverged"
 
 
-def test_what_is_ruled_out_is_complete_and_violates_the_budget(study):
-    journal.tell_over_budget(study, ask(study), INT8, 0.02, 1.0)
+@pytest.mark.parametrize(("over_budget", "outclassed"), [(1.0, 0.0), (-0.5, 0.2)])
+def test_what_is_ruled_out_is_complete_and_violates_a_constraint(study, over_budget, outclassed):
+    journal.tell_ruled_out(study, ask(study), INT8, 0.02, over_budget=over_budget, outclassed=outclassed)
     told = study.trials[0]
-    assert (told.state, told.values, told.constraints) == (TrialState.COMPLETE, [journal.OVER_BUDGET_SCORE, 0.02], {"budget": 1.0})
+    assert (told.state, told.values) == (TrialState.COMPLETE, [journal.RULED_OUT_SCORE, 0.02])
+    assert told.constraints == {"budget": over_budget, "outclassed": outclassed}
     assert "outcome" not in told.user_attrs
     assert journal.count_trials(study) == 1
+    assert study.best_trials == [], "what violates a constraint is never on Optuna's front"
 
 
 def test_a_lost_trial_is_failed_and_its_policy_comes_again_twice_at_most(study, tmp_path):

@@ -57,32 +57,33 @@ def _straight_through(weight: Tensor, bits: int, reduced_range: bool) -> Tensor:
     return weight + (round_weight(weight.detach(), bits, reduced_range) - weight.detach())
 
 
-class RoundedConv(nn.Module):
-    """A convolution that computes with rounded weights. Holds the layer's own parameters under their own names."""
+class _Rounded(nn.Module):
+    """A layer that computes with rounded weights. Holds the layer's own parameters under their own names."""
 
-    def __init__(self, layer: Conv, bits: int, reduced_range: bool) -> None:
+    def __init__(self, layer: Conv | nn.Linear, bits: int, reduced_range: bool) -> None:
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
         self.plain = _Plain(layer)
         self.bits = bits
         self.reduced_range = reduced_range
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.plain.layer._conv_forward(x, _straight_through(self.weight, self.bits, self.reduced_range), self.bias)
+    @property
+    def rounded(self) -> Tensor:
+        return _straight_through(self.weight, self.bits, self.reduced_range)
 
 
-class RoundedLinear(nn.Module):
-    """A linear layer that computes with rounded weights. Holds the layer's own parameters under their own names."""
-
-    def __init__(self, layer: nn.Linear, bits: int, reduced_range: bool) -> None:
-        super().__init__()
-        self.weight, self.bias = layer.weight, layer.bias
-        self.plain = _Plain(layer)
-        self.bits = bits
-        self.reduced_range = reduced_range
+class RoundedConv(_Rounded):
+    """A convolution with rounded weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, _straight_through(self.weight, self.bits, self.reduced_range), self.bias)
+        return self.plain.layer._conv_forward(x, self.rounded, self.bias)
+
+
+class RoundedLinear(_Rounded):
+    """A linear layer with rounded weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.rounded, self.bias)
 
 
 class _Plain:
@@ -93,7 +94,7 @@ class _Plain:
         self.layer._parameters = dict.fromkeys(layer._parameters)
 
 
-def plain_layer(rounded: RoundedConv | RoundedLinear) -> nn.Module:
+def plain_layer(rounded: _Rounded) -> nn.Module:
     """The ordinary layer with the weights that training updates, not rounded."""
     layer: nn.Module = copy.copy(rounded.plain.layer)
     layer._parameters = {name: rounded._parameters.get(name) for name in ("weight", "bias")}
@@ -206,7 +207,7 @@ def _only_moves(node: fx.Node, module: fx.GraphModule) -> bool:
 
 
 def _rounded(layer: nn.Module, bits: int, reduced_range: bool) -> nn.Module:
-    if bits == 32 or isinstance(layer, (RoundedConv, RoundedLinear)):  # a layer that is called twice is rounded once
+    if bits == 32 or isinstance(layer, _Rounded):  # a layer that is called twice is rounded once
         return layer
     if isinstance(layer, nn.Linear):
         return RoundedLinear(layer, bits, reduced_range and bits == 8)
@@ -265,14 +266,14 @@ def settle_biases(student: fx.GraphModule) -> fx.GraphModule:
     for node in student.graph.nodes:
         layer = modules.get(str(node.target)) if node.op == "call_module" else None
         source = modules.get(str(node.all_input_nodes[0].target)) if node.all_input_nodes else None
-        if not isinstance(layer, (RoundedConv, RoundedLinear)) or layer.bits != 8 or not isinstance(source, ActivationQuantizer):
+        if not isinstance(layer, _Rounded) or layer.bits != 8 or not isinstance(source, ActivationQuantizer):
             continue
         norm = fused(node, student).norm
         _settle(layer, modules[str(norm.target)] if norm is not None else None, float(source.scale))
     return student
 
 
-def _settle(layer: RoundedConv | RoundedLinear, norm: Any, input_scale: float) -> None:
+def _settle(layer: _Rounded, norm: Any, input_scale: float) -> None:
     unit = input_scale * weight_scale(layer.weight, largest_int(8, layer.reduced_range)).double()
     bias = layer.bias.double() if layer.bias is not None else torch.zeros_like(unit)
     held = layer.bias

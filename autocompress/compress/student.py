@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.nn.utils import skip_init
 
+from autocompress.compress.distill import SharedFeatures
 from autocompress.graph import Graph
 from autocompress.graph.channels import pad_amounts
 from autocompress.graph.nodes import kind_of, module_of
@@ -42,6 +43,23 @@ def build_student(graph: Graph, policy: Policy) -> fx.GraphModule:
     student.recompile()
     annotate_shapes(student, graph.example)
     return student.eval()
+
+
+def shared_features(graph: Graph, policy: Policy) -> SharedFeatures | None:
+    """Which inputs of its classifier the policy's student has in common with its teacher; None without a classifier, or with nothing.
+
+    A student of another architecture shares nothing.
+    """
+    if graph.classifier is None or policy.student.reference is not None:
+        return None
+    student = graph.without(policy.student.drop)
+    node = next(n for n in student.graph.nodes if n.op == "call_module" and n.target == graph.classifier)
+    source = node.all_input_nodes[0]
+    index = _index(graph, source.name, graph.selection(policy))
+    if index is None:
+        index = np.arange(source.meta["shape"][1])
+    kept = np.flatnonzero(index != NEW)
+    return SharedFeatures(graph.classifier, torch.from_numpy(kept), torch.from_numpy(index[kept])) if len(kept) else None
 
 
 def _resize_module(node: fx.Node, student: fx.GraphModule, graph: Graph, selection: Selection, generator: torch.Generator) -> None:

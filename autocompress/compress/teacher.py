@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from autocompress.compress.arithmetic import fast_arithmetic
+from autocompress.compress.distill import Answers, observe
 from autocompress.data import Data
 
 CACHE_BYTES = 2 * 2**30
@@ -24,43 +26,54 @@ TIMED_BATCHES = 4
 
 
 class Teacher:
-    """Answers for batches of training data; keeps them as far as `cache_bytes` reach."""
+    """Answers for batches of training data; keeps them as far as `cache_bytes` reach.
 
-    def __init__(self, model: nn.Module, data: Data, *, seed: int = 0, cache_bytes: int = CACHE_BYTES) -> None:
+    Args:
+        classifier: name of the linear layer whose inputs are part of an answer, as features; None: outputs only.
+    """
+
+    def __init__(
+        self, model: nn.Module, data: Data, *, classifier: str | None = None, seed: int = 0, cache_bytes: int = CACHE_BYTES
+    ) -> None:
         self.model = model
         self.views = MOST_VIEWS
         self._data = data
+        self._classifier = classifier
         self._seed = seed
         self._cache_bytes = cache_bytes
-        self._answers: dict[int, Tensor] = {}
-        self._known: dict[int, Tensor] = {}
+        self._kept: dict[int, _Kept] = {}
 
     def view(self, epoch: int) -> int:
         """The view of the data that students see in this epoch."""
         return epoch % self.views
 
-    def logits(self, indices: Tensor, inputs: Tensor, view: int) -> Tensor:
-        """Outputs for `data.view(indices, view, seed)`, which the caller has drawn already as `inputs`."""
-        known = self._known.get(view)
-        if known is not None and bool(known[indices].all()):
-            return self._answers[view][indices]
+    def answers(self, indices: Tensor, inputs: Tensor, view: int) -> Answers:
+        """What the teacher says of `data.view(indices, view, seed)`, which the caller has drawn already as `inputs`."""
+        kept = self._kept.get(view)
+        if kept is not None and bool(kept.known[indices].all()):
+            return kept.take(indices)
         answers = self._answer(inputs)
-        self._keep(indices, answers, view)
+        if kept is None:
+            kept = _Kept.room_for(len(self._data.train), answers)
+            if (len(self._kept) + 1) * kept.bytes > self._cache_bytes:
+                return answers
+            self._kept[view] = kept
+        kept.put(indices, answers)
         return answers
 
     def prepare(self, seconds: float, tick: Callable[[int, int], None] | None = None) -> None:
         """Answer whole views ahead of training for about `seconds`, and let students cycle through these.
 
         Answering during training would charge the first students for what the later ones read. Where not even LEAST_VIEWS can be had
-        in that time, answers are computed as they are asked for.
+        in that time and kept, answers are computed as they are asked for.
         """
-        affordable = int(seconds / self._seconds_a_view())
+        affordable = min(int(seconds / self._seconds_a_view()), self._keepable())
         if affordable < LEAST_VIEWS:
             return
         self.views = min(MOST_VIEWS, affordable - affordable % 2)  # even: mirroring alternates between views
         for view in range(self.views):
             for indices in torch.arange(len(self._data.train)).split(BATCH):
-                self.logits(indices, self._data.view(indices, view, self._seed), view)
+                self.answers(indices, self._data.view(indices, view, self._seed), view)
             if tick is not None:
                 tick(view + 1, self.views)
 
@@ -70,22 +83,44 @@ class Teacher:
         for position, indices in enumerate(timed):
             if position == min(1, len(timed) - 1):  # the first batch warms up
                 started = time.monotonic()
-            self.logits(indices, self._data.view(indices, 0, self._seed), 0)
+            self.answers(indices, self._data.view(indices, 0, self._seed), 0)
         return (time.monotonic() - started) * len(batches) / max(1, len(timed) - 1)
 
+    def _keepable(self) -> int:
+        """Views that the cache has room for, once one has been asked for."""
+        return self._cache_bytes // max((kept.bytes for kept in self._kept.values()), default=self._cache_bytes + 1)
+
     @torch.inference_mode()
-    def _answer(self, inputs: Tensor) -> Tensor:
+    def _answer(self, inputs: Tensor) -> Answers:
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         with fast_arithmetic(device):
-            answers: Tensor = self.model(inputs.to(device))
-        return answers.float().cpu()
+            said = observe(self.model, inputs.to(device), self._classifier)
+        return Answers(said.outputs.float().cpu(), said.features.float().cpu() if said.features is not None else None)
 
-    def _keep(self, indices: Tensor, answers: Tensor, view: int) -> None:
-        n = len(self._data.train)
-        if view not in self._answers:
-            if (len(self._answers) + 1) * n * answers[0].numel() * 4 > self._cache_bytes:
-                return
-            self._answers[view] = torch.zeros((n, *answers.shape[1:]))
-            self._known[view] = torch.zeros(n, dtype=torch.bool)
-        self._answers[view][indices] = answers
-        self._known[view][indices] = True
+
+@dataclass(frozen=True)
+class _Kept:
+    """The answers for one view of all training data, as far as they are known."""
+
+    outputs: Tensor
+    features: Tensor | None
+    known: Tensor
+
+    @classmethod
+    def room_for(cls, n: int, like: Answers) -> _Kept:
+        outputs = torch.zeros((n, *like.outputs.shape[1:]))
+        features = torch.zeros((n, *like.features.shape[1:])) if like.features is not None else None
+        return cls(outputs, features, torch.zeros(n, dtype=torch.bool))
+
+    @property
+    def bytes(self) -> int:
+        return self.outputs.nbytes + (self.features.nbytes if self.features is not None else 0)
+
+    def put(self, indices: Tensor, answers: Answers) -> None:
+        self.outputs[indices] = answers.outputs
+        if self.features is not None and answers.features is not None:
+            self.features[indices] = answers.features
+        self.known[indices] = True
+
+    def take(self, indices: Tensor) -> Answers:
+        return Answers(self.outputs[indices], self.features[indices] if self.features is not None else None)

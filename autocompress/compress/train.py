@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from autocompress.compress.arithmetic import best_training_device, fast_arithmetic
-from autocompress.compress.distill import distillation_loss
+from autocompress.compress.distill import SharedFeatures, distillation_loss, feature_loss, observe
 from autocompress.compress.muon import Muon, hidden_matrices
 from autocompress.compress.quantize import calibrate, fake_quantize, settle_biases
 from autocompress.compress.teacher import Teacher
@@ -32,6 +32,8 @@ SGD_SHARE = 0.5
 MUON_SHARE = 0.2
 MUON_DECAY = 5e-3
 CALIBRATION_IMAGES = 512
+FEATURE_SCALE = 25.0
+"""Weight of the difference of features beside the loss of answers, which is T^2 = 16 times a divergence."""
 
 Tick = Callable[[float], None]
 """Called after each step with the progress in [0, 1]."""
@@ -63,33 +65,26 @@ def one_cycle(progress: float) -> float:
     return max(FLOOR, (1 - progress) / (1 - RISE))
 
 
-def train(
-    student: nn.Module,
-    data: Data,
-    plan: TrainPlan,
-    *,
-    teacher: Teacher | None = None,
-    distill: DistillSpec | None = None,
-    tick: Tick | None = None,
-) -> nn.Module:
+@dataclass(frozen=True)
+class Lesson:
+    """What a student learns from: a teacher, how much of it, and the features that both share (None: answers only)."""
+
+    teacher: Teacher
+    spec: DistillSpec
+    shared: SharedFeatures | None = None
+
+
+def train(student: nn.Module, data: Data, plan: TrainPlan, *, lesson: Lesson | None = None, tick: Tick | None = None) -> nn.Module:
     """Train `student` in place and return it in eval mode.
 
-    Without a teacher the loss is the task's own. Raises PolicyFailure when the loss stops being finite.
+    Without a lesson the loss is the task's own. Raises PolicyFailure when the loss stops being finite.
     """
-    steps = _Steps(plan)
-    _run(student, data, plan, steps, until=1.0, teacher=teacher, distill=distill, tick=tick)
+    _run(student, data, plan, _Steps(plan), until=1.0, lesson=lesson, tick=tick)
     return student.eval()
 
 
 def train_quantized(
-    student: fx.GraphModule,
-    quant: QuantSpec,
-    data: Data,
-    plan: TrainPlan,
-    *,
-    teacher: Teacher | None,
-    distill: DistillSpec,
-    tick: Tick | None = None,
+    student: fx.GraphModule, quant: QuantSpec, data: Data, plan: TrainPlan, *, lesson: Lesson | None = None, tick: Tick | None = None
 ) -> fx.GraphModule:
     """Train in float, insert fake quantizers, train the rest through them; returns the quantized student in eval mode.
 
@@ -99,13 +94,13 @@ def train_quantized(
     steps = _Steps(plan)
     float_share = 1.0 - (plan.quant_fraction if quantizes else 0.0)
     if plan.steps:
-        _run(student, data, plan, steps, until=float_share, teacher=teacher, distill=distill, tick=tick)
+        _run(student, data, plan, steps, until=float_share, lesson=lesson, tick=tick)
     if not quantizes:
         return student.eval()
     quantized = fake_quantize(student.eval(), quant)
     calibrate(quantized, data.calibration(CALIBRATION_IMAGES).split(plan.batch_size))
     if plan.steps:
-        _run(quantized, data, plan, steps, until=1.0, teacher=teacher, distill=distill, tick=tick)
+        _run(quantized, data, plan, steps, until=1.0, lesson=lesson, tick=tick)
     return settle_biases(quantized.eval())
 
 
@@ -128,26 +123,16 @@ class _Steps:
         return min(1.0, max(self.done / self.total, (time.monotonic() - self._started) / self._allowed))
 
 
-def _run(
-    model: nn.Module,
-    data: Data,
-    plan: TrainPlan,
-    steps: _Steps,
-    *,
-    until: float,
-    teacher: Teacher | None,
-    distill: DistillSpec | None,
-    tick: Tick | None,
-) -> None:
+def _run(model: nn.Module, data: Data, plan: TrainPlan, steps: _Steps, *, until: float, lesson: Lesson | None, tick: Tick | None) -> None:
     device = best_training_device()
-    model.train().to(device).to(memory_format=_memory_format(model))
+    _train_mode(model, lesson).to(device).to(memory_format=_memory_format(model))
     optimizer = _Optimizer(model, plan.learning_rate)
     for indices, epoch in _draws(len(data.train), plan, start=steps.done):
         if steps.progress >= until:
             break
-        view = teacher.view(epoch) if teacher is not None else epoch
+        view = lesson.teacher.view(epoch) if lesson is not None else epoch
         inputs = data.view(indices, view, plan.seed)
-        loss = _loss(model, data, indices, inputs, view, teacher, distill, device)
+        loss = _loss(model, data, indices, inputs, view, lesson, device)
         if not math.isfinite(loss.item()):
             raise PolicyFailure(f"training diverged: the loss must stay finite, but is {loss.item()} at step {steps.done}")
         optimizer.step(loss, one_cycle(steps.progress))
@@ -157,29 +142,33 @@ def _run(
     model.cpu().to(memory_format=torch.contiguous_format)
 
 
-def _loss(
-    model: nn.Module,
-    data: Data,
-    indices: Tensor,
-    inputs: Tensor,
-    view: int,
-    teacher: Teacher | None,
-    distill: DistillSpec | None,
-    device: torch.device,
-) -> Tensor:
+def _train_mode(model: nn.Module, lesson: Lesson | None) -> nn.Module:
+    """Dropout is for students without a teacher: it would blur the features that are to be matched."""
+    model.train()
+    if lesson is not None and lesson.shared is not None:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()
+    return model
+
+
+def _loss(model: nn.Module, data: Data, indices: Tensor, inputs: Tensor, view: int, lesson: Lesson | None, device: torch.device) -> Tensor:
     targets = data.train.targets[indices].to(device)
-    answers = teacher.logits(indices, inputs, view).to(device) if teacher is not None else None
+    shared = lesson.shared if lesson is not None else None
     with fast_arithmetic(device):
-        outputs = model(inputs.to(device))
-    outputs = outputs.float()
+        student = observe(model, inputs.to(device), shared.layer if shared is not None else None)
+    outputs = student.outputs.float()
+    if lesson is None:
+        return data.loss(outputs, targets) if data.loss is not None else F.cross_entropy(outputs, targets)
+    teacher, spec = lesson.teacher.answers(indices, inputs, view), lesson.spec
+    answers = teacher.outputs.to(device)
     if data.loss is not None:
-        hard = data.loss(outputs, targets)
-        if answers is None or distill is None:
-            return hard
-        return distill.alpha * F.mse_loss(outputs, answers) + (1 - distill.alpha) * hard
-    if answers is None or distill is None:
-        return F.cross_entropy(outputs, targets)
-    return distillation_loss(outputs, answers, targets, distill)
+        loss = spec.alpha * F.mse_loss(outputs, answers) + (1 - spec.alpha) * data.loss(outputs, targets)
+    else:
+        loss = distillation_loss(outputs, answers, targets, spec)
+    if shared is None:
+        return loss
+    return (1 - spec.features) * loss + spec.features * FEATURE_SCALE * feature_loss(student, teacher, shared)
 
 
 def _draws(n: int, plan: TrainPlan, start: int) -> Iterator[tuple[Tensor, int]]:

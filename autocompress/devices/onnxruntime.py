@@ -13,18 +13,21 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from autocompress.devices import processor
 from autocompress.devices.base import Device, DeviceProfile
 from autocompress.devices.timing import summarise
 from autocompress.errors import DeviceUnavailable, PolicyFailure
 from autocompress.records import Measurement
 
 TIMEOUT_S = 120.0
-FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp")
+LOCK_PATIENCE_S = 600.0
+LOCK_POLL_S = 0.05
 
 
 class OnnxRuntimeCpu(Device):
@@ -34,10 +37,9 @@ class OnnxRuntimeCpu(Device):
         if importlib.util.find_spec("onnxruntime") is None:
             raise DeviceUnavailable("ONNX Runtime is not installed", hint="pip install onnxruntime")
         self.name = f"onnxruntime:cpu?threads={threads}"
-        self.profile = DeviceProfile(
-            runtime="onnxruntime", threads=threads, reduced_range=int8_saturates(cpu_flags()),
-            note="x86 without VNNI: int8 weights use 7 bits" if int8_saturates(cpu_flags()) else "",
-        )  # fmt: skip
+        saturates = processor.int8_saturates(processor.flags())
+        note = "x86 without VNNI: int8 weights use 7 bits" if saturates else ""
+        self.profile = DeviceProfile(runtime="onnxruntime", threads=threads, reduced_range=saturates, note=note)
 
     def measure(self, paths: Sequence[Path], *, seconds_each: float = 1.0) -> list[Measurement]:
         request = {"kind": "measure", "paths": [str(path) for path in paths], "seconds_each": seconds_each, "threads": self.profile.threads}
@@ -57,12 +59,11 @@ class OnnxRuntimeCpu(Device):
         return medians
 
     def environment(self) -> dict[str, str]:
-        flags = cpu_flags()
         return {
-            "processor": cpu_name(),
-            "flags": " ".join(flag for flag in FLAGS if flag in flags),
+            "processor": processor.name(),
+            "flags": " ".join(processor.listed_flags()),
             "cpus": str(os.cpu_count()),
-            "governor": _governor(),
+            "governor": processor.governor() or "unknown",
             "load": f"{os.getloadavg()[0]:.2f}",
             "threads": str(self.profile.threads),
             "onnxruntime": metadata.version("onnxruntime"),
@@ -71,45 +72,28 @@ class OnnxRuntimeCpu(Device):
         }
 
 
-def int8_saturates(flags: frozenset[str]) -> bool:
-    """Whether uint8 x int8 products are added in 16 bits: x86 processors without VNNI."""
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
-    return is_x86 and not flags & {"avx512_vnni", "avx_vnni", "amx_int8"}
-
-
-def cpu_flags() -> frozenset[str]:
-    """Instruction sets that Linux reports; empty elsewhere."""
-    line = _cpuinfo("flags") or _cpuinfo("Features")
-    return frozenset(line.split())
-
-
-def cpu_name() -> str:
-    """The processor's name as the system tells it."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def _cpuinfo(key: str) -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.partition(":")[0].strip() == key:
-                return line.partition(":")[2].strip()
-    return ""
-
-
-def _governor() -> str:
-    try:
-        return Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text().strip()
-    except OSError:
-        return "unknown"
-
-
 @contextlib.contextmanager
 def _exclusive() -> Iterator[None]:
-    """One measuring at a time on this machine, whoever asks."""
+    """One measuring at a time on this machine, whoever asks. Raises DeviceUnavailable when another one does not end."""
     path = Path(tempfile.gettempdir()) / f"autocompress-device-{os.getuid()}.lock"
+    patience = time.monotonic() + LOCK_PATIENCE_S
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        while not _lock(file):
+            if time.monotonic() > patience:
+                raise DeviceUnavailable(
+                    f"another program has measured on this machine for {LOCK_PATIENCE_S:.0f} s",
+                    hint=f"end it (`fuser {path}` names it), then try again",
+                )
+            time.sleep(LOCK_POLL_S)
         yield
+
+
+def _lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _ask(request: dict[str, Any], timeout: float) -> dict[str, Any]:

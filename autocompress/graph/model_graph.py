@@ -79,6 +79,7 @@ class Graph:
     """A traced network with its channel groups, droppable blocks and layers.
 
     The network passed to `trace` is copied; nothing here changes it or the copy.
+    `classifier` names the linear layer that makes the network's outputs (n x classes) of features (n x channels); None without such.
     """
 
     def __init__(self, module: fx.GraphModule, example: tuple[Tensor, ...], opaque_reason: str) -> None:
@@ -93,6 +94,7 @@ class Graph:
         self.layers = self._find_layers()
         self.blocks = tuple(self._block(branch) for branch in self._branches)
         self.frozen = self._find_frozen()
+        self.classifier = self._find_classifier()
         self._order, self._ends = self._rank_channels()
         self._without = lru_cache(CACHED_SHAPES)(self._drop_copy)
         self._other_bytes = lru_cache(CACHED_SHAPES)(self._count_other_bytes)
@@ -228,6 +230,14 @@ class Graph:
         if self.opaque_reason:
             return (Frozen("the whole network", self.opaque_reason),)
         return tuple(Frozen(group.name, group.reason) for group in self.groups if not group.prunable)
+
+    def _find_classifier(self) -> str | None:
+        output = next(node for node in self.module.graph.nodes if node.op == "output")
+        made = output.args[0]
+        if not isinstance(made, fx.Node) or kind_of(made, self.module) != "linear":
+            return None
+        shapes = [node.meta.get("shape", ()) for node in (made, *made.all_input_nodes)]
+        return str(made.target) if all(len(shape) == 2 for shape in shapes) else None
 
     def _rank_channels(self) -> tuple[dict[str, Roots], dict[str, Roots]]:
         scores = channel_scores(self.module, self._channels)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from autocompress.compress.distill import distillation_loss, soft_loss
+from autocompress.compress.distill import Answers, SharedFeatures, distillation_loss, feature_loss, observe, soft_loss
 from autocompress.policy import DistillSpec
 
 TEMPERATURES = [0.5, 1.0, 4.0, 20.0]
@@ -53,3 +53,45 @@ def test_the_teacher_gets_no_gradient():
     teacher = logits(0).requires_grad_()
     soft_loss(logits(1).requires_grad_(), teacher, 2.0).backward()
     assert teacher.grad is None
+
+
+def features(seed: int, channels: int) -> Answers:
+    values = torch.randn(6, channels, generator=torch.Generator().manual_seed(seed))
+    return Answers(torch.zeros(6, 2), values)
+
+
+SHARED = SharedFeatures("linear", student=torch.tensor([0, 2]), teacher=torch.tensor([1, 3]))
+
+
+def test_features_are_compared_channel_by_channel_and_added_ones_are_free():
+    teacher, student = features(0, 4), features(1, 3)
+    own, wanted = student.features[:, [0, 2]], teacher.features[:, [1, 3]]
+    expected = ((own - wanted) ** 2).mean() / wanted.var(0).mean()
+    assert feature_loss(student, teacher, SHARED).item() == pytest.approx(expected.item(), rel=1e-5)
+    moved = Answers(student.outputs, student.features + torch.tensor([0.0, 5.0, 0.0]))
+    assert feature_loss(moved, teacher, SHARED).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_equal_features_cost_nothing_and_the_unit_of_features_does_not_matter():
+    teacher, student = features(0, 4), features(1, 3)
+    same = Answers(student.outputs, torch.stack([teacher.features[:, 1], torch.ones(6), teacher.features[:, 3]], 1))
+    assert feature_loss(same, teacher, SHARED).item() == pytest.approx(0.0, abs=1e-12)
+    scaled = [Answers(a.outputs, 100 * a.features) for a in (student, teacher)]
+    assert feature_loss(*scaled, SHARED).item() == pytest.approx(feature_loss(student, teacher, SHARED).item(), rel=1e-5)
+
+
+def test_one_image_or_constant_features_have_no_variance_but_a_loss():
+    one = [Answers(a.outputs[:1], a.features[:1]) for a in (features(1, 3), features(0, 4))]
+    assert torch.isfinite(feature_loss(*one, SHARED))
+    flat = Answers(torch.zeros(6, 2), torch.ones(6, 4))
+    assert torch.isfinite(feature_loss(features(1, 3), flat, SHARED))
+
+
+def test_observing_returns_outputs_and_inputs_of_the_layer_and_leaves_no_trace():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    x = torch.randn(5, 3)
+    seen = observe(model, x, "2")
+    assert torch.equal(seen.outputs, model(x))
+    assert torch.equal(seen.features, model[:2](x))
+    assert observe(model, x, None).features is None
+    assert not model[2]._forward_pre_hooks

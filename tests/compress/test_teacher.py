@@ -24,14 +24,14 @@ class Counting(nn.Module):
         return self.linear(x)
 
 
-def view(indices, epoch):
+def view(indices, epoch, seed=0):
     """The inputs of an epoch: a function of epoch and index, as data with augmentation is."""
     rows = [torch.randn(FEATURES, generator=torch.Generator().manual_seed(1000 * epoch + int(i))) for i in indices]
     return torch.stack(rows)
 
 
-def make(cache_bytes=10 * EPOCH_BYTES):
-    return Teacher(Counting().eval(), SimpleNamespace(train=range(N)), cache_bytes=cache_bytes)
+def make(cache_bytes=10 * EPOCH_BYTES, classifier=None):
+    return Teacher(Counting().eval(), SimpleNamespace(train=range(N), view=view), classifier=classifier, cache_bytes=cache_bytes)
 
 
 @pytest.mark.parametrize("cache_bytes", [0, EPOCH_BYTES, 2 * EPOCH_BYTES, 10 * EPOCH_BYTES])
@@ -42,9 +42,10 @@ def test_cached_answers_are_fresh_answers(cache_bytes):
         for epoch in (0, 1, 2, 0):
             for indices in torch.randperm(N, generator=generator).split(6):
                 inputs = view(indices, epoch)
-                answers = teacher.logits(indices, inputs, epoch)
-                assert torch.allclose(answers, teacher.model.linear(inputs), atol=TOLERANCE)
-                assert not answers.requires_grad
+                answers = teacher.answers(indices, inputs, epoch)
+                assert torch.allclose(answers.outputs, teacher.model.linear(inputs), atol=TOLERANCE)
+                assert answers.features is None
+                assert not answers.outputs.requires_grad
 
 
 def test_an_answer_is_paid_for_once():
@@ -52,15 +53,15 @@ def test_an_answer_is_paid_for_once():
     for _ in range(3):
         for epoch in (0, 1):
             for indices in torch.arange(N).split(5):
-                teacher.logits(indices, view(indices, epoch), epoch)
+                teacher.answers(indices, view(indices, epoch), epoch)
     assert teacher.model.rows == 2 * N
 
 
 def test_a_batch_that_is_partly_known_is_answered():
     teacher = make()
-    teacher.logits(torch.arange(5), view(range(5), 0), 0)
+    teacher.answers(torch.arange(5), view(range(5), 0), 0)
     inputs = view(range(3, 9), 0)
-    assert torch.allclose(teacher.logits(torch.arange(3, 9), inputs, 0), teacher.model.linear(inputs), atol=TOLERANCE)
+    assert torch.allclose(teacher.answers(torch.arange(3, 9), inputs, 0).outputs, teacher.model.linear(inputs), atol=TOLERANCE)
 
 
 def test_the_cache_keeps_to_its_limit():
@@ -68,5 +69,34 @@ def test_the_cache_keeps_to_its_limit():
     everything = torch.arange(N)
     for _ in range(2):
         for epoch in (0, 1, 2):
-            teacher.logits(everything, view(everything, epoch), epoch)
+            teacher.answers(everything, view(everything, epoch), epoch)
     assert teacher.model.rows == (3 + 1) * N, "two of three fit"
+
+
+def test_features_are_what_the_classifier_was_given_and_are_kept_with_the_answers():
+    teacher = make(classifier="linear")
+    inputs = view(range(N), 0)
+    for _ in range(2):
+        answers = teacher.answers(torch.arange(N), inputs, 0)
+        assert torch.equal(answers.features, inputs)
+        assert torch.allclose(answers.outputs, teacher.model.linear(inputs), atol=TOLERANCE)
+    assert teacher.model.rows == N
+
+
+def test_features_count_in_the_cache():
+    teacher = make(EPOCH_BYTES, classifier="linear")
+    for _ in range(2):
+        teacher.answers(torch.arange(N), view(range(N), 0), 0)
+    assert teacher.model.rows == 2 * N, "outputs alone would fit"
+
+
+@pytest.mark.parametrize(("keepable", "views"), [(3, 16), (5, 4), (9, 8), (100, 16)])
+def test_as_many_views_are_prepared_as_can_be_kept(keepable, views):
+    """Fewer than four, and answers are computed as they are asked for: then every epoch has a view of its own."""
+    teacher = make(keepable * EPOCH_BYTES)
+    teacher.prepare(seconds=60.0)
+    assert teacher.views == views
+    asked = teacher.model.rows
+    for epoch in range(views if keepable > 3 else 0):
+        teacher.answers(torch.arange(N), view(range(N), epoch), epoch)
+    assert teacher.model.rows == asked

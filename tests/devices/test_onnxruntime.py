@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from autocompress.devices import onnxruntime as module
-from autocompress.devices.onnxruntime import OnnxRuntimeCpu, int8_saturates
+from autocompress.devices.onnxruntime import OnnxRuntimeCpu
 from autocompress.errors import DeviceUnavailable, PolicyFailure, UsageError
 from autocompress.export import check_onnx
 from devices.files import linear_model
@@ -138,20 +138,6 @@ def test_the_child_dies_with_its_parent(tiny, after_s):
         parent.kill()
     gone, _ = psutil.wait_procs([child], timeout=15)
     assert gone or child.status() == psutil.STATUS_ZOMBIE
-
-
-@pytest.mark.parametrize(
-    ("machine", "flags", "saturates"),
-    [
-        ("x86_64", {"avx2"}, True),
-        ("x86_64", {"avx2", "avx512_vnni"}, False),
-        ("AMD64", {"avx_vnni"}, False),
-        ("aarch64", {"asimddp"}, False),
-    ],
-)
-def test_int8_saturates_on_x86_without_vnni(monkeypatch, machine, flags, saturates):
-    monkeypatch.setattr(module.platform, "machine", lambda: machine)
-    assert int8_saturates(frozenset(flags)) is saturates
 
 
 # -- files from elsewhere ---------------------------------------------------------------------------------------------

@@ -1,0 +1,50 @@
+"""What this machine's processor says of itself, as far as it decides how fast and how exact int8 runs."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from pathlib import Path
+
+FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "avx512_bf16", "asimd", "asimddp", "i8mm")
+"""The instruction sets that matter here."""
+VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
+GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+
+
+def name() -> str:
+    """The processor's name as the system tells it."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def flags() -> frozenset[str]:
+    """Instruction sets that Linux reports; empty elsewhere."""
+    return frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())
+
+
+def listed_flags() -> list[str]:
+    """Those of FLAGS that are here."""
+    here = flags()
+    return [flag for flag in FLAGS if flag in here]
+
+
+def governor() -> str | None:
+    """How the system sets the clock; None where it does not say (virtual machines)."""
+    try:
+        return GOVERNOR.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+
+
+def int8_saturates(here: frozenset[str]) -> bool:
+    """Whether uint8 x int8 products are added in 16 bits: x86 processors without VNNI."""
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
+    return is_x86 and not here & VNNI
+
+
+def _cpuinfo(key: str) -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.partition(":")[0].strip() == key:
+                return line.partition(":")[2].strip()
+    return ""
