@@ -30,7 +30,7 @@ from autocompress.progress import Progress
 from autocompress.proposals import LevelSuggester, Proposal, outclassed, spread_over_latency, without_growth
 from autocompress.records import Budget, Measurement, Outcome, Prediction, Workload
 from autocompress.run_folder import write_atomically
-from autocompress.schedule import Clock, Division, calibration_seconds, full_runs, promoted, teacher_seconds
+from autocompress.schedule import Clock, Division, calibration_seconds, full_runs, full_seconds, promoted, teacher_seconds
 from autocompress.search_space import Suggest, smallest
 from autocompress.task import Task
 from autocompress.units import format_duration, format_size
@@ -184,7 +184,7 @@ class Search:
             for proposal in spread_over_latency(proposals, FIRST_LATENCIES, self._limit()):
                 self.study.enqueue_trial(proposal.params, skip_if_exists=True)
         duplicates = 0
-        while time.monotonic() + 0.5 * division.short_each < until and not self._stop():
+        while time.monotonic() + 0.5 * division.short_each < until and not self._stop() and not self._enough():
             trial, policy = self._ask(proposals)
             twin = self._twin(policy)
             if twin is not None:
@@ -259,13 +259,14 @@ class Search:
         done = {o.id.removesuffix("-full") for o in journal.outcomes(self.study) if o.rung == "full"}
         within = [o for o in short if feasible(o, self.budget)] or short
         each = Division.of(self.clock.total, self._overhead()).short_each
-        count = full_runs(self.clock.left, each, len([o for o in within if o.id not in done]))
+        trials = self.task.trials
+        count = full_runs(self.clock.left, each, len([o for o in within if o.id not in done]), trials)
         settled = [o for o in self.outcomes() if o.rung == "full" or not o.id.isdigit()]
         climbing = promoted([o for o in within if o.id not in done], count, settled)
         for position, outcome in enumerate(climbing):
             if self._stop():
                 return
-            share = self.clock.left / (len(climbing) - position)
+            share = full_seconds(self.clock.left, len(climbing) - position, each, trials)
             deadline = time.monotonic() + share - self._overhead()
             if deadline <= time.monotonic():
                 return
@@ -432,11 +433,12 @@ class Search:
     def _stop(self) -> bool:
         if self.clock.left <= 0:
             return True
-        if self.task.trials is not None and self._short_count() >= self.task.trials:
-            return True
         best = pick(self.outcomes(), self.budget)
         reached = best is not None and best.val_score is not None and best.val_score.value
         return bool(self.task.target_accuracy and reached and reached >= self.task.target_accuracy)
+
+    def _enough(self) -> bool:
+        return self.task.trials is not None and self._short_count() >= self.task.trials
 
     def _show(self, phase: str, done: int, total: int | None) -> None:
         best = pick(self.outcomes(), self.budget) if phase.startswith(("full", "short")) else None

@@ -55,7 +55,12 @@ Budgets = Annotated[
     ),
 ]
 SearchTime = Annotated[str | None, typer.Option("--search-time", rich_help_panel=LIMITS, help="How long to search, e.g. 30m.")]
-Trials = Annotated[int | None, typer.Option("--trials", min=1, rich_help_panel=LIMITS, help="Stop after this many policies.")]
+Trials = Annotated[
+    int | None,
+    typer.Option(
+        "--trials", min=1, rich_help_panel=LIMITS, help="Suggest this many policies at most; the best are still trained to the end."
+    ),
+]
 TargetAccuracy = Annotated[
     float | None,
     typer.Option("--target-accuracy", rich_help_panel=LIMITS, help="Stop when this is reached within the budget."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ SHORT_SHARE = 0.25
 SHORT_RUNS = 12
 FULL_FACTOR = 9.0
 MOST_FULL_RUNS = 6
+TRIALS_A_FULL_RUN = 4
 WORST_MARGIN = 0.02
 """How far beyond the worst score and the logarithm of the slowest latency the reference point of a hypervolume lies."""
 
@@ -71,10 +73,20 @@ class Division:
         return cls(total, max(total / SHORT_RUNS, 2.0 * overhead))
 
 
-def full_runs(left: float, short_each: float, candidates: int) -> int:
-    """How many policies share the time that is left, each with about FULL_FACTOR short runs' worth."""
+def full_runs(left: float, short_each: float, candidates: int, trials: int | None = None) -> int:
+    """How many policies share the time that is left, each with about FULL_FACTOR short runs' worth.
+
+    A limit on trials limits them too: one climbs for every TRIALS_A_FULL_RUN that were allowed.
+    """
     affordable = round(left / max(FULL_FACTOR * short_each, 1e-9))
-    return max(0, min(MOST_FULL_RUNS, candidates, max(1, affordable)))
+    allowed = MOST_FULL_RUNS if trials is None else math.ceil(trials / TRIALS_A_FULL_RUN)
+    return max(0, min(MOST_FULL_RUNS, allowed, candidates, max(1, affordable)))
+
+
+def full_seconds(left: float, runs: int, short_each: float, trials: int | None = None) -> float:
+    """Seconds for the next of `runs` full runs: an equal share, and no more than its worth where trials are what is limited."""
+    share = left / runs
+    return share if trials is None else min(share, FULL_FACTOR * short_each)
 
 
 def promoted(outcomes: Sequence[Outcome], n: int, settled: Sequence[Outcome] = ()) -> list[Outcome]:

@@ -206,6 +206,8 @@ def _phases(search_: Search) -> None:
     lost = journal.retire_lost_trials(search_.study)
     if lost:
         search_.progress.message(f"{lost} interrupted trial(s) will be repeated")
+    if forgotten := journal.forget_failures(search_.study):
+        search_.progress.message(f"{forgotten} failed policies may be tried again")
     search_.require_hope()
     search_.calibrate()
     proposals = search_.propose(task.seed + len(search_.study.get_trials(deepcopy=False)), DRAWS)

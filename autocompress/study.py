@@ -110,8 +110,16 @@ def record(study: optuna.Study, outcome: Outcome) -> None:
 
 def outcomes(study: optuna.Study) -> list[Outcome]:
     """All outcomes so far, in the order of their ids."""
-    kept = {key: value for key, value in study.user_attrs.items() if key.startswith(OUTCOME)}
+    kept = {key: value for key, value in study.user_attrs.items() if key.startswith(OUTCOME) and value is not None}
     return [Outcome.model_validate_json(json.dumps(kept[key])) for key in sorted(kept)]
+
+
+def forget_failures(study: optuna.Study) -> int:
+    """Policies that failed may be tried again: what made them fail may be mended by now. How many there were."""
+    failed = [outcome.id for outcome in outcomes(study) if outcome.failure is not None]
+    for id in failed:
+        study.set_user_attr(OUTCOME + id, None)
+    return len(failed)
 
 
 def remember(study: optuna.Study, key: str, value: Any) -> None:

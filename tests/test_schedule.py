@@ -10,7 +10,7 @@ from autocompress import schedule
 from autocompress.front import hypervolume
 from autocompress.policy import DistillSpec, Policy
 from autocompress.records import Failure, Measurement, Outcome, Score
-from autocompress.schedule import Clock, Division, calibration_seconds, full_runs, promoted, rank_correlation
+from autocompress.schedule import Clock, Division, calibration_seconds, full_runs, full_seconds, promoted, rank_correlation
 
 
 def outcome(id, score, latency_s, **changes):
@@ -145,6 +145,17 @@ def test_a_short_run_is_never_shorter_than_twice_its_overhead():
 )
 def test_how_many_full_runs_can_be_had(left, each, candidates, expected):
     assert full_runs(left, each, candidates) == expected
+
+
+@pytest.mark.parametrize(("trials", "expected"), [(1, 1), (4, 1), (5, 2), (1000, schedule.MOST_FULL_RUNS)])
+def test_a_limit_on_trials_limits_full_runs(trials, expected):
+    assert full_runs(10_000.0, 4.0, 10, trials) == expected
+
+
+def test_full_runs_share_the_time_unless_trials_are_what_is_limited():
+    assert full_seconds(900.0, 3, 4.0) == 300.0
+    assert full_seconds(900.0, 3, 4.0, trials=2) == schedule.FULL_FACTOR * 4.0
+    assert full_seconds(9.0, 3, 4.0, trials=2) == 3.0
 
 
 def test_rank_correlation():

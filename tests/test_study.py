@@ -172,3 +172,13 @@ def test_a_database_that_cannot_be_written_is_the_folder_s_fault(study, tmp_path
     with pytest.raises(RunFolderError, match=r"study\.db' cannot be written: disk full") as caught, journal.writing(tmp_path):
         raise optuna.exceptions.StorageInternalError("An exception is raised during the commit.") from OSError("disk full")
     assert "--resume" in caught.value.hint
+
+
+def test_failures_can_be_forgotten_and_nothing_else_is(study, tmp_path):
+    journal.record(study, outcome("00000"))
+    journal.record(
+        study, outcome("00001", failure=Failure(stage="train", reason="diverged"), artifact=None, val_score=None, latency_s=None)
+    )
+    assert journal.forget_failures(study) == 1
+    assert [o.id for o in journal.outcomes(again(tmp_path))] == ["00000"]
+    assert journal.forget_failures(study) == 0

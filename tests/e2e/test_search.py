@@ -269,6 +269,17 @@ def test_a_number_of_trials_stops_early_whatever_the_sampler(one_trial):
     assert result.content["budget"] == Budget().model_dump(mode="json")
 
 
+def test_the_best_of_a_few_trials_is_trained_to_the_end(net, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("autocompress.schedule.SHORT_RUNS", 100)
+    monkeypatch.setattr("autocompress.schedule.FULL_FACTOR", 4.0)
+    monkeypatch.setattr("autocompress.controller.Search._overhead", lambda self: 0.2)
+    result = run_search(task(trials=2), tmp_path / "run", model=net, data=data, device=FakeDevice(SLOW_CALLS))
+    outcomes = journal.outcomes(journal_of(tmp_path / "run"))
+    assert [outcome.rung for outcome in outcomes if outcome.id[0].isdigit()].count("short") == 2
+    assert [outcome.rung for outcome in outcomes].count("full") == 1
+    assert result.content["elapsed_s"] < 40, "the limit on trials ends it, not the time"
+
+
 def test_a_resumed_search_loses_nothing_and_suggests_something_else(one_trial, net, data, brisk):
     run, _ = one_trial
     before = {outcome.id: outcome for outcome in journal.outcomes(journal_of(run))}
@@ -358,6 +369,9 @@ def test_three_equal_failures_in_a_row_end_the_search(net, data, tmp_path, brisk
     content = strict(run / "front.json")
     assert len(content["failures"]) == 3
     assert [entry["id"] for entry in content["points"]] == ["int8"], "what is finished is kept"
+    mended = run_search(task(trials=1), run, resume=True, model=net, data=data, device=FakeDevice(SLOW_CALLS))
+    assert mended.content["failures"] == [], "the cause is gone, so that nothing stays ruled out"
+    assert any(entry["id"].isdigit() for entry in mended.content["points"])
 
 
 def test_training_that_diverges_never_reaches_the_front(net, data, tmp_path, brisk):
