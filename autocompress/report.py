@@ -14,7 +14,7 @@ from autocompress.figures import Figure, layers_figure, pareto_figure, predictio
 from autocompress.plots import pareto_png
 from autocompress.run_folder import write_atomically
 from autocompress.units import format_duration, format_size
-from autocompress.view import Entry, Results, format_score, headline, score_interval
+from autocompress.view import Entry, Results, caveats, format_score, headline, score_interval
 
 
 def write_report(front_json: Mapping[str, Any], run: Path) -> None:
@@ -38,6 +38,7 @@ def render(results: Results, run: Path) -> str:
         results=results,
         run=str(run),
         headline=headline(results).replace(" %", "\N{NO-BREAK SPACE}%"),
+        caveats=caveats(results),
         tiles=_tiles(results),
         figures=_script_json(_figures(results)),
         shown=_shown(results),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from autocompress.units import format_duration, format_size
-from autocompress.view import Entry, LayerChange, Results, details, format_score, headline
+from autocompress.view import Entry, LayerChange, Results, caveats, details, format_score, headline
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,7 +79,8 @@ def _interval(low: float, high: float) -> str:
 
 def summary(results: Results) -> str:
     """What is best under the budget, in words."""
-    return "\n".join([headline(results), *(f"  {line}" for line in details(results))])
+    cautions = [f"  note: {text}" for text in caveats(results)]
+    return "\n".join([headline(results), *(f"  {line}" for line in details(results)), *cautions])
 
 
 def layer_table(entry: Entry) -> Table:

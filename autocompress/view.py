@@ -14,6 +14,11 @@ from autocompress.records import Budget, Measurement, Prediction, Score
 from autocompress.references import nearest
 from autocompress.units import format_duration, format_size
 
+SEEN_GAP = 0.01
+"""Least difference of validation and test accuracy that tells of a model that has seen the validation examples."""
+LEAST_CORRELATION = 0.3
+"""Rank correlation below which short training runs tell little about full ones."""
+
 
 class _Read(BaseModel):
     """Keys that a later version may have added are skipped."""
@@ -198,3 +203,39 @@ def score_line(score: Score, original: Score | None, split: str) -> str:
     spread = f"95 % interval {100 * interval[0]:.2f} to {100 * interval[1]:.2f} %, " if interval else ""
     examples = f"{spread}{score.n} {split} examples" if score.n else split
     return f"{score.name} {format_score(score)} ({examples}), original {format_score(original)}"
+
+
+def caveats(results: Results) -> list[str]:
+    """What a reader should know before trusting the numbers: each a sentence with its cure; usually none."""
+    return [text for text in (_seen_validation(results.baseline), _noisy_front(results), _lying_ladder(results)) if text]
+
+
+def _seen_validation(original: Original) -> str:
+    val, test = original.val_score, original.test_score
+    if val is None or test is None:
+        return ""
+    spread_val, spread_test = score_interval(val), score_interval(test)
+    if not spread_val or not spread_test or spread_val[0] <= spread_test[1] or val.value - test.value < SEEN_GAP:
+        return ""
+    return (
+        f"the original scores {format_score(val)} on validation but {format_score(test)} on test examples: it was probably trained on the "
+        "validation examples, so that validation favours students that stay close to it. Compare test scores; better, validate on "
+        "examples that it has not seen"
+    )
+
+
+def _noisy_front(results: Results) -> str:
+    noisy = [entry.id for entry in results.front if entry.latency_s.noisy]
+    if not noisy:
+        return ""
+    return f"the latency of {', '.join(noisy)} was noisy. End other programs, then `autocompress export` measures again"
+
+
+def _lying_ladder(results: Results) -> str:
+    rho = results.ladder.get("short_full_spearman")
+    if not isinstance(rho, float) or rho >= LEAST_CORRELATION:
+        return ""
+    return (
+        f"short training ranked policies unlike full training (rank correlation {rho:.2f}), so that better ones may have been passed over. "
+        "Search longer"
+    )

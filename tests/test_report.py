@@ -71,6 +71,13 @@ def test_the_report_is_one_file_that_needs_no_network(content, tmp_path):
         assert failure["reason"] in text
 
 
+def test_caveats_stand_above_the_plots(content, tmp_path):
+    scores = {key: {"name": "accuracy", "value": value, "n": 5000} for key, value in (("val_score", 0.999), ("test_score", 0.93))}
+    write_report(content | {"baseline": content["baseline"] | scores}, tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "probably trained on the validation examples" in page.partition("The Pareto front")[0]
+
+
 def test_the_picture_is_a_png(content, tmp_path):
     write(content, tmp_path)
     picture = (tmp_path / "pareto.png").read_bytes()

@@ -14,7 +14,7 @@ from autocompress.errors import RunFolderError, UsageError
 from autocompress.records import Score
 from autocompress.tables import FRAME_COLUMNS, frame, front_table, layer_table, note, summary
 from autocompress.terminal import rendered
-from autocompress.view import LayerChange, Results, details, format_score, headline, score_interval
+from autocompress.view import LayerChange, Results, caveats, details, format_score, headline, score_interval
 
 
 @pytest.fixture
@@ -89,6 +89,36 @@ def test_the_summary_gives_intervals_and_the_original(results):
     assert "95 % interval" in text
     assert "original 28.4 ms" in text
     assert f"{results.best_entry.val_score.n} validation examples" in text
+
+
+def with_scores(content, val, test, n=5000):
+    scores = {key: {"name": "accuracy", "value": value, "n": n} for key, value in (("val_score", val), ("test_score", test))}
+    return content | {"baseline": content["baseline"] | scores}
+
+
+def test_a_sound_search_has_no_caveats(content):
+    sound = with_scores(content, 0.94, 0.935) | {"ladder": {"short_full_spearman": 0.9}}
+    assert caveats(Results.read(sound)) == []
+    assert "note:" not in summary(Results.read(sound))
+
+
+def test_an_original_that_has_seen_the_validation_examples_is_told_of(content):
+    assert "probably trained on the validation examples" in summary(Results.read(with_scores(content, 0.999, 0.934)))
+
+
+@pytest.mark.parametrize(
+    ("val", "test", "n"), [(0.934, 0.999, 5000), (0.96, 0.94, 100), (0.9995, 0.9955, 50_000)], ids=["worse", "few", "close"]
+)
+def test_a_difference_that_may_be_chance_or_is_small_is_not(content, val, test, n):
+    assert caveats(Results.read(with_scores(content, val, test, n) | {"ladder": {}})) == []
+
+
+def test_noise_and_a_ladder_that_lies_are_told_of(content):
+    front = [content["front"][0] | {"latency_s": content["front"][0]["latency_s"] | {"noisy": True, "noise_reason": "drift"}}]
+    told = caveats(Results.read(with_scores(content, 0.9, 0.9) | {"front": front, "ladder": {"short_full_spearman": -0.5}}))
+    assert len(told) == 2
+    assert front[0]["id"] in told[0]
+    assert "-0.50" in told[1]
 
 
 def test_the_frame_has_one_row_a_point(content):
