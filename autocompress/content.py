@@ -52,18 +52,19 @@ def ladder_quality(short: dict[str, Outcome], full: dict[str, Outcome]) -> dict[
 
 
 def progress_point(outcomes: Sequence[Outcome], baseline: Measurement, budget: Budget, elapsed_s: float, trials: int) -> dict[str, Any]:
-    """Hypervolume (score above 0, latency up to the baseline's) and the best score within the budget, so far."""
+    """Hypervolume (score above 0 or above the worst, latency up to the baseline's) and the best score within the budget, so far."""
     points = [(o.val_score.gain, o.latency_s.median) for o in measured(list(outcomes)) if o.val_score and o.latency_s]
+    worst = min([0.0, *(gain for gain, _ in points)])
     within = [o.val_score.value for o in measured(list(outcomes)) if o.val_score and feasible(o, budget)]
     return {
         "elapsed_s": elapsed_s,
         "trials": trials,
-        "hypervolume": hypervolume(points, (0.0, baseline.median)) if points else 0.0,  # type: ignore[arg-type]
+        "hypervolume": hypervolume(points, (worst, baseline.median)) if points else 0.0,  # type: ignore[arg-type]
         "best_val": max(within) if within else None,
     }
 
 
 def front_of(outcomes: Sequence[Outcome], budget: Budget) -> list[Outcome]:
-    """With a budget the front within it; where nothing is within it, or without one, the whole front."""
+    """The front of what was measured within the budget; without a budget everything is within it."""
     within = [o for o in measured(list(outcomes)) if feasible(o, budget)]
     return pareto_front(within)

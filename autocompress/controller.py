@@ -20,18 +20,31 @@ from optuna.trial import Trial
 
 from autocompress import study as journal
 from autocompress.content import entry, feasible, front_of, ladder_quality, prediction_quality, progress_point
-from autocompress.errors import InfeasibleBudget, PolicyFailure, TooManyFailures
+from autocompress.data import sample
+from autocompress.errors import InfeasibleBudget, TooManyFailures, UsageError
 from autocompress.evaluate import score_artifact
 from autocompress.front import measured, pick
+from autocompress.graph import Graph
 from autocompress.latency import FittedLatencyModel
-from autocompress.objective import Setting, realise, untrained
+from autocompress.objective import Setting, fails_policy, realise, untrained
 from autocompress.policy import Policy
+from autocompress.preparation import limit_validation, score_baseline
 from autocompress.progress import Progress
 from autocompress.proposals import LevelSuggester, Proposal, outclassed, spread_over_latency, without_growth
-from autocompress.records import Budget, Measurement, Outcome, Prediction, Workload
+from autocompress.records import Budget, Measurement, Outcome, Prediction, Score, Workload
 from autocompress.run_folder import write_atomically
-from autocompress.schedule import Clock, Division, calibration_seconds, full_runs, full_seconds, promoted, teacher_seconds
-from autocompress.search_space import Suggest, smallest
+from autocompress.schedule import (
+    Clock,
+    Division,
+    calibration_seconds,
+    full_runs,
+    full_seconds,
+    promoted,
+    reserve_seconds,
+    teacher_seconds,
+    validation_seconds,
+)
+from autocompress.search_space import Suggest, fastest, smallest
 from autocompress.task import Task
 from autocompress.units import format_duration, format_size
 
@@ -39,9 +52,16 @@ DRAWS = 600
 FIRST_LATENCIES = 6
 WHOLE_NETWORKS = 6
 SAME_FAILURES = 3
+ASK_SHARE = 0.1
+"""Of a short run's time: how long suggestions are ruled out before a random draw takes their place."""
 MOST_RULED_OUT = 150
 """Suggestions in a row that prediction rules out before a random draw takes their place."""
 FINAL_SECONDS_EACH = 1.5
+LEAST_TEST = 256
+CURE_MARGIN = 1.02
+"""A suggested budget leaves this much room above what was measured."""
+MOST_WEIGHT_BYTES = 2**31 - 2**27
+"""An ONNX file is one protobuf message, which holds 2 GiB at most."""
 HOPE = 1.5
 """Kernels are staircases, so the smallest policy need not be the fastest: within this factor of the budget the search looks closer."""
 
@@ -59,24 +79,33 @@ class Search:
     budget: Budget
     clock: Clock
     progress: Progress
-    pairs: list[tuple[Workload, float]]
+    networks: dict[str, tuple[Workload, float]]
+    """Workload and measured seconds by the structure of a policy: what the latency model is fitted on."""
     points: list[dict[str, Any]]
+    best: Outcome | None = None
+    per_example_s: float = 0.0
+    """What the original's file takes to answer one example."""
 
     # -- prediction ---------------------------------------------------------------------------------------------
 
     def workload(self, policy: Policy) -> Workload:
-        return self.setting.graph_of(policy).workload(policy)
+        return self._graph_of(policy).workload(policy)
 
     def predict(self, policy: Policy) -> tuple[Workload, Prediction]:
         workload = self.workload(policy)
         return workload, self.model.predict(workload)
 
-    def predicted_violation(self, workload: Workload, latency_s: float) -> float:
-        """Relative excess over the budget as predicted; the file is larger than its weights by as much as the baseline's."""
+    def predicted_violation(self, workload: Workload, latency_s: float, budget: Budget | None = None) -> float:
+        """Relative excess over the budget as predicted; the file is larger than its weights by as much as the baseline's.
+
+        A network whose weights no file can hold is over every budget.
+        """
+        if workload.weight_bytes > MOST_WEIGHT_BYTES:
+            return workload.weight_bytes / MOST_WEIGHT_BYTES - 1
         baseline = self.setting.baseline
         overhead = baseline.size_bytes - self.workload(Policy()).weight_bytes
         p95 = latency_s * baseline.latency_s.p95 / baseline.latency_s.median
-        return self.budget.violation(latency_s, workload.weight_bytes + max(0, overhead), p95)
+        return (budget or self.budget).violation(latency_s, workload.weight_bytes + max(0, overhead), p95)
 
     def propose(self, suggester_seed: int, n: int) -> list[Proposal]:
         """`n` draws of the space with their predicted latency."""
@@ -85,8 +114,19 @@ class Search:
         for _ in range(n):
             suggester = LevelSuggester(generator)
             policy = self.suggest(suggester)
+            self._graph_of(policy).require_known(policy)
             proposals.append(self._proposal(policy, suggester.params))
         return proposals
+
+    def _graph_of(self, policy: Policy) -> Graph:
+        try:
+            return self.setting.graph_of(policy)
+        except KeyError:
+            known = [reference for reference in self.setting.graphs if reference is not None]
+            raise UsageError(
+                f"the space draws students of {policy.student.reference!r}, which this search does not know",
+                hint=f"name it: --student {policy.student.reference}" + (f" (given: {known[0]})" if known else ""),
+            ) from None
 
     def _proposal(self, policy: Policy, params: dict[str, Any]) -> Proposal:
         workload, prediction = self.predict(policy)
@@ -105,8 +145,10 @@ class Search:
             self._show("measuring operators", done, total)
 
         self.model.table.calibrate(self.setting.device, workloads, 0.5 * seconds, tick)
-        self.pairs.append((workloads[0], self.setting.baseline.latency_s.median))
-        self.pairs += [(self.workload(o.policy), o.latency_s.median) for o in measured(journal.outcomes(self.study)) if o.latency_s]
+        self._learn(Policy(), self.setting.baseline.latency_s.median)
+        for outcome in measured(journal.outcomes(self.study)):
+            assert outcome.latency_s is not None
+            self._learn(outcome.policy, outcome.latency_s.median)
         self._measure_whole_networks(policies, time.monotonic() + 0.5 * seconds)
 
     def _measure_whole_networks(self, policies: list[Policy], deadline: float) -> None:
@@ -117,58 +159,83 @@ class Search:
                 break
             self._show("measuring whole networks", done, len(chosen))
             self._measure_untrained(policy, f"calibration-{done}")
-        self.model.fit(self.pairs)
+        self._fit()
 
-    def _measure_untrained(self, policy: Policy, name: str) -> float | None:
-        """Upper end of the measured latency of the policy's structure; None when it cannot be built."""
+    def _learn(self, policy: Policy, seconds: float) -> None:
+        self.networks[policy.structure_digest] = (self.workload(policy), seconds)
+
+    def _fit(self) -> None:
+        self.model.fit(list(self.networks.values()))
+
+    def _measure_untrained(self, policy: Policy, name: str) -> tuple[Measurement, int] | None:
+        """Measured latency and file size of the policy's structure; None when it cannot be built."""
         folder = self.setting.models.parent / "calibration" / name
         try:
             student = untrained(self.setting, policy)
             artifact = self.setting.write(folder, student, policy)
             latency = self.setting.device.measure([folder / artifact.path], seconds_each=0.3)[0]
-        except (PolicyFailure, RuntimeError):
+        except Exception as error:
+            if not fails_policy(error):
+                raise
             return None
-        self.pairs.append((self.workload(policy), latency.median))
-        return latency.high
+        self._learn(policy, latency.median)
+        return latency, artifact.size_bytes
 
     def require_hope(self) -> None:
-        """Before anything is calibrated: raises InfeasibleBudget when the smallest policy is far over the budget. Takes seconds."""
-        policy = smallest(self.suggest)
-        high = self._measure_untrained(policy, "smallest")
-        workload = self.workload(policy)
-        if high is not None and self.predicted_violation(workload, high / HOPE) > 0:
-            raise self._infeasible(policy, workload, high)
+        """Before anything is calibrated: raises InfeasibleBudget when the ends of the space are far over a limit. Takes seconds."""
+        for budget, policy in ((self.budget.of_time, fastest(self.suggest)), (self.budget.of_size, smallest(self.suggest))):
+            if budget == Budget():
+                continue
+            found = self._measure_untrained(policy, "smallest")
+            if found is not None and budget.violation(found[0].high / HOPE, found[1], found[0].p95 / HOPE) > 0:
+                raise self._infeasible(budget, policy, *found)
 
     def require_feasible(self, proposals: list[Proposal]) -> None:
         """Raises InfeasibleBudget unless some policy can meet the budget; the fastest is measured before it says so."""
-        fastest = min(proposals, key=lambda p: p.latency_s)
-        policy = min((fastest.policy, smallest(self.suggest)), key=lambda p: self.predict(p)[1].value)
+        drawn = min(proposals, key=lambda p: p.latency_s).policy
+        policy = min((drawn, fastest(self.suggest)), key=lambda p: self.predict(p)[1].value)
         workload, prediction = self.predict(policy)
-        if self.predicted_violation(workload, prediction.low) <= 0:
+        budget = self.budget.of_time
+        if self.predicted_violation(workload, prediction.low, budget) <= 0:
             return
-        high = self._measure_untrained(policy, "fastest") or prediction.high
-        self.model.fit(self.pairs)
-        if self.predicted_violation(workload, high) <= 0:
+        found = self._measure_untrained(policy, "fastest")
+        self._fit()
+        if found is None or budget.violation(found[0].high, found[1], found[0].p95) <= 0:
             return
-        raise self._infeasible(policy, workload, high)
+        raise self._infeasible(budget, policy, *found)
 
-    def _infeasible(self, policy: Policy, workload: Workload, latency_s: float) -> InfeasibleBudget:
-        parts = sorted(self.model.explain(workload), key=lambda part: -part[1])[:3] if len(self.model.table) else []
-        binds = "; the time goes to " + ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in parts) if parts else ""
-        size = workload.weight_bytes
-        limit = format_duration(latency_s * 1.02)
-        cure = (
-            f"--budget {limit.replace(' ', '')}"
-            if self.budget.latency_s or self.budget.p95_s
-            else f"--budget {format_size(size).replace(' ', '')}"
-        )
+    def _infeasible(self, budget: Budget, policy: Policy, latency: Measurement, size_bytes: int) -> InfeasibleBudget:
+        """What is the smallest budget of this kind that works: a time, its 95th percentile, or a size."""
+        parts = sorted(self.model.explain(self.workload(policy)), key=lambda part: -part[1])[:3] if len(self.model.table) else []
+        binds = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in parts) if budget.size_bytes is None else ""
+        if budget.size_bytes is not None:
+            cure = format_size(CURE_MARGIN * size_bytes)
+        elif budget.latency_s is None:
+            cure = f"p95={format_duration(CURE_MARGIN * latency.p95)}"
+        else:
+            cure = format_duration(CURE_MARGIN * latency.high)
+        reason = f"; the time goes to {binds}" if binds else ""
         return InfeasibleBudget(
-            f"no policy of the space meets the budget ({self.budget.in_words()}): the fastest takes {format_duration(latency_s)} "
-            f"({format_size(size)} of weights; {policy.in_words()})",
-            hint=f"the smallest budget that works here is about {cure}{binds}; or use a wider space",
-            smallest_latency_s=latency_s,
-            binds=binds.removeprefix("; the time goes to "),
+            f"no policy of the space meets the budget ({self.budget.in_words()}): the {'smallest' if budget.size_bytes else 'fastest'} "
+            f"takes {format_duration(latency.high)} and {format_size(size_bytes)} ({policy.in_words()})",
+            hint=f"the smallest budget that works here is about --budget {cure.replace(' ', '')}{reason}; or use a wider space",
+            smallest_latency_s=latency.high,
+            binds=binds,
         )
+
+    def score_original(self) -> None:
+        """The original's validation score; how many examples validate a policy, and how much time the end of the search needs."""
+        whole = len(self.setting.data.val)
+        self.setting = limit_validation(self.setting, validation_seconds(self.clock), self.study.user_attrs.get("val_examples"))
+        data = self.setting.data
+        journal.remember(self.study, "val_examples", len(data.val))
+        if len(data.val) < whole:
+            self.progress.message(f"validating on {len(data.val)} of {whole} examples: all would take too much of the search's time")
+        started = time.monotonic()
+        self.setting = score_baseline(self.setting)
+        self.per_example_s = (time.monotonic() - started) / len(data.val)
+        latency = self.setting.baseline.latency_s.median
+        self.clock = self.clock.with_reserve(reserve_seconds(self.per_example_s * len(data.test), latency))
 
     def ask_teacher(self) -> None:
         """Answer the training data ahead, so that no student pays for what the others read."""
@@ -184,8 +251,8 @@ class Search:
             for proposal in spread_over_latency(proposals, FIRST_LATENCIES, self._limit()):
                 self.study.enqueue_trial(proposal.params, skip_if_exists=True)
         duplicates = 0
-        while time.monotonic() + 0.5 * division.short_each < until and not self._stop() and not self._enough():
-            trial, policy = self._ask(proposals)
+        while self._room_for_short(until, division) and not self._stop() and not self._enough():
+            trial, policy = self._ask(proposals, ASK_SHARE * division.short_each)
             twin = self._twin(policy)
             if twin is not None:
                 journal.tell_outcome(self.study, trial, twin, self._violation(twin))
@@ -198,6 +265,12 @@ class Search:
             deadline = time.monotonic() + max(1.0, division.short_each - self._overhead())
             self._evaluate(trial, policy, f"{trial.number:05d}", deadline)
 
+    def _room_for_short(self, until: float, division: Division) -> bool:
+        """Whether another short run fits; the first one always does where it leaves any time to train."""
+        if self._short_count() == 0:
+            return self.clock.left > self._overhead()
+        return time.monotonic() + 0.5 * division.short_each < until
+
     def _evaluate_unchanged(self) -> None:
         """The teacher itself in the bits that the device has kernels for: free points, and the reference of every search."""
         for bits in (8,) if 8 in self.setting.device.profile.bits else ():
@@ -209,13 +282,16 @@ class Search:
             outcome = realise(self.setting, policy, id=identity, rung="short", deadline=time.monotonic(), predicted=self.predict(policy)[1])
             self._keep(outcome)
 
-    def _ask(self, proposals: list[Proposal]) -> tuple[Trial, Policy]:
+    def _ask(self, proposals: list[Proposal], patience_s: float) -> tuple[Trial, Policy]:
         """The next policy that prediction does not rule out; what it rules out on the way costs milliseconds and is told.
 
         Ruled out is what is over the budget, and what a network that was trained already beats in latency, size and inheritance at once.
         """
         known = [self._proposal(o.policy, {}) for o in measured(journal.outcomes(self.study))]
+        until = time.monotonic() + patience_s
         for _ in range(MOST_RULED_OUT):
+            if time.monotonic() > until:
+                break
             trial = self.study.ask()
             policy = self.suggest(trial)
             proposal = self._proposal(policy, trial.params)
@@ -257,7 +333,7 @@ class Search:
         """Continue the leading policies until the time is used."""
         short = [o for o in journal.outcomes(self.study) if o.rung == "short" and o.id.isdigit()]
         done = {o.id.removesuffix("-full") for o in journal.outcomes(self.study) if o.rung == "full"}
-        within = [o for o in short if feasible(o, self.budget)] or short
+        within = [o for o in short if feasible(o, self.budget)]  # training changes no latency
         each = Division.of(self.clock.total, self._overhead()).short_each
         trials = self.task.trials
         count = full_runs(self.clock.left, each, len([o for o in within if o.id not in done]), trials)
@@ -291,6 +367,8 @@ class Search:
         """
         known: set[str] = set()
         while front := [o for o in front_of(self.outcomes(), self.budget) if o.id not in known]:
+            if known and self.clock.elapsed > self.clock.total:
+                return
             self._show("measuring the front", 0, len(front))
             paths = [self.setting.baseline.path, *(self.run / (o.artifact or "") for o in front)]
             again = self.setting.device.measure(paths, seconds_each=FINAL_SECONDS_EACH)
@@ -308,16 +386,29 @@ class Search:
         journal.record(self.study, outcome.model_copy(update={"latency_s": latency if within else slower}))
 
     def score_test(self) -> None:
-        """The one look at the test set: the baseline and the front that is reported."""
-        setting, test = self.setting, self.setting.data.test
-        front = front_of(self.outcomes(), self.budget)
+        """The one look at the test set: the baseline and the front that is reported, each once, resumed or not.
+
+        Where the whole of it would take longer than the search may, a part of it that is always the same.
+        """
+        setting, front = self.setting, front_of(self.outcomes(), self.budget)
+        left = max(0.0, self.clock.total - self.clock.elapsed)
+        affordable = int(left / max(1e-9, self.per_example_s * (1 + len(front))))
+        test = sample(setting.data.test, self.study.user_attrs.get("test_examples") or max(LEAST_TEST, affordable))
+        journal.remember(self.study, "test_examples", len(test))
         self._show("scoring the test set", 0, len(front) + 1)
-        score = score_artifact(setting.baseline.path, setting.data, test, setting.batch)
+        known = self.study.user_attrs.get("original_test_score")
+        score = Score.model_validate(known) if known else score_artifact(setting.baseline.path, setting.data, test, setting.batch)
+        journal.remember(self.study, "original_test_score", score.model_dump(mode="json"))
         self.setting = replace(setting, baseline=replace(setting.baseline, test_score=score))
         for done, outcome in enumerate(front):
             self._show("scoring the test set", done + 1, len(front) + 1)
-            score = score_artifact(self.run / (outcome.artifact or ""), setting.data, test, setting.batch)
-            journal.record(self.study, outcome.model_copy(update={"test_score": score}))
+            if outcome.test_score is None:
+                score = score_artifact(self.run / (outcome.artifact or ""), setting.data, test, setting.batch)
+                journal.record(self.study, outcome.model_copy(update={"test_score": score}))
+
+    def recall(self) -> None:
+        """Take up what a resumed search knew."""
+        self.best = pick(self.outcomes(), self.budget)
 
     # -- bookkeeping --------------------------------------------------------------------------------------------
 
@@ -376,9 +467,10 @@ class Search:
 
     def _keep(self, outcome: Outcome) -> None:
         journal.record(self.study, outcome)
+        self.best = pick(self.outcomes(), self.budget)
         if outcome.latency_s is not None:
-            self.pairs.append((self.workload(outcome.policy), outcome.latency_s.median))
-            self.model.fit(self.pairs)
+            self._learn(outcome.policy, outcome.latency_s.median)
+            self._fit()
         self.points.append(
             progress_point(
                 self.outcomes(), self.setting.baseline.latency_s, self.budget, self.clock.elapsed, journal.count_trials(self.study)
@@ -433,16 +525,15 @@ class Search:
     def _stop(self) -> bool:
         if self.clock.left <= 0:
             return True
-        best = pick(self.outcomes(), self.budget)
-        reached = best is not None and best.val_score is not None and best.val_score.value
-        return bool(self.task.target_accuracy and reached and reached >= self.task.target_accuracy)
+        if not self.task.target_accuracy or self.best is None or self.best.val_score is None:
+            return False
+        return self.best.val_score.value >= self.task.target_accuracy
 
     def _enough(self) -> bool:
         return self.task.trials is not None and self._short_count() >= self.task.trials
 
     def _show(self, phase: str, done: int, total: int | None) -> None:
-        best = pick(self.outcomes(), self.budget) if phase.startswith(("full", "short")) else None
-        words = ""
+        best, words = self.best, ""
         if best is not None and best.val_score is not None and best.latency_s is not None:
             words = f"{100 * best.val_score.value:.2f} % at {format_duration(best.latency_s.median)}"
         self.progress.update(phase=phase, done=done, total=total, best=words, seconds_left=self.clock.total - self.clock.elapsed)

@@ -157,14 +157,25 @@ def _reflect(index: Tensor, size: int) -> Tensor:
 
 
 def stratified(targets: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
-    """Indices of (rest, part) where part holds `fraction` of every class; fixed, independent of the search's seed."""
+    """Indices of (rest, part) where part holds `fraction` of every class, at least one, and leaves one; the same for every seed."""
     generator = torch.Generator().manual_seed(SPLIT_SEED)
     order = torch.randperm(len(targets), generator=generator)
     part = torch.zeros(len(targets), dtype=torch.bool)
     for label in targets.unique():
         members = order[targets[order] == label]
-        part[members[: max(1, round(fraction * len(members)))]] = True
+        part[members[: min(max(1, round(fraction * len(members))), len(members) - 1)]] = True
     return (~part).nonzero().flatten(), part.nonzero().flatten()
+
+
+def sample(split: Split, n: int) -> Split:
+    """`n` examples of a split, or all where it has no more: of each class in proportion, and always the same ones."""
+    if n >= len(split):
+        return split
+    if split.targets.dim() == 1 and not split.targets.is_floating_point():
+        _, part = stratified(split.targets, n / len(split))
+    else:
+        part = torch.randperm(len(split), generator=torch.Generator().manual_seed(SPLIT_SEED))[:n].sort().values
+    return split[part]
 
 
 def load_data(reference: str) -> Data:
@@ -217,7 +228,7 @@ def _channel_values(options: dict[str, str], key: str, default: tuple[float, ...
     return values
 
 
-def _normalised(splits: tuple[Split, Split, Split], classes: int, options: dict[str, str]) -> Data:
+def _normalised(splits: tuple[Split, Split, Split], classes: int, options: dict[str, str], *, flip: bool = True) -> Data:
     channels, height = splits[0].inputs.shape[1:3]
     mean = IMAGENET_MEAN if channels == 3 else (0.5,) * channels
     std = IMAGENET_STD if channels == 3 else (0.5,) * channels
@@ -226,7 +237,7 @@ def _normalised(splits: tuple[Split, Split, Split], classes: int, options: dict[
         classes=classes,
         mean=_channel_values(options, "mean", mean),
         std=_channel_values(options, "std", std),
-        flip=options.get("flip", "true").lower() in ("true", "1", "yes"),
+        flip=options.get("flip", str(flip)).lower() in ("true", "1", "yes"),
         shift=max(1, height // 8),
     )
 
@@ -235,6 +246,10 @@ def _known_options(options: dict[str, str], known: set[str], reference: str) -> 
     unknown = sorted(set(options) - known)
     if unknown:
         raise UsageError(f"unknown option {unknown[0]!r} of the data {reference}", hint=f"it takes {', '.join(sorted(known)) or 'none'}")
+
+
+WRITING = ("MNIST", "KMNIST")
+"""Data sets of written characters, which mirroring turns into others; `?flip=true` mirrors them all the same."""
 
 
 def _torchvision(name: str, options: dict[str, str]) -> Data:
@@ -252,7 +267,8 @@ def _torchvision(name: str, options: dict[str, str]) -> Data:
         raise UsageError(f"{name} is not in {str(root)!r}", hint=f"name its folder: torchvision:{name}?root=DIR ({error})") from None
     whole = _array_split(train)
     rest, val = stratified(whole.targets, VAL_FRACTION)
-    return _normalised((whole[rest], whole[val], _array_split(test)), len(train.classes), options)
+    splits = (whole[rest], whole[val], _array_split(test))
+    return _normalised(splits, len(train.classes), options, flip=name not in WRITING)
 
 
 def _array_split(dataset: Any) -> Split:

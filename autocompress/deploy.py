@@ -21,13 +21,13 @@ from autocompress.compress.student import build_student
 from autocompress.data import Data, Split, load_data
 from autocompress.devices import open_device
 from autocompress.errors import PolicyFailure, RunFolderError, UsageError
-from autocompress.evaluate import score_outputs
-from autocompress.export import Manifest, load_student, now, read_manifest, update_manifest, verify_bundle, write_bundle
+from autocompress.evaluate import run_file, score_outputs
+from autocompress.export import Manifest, Parity, compare, load_student, now, read_manifest, update_manifest, verify_bundle, write_bundle
 from autocompress.graph import Graph
 from autocompress.models import example_for, load_model
 from autocompress.objective import check_artifact, untrained
 from autocompress.policy import Policy
-from autocompress.preparation import prepare
+from autocompress.preparation import TEACHER_WEIGHTS, prepare
 from autocompress.proposals import LevelSuggester
 from autocompress.records import Measurement
 from autocompress.run_folder import read_front
@@ -37,8 +37,11 @@ from autocompress.units import format_duration, format_size
 from autocompress.view import Entry, Results, format_score
 
 BUNDLE = ("model.onnx", "student.safetensors", "policy.json", "manifest.json")
+OTHER_FORMATS = ("model.xml", "model.bin", "model.pt2")
 RANDOM = "random:"
 RANDOM_INPUTS = 256
+SAME_STUDENT = 0.05
+"""Relative difference of outputs, which rounding in int8 stays far below."""
 MEASURE_S = 2.0
 
 
@@ -72,12 +75,14 @@ def export_run(
     verify_bundle(source)
     _require_free(out)
     out.mkdir(parents=True, exist_ok=True)
+    for name in OTHER_FORMATS:
+        (out / name).unlink(missing_ok=True)  # an earlier export's, of another policy perhaps
     for name in BUNDLE:
         shutil.copyfile(source / name, out / name)
     if "openvino" in formats:
         _write_openvino(out)
     if "torch" in formats:
-        _write_torch(out, model)
+        _write_torch(out, model, _teacher_weights(run, results))
     before, after = open_device(results.device).measure([_baseline_file(run, results), out / BUNDLE[0]], seconds_each=MEASURE_S)
     manifest = update_manifest(out, _facts(results, entry, before, after))
     return Exported(out, manifest, results.budget.allows(after, manifest.size_bytes))
@@ -123,28 +128,58 @@ def _write_openvino(out: Path) -> None:
     openvino.save_model(openvino.convert_model(out / BUNDLE[0]), out / "model.xml", compress_to_fp16=False)
 
 
-def _write_torch(out: Path, model: nn.Module | str | None) -> None:
-    student = recreate(out, model)
-    example = tuple(torch.zeros(shape) for shape in read_manifest(out).inputs.values())
+def _teacher_weights(run: Path, results: Results) -> Path | None:
+    """The weights that the search's teacher had, where they are in a file."""
+    own = run / TEACHER_WEIGHTS
+    named = results.task.get("weights")
+    return own if own.is_file() else Path(str(named)) if named else None
+
+
+def _write_torch(out: Path, model: nn.Module | str | None, weights: Path | None) -> None:
+    student = recreate(out, model, weights=weights)
+    shapes = read_manifest(out).inputs.values()
+    generator = torch.Generator().manual_seed(0)
+    example = tuple(torch.randn(shape, generator=generator) for shape in shapes)
+    _require_same(student, out / BUNDLE[0], example)
     torch.export.save(torch.export.export(student, example), out / "model.pt2")
 
 
-def recreate(bundle: Path, model: nn.Module | str | None = None) -> fx.GraphModule:
-    """The student of a bundle, from its policy, its weights and the teacher's architecture.
+@torch.inference_mode()
+def _require_same(student: fx.GraphModule, path: Path, example: tuple[Tensor, ...]) -> None:
+    """Which channels a student keeps may depend on its teacher's weights: another teacher of the same shape gives another student."""
+    parity = compare(student(*example), run_file(path, [tensor.numpy() for tensor in example]))
+    if not parity.relative <= SAME_STUDENT:
+        raise UsageError(
+            f"the student that was re-created must answer as the file does, but differs by {100 * parity.relative:.2g} %",
+            hint="give the teacher with the weights that it had in the search: --model REF, and its weights file where the search found it",
+        )
+
+
+def recreate(bundle: Path, model: nn.Module | str | None = None, *, weights: Path | None = None) -> fx.GraphModule:
+    """The student of a bundle, from its policy, its weights and the teacher.
 
     Args:
         model: the teacher or its reference; None takes the manifest's, unless that is a user's function.
+        weights: the teacher's weights, where `model` is a reference.
     """
     manifest = read_manifest(bundle)
     policy = Policy.from_json((bundle / "policy.json").read_bytes())
     reference = policy.student.reference or model or manifest.model
     if isinstance(reference, str):
-        if model is None and not reference.startswith(("torchvision:", "timm:", "autocompress.")):
-            raise UsageError(f"the model {reference!r} is code that this command does not run by itself", hint="name it: --model REF")
-        reference = load_model(reference, classes=manifest.classes)
+        if reference != model:
+            require_harmless(reference)
+        derived = policy.student.reference is None
+        usable = weights if derived and weights is not None and weights.is_file() else None
+        reference = load_model(reference, weights=usable, classes=manifest.classes)
     example = tuple(torch.zeros(shape) for shape in manifest.inputs.values())
     student = build_student(Graph.trace(reference, example), policy)
     return load_student(bundle, fake_quantize(student, policy.quant))
+
+
+def require_harmless(reference: str) -> None:
+    """Raises UsageError for a reference that runs a user's code and comes from a file, not from the command line."""
+    if not reference.startswith(("torchvision:", "timm:", "autocompress.")):
+        raise UsageError(f"the model {reference!r} is code that this command does not run by itself", hint="name it: --model REF")
 
 
 # -- one policy, no search ------------------------------------------------------------------------------------------------
@@ -163,6 +198,8 @@ def apply_policy(
     """
     _require_free(out)
     given = Policy.from_json(_read(policy)) if not policy.startswith(RANDOM) else None
+    if given is not None and given.student.reference not in (None, model):
+        require_harmless(given.student.reference)
     seed = _seed(policy.removeprefix(RANDOM)) if given is None else 0
     loaded = load_data(data) if data is not None else _random_data(load_model(model, weights=weights), model)
     task = Task.create({
@@ -183,11 +220,17 @@ def apply_policy(
             "latency": format_duration(after.median), "original_latency": format_duration(before.median),
             "latency_s": after.median, "speedup": before.median / after.median,
             "size": format_size(artifact.size_bytes), "original_size": format_size(setting.baseline.size_bytes),
-            "agreement_with_student": f"{100 * parity.top1_agreement:.2f} % of {parity.n} decisions",
+            "agreement_with_student": _agreement(parity),
             "largest_difference": parity.relative,
             "validation": format_score(score) if score else "no data: nothing to score",
             "trained": "no: search trains, apply does not",
         }  # fmt: skip
+
+
+def _agreement(parity: Parity) -> str:
+    if parity.top1_agreement is None:
+        return f"outputs differ by {100 * parity.relative:.2g} % at most"
+    return f"{100 * parity.top1_agreement:.2f} % of {parity.n} decisions"
 
 
 def _read(path: str) -> bytes:

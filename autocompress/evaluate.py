@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,13 +31,24 @@ def score_model(model: nn.Module, data: Data, split: Split, *, batch_size: int =
     return score_outputs(outputs, split.targets, data)
 
 
-def run_artifact(path: Path, data: Data, split: Split, batch: int) -> Tensor:
-    """Outputs of an exported classifier for a whole split, run by ONNX Runtime at the deployment batch."""
+def run_file(path: Path, inputs: Sequence[np.ndarray]) -> Tensor:
+    """First output of an ONNX file for one batch of inputs, in the file's order."""
+    session = _session(path)
+    names = [node.name for node in session.get_inputs()]
+    return torch.from_numpy(session.run(None, dict(zip(names, inputs, strict=True)))[0])
+
+
+def _session(path: Path) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run_artifact(path: Path, data: Data, split: Split, batch: int) -> Tensor:
+    """Outputs of an exported classifier for a whole split, run by ONNX Runtime at the deployment batch."""
+    session = _session(path)
     name = session.get_inputs()[0].name
     outputs = [session.run(None, {name: inputs})[0][:count] for inputs, count in _full_batches(data, split, batch)]
     return torch.from_numpy(np.concatenate(outputs))

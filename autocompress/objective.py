@@ -24,7 +24,7 @@ from autocompress.compress.train import Lesson, Tick, TrainPlan, train_quantized
 from autocompress.data import Data
 from autocompress.devices.base import Device
 from autocompress.devices.timing import MOST_DRIFT
-from autocompress.errors import PolicyFailure
+from autocompress.errors import AutocompressError, PolicyFailure
 from autocompress.evaluate import run_artifact, score_outputs
 from autocompress.export import Parity, compare, require_parity, write_bundle
 from autocompress.graph import Graph
@@ -125,7 +125,9 @@ def realise(
         artifact, score = _exported(setting, student, policy, id)
         stage = "measure"
         latency = measure_beside_baseline(setting, setting.models / id / artifact.path)
-    except (PolicyFailure, RuntimeError) as error:
+    except Exception as error:  # torch, onnx, the runtime and the user's own loss and score each raise their own kinds
+        if not fails_policy(error):
+            raise
         failure = Failure(stage=stage, reason=_one_line(error))
         return Outcome(**known, failure=failure, seconds=time.monotonic() - started)
     return Outcome(
@@ -202,6 +204,11 @@ def measure_beside_baseline(setting: Setting, path: Path) -> Measurement:
 def _answers(student: fx.GraphModule, setting: Setting) -> Tensor:
     batches = setting.data.batches(setting.data.val, setting.batch_size)
     return torch.cat([student(inputs).float() for inputs, _ in batches])
+
+
+def fails_policy(error: Exception) -> bool:
+    """Whether an error is about one policy; other errors of ours and of the file system are about the task or the machine."""
+    return isinstance(error, PolicyFailure) or not isinstance(error, (AutocompressError, OSError))
 
 
 def _one_line(error: Exception) -> str:

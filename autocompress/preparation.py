@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,16 +18,16 @@ from autocompress.compress.arithmetic import best_training_device
 from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import TrainPlan, train
-from autocompress.data import Data, load_data
+from autocompress.data import Data, load_data, sample
 from autocompress.demo import LEARNING_RATE, TEACHER_EPOCHS
 from autocompress.devices import open_device
 from autocompress.devices.base import Device
-from autocompress.errors import UsageError
+from autocompress.errors import PolicyFailure, UsageError
 from autocompress.evaluate import score_artifact
 from autocompress.export import write_bundle
 from autocompress.graph import Graph
 from autocompress.models import load_model
-from autocompress.objective import Baseline, Setting
+from autocompress.objective import Baseline, Setting, fails_policy
 from autocompress.policy import Policy
 from autocompress.progress import Progress
 from autocompress.run_folder import write_atomically
@@ -32,6 +35,8 @@ from autocompress.task import Task
 
 BASELINE = "baseline"
 TEACHER_WEIGHTS = "teacher.safetensors"
+LEAST_VALIDATION = 256
+TIMED_EXAMPLES = 32
 
 
 def prepare(task: Task, run: Path, *, model: nn.Module | None = None, data: Data | None = None, device: Device | None = None) -> Setting:
@@ -41,14 +46,16 @@ def prepare(task: Task, run: Path, *, model: nn.Module | None = None, data: Data
     """
     device = device or open_device(task.device)
     data = data or load_data(task.data)
-    teacher = model or load_model(task.model, weights=Path(task.weights) if task.weights else None, classes=data.classes)
+    with torch.random.fork_rng(devices=[]):  # the same network in every process, where it has no weights of its own
+        torch.manual_seed(task.seed)
+        teacher = _own_copy(model) if model is not None else _loaded(task, data)
+        student = load_model(task.student, classes=data.classes) if task.student is not None else None
     example = data.example(task.batch)
     require_fit(teacher, data, example, task.model)
     if task.is_demo and (run / TEACHER_WEIGHTS).is_file():
         teacher.load_state_dict(load_file(run / TEACHER_WEIGHTS))
     graphs: dict[str | None, Graph] = {None: Graph.trace(teacher, (example,))}
-    if task.student is not None:
-        student = load_model(task.student, classes=data.classes)
+    if student is not None and task.student is not None:
         require_fit(student, data, example, task.student)
         graphs[task.student] = Graph.trace(student, (example,))
     models = run / "models"
@@ -68,6 +75,15 @@ def prepare(task: Task, run: Path, *, model: nn.Module | None = None, data: Data
     )
 
 
+def _own_copy(model: nn.Module) -> nn.Module:
+    """The user's module stays where it is and as it is: in training mode or not, on whichever device."""
+    return copy.deepcopy(model).cpu().eval()
+
+
+def _loaded(task: Task, data: Data) -> nn.Module:
+    return load_model(task.model, weights=Path(task.weights) if task.weights else None, classes=data.classes)
+
+
 @torch.inference_mode()
 def require_fit(model: nn.Module, data: Data, example: Tensor, reference: str) -> None:
     """Raises UsageError unless the model runs on the data and has an output for each class."""
@@ -82,9 +98,14 @@ def require_fit(model: nn.Module, data: Data, example: Tensor, reference: str) -
         ) from None
     finally:
         model.train(was_training)
+    if not isinstance(outputs, Tensor) or outputs.dim() < 1 or len(outputs) != len(example):
+        raise UsageError(
+            f"a model must return one tensor with a row for each input, but {reference} returned {_shape(outputs)}",
+            hint="wrap it in a module that returns what your loss and score read",
+        )
     if data.classes is None:
         return
-    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
+    if outputs.dim() != 2:
         raise UsageError(
             f"a classifier must return one tensor n x classes, but {reference} returned {_shape(outputs)}",
             hint="for other tasks let the data function return autocompress.Data with its own loss and score",
@@ -108,16 +129,52 @@ def _shape(outputs: object) -> str:
 
 
 def _baseline(graph: Graph, device: Device, models: Path, example: Tensor, reference: str) -> Baseline:
-    student = build_student(graph, Policy())
-    artifact = write_bundle(models / BASELINE, student.eval(), Policy(), (example,), model=reference)
-    path = models / BASELINE / artifact.path
-    return Baseline(path=path, latency_s=device.measure([path])[0], size_bytes=artifact.size_bytes)
+    with _about_the_model(reference):
+        student = build_student(graph, Policy())
+        artifact = write_bundle(models / BASELINE, student.eval(), Policy(), (example,), model=reference)
+        path = models / BASELINE / artifact.path
+        return Baseline(path=path, latency_s=device.measure([path])[0], size_bytes=artifact.size_bytes)
+
+
+@contextlib.contextmanager
+def _about_the_model(reference: str) -> Iterator[None]:
+    """What fails one policy fails the task where the policy is the unchanged model."""
+    try:
+        yield
+    except Exception as error:
+        if not fails_policy(error):
+            raise
+        what = error.message if isinstance(error, PolicyFailure) else f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UsageError(
+            f"{reference} must run on the device as it is, before anything is compressed, but: {what}",
+            hint="look at what `autocompress inspect` says of it; weights that are NaN and operators that ONNX lacks are the usual reasons",
+        ) from None
 
 
 def score_baseline(setting: Setting) -> Setting:
     """The setting with the baseline's validation score, taken from its exported file."""
-    score = score_artifact(setting.baseline.path, setting.data, setting.data.val, setting.batch)
+    with _about_the_model(setting.model_reference):
+        score = score_artifact(setting.baseline.path, setting.data, setting.data.val, setting.batch)
     return replace(setting, baseline=replace(setting.baseline, val_score=score))
+
+
+def limit_validation(setting: Setting, seconds: float, examples: int | None = None) -> Setting:
+    """The setting with as many validation examples as the original's file answers in `seconds`, or with `examples` as decided before.
+
+    Every policy of a search is scored on them: a large split run at the deployment batch would leave no time to train.
+    """
+    val = setting.data.val
+    if examples is None:
+        examples = max(LEAST_VALIDATION, int(seconds / _seconds_an_example(setting)))
+    return replace(setting, data=replace(setting.data, val=sample(val, examples)))
+
+
+def _seconds_an_example(setting: Setting) -> float:
+    few = setting.data.val[slice(0, max(setting.batch, TIMED_EXAMPLES))]
+    started = time.monotonic()
+    with _about_the_model(setting.model_reference):
+        score_artifact(setting.baseline.path, setting.data, few, setting.batch)
+    return max(1e-9, (time.monotonic() - started) / len(few))
 
 
 def train_demo_teacher(setting: Setting, run: Path, seconds: float, progress: Progress) -> Setting:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -16,9 +17,12 @@ from autocompress.policy import DistillSpec, Policy
 from autocompress.records import Workload
 
 SCATTER = 0.2
+LEAST_SHARE = 1e-3
+"""Of the limit: what is predicted to be faster than that counts as that fast, so that one absurd prediction does not take all bands."""
 USUAL: dict[str, float] = DistillSpec().model_dump()
 """Dimensions that first policies leave at their usual value, so that they differ in structure only."""
-Value = int | float
+Value = bool | int | float | str | None
+"""What Optuna takes for a parameter."""
 
 
 @dataclass
@@ -29,8 +33,12 @@ class LevelSuggester:
     params: dict[str, Value] = field(default_factory=dict)
     _levels: dict[str, float] = field(default_factory=dict)
 
-    def suggest_int(self, name: str, low: int, high: int) -> int:
-        return int(self._keep(name, low + min(high - low, math.floor(self._quantile(name) * (high - low + 1)))))
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
+        quantile = self._quantile(name)
+        if log:
+            return int(self._keep(name, min(high, round(low * (high / low) ** quantile))))
+        steps = (high - low) // step
+        return int(self._keep(name, low + step * min(steps, math.floor(quantile * (steps + 1)))))
 
     def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
         if low <= USUAL.get(name, math.inf) <= high and step is None:
@@ -43,15 +51,15 @@ class LevelSuggester:
         steps = math.floor((high - low) / step + 1e-9)
         return float(self._keep(name, min(high, low + step * min(steps, math.floor(quantile * (steps + 1))))))
 
-    def suggest_categorical(self, name: str, choices: list[int]) -> int:
-        return int(self._keep(name, choices[min(len(choices) - 1, math.floor(self._quantile(name) * len(choices)))]))
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self._keep(name, choices[min(len(choices) - 1, math.floor(self._quantile(name) * len(choices)))])
 
     def _quantile(self, name: str) -> float:
         kind = name.partition(":")[0]
         level = self._levels.setdefault(kind, float(self.generator.random()))
         return float(np.clip(level + SCATTER * self.generator.standard_normal(), 0.0, 1.0))
 
-    def _keep(self, name: str, value: Value) -> Value:
+    def _keep(self, name: str, value: Any) -> Any:
         self.params[name] = value
         return value
 
@@ -105,7 +113,7 @@ def spread_over_latency(candidates: Sequence[Proposal], n: int, limit_s: float) 
     within = [c for c in candidates if c.latency_s <= limit_s]
     if not within or n < 1:
         return []
-    fastest = min(c.latency_s for c in within)
+    fastest = max(min(c.latency_s for c in within), LEAST_SHARE * limit_s)
     steps = [(limit_s / fastest) ** (-(index + 0.5) / n) * limit_s for index in range(n)]
     chosen: dict[str, Proposal] = {}
     for index, (slowest, next_one) in enumerate(zip(steps, [*steps[1:], 0.0], strict=True)):

@@ -167,6 +167,16 @@ class Budget(Record):
         """Whether a measured artifact is within the budget."""
         return self.violation(measurement.high, size_bytes, measurement.p95) <= 0
 
+    @property
+    def of_time(self) -> Budget:
+        """Its limits on latency alone."""
+        return self.model_copy(update={"size_bytes": None})
+
+    @property
+    def of_size(self) -> Budget:
+        """Its limit on size alone."""
+        return Budget(size_bytes=self.size_bytes)
+
     def in_words(self) -> str:
         limits = []
         if self.latency_s is not None:

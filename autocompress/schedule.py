@@ -16,6 +16,7 @@ from autocompress.records import Outcome
 CALIBRATION_SHARE = 0.08
 CALIBRATION_CAP_S = 120.0
 TEACHER_SHARE = 0.08
+VALIDATION_SHARE = 0.01
 SHORT_SHARE = 0.25
 SHORT_RUNS = 12
 FULL_FACTOR = 9.0
@@ -57,6 +58,16 @@ def calibration_seconds(clock: Clock) -> float:
 
 def teacher_seconds(clock: Clock) -> float:
     return TEACHER_SHARE * clock.left
+
+
+def validation_seconds(clock: Clock) -> float:
+    """How long the original may take to answer the validation split, which every policy of the search answers too."""
+    return VALIDATION_SHARE * clock.total
+
+
+def reserve_seconds(per_test: float, latency_s: float) -> float:
+    """For the end of a search: the test split for the original and a front of faster networks, and measuring them together."""
+    return 3.0 * per_test + 12.0 + 300.0 * latency_s
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import tomllib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -35,11 +35,11 @@ from autocompress.references import call_function, nearest
 class Suggester(Protocol):
     """What `optuna.Trial` and `optuna.trial.FixedTrial` offer."""
 
-    def suggest_int(self, name: str, low: int, high: int) -> int: ...
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int: ...
 
     def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float: ...
 
-    def suggest_categorical(self, name: str, choices: list[int]) -> int: ...
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
 
 
 Suggest = Callable[[Suggester], Policy]
@@ -300,16 +300,21 @@ def spread(total: int, keep: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _Smallest:
-    """A suggester that always takes the small end (the highest ratio, the fewest bits that have a kernel)."""
+    """A suggester that always takes the small end: the highest ratio, and of bits the fewest, or those that run fastest."""
 
-    def suggest_int(self, name: str, low: int, high: int) -> int:
+    fewest_bits: bool
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
         return low
 
     def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
         return high if name.startswith("prune") else low
 
-    def suggest_categorical(self, name: str, choices: list[int]) -> int:
-        return 8 if 8 in choices else choices[-1]
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        if 8 in choices and not self.fewest_bits:
+            return 8
+        numbers = [choice for choice in choices if isinstance(choice, (int, float))]
+        return min(numbers) if len(numbers) == len(choices) else choices[-1]
 
 
 def find_suggest(space: str, graph: Graph, profile: DeviceProfile, *, reference: str | None = None) -> Suggest:
@@ -322,6 +327,11 @@ def find_suggest(space: str, graph: Graph, profile: DeviceProfile, *, reference:
     return SearchSpace.build(load_space(space), graph, profile, reference=reference).suggest
 
 
+def fastest(suggest: Suggest) -> Policy:
+    """The policy at the fast end of every dimension: the best guess at the one with the lowest latency."""
+    return suggest(_Smallest(fewest_bits=False))
+
+
 def smallest(suggest: Suggest) -> Policy:
-    """The policy at the small end of every dimension: the best guess at the fastest one."""
-    return suggest(_Smallest())
+    """The policy at the small end of every dimension: the best guess at the one with the smallest file."""
+    return suggest(_Smallest(fewest_bits=True))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.models import load_model
 from autocompress.objective import Setting
 from autocompress.policy import Policy
-from autocompress.preparation import prepare, require_fit, score_baseline, train_demo_teacher
+from autocompress.preparation import prepare, require_fit, train_demo_teacher
 from autocompress.progress import Progress, SilentProgress
 from autocompress.proposals import LevelSuggester
 from autocompress.records import Budget
@@ -196,7 +195,7 @@ def _assemble(task: Task, run: Path, setting: Setting, study: Any, clock: Clock,
         budget=task.limits.against(setting.baseline.latency_s),
         clock=clock,
         progress=progress,
-        pairs=[],
+        networks={},
         points=list(study.user_attrs.get("progress", [])),
     )
 
@@ -208,17 +207,14 @@ def _phases(search_: Search) -> None:
         search_.progress.message(f"{lost} interrupted trial(s) will be repeated")
     if forgotten := journal.forget_failures(search_.study):
         search_.progress.message(f"{forgotten} failed policies may be tried again")
+    search_.recall()
     search_.require_hope()
     search_.calibrate()
     proposals = search_.propose(task.seed + len(search_.study.get_trials(deepcopy=False)), DRAWS)
     search_.require_feasible(proposals)
     if task.is_demo:
         search_.setting = train_demo_teacher(search_.setting, search_.run, DEMO_TEACHER_SHARE * clock.total, search_.progress)
-    started = time.monotonic()
-    search_.setting = score_baseline(search_.setting)
-    data = search_.setting.data
-    per_test = (time.monotonic() - started) * len(data.test) / len(data.val)
-    search_.clock = clock.with_reserve(3.0 * per_test + 12.0)
+    search_.score_original()
     search_.ask_teacher()
     search_.short_rung(proposals)
     search_.full_rung()

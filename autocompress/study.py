@@ -15,7 +15,7 @@ from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler, TPESampler
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from autocompress.errors import RunFolderError, UsageError
 from autocompress.policy import Policy
@@ -37,13 +37,12 @@ def open_study(run: Path, task: Task, *, resume: bool, sampler: BaseSampler | No
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     path = run / DATABASE
-    if path.exists() and not resume:
+    _require_intact(path)
+    if path.exists() and not resume and not _forget_empty(path):
         raise UsageError(f"{str(run)!r} already holds a search", hint="add --resume, or choose another --out")
     if resume and not path.exists():
         raise UsageError(f"there is no search to resume in {str(run)!r}", hint="leave --resume out to start one")
-    _require_intact(path)
-    storage = optuna.storages.RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 30}})
-    study = optuna.create_study(study_name=STUDY, storage=storage, directions=["maximize", "minimize"], load_if_exists=True)
+    study = optuna.create_study(study_name=STUDY, storage=_storage(path), directions=["maximize", "minimize"], load_if_exists=True)
     _require_same_task(study, task, run)
     study.sampler = sampler or default_sampler(task.seed, len(study.get_trials(deepcopy=False)))
     return study
@@ -62,6 +61,25 @@ def writing(run: Path) -> Iterator[None]:
 def default_sampler(seed: int, trials_so_far: int) -> BaseSampler:
     """TPE; the seed depends on the trials so far, since the same seed on resume would repeat the same suggestions."""
     return TPESampler(seed=(seed * 100_003 + trials_so_far) % 2**32, n_startup_trials=8, n_ei_candidates=48)
+
+
+def _storage(path: Path) -> optuna.storages.RDBStorage:
+    return optuna.storages.RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 30}})
+
+
+def _forget_empty(path: Path) -> bool:
+    """Remove a search that ended before it had evaluated anything, as one does whose budget was refused; whether it was such a one."""
+    storage = _storage(path)
+    try:
+        empty = not outcomes(optuna.load_study(study_name=STUDY, storage=storage))
+    except KeyError:  # the study itself had not been created yet
+        empty = True
+    finally:
+        storage.engine.dispose()
+    if empty:
+        for file in path.parent.glob(f"{DATABASE}*"):
+            file.unlink()
+    return empty
 
 
 def _require_intact(path: Path) -> None:
@@ -97,10 +115,14 @@ def retire_lost_trials(study: optuna.Study) -> int:
     lost = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     for trial in lost:
         study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-        retries = int(trial.user_attrs.get("retries", 0))
-        if retries < MAX_RETRIES and trial.params:
-            study.enqueue_trial(dict(trial.params), user_attrs={"retries": retries + 1})
+        _queue_again(study, trial)
     return len(lost)
+
+
+def _queue_again(study: optuna.Study, trial: Trial | FrozenTrial) -> None:
+    retries = int(trial.user_attrs.get("retries", 0))
+    if retries < MAX_RETRIES and trial.params:
+        study.enqueue_trial(dict(trial.params), user_attrs={"retries": retries + 1})
 
 
 def record(study: optuna.Study, outcome: Outcome) -> None:
@@ -149,8 +171,9 @@ def tell_outcome(study: optuna.Study, trial: Trial, outcome: Outcome, violation:
 
 
 def abandon(study: optuna.Study, trial: Trial) -> None:
-    """A trial that was interrupted."""
+    """A trial that was interrupted: its policy waits for --resume."""
     study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+    _queue_again(study, trial)
 
 
 def count_trials(study: optuna.Study) -> int:

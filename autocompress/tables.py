@@ -19,7 +19,7 @@ WIDE, MEDIUM = 120, 90
 def front_table(results: Results, width: int = WIDE) -> Table:
     """The front (or all that was measured, when nothing is within the budget), fastest first; then the original.
 
-    `*` marks the best, `x` what is over the budget. A `width` below WIDE columns leaves out the intervals, one below
+    `*` marks the best, `x` what is over the budget, `~` a noisy latency. A `width` below WIDE columns leaves out the intervals, one below
     MEDIUM the policies in words too.
     """
     headers = ["", "id", "latency", "95 % interval", "speed-up", "validation", "test", "size", "policy"]
@@ -65,7 +65,7 @@ def _row(entry: Entry, best: bool) -> list[str]:
         entry.id,
         format_duration(latency.median),
         _interval(latency.low, latency.high),
-        f"{entry.speedup:.2f}x",
+        f"{entry.speedup:.2f}x" + (" ~" if latency.noisy else ""),
         format_score(entry.val_score),
         format_score(entry.test_score),
         format_size(entry.size_bytes),

@@ -23,6 +23,8 @@ MOST_VIEWS = 16
 LEAST_VIEWS = 4
 BATCH = 256
 TIMED_BATCHES = 4
+FEW, HOPELESS = 16, 8.0
+"""A first guess from so few inputs is off by that factor at most."""
 
 
 class Teacher:
@@ -67,6 +69,8 @@ class Teacher:
         Answering during training would charge the first students for what the later ones read. Where not even LEAST_VIEWS can be had
         in that time and kept, answers are computed as they are asked for.
         """
+        if LEAST_VIEWS * self._roughly_a_view() > HOPELESS * seconds:
+            return
         affordable = min(int(seconds / self._seconds_a_view()), self._keepable())
         if affordable < LEAST_VIEWS:
             return
@@ -76,6 +80,13 @@ class Teacher:
                 self.answers(indices, self._data.view(indices, view, self._seed), view)
             if tick is not None:
                 tick(view + 1, self.views)
+
+    def _roughly_a_view(self) -> float:
+        """From a few inputs, before more of a slow network's time is spent."""
+        few = torch.arange(min(FEW, len(self._data.train)))
+        started = time.monotonic()
+        self._answer(self._data.view(few, 0, self._seed))
+        return (time.monotonic() - started) * len(self._data.train) / len(few)
 
     def _seconds_a_view(self) -> float:
         batches = torch.arange(len(self._data.train)).split(BATCH)

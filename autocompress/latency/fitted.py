@@ -7,6 +7,7 @@ on measured networks, in relative error, pulled towards what the table says (rid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,6 +23,8 @@ CLASSES = ("conv8", "conv32", "other")
 RIDGE = 0.15
 OPERATOR_COST_S = 1e-6
 UNFITTED_SPREAD = 0.3
+UNTRACED_SPREAD = 4.0
+UNKNOWN_S = 1.0
 COVERAGE = 0.9
 LEAST_TO_FIT = 3
 
@@ -34,10 +37,21 @@ class FittedLatencyModel(LatencyModel):
         self._scales = np.array([1.0] * len(CLASSES) + [0.0])
         self._spread = UNFITTED_SPREAD
         self._errors: list[tuple[float, float]] = []
+        self._pairs: list[tuple[Workload, float]] = []
 
     def predict(self, workload: Workload) -> Prediction:
+        if not workload.operators:
+            return self._predict_whole(workload)
         value = self.table.call_overhead + float(self._features(workload) @ self._scales)
         return Prediction(value=value, low=value / (1 + self._spread), high=value * (1 + self._spread))
+
+    def _predict_whole(self, workload: Workload) -> Prediction:
+        """A network that could not be traced has no operators to add up: the measured one that is nearest in weight bytes, loosely."""
+        known = [(other.weight_bytes, seconds) for other, seconds in self._pairs if not other.operators]
+        if not known:
+            return Prediction(value=UNKNOWN_S, low=0.0, high=math.inf)
+        _, seconds = min(known, key=lambda pair: abs(pair[0] - workload.weight_bytes))
+        return Prediction(value=seconds, low=seconds / UNTRACED_SPREAD, high=seconds * UNTRACED_SPREAD)
 
     def explain(self, workload: Workload) -> list[tuple[str, float]]:
         cost = self._scales[-1] * OPERATOR_COST_S
@@ -45,6 +59,8 @@ class FittedLatencyModel(LatencyModel):
 
     def fit(self, pairs: Sequence[tuple[Workload, float]]) -> None:
         """Fit the correction, and the interval from what each pair would have been predicted without itself."""
+        self._pairs = list(pairs)
+        pairs = [(workload, seconds) for workload, seconds in pairs if workload.operators]
         if len(pairs) < LEAST_TO_FIT:
             return
         features = np.array([self._features(workload) for workload, _ in pairs])

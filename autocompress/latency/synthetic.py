@@ -15,6 +15,10 @@ OPSET, IR_VERSION = 21, 10
 SCALE, ZERO_POINT = 0.05, 0
 WEIGHT_REACH = 60
 """int8 weights stay within 7 bits, so that no processor saturates; speed does not depend on values."""
+MOST_PARAMS = 2**28
+"""Weights of an operator that is measured alone: a gigabyte in float32."""
+SAME_RANK = ("pad", "slice")
+"""Operators that keep the number of axes here; indexing that drops or adds one (`x[:, 0]`, `x[:, None]`) is interpolated."""
 ACTIVATIONS = {
     "relu": "Relu", "relu6": "Relu", "hardswish": "HardSwish", "hardsigmoid": "HardSigmoid", "sigmoid": "Sigmoid", "tanh": "Tanh",
     "gelu": "Gelu", "elu": "Elu", "leakyrelu": "LeakyRelu", "leaky_relu": "LeakyRelu", "mish": "Mish",
@@ -90,6 +94,8 @@ def build_onnx(operator: Operator) -> bytes | None:
     }  # fmt: skip
     maker = makers.get(operator.kind)
     if maker is None or not operator.inputs:
+        return None
+    if operator.params > MOST_PARAMS or (operator.kind in SAME_RANK and len(operator.inputs[0]) != len(operator.output)):
         return None
     value = maker(builder, operator)
     if operator.activation in ("relu", "relu6") and operator.kind != "activation":

@@ -23,6 +23,7 @@ from autocompress.latency.synthetic import build_onnx, empty_model
 from autocompress.records import Operator, Workload
 from autocompress.run_folder import write_atomically
 
+SCHEMA = 2
 SECONDS_EACH = 0.02
 CHUNK = 24
 NEIGHBOURS = 3
@@ -82,8 +83,7 @@ class OperatorTable:
         wanted = self._wanted(workloads)
         end, done = time.monotonic() + seconds, 0
         if wanted and not self.call_overhead:
-            shape = wanted[0].inputs[0]
-            self.call_overhead = device.measure_many([empty_model(shape)], seconds_each=5 * SECONDS_EACH)[0] or 0.0
+            self.call_overhead = device.measure_many([empty_model((1,))], seconds_each=5 * SECONDS_EACH)[0] or 0.0
         while done < len(wanted) and (time.monotonic() < end or not self._measured):
             chunk = [(operator, build_onnx(operator)) for operator in wanted[done : done + CHUNK]]
             built = [(operator, model) for operator, model in chunk if model is not None]
@@ -130,12 +130,14 @@ class OperatorTable:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         entries = [{"operator": self._operators[k].model_dump(mode="json"), "seconds": s} for k, s in self._measured.items()]
-        write_atomically(self._path, json.dumps({"schema": 1, "call_overhead_s": self.call_overhead, "entries": entries}))
+        write_atomically(self._path, json.dumps({"schema": SCHEMA, "call_overhead_s": self.call_overhead, "entries": entries}))
 
     def _load(self, path: Path) -> None:
-        """A cache that cannot be read is measured again."""
+        """A cache that cannot be read, or is of another time, is measured again."""
         try:
             content = json.loads(path.read_text())
+            if content["schema"] != SCHEMA:
+                return
             self.call_overhead = float(content["call_overhead_s"])
             for entry in content["entries"]:
                 self.record(Operator.model_validate(entry["operator"]), float(entry["seconds"]))
