@@ -1,7 +1,7 @@
 """The search itself: rule out by prediction, train shortly, train the best fully, measure the front once more.
 
-Phases: calibrate -> check that the budget can be met -> short rung (Optuna suggests, the latency model rules out) -> full rung
-(policies that lead, spread over the latencies) -> final measurement of the front and, once, the test set.
+Phases: calibrate -> check that the budget can be met -> short rung (a policy for each band of latencies, then Optuna suggests; the
+forecast rules out) -> full rung (policies that lead, spread over the latencies) -> final measurement of the front and, once, the test set.
 """
 
 from __future__ import annotations
@@ -14,24 +14,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 from optuna.trial import Trial
 
 from autocompress import study as journal
 from autocompress.content import entry, feasible, front_of, ladder_quality, prediction_quality, progress_point
 from autocompress.data import sample
-from autocompress.errors import InfeasibleBudget, TooManyFailures, UsageError
+from autocompress.errors import TooManyFailures
 from autocompress.evaluate import score_artifact
+from autocompress.forecast import BANDS, Forecast
 from autocompress.front import measured, pick
-from autocompress.graph import Graph
-from autocompress.latency import FittedLatencyModel
-from autocompress.objective import Setting, fails_policy, realise, untrained
+from autocompress.objective import Setting, realise
 from autocompress.policy import Policy
 from autocompress.preparation import limit_validation, score_baseline
 from autocompress.progress import Progress
-from autocompress.proposals import LevelSuggester, Proposal, outclassed, spread_over_latency, without_growth
-from autocompress.records import Budget, Measurement, Outcome, Prediction, Score, Workload
+from autocompress.proposals import Band, Proposal, bands, outclassed
+from autocompress.records import Budget, Measurement, Outcome, Score
 from autocompress.run_folder import write_atomically
 from autocompress.schedule import (
     Clock,
@@ -39,18 +37,16 @@ from autocompress.schedule import (
     calibration_seconds,
     full_runs,
     full_seconds,
+    pool_seconds,
     promoted,
     reserve_seconds,
     teacher_seconds,
     validation_seconds,
 )
-from autocompress.search_space import Suggest, fastest, smallest
 from autocompress.task import Task
 from autocompress.units import format_duration, format_size
 
-DRAWS = 600
-FIRST_LATENCIES = 6
-WHOLE_NETWORKS = 6
+TRIES_A_BAND = 2
 SAME_FAILURES = 3
 ASK_SHARE = 0.1
 """Of a short run's time: how long suggestions are ruled out before a random draw takes their place."""
@@ -58,12 +54,6 @@ MOST_RULED_OUT = 150
 """Suggestions in a row that prediction rules out before a random draw takes their place."""
 FINAL_SECONDS_EACH = 1.5
 LEAST_TEST = 256
-CURE_MARGIN = 1.02
-"""A suggested budget leaves this much room above what was measured."""
-MOST_WEIGHT_BYTES = 2**31 - 2**27
-"""An ONNX file is one protobuf message, which holds 2 GiB at most."""
-HOPE = 1.5
-"""Kernels are staircases, so the smallest policy need not be the fastest: within this factor of the budget the search looks closer."""
 
 
 @dataclass
@@ -72,156 +62,40 @@ class Search:
 
     task: Task
     run: Path
-    setting: Setting
-    suggest: Suggest
     study: optuna.Study
-    model: FittedLatencyModel
-    budget: Budget
+    forecast: Forecast
     clock: Clock
     progress: Progress
-    networks: dict[str, tuple[Workload, float]]
-    """Workload and measured seconds by the structure of a policy: what the latency model is fitted on."""
     points: list[dict[str, Any]]
     best: Outcome | None = None
     per_example_s: float = 0.0
     """What the original's file takes to answer one example."""
 
-    # -- prediction ---------------------------------------------------------------------------------------------
+    @property
+    def setting(self) -> Setting:
+        return self.forecast.setting
 
-    def workload(self, policy: Policy) -> Workload:
-        return self._graph_of(policy).workload(policy)
+    @setting.setter
+    def setting(self, setting: Setting) -> None:
+        self.forecast.setting = setting
 
-    def predict(self, policy: Policy) -> tuple[Workload, Prediction]:
-        workload = self.workload(policy)
-        return workload, self.model.predict(workload)
-
-    def predicted_violation(self, workload: Workload, latency_s: float, budget: Budget | None = None) -> float:
-        """Relative excess over the budget as predicted; the file is larger than its weights by as much as the baseline's.
-
-        A network whose weights no file can hold is over every budget.
-        """
-        if workload.weight_bytes > MOST_WEIGHT_BYTES:
-            return workload.weight_bytes / MOST_WEIGHT_BYTES - 1
-        baseline = self.setting.baseline
-        overhead = baseline.size_bytes - self.workload(Policy()).weight_bytes
-        p95 = latency_s * baseline.latency_s.p95 / baseline.latency_s.median
-        return (budget or self.budget).violation(latency_s, workload.weight_bytes + max(0, overhead), p95)
-
-    def propose(self, suggester_seed: int, n: int) -> list[Proposal]:
-        """`n` draws of the space with their predicted latency."""
-        generator = np.random.default_rng(suggester_seed)
-        proposals = []
-        for _ in range(n):
-            suggester = LevelSuggester(generator)
-            policy = self.suggest(suggester)
-            self._graph_of(policy).require_known(policy)
-            proposals.append(self._proposal(policy, suggester.params))
-        return proposals
-
-    def _graph_of(self, policy: Policy) -> Graph:
-        try:
-            return self.setting.graph_of(policy)
-        except KeyError:
-            known = [reference for reference in self.setting.graphs if reference is not None]
-            raise UsageError(
-                f"the space draws students of {policy.student.reference!r}, which this search does not know",
-                hint=f"name it: --student {policy.student.reference}" + (f" (given: {known[0]})" if known else ""),
-            ) from None
-
-    def _proposal(self, policy: Policy, params: dict[str, Any]) -> Proposal:
-        workload, prediction = self.predict(policy)
-        return Proposal(policy, params, workload, prediction.value, self.workload(without_growth(policy)).macs)
+    @property
+    def budget(self) -> Budget:
+        return self.forecast.budget
 
     # -- phases -------------------------------------------------------------------------------------------------
 
     def calibrate(self) -> None:
-        """Measure operators, then a few whole networks without training, so that latency can be predicted."""
-        seconds = calibration_seconds(self.clock)
-        generator = np.random.default_rng(self.task.seed)
-        policies = [self.suggest(LevelSuggester(generator)) for _ in range(64)]
-        workloads = [self.workload(Policy()), *(self.workload(policy) for policy in policies)]
+        """Learn to predict latency, for a share of the time, and from what a resumed search had measured."""
+        self.forecast.calibrate(calibration_seconds(self.clock), self.task.seed, self._show)
+        self.forecast.learn(measured(journal.outcomes(self.study)))
 
-        def tick(done: int, total: int) -> None:
-            self._show("measuring operators", done, total)
-
-        self.model.table.calibrate(self.setting.device, workloads, 0.5 * seconds, tick)
-        self._learn(Policy(), self.setting.baseline.latency_s.median)
-        for outcome in measured(journal.outcomes(self.study)):
-            assert outcome.latency_s is not None
-            self._learn(outcome.policy, outcome.latency_s.median)
-        self._measure_whole_networks(policies, time.monotonic() + 0.5 * seconds)
-
-    def _measure_whole_networks(self, policies: list[Policy], deadline: float) -> None:
-        by_latency = sorted(policies, key=lambda p: self.predict(p)[1].value)
-        chosen = [by_latency[round(i)] for i in np.linspace(0, len(by_latency) - 1, WHOLE_NETWORKS)]
-        for done, policy in enumerate(chosen):
-            if time.monotonic() > deadline and done >= 2:
-                break
-            self._show("measuring whole networks", done, len(chosen))
-            self._measure_untrained(policy, f"calibration-{done}")
-        self._fit()
-
-    def _learn(self, policy: Policy, seconds: float) -> None:
-        self.networks[policy.structure_digest] = (self.workload(policy), seconds)
-
-    def _fit(self) -> None:
-        self.model.fit(list(self.networks.values()))
-
-    def _measure_untrained(self, policy: Policy, name: str) -> tuple[Measurement, int] | None:
-        """Measured latency and file size of the policy's structure; None when it cannot be built."""
-        folder = self.setting.models.parent / "calibration" / name
-        try:
-            student = untrained(self.setting, policy)
-            artifact = self.setting.write(folder, student, policy)
-            latency = self.setting.device.measure([folder / artifact.path], seconds_each=0.3)[0]
-        except Exception as error:
-            if not fails_policy(error):
-                raise
-            return None
-        self._learn(policy, latency.median)
-        return latency, artifact.size_bytes
-
-    def require_hope(self) -> None:
-        """Before anything is calibrated: raises InfeasibleBudget when the ends of the space are far over a limit. Takes seconds."""
-        for budget, policy in ((self.budget.of_time, fastest(self.suggest)), (self.budget.of_size, smallest(self.suggest))):
-            if budget == Budget():
-                continue
-            found = self._measure_untrained(policy, "smallest")
-            if found is not None and budget.violation(found[0].high / HOPE, found[1], found[0].p95 / HOPE) > 0:
-                raise self._infeasible(budget, policy, *found)
-
-    def require_feasible(self, proposals: list[Proposal]) -> None:
-        """Raises InfeasibleBudget unless some policy can meet the budget; the fastest is measured before it says so."""
-        drawn = min(proposals, key=lambda p: p.latency_s).policy
-        policy = min((drawn, fastest(self.suggest)), key=lambda p: self.predict(p)[1].value)
-        workload, prediction = self.predict(policy)
-        budget = self.budget.of_time
-        if self.predicted_violation(workload, prediction.low, budget) <= 0:
-            return
-        found = self._measure_untrained(policy, "fastest")
-        self._fit()
-        if found is None or budget.violation(found[0].high, found[1], found[0].p95) <= 0:
-            return
-        raise self._infeasible(budget, policy, *found)
-
-    def _infeasible(self, budget: Budget, policy: Policy, latency: Measurement, size_bytes: int) -> InfeasibleBudget:
-        """What is the smallest budget of this kind that works: a time, its 95th percentile, or a size."""
-        parts = sorted(self.model.explain(self.workload(policy)), key=lambda part: -part[1])[:3] if len(self.model.table) else []
-        binds = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in parts) if budget.size_bytes is None else ""
-        if budget.size_bytes is not None:
-            cure = format_size(CURE_MARGIN * size_bytes)
-        elif budget.latency_s is None:
-            cure = f"p95={format_duration(CURE_MARGIN * latency.p95)}"
-        else:
-            cure = format_duration(CURE_MARGIN * latency.high)
-        reason = f"; the time goes to {binds}" if binds else ""
-        return InfeasibleBudget(
-            f"no policy of the space meets the budget ({self.budget.in_words()}): the {'smallest' if budget.size_bytes else 'fastest'} "
-            f"takes {format_duration(latency.high)} and {format_size(size_bytes)} ({policy.in_words()})",
-            hint=f"the smallest budget that works here is about --budget {cure.replace(' ', '')}{reason}; or use a wider space",
-            smallest_latency_s=latency.high,
-            binds=binds,
-        )
+    def propose(self) -> list[Proposal]:
+        """Policies to begin with, and to fall back on; raises InfeasibleBudget when none can meet the budget."""
+        seed = self.task.seed + len(self.study.get_trials(deepcopy=False))
+        pool = self.forecast.pool(seed, pool_seconds(self.clock))
+        self.forecast.require_feasible(pool)
+        return pool
 
     def score_original(self) -> None:
         """The original's validation score; how many examples validate a policy, and how much time the end of the search needs."""
@@ -242,17 +116,15 @@ class Search:
         seconds = teacher_seconds(self.clock)
         self.setting.teacher.prepare(seconds, lambda done, total: self._show("asking the teacher", done, total))
 
-    def short_rung(self, proposals: list[Proposal]) -> None:
-        """Train many policies a little: first the spread of proposals, then what Optuna suggests."""
+    def short_rung(self, pool: list[Proposal]) -> None:
+        """Train many policies a little: first one for each band of latencies, then what Optuna suggests."""
         self._evaluate_unchanged()
         division = Division.of(self.clock.left, self._overhead())
         until = time.monotonic() + division.short_total
-        if self._short_count() == 0:
-            for proposal in spread_over_latency(proposals, FIRST_LATENCIES, self._limit()):
-                self.study.enqueue_trial(proposal.params, skip_if_exists=True)
+        first = bands(pool, BANDS, self.forecast.latency_limit) * TRIES_A_BAND
         duplicates = 0
         while self._room_for_short(until, division) and not self._stop() and not self._enough():
-            trial, policy = self._ask(proposals, ASK_SHARE * division.short_each)
+            trial, policy = self._next(first, pool, ASK_SHARE * division.short_each)
             twin = self._twin(policy)
             if twin is not None:
                 journal.tell_outcome(self.study, trial, twin, self._violation(twin))
@@ -279,36 +151,49 @@ class Search:
                 continue
             reduced = self.setting.device.profile.reduced_range
             policy = Policy.model_validate({"quant": {"bits": bits, "reduced_range": reduced}})
-            outcome = realise(self.setting, policy, id=identity, rung="short", deadline=time.monotonic(), predicted=self.predict(policy)[1])
+            outcome = realise(
+                self.setting, policy, id=identity, rung="short", deadline=time.monotonic(), predicted=self.forecast.predict(policy)
+            )
             self._keep(outcome)
 
-    def _ask(self, proposals: list[Proposal], patience_s: float) -> tuple[Trial, Policy]:
+    def _next(self, first: list[Band], pool: list[Proposal], patience_s: float) -> tuple[Trial, Policy]:
+        """The leader of the next band in which nothing was trained yet, as predicted by now; after these, what Optuna suggests."""
+        trained = [o.latency_s.median for o in measured(journal.outcomes(self.study)) if o.latency_s is not None and o.id[0].isdigit()]
+        while first:
+            band = first.pop(0)
+            leader = band.leader(self.forecast.again(pool)) if not any(latency in band for latency in trained) else None
+            if leader is not None:
+                self.study.enqueue_trial(leader.params, skip_if_exists=True)
+                break
+        return self._ask(pool, patience_s)
+
+    def _ask(self, pool: list[Proposal], patience_s: float) -> tuple[Trial, Policy]:
         """The next policy that prediction does not rule out; what it rules out on the way costs milliseconds and is told.
 
         Ruled out is what is over the budget, and what a network that was trained already beats in latency, size and inheritance at once.
         """
-        known = [self._proposal(o.policy, {}) for o in measured(journal.outcomes(self.study))]
+        forecast = self.forecast
+        known = [forecast.proposal(o.policy, {}) for o in measured(journal.outcomes(self.study))]
         until = time.monotonic() + patience_s
         for _ in range(MOST_RULED_OUT):
             if time.monotonic() > until:
                 break
             trial = self.study.ask()
-            policy = self.suggest(trial)
-            proposal = self._proposal(policy, trial.params)
-            over_budget = self.predicted_violation(proposal.workload, self.model.predict(proposal.workload).low)
+            proposal = forecast.proposal(forecast.suggest(trial), trial.params)
+            over_budget = forecast.violation(proposal.workload, forecast.model.predict(proposal.workload).low)
             shortfall = outclassed(proposal, known)
             if over_budget <= 0 and shortfall <= 0:
-                return trial, policy
-            journal.tell_ruled_out(self.study, trial, policy, proposal.latency_s, over_budget=over_budget, outclassed=shortfall)
-        self.study.enqueue_trial(self._fallback(proposals, known).params)
+                return trial, proposal.policy
+            journal.tell_ruled_out(self.study, trial, proposal.policy, proposal.latency_s, over_budget=over_budget, outclassed=shortfall)
+        self.study.enqueue_trial(self._fallback(pool, known).params)
         trial = self.study.ask()
-        return trial, self.suggest(trial)
+        return trial, forecast.suggest(trial)
 
-    def _fallback(self, proposals: list[Proposal], known: list[Proposal]) -> Proposal:
+    def _fallback(self, pool: list[Proposal], known: list[Proposal]) -> Proposal:
         """A random draw, within the budget and not outclassed where there are such; the fastest when none is within the budget."""
-        within = [p for p in proposals if self.predicted_violation(p.workload, p.latency_s) <= 0]
+        within = self.forecast.again(pool)
         promising = [p for p in within if outclassed(p, known) <= 0] or within
-        return promising[self._short_count() % len(promising)] if promising else min(proposals, key=lambda p: p.latency_s)
+        return promising[self._short_count() % len(promising)] if promising else min(pool, key=lambda p: p.latency_s)
 
     def _evaluate(self, trial: Trial, policy: Policy, id: str, deadline: float) -> None:
         name = f"short training, policy {self._short_count() + 1}"
@@ -319,7 +204,7 @@ class Search:
                 id=id,
                 rung="short",
                 deadline=deadline,
-                predicted=self.predict(policy)[1],
+                predicted=self.forecast.predict(policy),
                 tick=lambda done: self._show(name, round(100 * done), 100),
             )
         except BaseException:
@@ -374,7 +259,7 @@ class Search:
             again = self.setting.device.measure(paths, seconds_each=FINAL_SECONDS_EACH)
             if not known:
                 self.setting = replace(self.setting, baseline=replace(self.setting.baseline, latency_s=again[0]))
-                self.budget = self.task.limits.against(again[0])
+                self.forecast.budget = self.task.limits.against(again[0])
             for outcome, latency in zip(front, again[1:], strict=True):
                 self._measured_again(outcome, latency)
             known |= {o.id for o in front}
@@ -446,7 +331,7 @@ class Search:
             "points": entries,
             "best": best.id if best is not None else None,
             "progress": self.points,
-            "prediction": prediction_quality(every) | {"held_out": self.model.held_out_error()},
+            "prediction": prediction_quality(every) | {"held_out": self.forecast.model.held_out_error()},
             "ladder": ladder_quality(
                 {o.policy.digest: o for o in every if o.rung == "short" and o.failure is None},
                 {o.policy.digest: o for o in every if o.rung == "full" and o.failure is None},
@@ -458,8 +343,8 @@ class Search:
 
     def _layers(self, policy: Policy) -> list[dict[str, Any]]:
         """Every layer with its predicted seconds in the original and in the policy's student."""
-        before = dict(self.model.explain(self.workload(Policy())))
-        after = dict(self.model.explain(self.workload(policy)))
+        forecast = self.forecast
+        before, after = (dict(forecast.model.explain(forecast.workload(p))) for p in (Policy(), policy))
         return [
             layer | {"teacher_latency_s": before.get(layer["name"]), "latency_s": after.get(layer["name"])}
             for layer in self.setting.graph_of(policy).describe(policy)
@@ -468,9 +353,7 @@ class Search:
     def _keep(self, outcome: Outcome) -> None:
         journal.record(self.study, outcome)
         self.best = pick(self.outcomes(), self.budget)
-        if outcome.latency_s is not None:
-            self._learn(outcome.policy, outcome.latency_s.median)
-            self._fit()
+        self.forecast.learn([outcome])
         self.points.append(
             progress_point(
                 self.outcomes(), self.setting.baseline.latency_s, self.budget, self.clock.elapsed, journal.count_trials(self.study)
@@ -509,11 +392,6 @@ class Search:
         if outcome.latency_s is None:
             return 1.0
         return self.budget.violation(outcome.latency_s.high, outcome.size_bytes, outcome.latency_s.p95)
-
-    def _limit(self) -> float:
-        """Latency up to which first policies are spread: the budget, else the baseline."""
-        limits = [limit for limit in (self.budget.latency_s, self.budget.p95_s) if limit is not None]
-        return min([*limits, self.setting.baseline.latency_s.median])
 
     def _short_count(self) -> int:
         return sum(o.rung == "short" and o.id.isdigit() for o in journal.outcomes(self.study))

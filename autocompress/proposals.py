@@ -1,12 +1,14 @@
-"""First policies of a search: spread over the latencies that the budget allows, each the most promising network for its latency.
+"""First policies of a search: over all latencies that the budget allows, what inherits most of the teacher.
 
 Uniform draws from a space of many dimensions all look like the average policy. Here every kind of dimension (width, depth, prune, bits)
-first draws a level, and its dimensions scatter around it, so that policies reach from barely to fully compressed.
+first draws a level, and its dimensions scatter around it, so that policies reach from barely to fully compressed; the best of these are
+then varied. What inherits most leads after little training; wider networks are for the sampler to find.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +16,15 @@ from typing import Any
 import numpy as np
 
 from autocompress.policy import DistillSpec, Policy
-from autocompress.records import Workload
+from autocompress.records import Shape, Workload
 
 SCATTER = 0.2
-LEAST_SHARE = 1e-3
-"""Of the limit: what is predicted to be faster than that counts as that fast, so that one absurd prediction does not take all bands."""
+VARIED = 1.5
+"""Dimensions that a variation changes, on average."""
+LEAST_LEFT = 1e-3
+CLEARANCE = 1.05
+LARGEST_RANGE = 1e3
+"""One absurd prediction does not stretch the bands beyond all others."""
 USUAL: dict[str, float] = DistillSpec().model_dump()
 """Dimensions that first policies leave at their usual value, so that they differ in structure only."""
 Value = bool | int | float | str | None
@@ -64,23 +70,62 @@ class LevelSuggester:
         return value
 
 
+@dataclass
+class Variation(LevelSuggester):
+    """Draws a policy again, but for one or two of its dimensions."""
+
+    parent: dict[str, Value] = field(default_factory=dict)
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
+        return int(self._inherit(name) if self._stays(name) else super().suggest_int(name, low, high, step=step, log=log))
+
+    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
+        return float(self._inherit(name) if self._stays(name) else super().suggest_float(name, low, high, step=step, log=log))
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self._inherit(name) if self._stays(name) else super().suggest_categorical(name, choices)
+
+    def _stays(self, name: str) -> bool:
+        return name in self.parent and self.generator.random() >= VARIED / len(self.parent)
+
+    def _inherit(self, name: str) -> Any:
+        return self._keep(name, self.parent[name])
+
+
 @dataclass(frozen=True)
 class Proposal:
     """A policy with the parameters that draw it, its workload, its predicted latency in seconds, and what it keeps of the teacher.
 
-    inherited_macs: multiply-accumulates that start from the teacher's weights, without added channels.
+    inheritance: share of the teacher's arithmetic that the student starts from, see `inheritance`.
     """
 
     policy: Policy
     params: dict[str, Value]
     workload: Workload
     latency_s: float
-    inherited_macs: int
+    inheritance: float
 
     @property
     def capacity(self) -> float:
         """How much the network can express, as far as its shape tells: geometric mean of arithmetic and weights."""
         return math.sqrt(max(1, self.workload.macs) * max(1, self.workload.params))
+
+
+def inheritance(student: Workload, teacher: Workload) -> float:
+    """Share of the teacher's multiply-accumulates that are left, as geometric mean over the resolutions at which it computes.
+
+    A network that keeps one stage and drops another has lost more than the sum says. `student` is without added channels.
+    """
+    left, whole = _by_resolution(student), _by_resolution(teacher)
+    shares = [max(LEAST_LEFT, left[resolution] / macs) for resolution, macs in whole.items() if macs]
+    return math.exp(sum(math.log(share) for share in shares) / len(shares)) if shares else 1.0
+
+
+def _by_resolution(workload: Workload) -> Counter[Shape]:
+    macs: Counter[Shape] = Counter()
+    for operator in workload.operators:
+        macs[operator.output[2:]] += operator.macs
+    return macs
 
 
 def without_growth(policy: Policy) -> Policy:
@@ -99,30 +144,35 @@ def outclassed(candidate: Proposal, known: Sequence[Proposal]) -> float:
     def lead(other: Proposal) -> float:
         if other.latency_s > candidate.latency_s:
             return 0.0
-        return min(1 - candidate.inherited_macs / max(1, other.inherited_macs), 1 - candidate.capacity / other.capacity)
+        return min(1 - candidate.inheritance / other.inheritance, 1 - candidate.capacity / other.capacity)
 
     return max(0.0, *(lead(other) for other in known)) if known else 0.0
 
 
-def spread_over_latency(candidates: Sequence[Proposal], n: int, limit_s: float) -> list[Proposal]:
-    """For `n` latencies inside the range up to `limit_s`, in equal ratios, what inherits most; for every second the largest too.
+@dataclass(frozen=True)
+class Band:
+    """Latencies in seconds, from above `fastest` to `slowest`."""
 
-    The ends of the range are left out: at the slow end stands the unchanged network, and nothing much at the fast one. What inherits
-    most leads after little training, what is large may lead after much.
+    fastest: float
+    slowest: float
+
+    def __contains__(self, latency_s: object) -> bool:
+        return isinstance(latency_s, float) and self.fastest < latency_s <= self.slowest
+
+    def leader(self, candidates: Sequence[Proposal]) -> Proposal | None:
+        """What inherits most of those that are predicted to lie in the band, clear of its slow end: predictions are off by some percent."""
+        members = [c for c in candidates if self.fastest < c.latency_s <= self.slowest / CLEARANCE]
+        return max(members, key=lambda c: c.inheritance, default=None)
+
+
+def bands(candidates: Sequence[Proposal], n: int, limit_s: float) -> list[Band]:
+    """`n` bands of equal ratio, slowest first, over the latencies of the candidates up to `limit_s`.
+
+    The slow end of the range is left out: there stands the unchanged network.
     """
-    within = [c for c in candidates if c.latency_s <= limit_s]
+    within = [c.latency_s for c in candidates if c.latency_s <= limit_s]
     if not within or n < 1:
         return []
-    fastest = max(min(c.latency_s for c in within), LEAST_SHARE * limit_s)
-    steps = [(limit_s / fastest) ** (-(index + 0.5) / n) * limit_s for index in range(n)]
-    chosen: dict[str, Proposal] = {}
-    for index, (slowest, next_one) in enumerate(zip(steps, [*steps[1:], 0.0], strict=True)):
-        members = [c for c in within if next_one < c.latency_s <= slowest]
-        if not members:
-            continue
-        picks = [max(members, key=lambda c: c.inherited_macs)]
-        if index % 2 == 0:
-            picks.append(max(members, key=lambda c: c.capacity))
-        for pick in picks:
-            chosen.setdefault(pick.policy.structure_digest, pick)
-    return list(chosen.values())
+    ratio = min(LARGEST_RANGE, limit_s / min(within)) ** (1 / n)
+    edges = [limit_s * ratio ** -(index + 0.5) for index in range(n)]
+    return [Band(fastest, slowest) for slowest, fastest in zip(edges, [*edges[1:], 0.0], strict=True)]

@@ -15,6 +15,8 @@ from autocompress.records import Outcome
 
 CALIBRATION_SHARE = 0.08
 CALIBRATION_CAP_S = 120.0
+POOL_SHARE = 0.02
+POOL_CAP_S = 30.0
 TEACHER_SHARE = 0.08
 VALIDATION_SHARE = 0.01
 SHORT_SHARE = 0.25
@@ -54,6 +56,11 @@ class Clock:
 
 def calibration_seconds(clock: Clock) -> float:
     return min(CALIBRATION_CAP_S, CALIBRATION_SHARE * clock.total, 0.5 * clock.left)
+
+
+def pool_seconds(clock: Clock) -> float:
+    """How long policies are drawn and predicted before the first is trained."""
+    return min(POOL_CAP_S, POOL_SHARE * clock.total)
 
 
 def teacher_seconds(clock: Clock) -> float:

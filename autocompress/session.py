@@ -16,13 +16,13 @@ import pandas as pd
 from torch import nn
 
 from autocompress import study as journal
-from autocompress.controller import DRAWS, Search
+from autocompress.controller import Search
 from autocompress.data import Data, load_data
 from autocompress.devices import open_device
 from autocompress.devices.base import Device
 from autocompress.errors import InfeasibleBudget, Terminated, UsageError
+from autocompress.forecast import Forecast
 from autocompress.graph import Graph
-from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.models import load_model
 from autocompress.objective import Setting
 from autocompress.policy import Policy
@@ -185,19 +185,10 @@ def run_search(
 
 
 def _assemble(task: Task, run: Path, setting: Setting, study: Any, clock: Clock, progress: Progress, suggest: Suggest | None) -> Search:
-    return Search(
-        task=task,
-        run=run,
-        setting=setting,
-        suggest=suggest or find_suggest(task.space, setting.graphs[task.student], setting.device.profile, reference=task.student),
-        study=study,
-        model=FittedLatencyModel(OperatorTable.for_device(setting.device)),
-        budget=task.limits.against(setting.baseline.latency_s),
-        clock=clock,
-        progress=progress,
-        networks={},
-        points=list(study.user_attrs.get("progress", [])),
-    )
+    graph, profile = setting.graphs[task.student], setting.device.profile
+    suggest = suggest or find_suggest(task.space, graph, profile, reference=task.student)
+    forecast = Forecast.start(setting, suggest, task.limits.against(setting.baseline.latency_s))
+    return Search(task, run, study, forecast, clock, progress, points=list(study.user_attrs.get("progress", [])))
 
 
 def _phases(search_: Search) -> None:
@@ -208,15 +199,14 @@ def _phases(search_: Search) -> None:
     if forgotten := journal.forget_failures(search_.study):
         search_.progress.message(f"{forgotten} failed policies may be tried again")
     search_.recall()
-    search_.require_hope()
+    search_.forecast.require_hope()
     search_.calibrate()
-    proposals = search_.propose(task.seed + len(search_.study.get_trials(deepcopy=False)), DRAWS)
-    search_.require_feasible(proposals)
+    pool = search_.propose()
     if task.is_demo:
         search_.setting = train_demo_teacher(search_.setting, search_.run, DEMO_TEACHER_SHARE * clock.total, search_.progress)
     search_.score_original()
     search_.ask_teacher()
-    search_.short_rung(proposals)
+    search_.short_rung(pool)
     search_.full_rung()
     search_.measure_front()
     search_.score_test()

@@ -172,8 +172,9 @@ def tell_outcome(study: optuna.Study, trial: Trial, outcome: Outcome, violation:
 
 def abandon(study: optuna.Study, trial: Trial) -> None:
     """A trial that was interrupted: its policy waits for --resume."""
-    study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
-    _queue_again(study, trial)
+    if not study.get_trials(deepcopy=False)[trial.number].state.is_finished():
+        study.tell(trial, state=TrialState.FAIL)
+        _queue_again(study, trial)
 
 
 def count_trials(study: optuna.Study) -> int:

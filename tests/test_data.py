@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from autocompress.data import Data, Split, load_data, shifted, stratified, subset
+from autocompress.data import Data, Split, load_data, sample, shifted, stratified, subset
 from autocompress.errors import UsageError
 
 
@@ -22,7 +22,29 @@ def test_a_stratified_part_holds_its_share_of_every_class(labels, fraction):
     rest, part = stratified(targets, fraction)
     assert sorted([*rest.tolist(), *part.tolist()]) == list(range(len(labels)))
     for label in set(labels):
-        assert int((targets[part] == label).sum()) == max(1, round(fraction * labels.count(label)))
+        count = labels.count(label)
+        assert int((targets[part] == label).sum()) == min(max(1, round(fraction * count)), count - 1)
+        assert int((targets[rest] == label).sum()) >= 1
+
+
+@pytest.mark.parametrize("n", [7, 50, 1000])
+def test_a_sample_is_always_the_same_and_of_each_class_in_proportion(n):
+    targets = torch.arange(400) % 4
+    split = Split(torch.arange(400.0).unsqueeze(1), targets)
+    taken = sample(split, n)
+    assert torch.equal(taken.inputs, sample(split, n).inputs)
+    if n >= 400:
+        assert taken is split
+    else:
+        counts = torch.bincount(taken.targets, minlength=4)
+        assert abs(len(taken) - n) <= 4
+        assert int(counts.max() - counts.min()) <= 1
+
+
+def test_a_sample_of_what_has_no_classes():
+    split = Split(torch.arange(100.0).unsqueeze(1), torch.rand(100))
+    assert len(sample(split, 30)) == 30
+    assert len(set(sample(split, 30).inputs.flatten().tolist())) == 30
 
 
 def test_splits_do_not_depend_on_the_global_seed():

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autocompress.policy import DistillSpec, Policy, PruneSpec, StudentSpec
-from autocompress.proposals import LevelSuggester, Proposal, outclassed, spread_over_latency, without_growth
+from autocompress.proposals import Band, LevelSuggester, Proposal, Variation, bands, inheritance, outclassed, without_growth
 from autocompress.records import Operator, Workload
 
 seeds = st.integers(0, 2**32 - 1)
@@ -65,44 +67,95 @@ def test_where_the_space_leaves_the_usual_out_it_is_drawn():
     assert all(5.0 <= value <= 8.0 for value in drawn)
 
 
-def proposal(name, latency, outputs, inherited=0):
+def proposal(name, latency, outputs=1, inherited=0.5):
     linear = Operator(name="l", kind="linear", inputs=((1, 4),), output=(1, outputs), params=outputs)
     policy = Policy(prune=PruneSpec(ratios={name: 0.5}))
     return Proposal(policy, {}, Workload(operators=(linear,), weight_bytes=0), latency, inherited)
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.floats(1e-4, 1), st.integers(1, 99), st.integers(0, 99)), max_size=30), st.integers(0, 6), st.floats(1e-4, 1))
-def test_the_spread_is_within_the_limit_and_without_twins(triples, n, limit):
-    candidates = [proposal(str(i), *triple) for i, triple in enumerate(triples)]
-    chosen = spread_over_latency(candidates, n, limit)
-    assert len(chosen) <= 2 * n
-    assert len({c.policy.structure_digest for c in chosen}) == len(chosen)
-    assert all(c.latency_s <= limit for c in chosen)
-    assert bool(chosen) == bool(n and any(c.latency_s <= limit for c in candidates))
-
-
-def test_each_latency_gets_the_network_that_inherits_most_and_every_second_the_largest():
-    candidates = [proposal(f"{i}", 1e-3 * 2 ** (i // 4), outputs=1 + i % 4, inherited=4 - i % 4) for i in range(32)]
-    chosen = spread_over_latency(candidates, 4, 0.128)
-    latencies = sorted({c.latency_s for c in chosen}, reverse=True)
-    assert len(latencies) == 4
-    for index, latency in enumerate(latencies):
-        kinds = {(c.workload.params, c.inherited_macs) for c in chosen if c.latency_s == latency}
-        assert kinds == ({(1, 4), (4, 1)} if index % 2 == 0 else {(1, 4)})
+@given(st.lists(st.floats(1e-4, 1), max_size=30), st.integers(0, 6), st.floats(1e-4, 1))
+def test_bands_touch_are_of_equal_ratio_and_end_below_the_limit(latencies, n, limit):
+    found = bands([proposal(str(i), latency) for i, latency in enumerate(latencies)], n, limit)
+    assert len(found) == (n if any(latency <= limit for latency in latencies) else 0)
+    for slower, faster in itertools.pairwise(found):
+        assert slower.fastest == faster.slowest <= slower.slowest
+    if len(found) > 2:
+        ratios = [slower.slowest / faster.slowest for slower, faster in itertools.pairwise(found)]
+        assert ratios == pytest.approx([ratios[0]] * len(ratios))
+        assert found[-1].fastest == 0.0
+    assert all(band.slowest <= limit for band in found)
 
 
 def test_the_slow_end_of_the_range_is_left_out():
-    candidates = [proposal(str(i), 1e-3 * 2**i, 1 + i, i) for i in range(8)]
-    chosen = [c.latency_s for c in spread_over_latency(candidates, 2, 0.128)]
-    assert chosen == [0.032, 0.002]
+    slow, fast = bands([proposal(str(i), 1e-3 * 4**i) for i in range(4)], 2, 0.064)
+    assert (slow.slowest, slow.fastest) == pytest.approx((0.064 / 8**0.5, 0.064 / 8**1.5))
+    assert fast.slowest == slow.fastest
 
 
-def test_policies_that_differ_in_distillation_only_count_once():
-    policies = [Policy(distill=DistillSpec(alpha=a)) for a in (0.1, 0.9)]
-    workload = Workload(operators=(), weight_bytes=0)
-    twins = [Proposal(policy, {}, workload, latency, 0) for policy, latency in zip(policies, (0.001, 0.1), strict=True)]
-    assert len(spread_over_latency(twins, 5, 1.0)) == 1
+def test_a_band_is_led_by_what_inherits_most_clear_of_its_slow_end():
+    band = Band(0.001, 0.002)
+    candidates = [proposal("a", 0.0012, inherited=0.3), proposal("b", 0.0018, inherited=0.5), proposal("edge", 0.00199, inherited=0.9)]
+    assert band.leader(candidates).policy == candidates[1].policy
+    assert band.leader([proposal("slow", 0.0021), proposal("fast", 0.001)]) is None
+    assert 0.002 in band
+    assert 0.001 not in band
+
+
+def conv(channels, size, name="c"):
+    shape = (1, channels, size, size)
+    return Operator(name=name, kind="conv", inputs=(shape,), output=shape, kernel=(3, 3), params=9 * channels * channels)
+
+
+def work(*operators):
+    return Workload(operators=operators, weight_bytes=0)
+
+
+def test_inheritance_is_the_geometric_mean_over_resolutions():
+    teacher = work(conv(8, 16, "a"), conv(8, 16, "b"), conv(16, 8, "c"))
+    assert inheritance(teacher, teacher) == pytest.approx(1.0)
+    assert inheritance(work(conv(8, 16, "a"), conv(16, 8, "c")), teacher) == pytest.approx(0.5**0.5)
+    assert inheritance(work(conv(8, 16, "a"), conv(8, 16, "b"), conv(8, 8, "c")), teacher) == pytest.approx(0.25**0.5)
+
+
+def test_losing_a_whole_stage_weighs_more_than_the_same_arithmetic_everywhere():
+    teacher = work(*(conv(8, size, f"{size}{i}") for size in (32, 16) for i in range(2)))
+    spread, lost = work(conv(8, 32), conv(8, 16)), work(conv(8, 32, "a"), conv(8, 32, "b"))
+    assert inheritance(lost, teacher) < 0.2 * inheritance(spread, teacher)
+    assert inheritance(work(), work()) == 1.0
+
+
+def space(suggester):
+    return [suggester.suggest_int(f"depth:{i}", 0, 9) for i in range(10)] + [
+        suggester.suggest_float(f"width:{i}", 0.5, 3.0, step=0.25) for i in range(10)
+    ]
+
+
+def test_a_variation_changes_a_few_dimensions_and_remembers_all():
+    parent = LevelSuggester(np.random.default_rng(0))
+    values, changed = space(parent), []
+    for seed in range(200):
+        child = Variation(np.random.default_rng(seed), parent=parent.params)
+        drawn = space(child)
+        assert list(child.params) == list(parent.params)
+        assert list(child.params.values()) == drawn
+        changed.append(sum(a != b for a, b in zip(values, drawn, strict=True)))
+    assert 0.5 < np.mean(changed) < 2.0
+    assert max(changed) < 10
+
+
+def test_a_variation_draws_what_its_parent_did_not_know():
+    child = Variation(np.random.default_rng(0), parent={"a": 1})
+    assert child.suggest_categorical("new", ["x", "y"]) in ("x", "y")
+
+
+def test_what_a_space_of_ones_own_may_draw():
+    suggester = LevelSuggester(np.random.default_rng(3))
+    assert suggester.suggest_categorical("kind", ["small", "large", None]) in ("small", "large", None)
+    assert suggester.suggest_categorical("share", [0.25, 0.5]) in (0.25, 0.5)
+    assert suggester.suggest_int("even", 2, 9, step=2) in (2, 4, 6, 8)
+    assert 1 <= suggester.suggest_int("log", 1, 1000, log=True) <= 1000
+    assert len(suggester.params) == 4
 
 
 def test_without_growth_keeps_what_is_narrower():
@@ -111,19 +164,19 @@ def test_without_growth_keeps_what_is_narrower():
 
 
 def test_what_is_slower_smaller_and_keeps_less_is_outclassed_by_the_smaller_difference():
-    known = [proposal("k", 0.01, outputs=100, inherited=80)]
+    known = [proposal("k", 0.01, outputs=100, inherited=0.8)]
     size = 1 - (40 * 40 / (100 * 100)) ** 0.5
-    assert outclassed(proposal("a", 0.02, outputs=40, inherited=60), known) == pytest.approx(0.25)
-    assert outclassed(proposal("b", 0.02, outputs=40, inherited=10), known) == pytest.approx(size)
+    assert outclassed(proposal("a", 0.02, outputs=40, inherited=0.6), known) == pytest.approx(0.25)
+    assert outclassed(proposal("b", 0.02, outputs=40, inherited=0.1), known) == pytest.approx(size)
 
 
 @pytest.mark.parametrize(
     ("latency", "outputs", "inherited"),
-    [(0.009, 40, 60), (0.02, 101, 60), (0.02, 40, 81), (0.01, 100, 80)],
+    [(0.009, 40, 0.6), (0.02, 101, 0.6), (0.02, 40, 0.81), (0.01, 100, 0.8)],
     ids=["faster", "larger", "nearer", "equal"],
 )
 def test_what_is_better_in_one_respect_is_not_outclassed(latency, outputs, inherited):
-    known = [proposal("k", 0.01, outputs=100, inherited=80), proposal("slow", 1.0, outputs=500, inherited=500)]
+    known = [proposal("k", 0.01, outputs=100, inherited=0.8), proposal("slow", 1.0, outputs=500, inherited=1.0)]
     assert outclassed(proposal("a", latency, outputs, inherited), known) == 0.0
 
 

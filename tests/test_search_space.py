@@ -10,7 +10,7 @@ from autocompress.errors import UsageError
 from autocompress.graph import Graph
 from autocompress.policy import Policy, StudentSpec
 from autocompress.proposals import LevelSuggester
-from autocompress.search_space import SearchSpace, SpaceSpec, find_suggest, load_space, smallest, spaces_folder, spread, stages_of
+from autocompress.search_space import SearchSpace, SpaceSpec, fastest, find_suggest, load_space, smallest, spaces_folder, spread, stages_of
 from autocompress.testing.models import tiny_resnet
 
 SHIPPED = sorted(path.stem for path in spaces_folder().glob("*.toml"))
@@ -66,6 +66,16 @@ def test_the_smallest_policy_is_the_smallest(name, graph):
     least = graph.workload(smallest(space.suggest))
     assert least.macs <= min(graph.workload(policy).macs for _, policy in draws(space))
     assert least.macs <= graph.workload(Policy()).macs
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_fastest_runs_in_int8_and_the_smallest_has_the_fewest_bits(name, graph):
+    space = SearchSpace.build(load_space(name), graph, INT8)
+    fewest = graph.workload(smallest(space.suggest)).weight_bytes
+    assert fewest <= min(graph.workload(policy).weight_bytes for _, policy in draws(space))
+    assert fewest <= graph.workload(fastest(space.suggest)).weight_bytes
+    if 8 in space.bits:
+        assert {fastest(space.suggest).quant.of(layer.name) for layer in graph.layers} == {8}
 
 
 @pytest.mark.parametrize("name", SHIPPED)

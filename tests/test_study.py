@@ -106,11 +106,12 @@ def test_a_lost_trial_that_had_drawn_nothing_is_only_failed(study):
     assert [trial.state for trial in study.trials] == [TrialState.FAIL]
 
 
-def test_an_abandoned_trial_is_failed_and_stays_so(study):
+def test_an_abandoned_trial_is_failed_once_and_its_policy_waits(study):
     trial = ask(study)
     journal.abandon(study, trial)
     journal.abandon(study, trial)
-    assert [t.state for t in study.trials] == [TrialState.FAIL]
+    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.WAITING]
+    assert ask(study).params == trial.params
 
 
 def test_the_same_seed_does_not_repeat_suggestions_after_a_resume(study, tmp_path):
@@ -152,6 +153,7 @@ def test_another_task_is_refused_with_what_differs(study, tmp_path, changes, wha
 
 
 def test_an_existing_search_is_not_overwritten_and_an_absent_one_not_resumed(study, tmp_path):
+    journal.record(study, outcome("00000"))
     with pytest.raises(UsageError, match="already holds a search"):
         journal.open_study(tmp_path, TASK, resume=False)
     with pytest.raises(UsageError, match="no search to resume"):
@@ -182,3 +184,11 @@ def test_failures_can_be_forgotten_and_nothing_else_is(study, tmp_path):
     assert journal.forget_failures(study) == 1
     assert [o.id for o in journal.outcomes(again(tmp_path))] == ["00000"]
     assert journal.forget_failures(study) == 0
+
+
+def test_a_search_that_had_evaluated_nothing_makes_room_for_another(study, tmp_path):
+    """As after a budget that nothing can meet."""
+    other = Task(model="own:net", data="own:data", budget=("20ms",))
+    begun = journal.open_study(tmp_path, other, resume=False)
+    assert begun.user_attrs["task"]["budget"] == ["20ms"]
+    assert begun.trials == []

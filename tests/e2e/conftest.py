@@ -16,7 +16,7 @@ def lean(tmp_path_factory):
         export_faster()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr("autocompress.controller.WHOLE_NETWORKS", 2)
+        patch.setattr("autocompress.forecast.WHOLE_NETWORKS", 2)
         yield
     torch.set_num_threads(threads)
 

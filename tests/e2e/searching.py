@@ -12,7 +12,7 @@ import sys
 import torch
 from tasks import SLOW_CALLS, blobs, export_faster, trained_net
 
-from autocompress import cli, controller, schedule, session, study
+from autocompress import cli, forecast, schedule, session, study
 from autocompress.controller import Search
 from autocompress.testing.devices import FakeDevice
 
@@ -37,7 +37,7 @@ def main() -> int:
 
     session.run_search, study.record = run_here, tell
     Search._overhead = lambda self: 0.2
-    schedule.SHORT_SHARE, controller.WHOLE_NETWORKS = 0.8, 2
+    schedule.SHORT_SHARE, forecast.WHOLE_NETWORKS = 0.8, 2
     own = ["search", "--model", "own:net", "--data", "own:blobs", "--search-time", "180s", "--out", sys.argv[1], *sys.argv[2:]]
     return cli.main(own)
 

@@ -1,0 +1,212 @@
+"""What can be known of policies before anything is trained: what they take on the device, and whether any can meet the budget."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+
+from autocompress.errors import InfeasibleBudget, UsageError
+from autocompress.graph import Graph
+from autocompress.latency import FittedLatencyModel, OperatorTable
+from autocompress.objective import Setting, fails_policy, untrained
+from autocompress.policy import Policy
+from autocompress.proposals import LevelSuggester, Proposal, Variation, bands, inheritance, without_growth
+from autocompress.records import Budget, Measurement, Outcome, Prediction, Workload
+from autocompress.search_space import Suggest, fastest, smallest
+from autocompress.units import format_duration, format_size
+
+LEAST_DRAWS, MOST_DRAWS = 32, 600
+GENERATIONS, CHILDREN = 8, 8
+BANDS = 8
+"""Latencies for each of which a search begins with one policy."""
+OPERATOR_DRAWS = 64
+WHOLE_NETWORKS, LEAST_NETWORKS = 6, 2
+CURE_MARGIN = 1.02
+"""A suggested budget leaves this much room above what was measured."""
+MOST_WEIGHT_BYTES = 2**31 - 2**27
+"""An ONNX file is one protobuf message, which holds 2 GiB at most."""
+HOPE = 1.5
+"""Kernels are staircases, so the smallest policy need not be the fastest: within this factor of the budget the search looks closer."""
+
+Tick = Callable[[str, int, int], None]
+"""Called with a phase, and how much of it is done out of how much."""
+
+
+@dataclass
+class Forecast:
+    """Predictions for the policies of one search; every network that is measured makes them better.
+
+    networks: workload and measured seconds by the structure of a policy: what the latency model is fitted on.
+    """
+
+    setting: Setting
+    suggest: Suggest
+    budget: Budget
+    model: FittedLatencyModel
+    networks: dict[str, tuple[Workload, float]] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, setting: Setting, suggest: Suggest, budget: Budget) -> Self:
+        """With what was measured on this device before."""
+        return cls(setting, suggest, budget, FittedLatencyModel(OperatorTable.for_device(setting.device)))
+
+    # -- of one policy --------------------------------------------------------------------------------------------
+
+    def workload(self, policy: Policy) -> Workload:
+        return self._graph_of(policy).workload(policy)
+
+    def predict(self, policy: Policy) -> Prediction:
+        return self.model.predict(self.workload(policy))
+
+    def violation(self, workload: Workload, latency_s: float, budget: Budget | None = None) -> float:
+        """Relative excess over the budget as predicted; the file is larger than its weights by as much as the baseline's.
+
+        A network whose weights no file can hold is over every budget.
+        """
+        if workload.weight_bytes > MOST_WEIGHT_BYTES:
+            return workload.weight_bytes / MOST_WEIGHT_BYTES - 1
+        baseline = self.setting.baseline
+        overhead = baseline.size_bytes - self.workload(Policy()).weight_bytes
+        p95 = latency_s * baseline.latency_s.p95 / baseline.latency_s.median
+        return (budget or self.budget).violation(latency_s, workload.weight_bytes + max(0, overhead), p95)
+
+    def proposal(self, policy: Policy, params: dict[str, Any]) -> Proposal:
+        workload = self.workload(policy)
+        kept = inheritance(self.workload(without_growth(policy)), self.workload(Policy()))
+        return Proposal(policy, params, workload, self.model.predict(workload).value, kept)
+
+    @property
+    def latency_limit(self) -> float:
+        """Seconds up to which policies are of interest: the budget, else the original's latency."""
+        limits = [limit for limit in (self.budget.latency_s, self.budget.p95_s) if limit is not None]
+        return min([*limits, self.setting.baseline.latency_s.median])
+
+    def _graph_of(self, policy: Policy) -> Graph:
+        try:
+            return self.setting.graph_of(policy)
+        except KeyError:
+            known = [reference for reference in self.setting.graphs if reference is not None]
+            raise UsageError(
+                f"the space draws students of {policy.student.reference!r}, which this search does not know",
+                hint=f"name it: --student {policy.student.reference}" + (f" (given: {known[0]})" if known else ""),
+            ) from None
+
+    # -- of the whole space -----------------------------------------------------------------------------------------
+
+    def pool(self, seed: int, seconds: float) -> list[Proposal]:
+        """Draws of the space, and variations of those that inherit most for their latency, made in about `seconds`.
+
+        Raises UsageError when the space names groups, blocks, layers or architectures that the model does not have.
+        """
+        generator, until = np.random.default_rng(seed), time.monotonic() + seconds
+        pool = [self._draw(LevelSuggester(generator)) for _ in range(LEAST_DRAWS)]
+        while len(pool) < MOST_DRAWS and time.monotonic() < until:
+            pool.append(self._draw(LevelSuggester(generator)))
+        for _ in range(GENERATIONS):
+            leaders = [band.leader(pool) for band in bands(pool, BANDS, self.latency_limit)]
+            for parent in [leader for leader in leaders if leader is not None] * CHILDREN:
+                if time.monotonic() > until:
+                    return pool
+                pool.append(self._draw(Variation(generator, parent=parent.params)))
+        return pool
+
+    def _draw(self, suggester: LevelSuggester) -> Proposal:
+        policy = self.suggest(suggester)
+        self._graph_of(policy).require_known(policy)
+        return self.proposal(policy, suggester.params)
+
+    def again(self, pool: Sequence[Proposal]) -> list[Proposal]:
+        """The pool with latencies as they are predicted by now, without what is over the budget."""
+        now = [Proposal(p.policy, p.params, p.workload, self.model.predict(p.workload).value, p.inheritance) for p in pool]
+        return [p for p in now if self.violation(p.workload, p.latency_s) <= 0]
+
+    # -- learning from the device -------------------------------------------------------------------------------------
+
+    def learn(self, outcomes: Sequence[Outcome]) -> None:
+        """Fit the latency model to what has been measured of these, beside what it knew."""
+        for outcome in outcomes:
+            if outcome.latency_s is not None:
+                self._note(outcome.policy, outcome.latency_s.median)
+        self.model.fit(list(self.networks.values()))
+
+    def calibrate(self, seconds: float, seed: int, tick: Tick) -> None:
+        """Measure operators, then a few whole networks without training."""
+        until, generator = time.monotonic() + seconds, np.random.default_rng(seed)
+        policies = [self.suggest(LevelSuggester(generator)) for _ in range(OPERATOR_DRAWS)]
+        workloads = [self.workload(Policy()), *(self.workload(policy) for policy in policies)]
+        self.model.table.calibrate(
+            self.setting.device, workloads, 0.5 * seconds, lambda done, total: tick("measuring operators", done, total)
+        )
+        self._note(Policy(), self.setting.baseline.latency_s.median)
+        by_latency = sorted(policies, key=lambda p: self.predict(p).value)
+        chosen = [by_latency[round(i)] for i in np.linspace(0, len(by_latency) - 1, WHOLE_NETWORKS)]
+        for done, policy in enumerate(chosen):
+            if time.monotonic() > until and done >= LEAST_NETWORKS:
+                break
+            tick("measuring whole networks", done, len(chosen))
+            self._measure_untrained(policy, f"calibration-{done}")
+        self.learn([])
+
+    def _note(self, policy: Policy, seconds: float) -> None:
+        self.networks[policy.structure_digest] = (self.workload(policy), seconds)
+
+    def _measure_untrained(self, policy: Policy, name: str) -> tuple[Measurement, int] | None:
+        """Measured latency and file size of the policy's structure; None when it cannot be built."""
+        folder = self.setting.models.parent / "calibration" / name
+        try:
+            student = untrained(self.setting, policy)
+            artifact = self.setting.write(folder, student, policy)
+            latency = self.setting.device.measure([folder / artifact.path], seconds_each=0.3)[0]
+        except Exception as error:
+            if not fails_policy(error):
+                raise
+            return None
+        self._note(policy, latency.median)
+        return latency, artifact.size_bytes
+
+    # -- whether the budget can be met -----------------------------------------------------------------------------
+
+    def require_hope(self) -> None:
+        """Before anything is calibrated: raises InfeasibleBudget when the ends of the space are far over a limit. Takes seconds."""
+        for budget, policy in ((self.budget.of_time, fastest(self.suggest)), (self.budget.of_size, smallest(self.suggest))):
+            if budget == Budget():
+                continue
+            found = self._measure_untrained(policy, "smallest")
+            if found is not None and budget.violation(found[0].high / HOPE, found[1], found[0].p95 / HOPE) > 0:
+                raise self._infeasible(budget, policy, *found)
+
+    def require_feasible(self, pool: Sequence[Proposal]) -> None:
+        """Raises InfeasibleBudget unless some policy can meet the limits on time; the fastest is measured before it says so."""
+        drawn = min(pool, key=lambda p: p.latency_s).policy
+        policy = min((drawn, fastest(self.suggest)), key=lambda p: self.predict(p).value)
+        budget, workload = self.budget.of_time, self.workload(policy)
+        if self.violation(workload, self.model.predict(workload).low, budget) <= 0:
+            return
+        found = self._measure_untrained(policy, "fastest")
+        self.learn([])
+        if found is None or budget.violation(found[0].high, found[1], found[0].p95) <= 0:
+            return
+        raise self._infeasible(budget, policy, *found)
+
+    def _infeasible(self, budget: Budget, policy: Policy, latency: Measurement, size_bytes: int) -> InfeasibleBudget:
+        """With the smallest budget of this kind that works: a time, its 95th percentile, or a size."""
+        parts = sorted(self.model.explain(self.workload(policy)), key=lambda part: -part[1])[:3] if len(self.model.table) else []
+        binds = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in parts) if budget.size_bytes is None else ""
+        if budget.size_bytes is not None:
+            cure = format_size(CURE_MARGIN * size_bytes)
+        elif budget.latency_s is None:
+            cure = f"p95={format_duration(CURE_MARGIN * latency.p95)}"
+        else:
+            cure = format_duration(CURE_MARGIN * latency.high)
+        reason = f"; the time goes to {binds}" if binds else ""
+        return InfeasibleBudget(
+            f"no policy of the space meets the budget ({self.budget.in_words()}): the {'smallest' if budget.size_bytes else 'fastest'} "
+            f"takes {format_duration(latency.high)} and {format_size(size_bytes)} ({policy.in_words()})",
+            hint=f"the smallest budget that works here is about --budget {cure.replace(' ', '')}{reason}; or use a wider space",
+            smallest_latency_s=latency.high,
+            binds=binds,
+        )
