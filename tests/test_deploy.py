@@ -4,15 +4,17 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from autocompress import deploy
 from autocompress.compress.student import build_student
 from autocompress.deploy import apply_policy, export_run, measure_reference, recreate
 from autocompress.errors import RunFolderError, UsageError
+from autocompress.evaluate import run_file
 from autocompress.export import read_manifest, update_manifest, write_bundle
 from autocompress.graph import Graph
-from autocompress.policy import Policy, PruneSpec
+from autocompress.policy import Policy, PruneSpec, StudentSpec
 from autocompress.testing.devices import FakeDevice
 
 MODEL = "autocompress.testing.models:tiny_resnet"
@@ -34,9 +36,11 @@ def made(tmp_path_factory):
     from autocompress.testing.models import tiny_resnet
 
     run = tmp_path_factory.mktemp("made")
-    graph = Graph.trace(tiny_resnet(), EXAMPLE)
-    group = next(group.name for group in graph.groups if group.prunable)
-    policy = Policy(prune=PruneSpec(ratios={group: 0.5}))
+    teacher = tiny_resnet()
+    save_file({key: value.contiguous() for key, value in teacher.state_dict().items()}, run / "teacher.safetensors")
+    graph = Graph.trace(teacher.eval(), EXAMPLE)
+    streams = [group.name for group in graph.groups if group.prunable and group.stream]
+    policy = Policy(prune=PruneSpec(ratios=dict.fromkeys(streams, 0.5)))
     for name, chosen in (("baseline", Policy()), ("00000", policy)):
         write_bundle(run / "models" / name, build_student(graph, chosen).eval(), chosen, EXAMPLE, model=MODEL, classes=10)
     device = FakeDevice()
@@ -97,7 +101,35 @@ def test_a_torch_program_computes_the_same(run, tmp_path):
     program = torch.export.load(out / "model.pt2").module()
     x = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
-        torch.testing.assert_close(program(x), recreate(out, MODEL)(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(program(x), run_file(out / "model.onnx", [x.numpy()]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_of_another_teacher_is_not_passed_off_as_the_same(run, tmp_path):
+    """Zero-padded shortcuts: which channels stay depends on the teacher's weights."""
+    from autocompress.testing.models import tiny_resnet
+
+    refused = 0
+    for seed in range(4):
+        torch.manual_seed(100 + seed)
+        other = tiny_resnet().eval()
+        try:
+            out = export_run(run, out=tmp_path / f"out{seed}", formats=("onnx", "torch"), model=other).folder
+        except UsageError as error:
+            assert "must answer as the file does" in error.message
+            refused += 1
+            continue
+        x = torch.randn(1, 3, 16, 16)
+        program = torch.export.load(out / "model.pt2").module()
+        torch.testing.assert_close(program(x).detach(), run_file(out / "model.onnx", [x.numpy()]), rtol=1e-4, atol=1e-5)
+    assert refused
+
+
+def test_an_export_leaves_no_other_policys_formats(run, tmp_path):
+    out = export_run(run, out=tmp_path / "out").folder
+    for name in ("model.xml", "model.bin", "model.pt2"):
+        (out / name).write_text("of an earlier export")
+    export_run(run, out=out)
+    assert {path.name for path in out.iterdir()} == set(deploy.BUNDLE)
 
 
 @pytest.mark.parametrize("artifact", ["../../etc/passwd", "/etc/passwd", None])
@@ -131,6 +163,20 @@ def test_code_that_a_folder_names_is_not_run(run):
     with pytest.raises(UsageError, match="code that this command does not run") as caught:
         recreate(bundle)
     assert "--model" in caught.value.hint
+
+
+def test_code_that_a_policy_file_names_is_not_run(tmp_path):
+    path = tmp_path / "policy.json"
+    path.write_bytes(Policy(student=StudentSpec(reference="evil.py:build")).to_json().encode())
+    with pytest.raises(UsageError, match="code that this command does not run"):
+        apply_policy(MODEL, policy=str(path), out=tmp_path / "out")
+
+
+def test_a_student_of_another_architecture_is_not_the_given_teacher(run):
+    bundle = run / "models" / "00000"
+    (bundle / "policy.json").write_bytes(Policy(student=StudentSpec(reference="evil.py:build")).to_json().encode())
+    with pytest.raises(UsageError, match="code that this command does not run"):
+        recreate(bundle, MODEL)
 
 
 def test_a_student_is_made_again_from_a_module(run):

@@ -1,0 +1,114 @@
+"""What can be known before training: budgets that nothing meets, with cures that work; spaces that do not fit."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from tasks import SLOW_CALLS, Diary, Net
+from torch import nn
+
+from autocompress.errors import InfeasibleBudget, UsageError
+from autocompress.forecast import Forecast
+from autocompress.latency import FittedLatencyModel, OperatorTable
+from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
+from autocompress.preparation import prepare
+from autocompress.proposals import bands
+from autocompress.records import Budget, Workload
+from autocompress.search_space import find_suggest
+from autocompress.session import run_search
+from autocompress.task import Task
+from autocompress.testing.devices import FakeDevice
+
+TASK = Task(model="own:net", data="own:blobs", search_time="60s")
+
+
+@pytest.fixture(scope="module")
+def setting(net, data, tmp_path_factory):
+    return prepare(TASK, tmp_path_factory.mktemp("forecast") / "run", model=net, data=data, device=FakeDevice(SLOW_CALLS))
+
+
+def forecast(setting, budget=(), suggest=None, space="default") -> Forecast:
+    suggest = suggest or find_suggest(space, setting.graphs[None], setting.device.profile)
+    limits = (Budget.parse(budget) if budget else Budget()).against(setting.baseline.latency_s)
+    return Forecast(setting, suggest, limits, FittedLatencyModel(OperatorTable()))
+
+
+@pytest.mark.parametrize(
+    ("budget", "kind"),
+    [("1us", r"[\d.]+ ?[mu]s"), ("p95=1us", r"p95=[\d.]+ ?[mu]s"), ("100B", r"[\d.]+ ?k?B"), ("1s,100B", r"[\d.]+ ?k?B")],
+)
+@pytest.mark.parametrize("space", ["default", "quantize"])
+def test_the_cure_of_a_budget_that_nothing_meets_is_of_its_kind_and_works(setting, budget, kind, space):
+    with pytest.raises(InfeasibleBudget, match="no policy of the space meets the budget") as caught:
+        forecast(setting, budget, space=space).require_hope()
+    cure = re.search(rf"--budget ({kind})(;|$)", caught.value.hint)
+    assert cure, caught.value.hint
+    forecast(setting, cure[1], space=space).require_hope()
+
+
+def test_a_size_is_judged_by_the_fewest_bits(setting):
+    """Storage of 4 bits is smaller than int8, which is what runs fastest."""
+    int8 = setting.baseline.size_bytes * 0.5
+    forecast(setting, f"{int8 / 1e3:.1f}kB", space="quantize").require_hope()
+
+
+def test_without_a_budget_nothing_is_refused(setting):
+    forecast(setting).require_hope()
+
+
+def test_the_pool_is_bred_towards_what_inherits_most(setting):
+    found = forecast(setting, "0.9x")
+    found.calibrate(5.0, 0, lambda *_: None)
+    pool = found.pool(0, 60.0)
+    assert len(pool) > 600, "variations follow the draws"
+    gains = []
+    for band in bands(pool, 8, found.latency_limit):
+        drawn, bred = (band.leader(part) for part in (pool[:600], pool))
+        if drawn is not None:
+            gains.append(bred.inheritance - drawn.inheritance)
+    assert min(gains) >= 0
+    assert max(gains) > 0
+    assert all(p.latency_s <= found.budget.latency_s for p in found.again(pool))
+
+
+def test_a_pool_keeps_to_its_time_and_is_never_empty(setting):
+    assert len(forecast(setting).pool(0, 0.0)) == 32
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (Policy(prune=PruneSpec(ratios={"cnv": 0.5})), "channel group 'cnv'"),
+        (Policy(quant=QuantSpec(layers={"nothing": 8})), "layer 'nothing'"),
+        (Policy(student=StudentSpec(reference="torchvision:resnet18")), "'torchvision:resnet18', which this search does not know"),
+    ],
+)
+def test_a_space_of_ones_own_that_names_what_is_not_there_is_refused_before_training(setting, policy, message):
+    with pytest.raises(UsageError, match=message):
+        forecast(setting, suggest=lambda trial: policy).pool(0, 1.0)
+
+
+def test_weights_that_no_file_can_hold_are_over_every_budget(setting):
+    huge = Workload(operators=(), weight_bytes=2**31)
+    assert forecast(setting).violation(huge, 1e-9) > 0
+
+
+def test_a_network_that_cannot_be_traced_is_searched_all_the_same(data, tmp_path, monkeypatch):
+    """On a device of which nothing is known yet."""
+
+    class Untraceable(Net):
+        def forward(self, x):
+            return super().forward(x if float(x.sum()) > 1e9 else x * 1.0)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("autocompress.schedule.FULL_FACTOR", 0.1)
+    torch.manual_seed(0)
+    model: nn.Module = Untraceable().eval()
+    diary = Diary()
+    result = run_search(
+        TASK.model_copy(update={"trials": 2}), tmp_path / "run", model=model, data=data, device=FakeDevice(SLOW_CALLS), progress=diary
+    )
+    assert [entry["id"] for entry in result.content["points"]]
+    assert all(entry["latency_s"]["median"] > 0 for entry in result.content["points"])

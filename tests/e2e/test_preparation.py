@@ -1,0 +1,114 @@
+"""From a user's module and data to a setting: what is copied, what is refused, what one policy's failure is."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from tasks import SLOW_CALLS, Net
+from torch import nn
+
+from autocompress.data import Data, Split
+from autocompress.errors import DeviceUnavailable, UsageError
+from autocompress.objective import realise
+from autocompress.policy import Policy, QuantSpec
+from autocompress.preparation import limit_validation, prepare, score_baseline
+from autocompress.task import Task
+from autocompress.testing.devices import FakeDevice
+
+TASK = Task(model="own:net", data="own:blobs")
+INT8 = Policy(quant=QuantSpec(bits=8))
+
+
+def ready(net, data, run, device=None):
+    return prepare(TASK, run, model=net, data=data, device=device or FakeDevice(SLOW_CALLS))
+
+
+def realised(setting):
+    return realise(setting, INT8, id="00000", rung="short", deadline=time.monotonic(), predicted=None)
+
+
+def test_a_module_in_training_mode_is_copied_and_left_as_it_is(net, data, tmp_path):
+    own = copy.deepcopy(net).train()
+    before = {key: value.clone() for key, value in own.state_dict().items()}
+    setting = ready(own, data, tmp_path / "run")
+    indices = torch.arange(32)
+    inputs = data.view(indices, 0)
+    answers = setting.teacher.answers(indices, inputs, 0)
+    with torch.no_grad():
+        assert torch.allclose(answers.outputs, copy.deepcopy(own).eval()(inputs), atol=0.1), "running statistics, not the batch's"
+    assert own.training
+    assert all(torch.equal(before[key], value) for key, value in own.state_dict().items())
+
+
+@pytest.mark.parametrize("outputs", [lambda y: (y, y), lambda y: {"logits": y}, lambda y: y.sum()], ids=["tuple", "dict", "scalar"])
+def test_a_model_must_return_one_tensor_with_a_row_an_input(data, tmp_path, outputs):
+    class Several(Net):
+        def forward(self, x):
+            return outputs(super().forward(x))
+
+    own = replace(data, classes=None, loss=lambda a, b: a.sum(), score=lambda a, b: 0.0)
+    with pytest.raises(UsageError, match="one tensor with a row for each input"):
+        ready(Several().eval(), own, tmp_path / "run")
+
+
+def test_weights_that_are_not_numbers_are_the_models_fault(net, data, tmp_path):
+    broken = copy.deepcopy(net)
+    nn.init.constant_(broken.head.weight, float("nan"))
+    with pytest.raises(UsageError, match=r"own:net must run on the device as it is.*finite"):
+        score_baseline(ready(broken, data, tmp_path / "run"))
+
+
+def test_a_device_that_cannot_run_the_original_says_so(net, data, tmp_path):
+    with pytest.raises(UsageError, match="own:net must run on the device as it is"):
+        ready(net, data, tmp_path / "run", FakeDevice(failures={0: ValueError("no such operator")}))
+    with pytest.raises(DeviceUnavailable):
+        ready(net, data, tmp_path / "run", FakeDevice(failures={0: DeviceUnavailable("gone")}))
+
+
+@pytest.mark.parametrize("error", [ValueError("no kernel"), KeyError("axes"), TypeError("none")])
+def test_whatever_one_policy_raises_is_its_failure(net, data, tmp_path, error):
+    outcome = realised(ready(net, data, tmp_path / "run", FakeDevice(SLOW_CALLS, failures={1: error})))
+    assert (outcome.failure.stage, outcome.failure.reason.split(":")[0]) == ("measure", type(error).__name__)
+
+
+def test_a_score_of_ones_own_that_raises_is_a_failure_too(net, data, tmp_path):
+    def score(outputs, targets):
+        raise ValueError("bins must increase")
+
+    own = replace(data, loss=nn.functional.cross_entropy, score=score)
+    outcome = realised(ready(net, own, tmp_path / "run"))
+    assert outcome.failure.reason == "ValueError: bins must increase"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), DeviceUnavailable("gone")])
+def test_what_is_about_the_machine_ends_the_search(net, data, tmp_path, error):
+    setting = ready(net, data, tmp_path / "run", FakeDevice(SLOW_CALLS, failures={1: error}))
+    with pytest.raises(type(error)):
+        realised(setting)
+
+
+def test_validation_is_cut_to_the_time_that_there_is_and_the_cut_is_kept(net, data, tmp_path):
+    many = replace(data, val=Split(data.train.inputs.repeat(8, 1, 1, 1), data.train.targets.repeat(8)))
+    setting = ready(net, many, tmp_path / "run")
+    assert limit_validation(setting, seconds=1e6).data.val is many.val
+    short = limit_validation(setting, seconds=1e-6).data.val
+    assert len(short) == 256
+    again = limit_validation(setting, seconds=1e6, examples=len(short)).data.val
+    assert torch.equal(again.inputs, short.inputs)
+
+
+def test_the_same_random_network_in_every_process(tmp_path):
+    """A student's architecture has no weights; which channels it keeps must not change on --resume."""
+    inputs = torch.randn(40, 3, 32, 32)
+    data = Data(*(Split(inputs, torch.arange(40) % 10) for _ in range(3)), classes=10)
+    task = Task(model="torchvision:resnet18", data="own:blobs", student="torchvision:shufflenet_v2_x0_5", seed=3)
+    states = []
+    for attempt in range(2):
+        torch.manual_seed(attempt)
+        setting = prepare(task, tmp_path / f"run{attempt}", data=data, device=FakeDevice(SLOW_CALLS))
+        states.append(setting.graphs[task.student].module.state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
