@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from autocompress.cli import main
+from autocompress.policy import Policy
+from autocompress.records import Outcome, Score
 from autocompress.run_folder import locked
 from autocompress.task import Task
 
@@ -155,10 +157,11 @@ def test_a_run_folder_in_use(place, capsys):
 @pytest.fixture
 def run(place):
     """A folder that holds a search of another task."""
-    from autocompress.study import open_study
+    from autocompress.study import open_study, record
 
     Path("run").mkdir()
-    open_study(Path("run"), Task(model="own.py:ten", data="digits", seed=1), resume=False)
+    study = open_study(Path("run"), Task(model="own.py:ten", data="digits", seed=1), resume=False)
+    record(study, Outcome(id="int8", policy=Policy(), rung="short", val_score=Score(value=0.5)))
     return Path("run")
 
 
