@@ -33,8 +33,9 @@ def entry(outcome: Outcome, baseline: Baseline, budget: Budget, layers: list[dic
 
 
 def prediction_quality(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Predicted against measured latency of all measured policies, as predicted before they were measured."""
-    pairs = [(o.predicted_latency_s.value, o.latency_s.median) for o in measured(list(outcomes)) if o.predicted_latency_s and o.latency_s]
+    """Predicted against measured latency of all measured structures, as predicted before they were measured for the first time."""
+    first = {o.policy.structure_digest: o for o in reversed(measured(list(outcomes)))}.values()
+    pairs = [(o.predicted_latency_s.value, o.latency_s.median) for o in first if o.predicted_latency_s and o.latency_s]
     errors = [abs(predicted / actual - 1) for predicted, actual in pairs]
     return {
         "n": len(pairs),

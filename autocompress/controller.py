@@ -54,6 +54,8 @@ MOST_RULED_OUT = 150
 """Suggestions in a row that prediction rules out before a random draw takes their place."""
 FINAL_SECONDS_EACH = 1.5
 LEAST_TEST = 256
+GUESSING = 1.5
+"""Times the accuracy of guessing that an original has to reach to look trained."""
 
 
 @dataclass
@@ -108,6 +110,11 @@ class Search:
         started = time.monotonic()
         self.setting = score_baseline(self.setting)
         self.per_example_s = (time.monotonic() - started) / len(data.val)
+        score = self.setting.baseline.val_score
+        if data.classes and score is not None and score.value < GUESSING / data.classes:
+            self.progress.message(
+                f"the original scores {100 * score.value:.1f} %, hardly more than guessing: was it trained? --weights FILE"
+            )
         latency = self.setting.baseline.latency_s.median
         self.clock = self.clock.with_reserve(reserve_seconds(self.per_example_s * len(data.test), latency))
 

@@ -7,8 +7,9 @@ failure; it never ends the search.
 from __future__ import annotations
 
 import math
+import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +36,7 @@ from autocompress.run_folder import write_atomically
 FLOAT_WEIGHTS = "float.safetensors"
 DRIFT_RETRIES = 3
 DRIFT_PAUSE_S = 2.0
+LATELY = 7
 Rung = Literal["short", "full"]
 
 
@@ -57,6 +59,7 @@ class Setting:
         graphs: traced networks by `StudentSpec.reference`; None is the teacher's own.
         example: one batch of inputs at the deployment batch, as the model takes it.
         models: folder of the bundles, one folder an id.
+        beside: seconds that the baseline took beside each policy, in order; grows as the search measures.
     """
 
     data: Data
@@ -70,6 +73,7 @@ class Setting:
     learning_rate: float = 0.1
     batch_size: int = 128
     seed: int = 0
+    beside: list[float] = field(default_factory=list)
 
     @property
     def batch(self) -> int:
@@ -185,13 +189,15 @@ def check_artifact(setting: Setting, student: fx.GraphModule, path: Path, policy
 
 
 def measure_beside_baseline(setting: Setting, path: Path) -> Measurement:
-    """Latency of a file, interleaved with the baseline's; where the baseline itself has drifted, wait and measure again.
+    """Latency of a file, interleaved with the baseline's; where the baseline is not what it was lately, wait and measure again.
 
-    A measurement whose baseline never came back is flagged noisy: it cannot be compared with the others.
+    A measurement whose baseline stays away from that is flagged noisy: it cannot be compared with the others. Lately is the median of the
+    last times, so that one odd measurement is outvoted, whether it was the first or not.
     """
-    reference = setting.baseline.latency_s.median
     for attempt in range(DRIFT_RETRIES):
+        reference = statistics.median([setting.baseline.latency_s.median, *setting.beside][-LATELY:])
         baseline, latency = setting.device.measure([setting.baseline.path, path])
+        setting.beside.append(baseline.median)
         drift = baseline.median / reference - 1
         if abs(drift) <= MOST_DRIFT:
             return latency

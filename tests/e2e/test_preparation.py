@@ -112,3 +112,28 @@ def test_the_same_random_network_in_every_process(tmp_path):
         setting = prepare(task, tmp_path / f"run{attempt}", data=data, device=FakeDevice(SLOW_CALLS))
         states.append(setting.graphs[task.student].module.state_dict())
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+class Changing(FakeDevice):
+    """As fast as `speeds` says, call after call; the last one stays."""
+
+    def __init__(self, speeds):
+        super().__init__()
+        self.speeds = list(speeds)
+
+    def measure(self, paths, *, seconds_each=1.0):
+        speed = self.speeds.pop(0) if len(self.speeds) > 1 else self.speeds[0]
+        self.costs = SLOW_CALLS.model_copy(update={key: value * speed for key, value in SLOW_CALLS.model_dump().items()})
+        return super().measure(paths, seconds_each=seconds_each)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "noisy"),
+    [([1.0], False), ([1.3, 1.0], False), ([1.0, 1.3, 1.0], False), ([1.0, 1.3, 1.7, 2.2, 3.0], True)],
+    ids=["steady", "odd start", "odd once", "slower and slower"],
+)
+def test_a_measurement_is_noisy_where_the_original_beside_it_does_not_settle(net, data, tmp_path, monkeypatch, speeds, noisy):
+    monkeypatch.setattr("autocompress.objective.DRIFT_PAUSE_S", 0.0)
+    latency = realised(ready(net, data, tmp_path / "run", Changing(speeds))).latency_s
+    assert latency.noisy is noisy
+    assert ("baseline beside it" in latency.noise_reason) is noisy

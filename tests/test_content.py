@@ -1,0 +1,44 @@
+"""What front.json says of a search as a whole."""
+
+from __future__ import annotations
+
+import pytest
+
+from autocompress.content import prediction_quality, progress_point
+from autocompress.policy import DistillSpec, Policy, QuantSpec, StudentSpec
+from autocompress.records import Budget, Measurement, Outcome, Prediction, Score
+
+
+def latency(seconds: float) -> Measurement:
+    return Measurement(median=seconds, low=seconds, high=seconds, p95=seconds, n=9)
+
+
+def outcome(id, policy, seconds, predicted, score=0.5, direction="maximize"):
+    return Outcome(
+        id=id, policy=policy, rung="short", val_score=Score(name="s", value=score, direction=direction), latency_s=latency(seconds),
+        predicted_latency_s=Prediction(value=predicted, low=predicted, high=predicted), artifact="a.onnx", size_bytes=9,
+    )  # fmt: skip
+
+
+def test_a_structure_counts_once_as_predicted_before_it_was_measured():
+    """Afterwards the latency model has seen it: its prediction is no prediction any more."""
+    one, other = Policy(quant=QuantSpec(bits=8)), Policy(student=StudentSpec(width=0.5))
+    retaught = one.model_copy(update={"distill": DistillSpec(alpha=0.1)})
+    outcomes = [
+        outcome("00000", one, 1.0, 1.2), outcome("00000-full", one, 1.0, 1.0), outcome("00001", retaught, 1.0, 1.0),
+        outcome("00002", other, 2.0, 1.0),
+    ]  # fmt: skip
+    quality = prediction_quality(outcomes)
+    assert quality["n"] == 2
+    assert quality["median_error"] == pytest.approx((0.2 + 0.5) / 2)
+
+
+def test_scores_below_zero_have_a_hypervolume_that_grows():
+    """Such as the negative of a squared error."""
+    worse, better = (
+        outcome(f"{i}", Policy(student=StudentSpec(width=width)), 1.0, 1.0, loss, "minimize")
+        for i, (loss, width) in enumerate([(4.0, 0.5), (1.0, 0.75)])
+    )
+    volumes = [progress_point(known, latency(3.0), Budget(), 1.0, 1)["hypervolume"] for known in ([worse], [worse, better])]
+    assert volumes[0] == 0.0
+    assert volumes[1] == pytest.approx((4.0 - 1.0) * (3.0 - 1.0))
