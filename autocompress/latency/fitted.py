@@ -7,7 +7,6 @@ on measured networks, in relative error, pulled towards what the table says (rid
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -49,7 +48,7 @@ class FittedLatencyModel(LatencyModel):
         """A network that could not be traced has no operators to add up: the measured one that is nearest in weight bytes, loosely."""
         known = [(other.weight_bytes, seconds) for other, seconds in self._pairs if not other.operators]
         if not known:
-            return Prediction(value=UNKNOWN_S, low=0.0, high=math.inf)
+            return Prediction(value=UNKNOWN_S, low=0.0, high=1000 * UNKNOWN_S)
         _, seconds = min(known, key=lambda pair: abs(pair[0] - workload.weight_bytes))
         return Prediction(value=seconds, low=seconds / UNTRACED_SPREAD, high=seconds * UNTRACED_SPREAD)
 

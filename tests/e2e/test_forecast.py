@@ -100,7 +100,7 @@ def test_a_network_that_cannot_be_traced_is_searched_all_the_same(data, tmp_path
 
     class Untraceable(Net):
         def forward(self, x):
-            return super().forward(x if float(x.sum()) > 1e9 else x * 1.0)
+            return super().forward(x * 1.0 if x.shape[2] > 4 else x)
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("autocompress.schedule.FULL_FACTOR", 0.1)
