@@ -145,10 +145,14 @@ class Search:
             self._evaluate(trial, policy, f"{trial.number:05d}", deadline)
 
     def _room_for_short(self, until: float, division: Division) -> bool:
-        """Whether another short run fits; the first one always does where it leaves any time to train."""
-        if self._short_count() == 0:
+        """Whether another short run fits. Until one is within the budget they take what time there is: nothing else could use it."""
+        if not self._climbers():
             return self.clock.left > self._overhead()
         return time.monotonic() + 0.5 * division.short_each < until
+
+    def _climbers(self) -> list[Outcome]:
+        """Short runs within the budget; training longer changes no latency."""
+        return [o for o in journal.outcomes(self.study) if o.rung == "short" and o.id.isdigit() and feasible(o, self.budget)]
 
     def _evaluate_unchanged(self) -> None:
         """The teacher itself in the bits that the device has kernels for: free points, and the reference of every search."""
@@ -223,14 +227,13 @@ class Search:
 
     def full_rung(self) -> None:
         """Continue the leading policies until the time is used."""
-        short = [o for o in journal.outcomes(self.study) if o.rung == "short" and o.id.isdigit()]
         done = {o.id.removesuffix("-full") for o in journal.outcomes(self.study) if o.rung == "full"}
-        within = [o for o in short if feasible(o, self.budget)]  # training changes no latency
+        candidates = [o for o in self._climbers() if o.id not in done]
         each = Division.of(self.clock.total, self._overhead()).short_each
         trials = self.task.trials
-        count = full_runs(self.clock.left, each, len([o for o in within if o.id not in done]), trials)
+        count = full_runs(self.clock.left, each, len(candidates), trials)
         settled = [o for o in self.outcomes() if o.rung == "full" or not o.id.isdigit()]
-        climbing = promoted([o for o in within if o.id not in done], count, settled)
+        climbing = promoted(candidates, count, settled)
         for position, outcome in enumerate(climbing):
             if self._stop():
                 return
