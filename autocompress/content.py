@@ -8,7 +8,7 @@ from typing import Any
 
 from autocompress.front import hypervolume, measured, pareto_front
 from autocompress.objective import Baseline
-from autocompress.records import Budget, Measurement, Outcome
+from autocompress.records import Budget, Outcome
 from autocompress.schedule import rank_correlation
 
 
@@ -52,15 +52,18 @@ def ladder_quality(short: dict[str, Outcome], full: dict[str, Outcome]) -> dict[
     return {"short_runs": len(short), "full_runs": len(full), "short_full_spearman": rho}
 
 
-def progress_point(outcomes: Sequence[Outcome], baseline: Measurement, budget: Budget, elapsed_s: float, trials: int) -> dict[str, Any]:
-    """Hypervolume (score above 0 or above the worst, latency up to the baseline's) and the best score within the budget, so far."""
+def progress_point(outcomes: Sequence[Outcome], baseline: Baseline, budget: Budget, elapsed_s: float, trials: int) -> dict[str, Any]:
+    """Hypervolume and the best score within the budget, so far.
+
+    The reference is the original's latency and a score of 0; for scores below 0, twice the original's.
+    """
     points = [(o.val_score.gain, o.latency_s.median) for o in measured(list(outcomes)) if o.val_score and o.latency_s]
-    worst = min([0.0, *(gain for gain, _ in points)])
     within = [o.val_score.value for o in measured(list(outcomes)) if o.val_score and feasible(o, budget)]
+    worst = min(0.0, 2.0 * baseline.val_score.gain) if baseline.val_score is not None else 0.0
     return {
         "elapsed_s": elapsed_s,
         "trials": trials,
-        "hypervolume": hypervolume(points, (worst, baseline.median)) if points else 0.0,  # type: ignore[arg-type]
+        "hypervolume": hypervolume(points, (worst, baseline.latency_s.median)) if points else 0.0,  # type: ignore[arg-type]
         "best_val": max(within) if within else None,
     }
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ from autocompress.units import format_duration, format_size
 
 TRIES_A_BAND = 2
 SAME_FAILURES = 3
+NUMBER = re.compile(r"\d+(\.\d+)?(e[-+]?\d+)?|\bnan\b|\binf\b")
 ASK_SHARE = 0.1
 """Of a short run's time: how long suggestions are ruled out before a random draw takes their place."""
 MOST_RULED_OUT = 150
@@ -96,7 +97,8 @@ class Search:
         """Policies to begin with, and to fall back on; raises InfeasibleBudget when none can meet the budget."""
         seed = self.task.seed + len(self.study.get_trials(deepcopy=False))
         pool = self.forecast.pool(seed, pool_seconds(self.clock))
-        self.forecast.require_feasible(pool)
+        if self.best is None:
+            self.forecast.require_feasible(pool)
         return pool
 
     def score_original(self) -> None:
@@ -141,7 +143,7 @@ class Search:
                     return
                 continue
             duplicates = 0
-            deadline = time.monotonic() + max(1.0, division.short_each - self._overhead())
+            deadline = time.monotonic() + max(1.0, min(division.short_each, self.clock.left) - self._overhead())
             self._evaluate(trial, policy, f"{trial.number:05d}", deadline)
 
     def _room_for_short(self, until: float, division: Division) -> bool:
@@ -168,43 +170,60 @@ class Search:
             self._keep(outcome)
 
     def _next(self, first: list[Band], pool: list[Proposal], patience_s: float) -> tuple[Trial, Policy]:
-        """The leader of the next band in which nothing was trained yet, as predicted by now; after these, what Optuna suggests."""
+        """What waits from an interrupted search; else one policy for each band of latencies; after these, what Optuna suggests."""
+        leading = self._leading()
+        if not journal.is_waiting(self.study):
+            leader = self._band_leader(first, self._promising(pool, leading))
+            if leader is not None:
+                self.study.enqueue_trial(leader.params)
+        return self._ask(pool, leading, patience_s)
+
+    def _band_leader(self, first: list[Band], promising: list[Proposal]) -> Proposal | None:
+        """The leader of the next band in which nothing was trained yet; bands that are done with are taken off the list."""
         trained = [o.latency_s.median for o in measured(journal.outcomes(self.study)) if o.latency_s is not None and o.id[0].isdigit()]
         while first:
             band = first.pop(0)
-            leader = band.leader(self.forecast.again(pool)) if not any(latency in band for latency in trained) else None
+            leader = band.leader(promising) if not any(latency in band for latency in trained) else None
             if leader is not None:
-                self.study.enqueue_trial(leader.params, skip_if_exists=True)
-                break
-        return self._ask(pool, patience_s)
+                return leader
+        return None
 
-    def _ask(self, pool: list[Proposal], patience_s: float) -> tuple[Trial, Policy]:
+    def _ask(self, pool: list[Proposal], leading: list[Proposal], patience_s: float) -> tuple[Trial, Policy]:
         """The next policy that prediction does not rule out; what it rules out on the way costs milliseconds and is told.
 
         Ruled out is what is over the budget, and what a network that was trained already beats in latency, size and inheritance at once.
         """
-        forecast = self.forecast
-        known = [forecast.proposal(o.policy, {}) for o in measured(journal.outcomes(self.study))]
-        until = time.monotonic() + patience_s
+        forecast, until = self.forecast, time.monotonic() + patience_s
         for _ in range(MOST_RULED_OUT):
             if time.monotonic() > until:
                 break
             trial = self.study.ask()
             proposal = forecast.proposal(forecast.suggest(trial), trial.params)
             over_budget = forecast.violation(proposal.workload, forecast.model.predict(proposal.workload).low)
-            shortfall = outclassed(proposal, known)
+            shortfall = outclassed(proposal, leading)
             if over_budget <= 0 and shortfall <= 0:
                 return trial, proposal.policy
             journal.tell_ruled_out(self.study, trial, proposal.policy, proposal.latency_s, over_budget=over_budget, outclassed=shortfall)
-        self.study.enqueue_trial(self._fallback(pool, known).params)
+        self.study.enqueue_trial(self._fallback(pool, leading).params)
         trial = self.study.ask()
         return trial, forecast.suggest(trial)
 
-    def _fallback(self, pool: list[Proposal], known: list[Proposal]) -> Proposal:
-        """A random draw, within the budget and not outclassed where there are such; the fastest when none is within the budget."""
-        within = self.forecast.again(pool)
-        promising = [p for p in within if outclassed(p, known) <= 0] or within
-        return promising[self._short_count() % len(promising)] if promising else min(pool, key=lambda p: p.latency_s)
+    def _fallback(self, pool: list[Proposal], leading: list[Proposal]) -> Proposal:
+        """A draw that is promising and new, where there is one; else one within the budget; the fastest when none is."""
+        choices = self._promising(pool, leading) or self.forecast.again(pool)
+        return choices[journal.count_trials(self.study) % len(choices)] if choices else min(pool, key=lambda p: p.latency_s)
+
+    def _promising(self, pool: list[Proposal], leading: list[Proposal]) -> list[Proposal]:
+        """Of the pool, with latencies as predicted by now: within the budget, not evaluated before and not outclassed."""
+        known = {o.policy.structure_digest for o in journal.outcomes(self.study)}
+        return [p for p in self.forecast.again(pool) if p.policy.structure_digest not in known and outclassed(p, leading) <= 0]
+
+    def _leading(self) -> list[Proposal]:
+        """Networks that may rule out others: within the budget, and with a score that says that their training has not gone wrong."""
+        original = self.setting.baseline.val_score
+        least = original.gain - 0.5 * abs(original.gain) if original is not None else -math.inf
+        sound = [o for o in measured(journal.outcomes(self.study)) if feasible(o, self.budget) and _gain(o) >= least]
+        return [self.forecast.proposal(o.policy, {}) for o in sound]
 
     def _evaluate(self, trial: Trial, policy: Policy, id: str, deadline: float) -> None:
         name = f"short training, policy {self._short_count() + 1}"
@@ -287,9 +306,11 @@ class Search:
         """
         setting, front = self.setting, front_of(self.outcomes(), self.budget)
         left = max(0.0, self.clock.total - self.clock.elapsed)
-        affordable = int(left / max(1e-9, self.per_example_s * (1 + len(front))))
-        test = sample(setting.data.test, self.study.user_attrs.get("test_examples") or max(LEAST_TEST, affordable))
-        journal.remember(self.study, "test_examples", len(test))
+        slowness = 1 + sum(o.latency_s.median for o in front if o.latency_s) / setting.baseline.latency_s.median
+        affordable = int(left / max(1e-9, self.per_example_s * slowness))
+        wanted = self.study.user_attrs.get("test_examples") or min(len(setting.data.test), max(LEAST_TEST, affordable))
+        journal.remember(self.study, "test_examples", wanted)
+        test = sample(setting.data.test, wanted)
         self._show("scoring the test set", 0, len(front) + 1)
         known = self.study.user_attrs.get("original_test_score")
         score = Score.model_validate(known) if known else score_artifact(setting.baseline.path, setting.data, test, setting.batch)
@@ -365,9 +386,7 @@ class Search:
         self.best = pick(self.outcomes(), self.budget)
         self.forecast.learn([outcome])
         self.points.append(
-            progress_point(
-                self.outcomes(), self.setting.baseline.latency_s, self.budget, self.clock.elapsed, journal.count_trials(self.study)
-            )
+            progress_point(self.outcomes(), self.setting.baseline, self.budget, self.clock.elapsed, journal.count_trials(self.study))
         )
         journal.remember(self.study, "progress", self.points)
         journal.remember(self.study, "elapsed_s", self.clock.elapsed)
@@ -388,11 +407,14 @@ class Search:
             )
 
     def _require_progress(self) -> None:
-        """Raises TooManyFailures when the last policies all failed for one reason: then the reason is not the policy."""
+        """Raises TooManyFailures when the last policies all failed for one reason: then the reason is not the policy.
+
+        Reasons that differ in their numbers only (the step at which training diverged) are one.
+        """
         last = [o for o in journal.outcomes(self.study) if o.id.isdigit()][-SAME_FAILURES:]
-        reasons = Counter((o.failure.stage, o.failure.reason) for o in last if o.failure is not None)
-        if len(last) == SAME_FAILURES and reasons.most_common(1) and reasons.most_common(1)[0][1] == SAME_FAILURES:
-            stage, reason = reasons.most_common(1)[0][0]
+        failures = [o.failure for o in last if o.failure is not None]
+        if len(failures) == SAME_FAILURES and len({(f.stage, NUMBER.sub("N", f.reason)) for f in failures}) == 1:
+            stage, reason = failures[-1].stage, failures[-1].reason
             raise TooManyFailures(f"{SAME_FAILURES} policies in a row failed to {stage}: {reason}", hint="mend that, then --resume")
 
     def _twin(self, policy: Policy) -> Outcome | None:

@@ -168,14 +168,11 @@ def stratified(targets: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
 
 
 def sample(split: Split, n: int) -> Split:
-    """`n` examples of a split, or all where it has no more: of each class in proportion, and always the same ones."""
+    """`n` examples of a split, or all where it has no more; always the same ones, and more of them for a larger `n`."""
     if n >= len(split):
         return split
-    if split.targets.dim() == 1 and not split.targets.is_floating_point():
-        _, part = stratified(split.targets, n / len(split))
-    else:
-        part = torch.randperm(len(split), generator=torch.Generator().manual_seed(SPLIT_SEED))[:n].sort().values
-    return split[part]
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    return split[order[:n].sort().values]
 
 
 def load_data(reference: str) -> Data:

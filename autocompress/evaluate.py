@@ -19,8 +19,21 @@ def score_outputs(outputs: Tensor, targets: Tensor, data: Data) -> Score:
     """The task's score of a split's outputs. Raises PolicyFailure for outputs that are not finite."""
     if not bool(torch.isfinite(outputs).all()):
         raise PolicyFailure("the outputs of a model must be finite, but some are NaN or infinite")
-    value = data.score(outputs, targets) if data.score is not None else (outputs.argmax(1) == targets).float().mean()
-    return Score(name=data.score_name, value=float(value), n=len(targets))
+    value = _own_score(outputs, targets, data) if data.score is not None else accuracy(outputs, targets)
+    return Score(name=data.score_name, value=value, n=len(targets))
+
+
+def accuracy(outputs: Tensor, targets: Tensor) -> float:
+    """Share of rows whose largest output is at the target's index."""
+    return float((outputs.argmax(1) == targets).float().mean())
+
+
+def _own_score(outputs: Tensor, targets: Tensor, data: Data) -> float:
+    assert data.score is not None
+    try:
+        return float(data.score(outputs, targets))
+    except Exception as error:  # whatever the user's own code raises
+        raise PolicyFailure(f"the score function raised {type(error).__name__}: {error}") from error
 
 
 @torch.inference_mode()

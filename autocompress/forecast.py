@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,11 @@ class Forecast:
         """With what was measured on this device before."""
         return cls(setting, suggest, budget, FittedLatencyModel(OperatorTable.for_device(setting.device)))
 
+    @functools.cached_property
+    def original(self) -> Workload:
+        """The unchanged model's workload."""
+        return self.workload(Policy())
+
     # -- of one policy --------------------------------------------------------------------------------------------
 
     def workload(self, policy: Policy) -> Workload:
@@ -70,13 +76,13 @@ class Forecast:
         if workload.weight_bytes > MOST_WEIGHT_BYTES:
             return workload.weight_bytes / MOST_WEIGHT_BYTES - 1
         baseline = self.setting.baseline
-        overhead = baseline.size_bytes - self.workload(Policy()).weight_bytes
+        overhead = baseline.size_bytes - self.original.weight_bytes
         p95 = latency_s * baseline.latency_s.p95 / baseline.latency_s.median
         return (budget or self.budget).violation(latency_s, workload.weight_bytes + max(0, overhead), p95)
 
     def proposal(self, policy: Policy, params: dict[str, Any]) -> Proposal:
         workload = self.workload(policy)
-        kept = inheritance(self.workload(without_growth(policy)), self.workload(Policy()))
+        kept = inheritance(self.workload(without_growth(policy)), self.original)
         return Proposal(policy, params, workload, self.model.predict(workload).value, kept)
 
     @property
@@ -198,7 +204,7 @@ class Forecast:
         binds = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in parts) if budget.size_bytes is None else ""
         if budget.size_bytes is not None:
             cure = format_size(CURE_MARGIN * size_bytes)
-        elif budget.latency_s is None:
+        elif budget.latency_s is None or (budget.p95_s is not None and latency.high <= budget.latency_s):
             cure = f"p95={format_duration(CURE_MARGIN * latency.p95)}"
         else:
             cure = format_duration(CURE_MARGIN * latency.high)

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,13 +36,29 @@ from autocompress.task import Task
 BASELINE = "baseline"
 TEACHER_WEIGHTS = "teacher.safetensors"
 LEAST_VALIDATION = 256
-TIMED_EXAMPLES = 32
 
 
-def prepare(task: Task, run: Path, *, model: nn.Module | None = None, data: Data | None = None, device: Device | None = None) -> Setting:
-    """Everything that a search needs, with the baseline's latency measured (its score comes from `score_baseline`).
+@dataclass(frozen=True)
+class Loaded:
+    """What a task names, loaded and found to fit together; nothing is exported or measured yet.
 
-    Raises UsageError when model, data and task do not fit together.
+    graphs: traced networks by `StudentSpec.reference`; None is the teacher's own.
+    """
+
+    device: Device
+    data: Data
+    teacher: nn.Module
+    graphs: dict[str | None, Graph]
+    example: Tensor
+
+
+def load(
+    task: Task, *, model: nn.Module | None = None, data: Data | None = None, device: Device | None = None, weights: Path | None = None
+) -> Loaded:
+    """Load what the task names, or take what is given. Raises UsageError when model, data and task do not fit together.
+
+    Args:
+        weights: the demonstration teacher's, where an interrupted search has trained it.
     """
     device = device or open_device(task.device)
     data = data or load_data(task.data)
@@ -52,21 +68,31 @@ def prepare(task: Task, run: Path, *, model: nn.Module | None = None, data: Data
         student = load_model(task.student, classes=data.classes) if task.student is not None else None
     example = data.example(task.batch)
     require_fit(teacher, data, example, task.model)
-    if task.is_demo and (run / TEACHER_WEIGHTS).is_file():
-        teacher.load_state_dict(load_file(run / TEACHER_WEIGHTS))
+    if weights is not None:
+        teacher.load_state_dict(load_file(weights))
     graphs: dict[str | None, Graph] = {None: Graph.trace(teacher, (example,))}
     if student is not None and task.student is not None:
         require_fit(student, data, example, task.student)
         graphs[task.student] = Graph.trace(student, (example,))
-    models = run / "models"
+    return Loaded(device, data, teacher, graphs, example)
+
+
+def prepare(task: Task, run: Path, *, model: nn.Module | None = None, data: Data | None = None, device: Device | None = None) -> Setting:
+    """Everything that a search needs, with the baseline's latency measured (its score comes from `score_baseline`).
+
+    Raises UsageError when model, data and task do not fit together, or the model does not run on the device as it is.
+    """
+    trained = run / TEACHER_WEIGHTS
+    loaded = load(task, model=model, data=data, device=device, weights=trained if task.is_demo and trained.is_file() else None)
+    graph, models = loaded.graphs[None], run / "models"
     models.mkdir(parents=True, exist_ok=True)
     return Setting(
-        data=data,
-        teacher=Teacher(teacher.to(best_training_device()), data, classifier=graphs[None].classifier, seed=task.seed),
-        graphs=graphs,
-        device=device,
-        baseline=_baseline(graphs[None], device, models, example, task.model),
-        example=example,
+        data=loaded.data,
+        teacher=Teacher(loaded.teacher.to(best_training_device()), loaded.data, classifier=graph.classifier, seed=task.seed),
+        graphs=loaded.graphs,
+        device=loaded.device,
+        baseline=_baseline(graph, loaded.device, models, loaded.example, task.model),
+        example=loaded.example,
         models=models,
         model_reference=task.model,
         learning_rate=task.learning_rate,
@@ -159,22 +185,13 @@ def score_baseline(setting: Setting) -> Setting:
 
 
 def limit_validation(setting: Setting, seconds: float, examples: int | None = None) -> Setting:
-    """The setting with as many validation examples as the original's file answers in `seconds`, or with `examples` as decided before.
+    """The setting with as many validation examples as the original answers in `seconds`, or with `examples` as decided before.
 
     Every policy of a search is scored on them: a large split run at the deployment batch would leave no time to train.
     """
-    val = setting.data.val
     if examples is None:
-        examples = max(LEAST_VALIDATION, int(seconds / _seconds_an_example(setting)))
-    return replace(setting, data=replace(setting.data, val=sample(val, examples)))
-
-
-def _seconds_an_example(setting: Setting) -> float:
-    few = setting.data.val[slice(0, max(setting.batch, TIMED_EXAMPLES))]
-    started = time.monotonic()
-    with _about_the_model(setting.model_reference):
-        score_artifact(setting.baseline.path, setting.data, few, setting.batch)
-    return max(1e-9, (time.monotonic() - started) / len(few))
+        examples = max(LEAST_VALIDATION, int(seconds * setting.batch / setting.baseline.latency_s.median))
+    return replace(setting, data=replace(setting.data, val=sample(setting.data.val, examples)))
 
 
 def train_demo_teacher(setting: Setting, run: Path, seconds: float, progress: Progress) -> Setting:

@@ -25,9 +25,9 @@ LEAST_LEFT = 1e-3
 CLEARANCE = 1.05
 LARGEST_RANGE = 1e3
 """One absurd prediction does not stretch the bands beyond all others."""
-USUAL: dict[str, float] = DistillSpec().model_dump()
+USUAL: dict[str, float] = {f"distill:{name}": value for name, value in DistillSpec().model_dump().items()}
 """Dimensions that first policies leave at their usual value, so that they differ in structure only."""
-Value = bool | int | float | str | None
+Value = Any
 """What Optuna takes for a parameter."""
 
 
@@ -74,22 +74,25 @@ class LevelSuggester:
 class Variation(LevelSuggester):
     """Draws a policy again, but for one or two of its dimensions."""
 
-    parent: dict[str, Value] = field(default_factory=dict)
+    parent: dict[str, Any] = field(default_factory=dict)
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        return int(self._inherit(name) if self._stays(name) else super().suggest_int(name, low, high, step=step, log=log))
+        if self._stays(name) and low <= self.parent[name] <= high:
+            return int(self._keep(name, self.parent[name]))
+        return super().suggest_int(name, low, high, step=step, log=log)
 
     def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
-        return float(self._inherit(name) if self._stays(name) else super().suggest_float(name, low, high, step=step, log=log))
+        if self._stays(name) and low <= self.parent[name] <= high:
+            return float(self._keep(name, self.parent[name]))
+        return super().suggest_float(name, low, high, step=step, log=log)
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        return self._inherit(name) if self._stays(name) else super().suggest_categorical(name, choices)
+        if self._stays(name) and self.parent[name] in choices:
+            return self._keep(name, self.parent[name])
+        return super().suggest_categorical(name, choices)
 
     def _stays(self, name: str) -> bool:
         return name in self.parent and self.generator.random() >= VARIED / len(self.parent)
-
-    def _inherit(self, name: str) -> Any:
-        return self._keep(name, self.parent[name])
 
 
 @dataclass(frozen=True)

@@ -284,7 +284,7 @@ class SearchSpace:
 
     def _distill(self, suggester: Suggester) -> DistillSpec:
         ranges = {name: getattr(self.spec.distill, name) for name in DistillSpace.model_fields}
-        return DistillSpec(**{name: space.suggest(suggester, name) for name, space in ranges.items() if space is not None})
+        return DistillSpec(**{name: space.suggest(suggester, f"distill:{name}") for name, space in ranges.items() if space is not None})
 
 
 def _groups(stage: Stage) -> tuple[str, ...]:

@@ -12,21 +12,19 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 from torch import nn
 
 from autocompress import study as journal
 from autocompress.controller import Search
-from autocompress.data import Data, load_data
-from autocompress.devices import open_device
+from autocompress.data import Data
 from autocompress.devices.base import Device
 from autocompress.errors import InfeasibleBudget, Terminated, UsageError
 from autocompress.forecast import Forecast
-from autocompress.graph import Graph
-from autocompress.models import load_model
 from autocompress.objective import Setting
 from autocompress.policy import Policy
-from autocompress.preparation import prepare, require_fit, train_demo_teacher
+from autocompress.preparation import TEACHER_WEIGHTS, load, prepare, train_demo_teacher
 from autocompress.progress import Progress, SilentProgress
 from autocompress.proposals import LevelSuggester
 from autocompress.records import Budget
@@ -168,6 +166,8 @@ def run_search(
     fresh = not run.exists()
     with locked(run), _terminated_by_signal(), journal.writing(run):
         study = journal.open_study(run, task, resume=resume, sampler=sampler)
+        if not resume:
+            (run / TEACHER_WEIGHTS).unlink(missing_ok=True)  # another search's, that had begun here
         clock = Clock.start(task.search_seconds, already=clock.elapsed + study.user_attrs.get("elapsed_s", 0.0))
         try:
             setting = prepare(task, run, model=model, data=data, device=device)
@@ -199,7 +199,8 @@ def _phases(search_: Search) -> None:
     if forgotten := journal.forget_failures(search_.study):
         search_.progress.message(f"{forgotten} failed policies may be tried again")
     search_.recall()
-    search_.forecast.require_hope()
+    if search_.best is None:
+        search_.forecast.require_hope()
     search_.calibrate()
     pool = search_.propose()
     if task.is_demo:
@@ -259,16 +260,9 @@ def _terminated_by_signal() -> Iterator[None]:
 
 def plan(task: Task) -> dict[str, Any]:
     """What a search would do, without doing it: sizes of the space, budget, time, three policies in words."""
-    import numpy as np
-
-    device, data = open_device(task.device), load_data(task.data)
-    model = load_model(
-        task.student or task.model, weights=Path(task.weights) if task.weights and not task.student else None, classes=data.classes
-    )
-    example = data.example(task.batch)
-    require_fit(model, data, example, task.student or task.model)
-    graph = Graph.trace(model, (example,))
-    suggest = find_suggest(task.space, graph, device.profile, reference=task.student)
+    loaded = load(task)
+    graph, data = loaded.graphs[task.student], loaded.data
+    suggest = find_suggest(task.space, graph, loaded.device.profile, reference=task.student)
     generator = np.random.default_rng(task.seed)
     drawn = [LevelSuggester(generator) for _ in range(3)]
     policies = [suggest(suggester) for suggester in drawn]

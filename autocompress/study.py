@@ -69,16 +69,19 @@ def _storage(path: Path) -> optuna.storages.RDBStorage:
 
 def _forget_empty(path: Path) -> bool:
     """Remove a search that ended before it had evaluated anything, as one does whose budget was refused; whether it was such a one."""
-    storage = _storage(path)
     try:
-        empty = not outcomes(optuna.load_study(study_name=STUDY, storage=storage))
-    except KeyError:  # the study itself had not been created yet
-        empty = True
-    finally:
-        storage.engine.dispose()
+        storage = _storage(path)
+        try:
+            empty = not outcomes(optuna.load_study(study_name=STUDY, storage=storage))
+        except KeyError:  # the study itself had not been created yet
+            empty = True
+        finally:
+            storage.engine.dispose()
+    except (RuntimeError, ValueError):  # of another version of Optuna, or of ours
+        return False
     if empty:
-        for file in path.parent.glob(f"{DATABASE}*"):
-            file.unlink()
+        for suffix in ("", "-journal", "-wal", "-shm"):
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
     return empty
 
 
@@ -175,6 +178,11 @@ def abandon(study: optuna.Study, trial: Trial) -> None:
     if not study.get_trials(deepcopy=False)[trial.number].state.is_finished():
         study.tell(trial, state=TrialState.FAIL)
         _queue_again(study, trial)
+
+
+def is_waiting(study: optuna.Study) -> bool:
+    """Whether a policy is queued: one that was interrupted comes again before anything new."""
+    return bool(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
 
 def count_trials(study: optuna.Study) -> int:

@@ -16,8 +16,8 @@ from autocompress.units import format_duration, format_size
 
 SEEN_GAP = 0.01
 """Least difference of validation and test accuracy that tells of a model that has seen the validation examples."""
-LEAST_CORRELATION = 0.3
-"""Rank correlation below which short training runs tell little about full ones."""
+LEAST_CORRELATION, LEAST_PAIRS = 0.3, 5
+"""Rank correlation below which short training runs tell little about full ones, and from how many pairs on that is no accident."""
 
 
 class _Read(BaseModel):
@@ -232,8 +232,8 @@ def _noisy_front(results: Results) -> str:
 
 
 def _lying_ladder(results: Results) -> str:
-    rho = results.ladder.get("short_full_spearman")
-    if not isinstance(rho, float) or rho >= LEAST_CORRELATION:
+    rho, runs = results.ladder.get("short_full_spearman"), results.ladder.get("full_runs") or 0
+    if not isinstance(rho, float) or rho >= LEAST_CORRELATION or runs < LEAST_PAIRS:
         return ""
     return (
         f"short training ranked policies unlike full training (rank correlation {rho:.2f}), so that better ones may have been passed over. "

@@ -146,7 +146,7 @@ def reached(rows: list[dict[str, Any]], speedup: float, accuracy: float) -> bool
 def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| model | test accuracy | latency | speed-up | size | |", "|---|---|---|---|---|---|"]
     for r in rows:
-        speed = f"{r['speedup']:.2f}x ({r['speedup_low']:.2f}-{r['speedup_high']:.2f})"
+        speed = f"{r['speedup']:.2f}x ({r['speedup_low']:.2f}-{r['speedup_high']:.2f}){' noisy' if 2 * r['noisy_rounds'] > ROUNDS else ''}"
         size = f"{r['size_bytes'] / 1e3:.0f} kB"
         lines.append(f"| {r['name']} | {100 * r['test_accuracy']:.2f} % | {1e3 * r['latency_s']:.3f} ms | {speed} | {size} | {r['what']} |")
     return "\n".join(lines) + "\n"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from autocompress.content import prediction_quality, progress_point
+from autocompress.objective import Baseline
 from autocompress.policy import DistillSpec, Policy, QuantSpec, StudentSpec
 from autocompress.records import Budget, Measurement, Outcome, Prediction, Score
 
@@ -39,6 +42,12 @@ def test_scores_below_zero_have_a_hypervolume_that_grows():
         outcome(f"{i}", Policy(student=StudentSpec(width=width)), 1.0, 1.0, loss, "minimize")
         for i, (loss, width) in enumerate([(4.0, 0.5), (1.0, 0.75)])
     )
-    volumes = [progress_point(known, latency(3.0), Budget(), 1.0, 1)["hypervolume"] for known in ([worse], [worse, better])]
-    assert volumes[0] == 0.0
-    assert volumes[1] == pytest.approx((4.0 - 1.0) * (3.0 - 1.0))
+    original = Baseline(Path("b.onnx"), latency(3.0), 9, val_score=Score(name="s", value=2.5, direction="minimize"))
+    volumes = [progress_point(known, original, Budget(), 1.0, 1)["hypervolume"] for known in ([], [worse], [worse, better])]
+    assert volumes == pytest.approx([0.0, (5.0 - 4.0) * (3.0 - 1.0), (5.0 - 1.0) * (3.0 - 1.0)])
+
+
+def test_a_score_that_is_far_too_low_adds_nothing():
+    awful = outcome("0", Policy(), 1.0, 1.0, 1e6, "minimize")
+    original = Baseline(Path("b.onnx"), latency(3.0), 9, val_score=Score(name="s", value=2.5, direction="minimize"))
+    assert progress_point([awful], original, Budget(), 1.0, 1)["hypervolume"] == 0.0

@@ -56,13 +56,13 @@ def test_dimensions_of_a_kind_scatter_around_one_level():
 def test_first_policies_take_the_usual_distillation_where_the_space_allows_it(low, high, expected):
     for seed in range(5):
         suggester = LevelSuggester(np.random.default_rng(seed))
-        assert suggester.suggest_float("temperature", low, high, log=True) == expected == DistillSpec().temperature
-        assert suggester.suggest_float("alpha", 0.5, 1.0) == DistillSpec().alpha
-        assert suggester.params == {"temperature": expected, "alpha": DistillSpec().alpha}
+        assert suggester.suggest_float("distill:temperature", low, high, log=True) == expected == DistillSpec().temperature
+        assert suggester.suggest_float("distill:alpha", 0.5, 1.0) == DistillSpec().alpha
+        assert suggester.params == {"distill:temperature": expected, "distill:alpha": DistillSpec().alpha}
 
 
 def test_where_the_space_leaves_the_usual_out_it_is_drawn():
-    drawn = {LevelSuggester(np.random.default_rng(seed)).suggest_float("temperature", 5.0, 8.0) for seed in range(20)}
+    drawn = {LevelSuggester(np.random.default_rng(seed)).suggest_float("distill:temperature", 5.0, 8.0) for seed in range(20)}
     assert len(drawn) > 10
     assert all(5.0 <= value <= 8.0 for value in drawn)
 
@@ -147,6 +147,15 @@ def test_a_variation_changes_a_few_dimensions_and_remembers_all():
 def test_a_variation_draws_what_its_parent_did_not_know():
     child = Variation(np.random.default_rng(0), parent={"a": 1})
     assert child.suggest_categorical("new", ["x", "y"]) in ("x", "y")
+
+
+def test_a_variation_keeps_to_ranges_that_depend_on_other_draws():
+    """As in k = suggest_int("k", 1, n)."""
+    for seed in range(100):
+        child = Variation(np.random.default_rng(seed), parent={"n": 4, "k": 4, "kind": "large"})
+        n = child.suggest_int("n", 1, 4)
+        assert 1 <= child.suggest_int("k", 1, n) <= n
+        assert child.suggest_categorical("kind", ["small", "tiny"]) in ("small", "tiny")
 
 
 def test_what_a_space_of_ones_own_may_draw():

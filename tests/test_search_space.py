@@ -114,7 +114,7 @@ def test_stages_share_out_every_layer_block_and_group_once(graph):
         ("name = 'x'\n[depth]\nper = 'block'", {"keep"}),
         ("name = 'x'\n[quant]\nbits = [8, 32]\nper = 'model'", {"bits"}),
         ("name = 'x'\n[quant]\nbits = [8]", set()),
-        ("name = 'x'\n[distill.alpha]\nlow = 0.5\nhigh = 1.0", {"alpha"}),
+        ("name = 'x'\n[distill.alpha]\nlow = 0.5\nhigh = 1.0", {"distill"}),
     ],
 )
 def test_a_missing_table_leaves_a_technique_out(tmp_path, graph, text, kinds):

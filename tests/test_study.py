@@ -192,3 +192,19 @@ def test_a_search_that_had_evaluated_nothing_makes_room_for_another(study, tmp_p
     begun = journal.open_study(tmp_path, other, resume=False)
     assert begun.user_attrs["task"]["budget"] == ["20ms"]
     assert begun.trials == []
+
+
+def test_a_copy_of_the_database_is_left_alone_and_another_versions_study_is_no_empty_one(study, tmp_path):
+    (tmp_path / "study.db.bak").write_text("a copy")
+    study.set_user_attr(journal.OUTCOME + "00000", {"of": "a later version"})
+    with pytest.raises(UsageError, match="already holds a search"):
+        journal.open_study(tmp_path, TASK, resume=False)
+    study.set_user_attr(journal.OUTCOME + "00000", None)
+    journal.open_study(tmp_path, TASK, resume=False)
+    assert (tmp_path / "study.db.bak").read_text() == "a copy"
+
+
+def test_what_waits_is_known(study):
+    assert not journal.is_waiting(study)
+    study.enqueue_trial({"bits": 4})
+    assert journal.is_waiting(study)

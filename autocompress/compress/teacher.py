@@ -56,10 +56,10 @@ class Teacher:
             return kept.take(indices)
         answers = self._answer(inputs)
         if kept is None:
-            kept = _Kept.room_for(len(self._data.train), answers)
-            if (len(self._kept) + 1) * kept.bytes > self._cache_bytes:
+            n = len(self._data.train)
+            if (len(self._kept) + 1) * _Kept.bytes_for(n, answers) > self._cache_bytes:
                 return answers
-            self._kept[view] = kept
+            kept = self._kept[view] = _Kept.room_for(n, answers)
         kept.put(indices, answers)
         return answers
 
@@ -101,7 +101,7 @@ class Teacher:
         """Views that the cache has room for, once one has been asked for."""
         return self._cache_bytes // max((kept.bytes for kept in self._kept.values()), default=self._cache_bytes + 1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _answer(self, inputs: Tensor) -> Answers:
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         with fast_arithmetic(device):
@@ -122,6 +122,11 @@ class _Kept:
         outputs = torch.zeros((n, *like.outputs.shape[1:]))
         features = torch.zeros((n, *like.features.shape[1:])) if like.features is not None else None
         return cls(outputs, features, torch.zeros(n, dtype=torch.bool))
+
+    @staticmethod
+    def bytes_for(n: int, like: Answers) -> int:
+        rows = len(like.outputs)
+        return n * sum(part.nbytes // rows for part in (like.outputs, like.features) if part is not None)
 
     @property
     def bytes(self) -> int:

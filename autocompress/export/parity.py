@@ -24,13 +24,13 @@ class Parity:
     n: int
 
 
-def compare(expected: Tensor, actual: Tensor) -> Parity:
-    """Compare the student's outputs (n x ...) with the file's."""
+def compare(expected: Tensor, actual: Tensor, *, decisions: bool = True) -> Parity:
+    """Compare the student's outputs (n x ...) with the file's; `decisions`: whether a row's largest output is its answer."""
     if expected.shape != actual.shape:
         raise PolicyFailure(f"the file's outputs must have shape {tuple(expected.shape)}, but have {tuple(actual.shape)}")
     scale = max(1.0, float(expected.abs().max()))
     agreement = None
-    if expected.dim() == 2 and expected.shape[1] > 1:
+    if decisions and expected.dim() == 2 and expected.shape[1] > 1:
         agreement = float((expected.argmax(1) == actual.argmax(1)).float().mean())
     relative = float((expected - actual).abs().max()) / scale
     return Parity(relative if torch.isfinite(actual).all() else float("inf"), agreement, len(expected))

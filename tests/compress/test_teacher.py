@@ -100,3 +100,22 @@ def test_as_many_views_are_prepared_as_can_be_kept(keepable, views):
     for epoch in range(views if keepable > 3 else 0):
         teacher.answers(torch.arange(N), view(range(N), epoch), epoch)
     assert teacher.model.rows == asked
+
+
+def test_a_full_cache_costs_no_memory(monkeypatch):
+    """A view of a large data set is gigabytes: it must not be allocated to find out that there is no room."""
+    from autocompress.compress import teacher as module
+
+    teacher = make(EPOCH_BYTES)
+    teacher.answers(torch.arange(N), view(range(N), 0), 0)
+    monkeypatch.setattr(module._Kept, "room_for", lambda *_: pytest.fail("allocated"))
+    answers = teacher.answers(torch.arange(5), view(range(5), 1), 1)
+    assert answers.outputs.shape == (5, CLASSES)
+
+
+def test_answers_can_be_targets_of_any_loss():
+    """Tensors of inference mode cannot be saved for a backward pass."""
+    answers = make(0).answers(torch.arange(5), view(range(5), 0), 0)
+    weights = torch.ones(CLASSES, requires_grad=True)
+    torch.nn.functional.mse_loss(answers.outputs * weights, answers.outputs).backward()
+    assert weights.grad is not None

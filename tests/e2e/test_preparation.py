@@ -14,7 +14,7 @@ from torch import nn
 from autocompress.data import Data, Split
 from autocompress.errors import DeviceUnavailable, UsageError
 from autocompress.objective import realise
-from autocompress.policy import Policy, QuantSpec
+from autocompress.policy import Policy, QuantSpec, StudentSpec
 from autocompress.preparation import limit_validation, prepare, score_baseline
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
@@ -81,7 +81,16 @@ def test_a_score_of_ones_own_that_raises_is_a_failure_too(net, data, tmp_path):
 
     own = replace(data, loss=nn.functional.cross_entropy, score=score)
     outcome = realised(ready(net, own, tmp_path / "run"))
-    assert outcome.failure.reason == "ValueError: bins must increase"
+    assert outcome.failure.reason == "PolicyFailure: the score function raised ValueError: bins must increase"
+
+
+def test_a_student_of_a_task_with_its_own_loss_is_trained(net, data, tmp_path):
+    own = replace(data, loss=nn.functional.cross_entropy, score=lambda outputs, targets: -1.0)
+    policy = Policy(student=StudentSpec(width=0.5), quant=QuantSpec(bits=8))
+    setting = ready(net, own, tmp_path / "run")
+    outcome = realise(setting, policy, id="00000", rung="short", deadline=time.monotonic() + 2.0, predicted=None)
+    assert outcome.failure is None
+    assert outcome.val_score.value == -1.0
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), DeviceUnavailable("gone")])
