@@ -18,6 +18,7 @@ import optuna
 from optuna.trial import Trial
 
 from autocompress import study as journal
+from autocompress.compress.train import Tick
 from autocompress.content import entry, feasible, front_of, ladder_quality, prediction_quality, progress_point
 from autocompress.data import sample
 from autocompress.errors import TooManyFailures
@@ -115,7 +116,7 @@ class Search:
         score = self.setting.baseline.val_score
         if data.classes and score is not None and score.value < GUESSING / data.classes:
             self.progress.message(
-                f"the original scores {100 * score.value:.1f} %, hardly more than guessing: was it trained? --weights FILE"
+                f"the original scores {100 * score.value:.1f} %, hardly more than guessing: give its trained weights (--weights FILE)"
             )
         latency = self.setting.baseline.latency_s.median
         self.clock = self.clock.with_reserve(reserve_seconds(self.per_example_s * len(data.test), latency))
@@ -235,7 +236,7 @@ class Search:
                 rung="short",
                 deadline=deadline,
                 predicted=self.forecast.predict(policy),
-                tick=lambda done: self._show(name, round(100 * done), 100),
+                tick=self._percent(name),
             )
         except BaseException:
             journal.abandon(self.study, trial)
@@ -270,7 +271,7 @@ class Search:
                     deadline=deadline,
                     predicted=outcome.predicted_latency_s,
                     continues=outcome.id,
-                    tick=lambda done, name=name: self._show(name, round(100 * done), 100),  # type: ignore[misc]
+                    tick=self._percent(name),
                 )
             )
 
@@ -441,6 +442,9 @@ class Search:
 
     def _enough(self) -> bool:
         return self.task.trials is not None and self._short_count() >= self.task.trials
+
+    def _percent(self, phase: str) -> Tick:
+        return lambda done: self._show(phase, round(100 * done), 100)
 
     def _show(self, phase: str, done: int, total: int | None) -> None:
         best, words = self.best, ""

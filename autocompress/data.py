@@ -8,7 +8,7 @@ so that a teacher's answers for one epoch can be kept and used for every student
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -343,8 +343,3 @@ def _as_split(part: Any, reference: str) -> Split:
         return Split(inputs, targets if targets.is_floating_point() else targets.long())
     except (TypeError, ValueError):
         raise UsageError(f"each split of {reference} must be (inputs, targets) arrays, but got {type(part).__name__}") from None
-
-
-def subset(data: Data, n_train: int, n_val: int) -> Data:
-    """A smaller task with the first rows of each split (for dry runs and tests)."""
-    return replace(data, train=data.train[slice(0, n_train)], val=data.val[slice(0, n_val)])

@@ -104,13 +104,14 @@ class Forecast:
     # -- of the whole space -----------------------------------------------------------------------------------------
 
     def pool(self, seed: int, seconds: float) -> list[Proposal]:
-        """Draws of the space, and variations of those that inherit most for their latency, made in about `seconds`.
+        """Draws of the space for half of `seconds` at most, and variations of those that inherit most for their latency.
 
         Raises UsageError when the space names groups, blocks, layers or architectures that the model does not have.
         """
-        generator, until = np.random.default_rng(seed), time.monotonic() + seconds
+        generator, now = np.random.default_rng(seed), time.monotonic()
+        drawn_by, until = now + 0.5 * seconds, now + seconds
         pool = [self._draw(LevelSuggester(generator)) for _ in range(LEAST_DRAWS)]
-        while len(pool) < MOST_DRAWS and time.monotonic() < until:
+        while len(pool) < MOST_DRAWS and time.monotonic() < drawn_by:
             pool.append(self._draw(LevelSuggester(generator)))
         for _ in range(GENERATIONS):
             leaders = [band.leader(pool) for band in bands(pool, BANDS, self.latency_limit)]

@@ -27,8 +27,6 @@ LARGEST_RANGE = 1e3
 """One absurd prediction does not stretch the bands beyond all others."""
 USUAL: dict[str, float] = {f"distill:{name}": value for name, value in DistillSpec().model_dump().items()}
 """Dimensions that first policies leave at their usual value, so that they differ in structure only."""
-Value = Any
-"""What Optuna takes for a parameter."""
 
 
 @dataclass
@@ -36,7 +34,7 @@ class LevelSuggester:
     """Draws like `optuna.Trial`, around one level for each kind of dimension, and remembers what it drew."""
 
     generator: np.random.Generator
-    params: dict[str, Value] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
     _levels: dict[str, float] = field(default_factory=dict)
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
@@ -103,7 +101,7 @@ class Proposal:
     """
 
     policy: Policy
-    params: dict[str, Value]
+    params: dict[str, Any]
     workload: Workload
     latency_s: float
     inheritance: float

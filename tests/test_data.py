@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from autocompress.data import Data, Split, load_data, sample, shifted, stratified, subset
+from autocompress.data import Data, Split, load_data, sample, shifted, stratified
 from autocompress.errors import UsageError
 
 
@@ -113,11 +113,6 @@ def test_calibration_inputs_are_the_same_for_every_caller():
     torch.manual_seed(5)
     assert torch.equal(data.calibration(8), data.calibration(8))
     assert data.calibration(1000).shape[0] == 40
-
-
-def test_a_subset_keeps_the_first_rows():
-    small = subset(images(), 3, 2)
-    assert (len(small.train), len(small.val), len(small.test)) == (3, 2, 11)
 
 
 def test_splits_that_do_not_hold_together_are_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from autocompress.forecast import Forecast
 from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import prepare
-from autocompress.proposals import bands
+from autocompress.proposals import LevelSuggester, Variation, bands
 from autocompress.records import Budget, Workload
 from autocompress.search_space import find_suggest
 from autocompress.session import run_search
@@ -71,6 +72,21 @@ def test_the_pool_is_bred_towards_what_inherits_most(setting):
     assert min(gains) >= 0
     assert max(gains) > 0
     assert all(p.latency_s <= found.budget.latency_s for p in found.again(pool))
+
+
+def test_slow_draws_leave_time_to_breed(setting):
+    """Of a large network a draw takes long: half of the time is for variations, however few draws that leaves."""
+    kinds: list[type] = []
+    draw = find_suggest("default", setting.graphs[None], setting.device.profile)
+
+    def slow(suggester):
+        kinds.append(type(suggester))
+        time.sleep(0.02)
+        return draw(suggester)
+
+    forecast(setting, suggest=slow).pool(0, 3.0)
+    assert kinds.count(LevelSuggester) < 150
+    assert kinds.count(Variation) > 10
 
 
 def test_a_pool_keeps_to_its_time_and_is_never_empty(setting):
