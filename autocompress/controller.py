@@ -155,7 +155,7 @@ class Search:
 
     def _climbers(self) -> list[Outcome]:
         """Short runs within the budget; training longer changes no latency."""
-        return [o for o in journal.outcomes(self.study) if o.rung == "short" and o.id.isdigit() and feasible(o, self.budget)]
+        return [o for o in journal.outcomes(self.study) if o.rung == "short" and feasible(o, self.budget)]
 
     def _evaluate_unchanged(self) -> None:
         """The teacher itself in the bits that the device has kernels for: free points, and the reference of every search."""
@@ -166,7 +166,7 @@ class Search:
             reduced = self.setting.device.profile.reduced_range
             policy = Policy.model_validate({"quant": {"bits": bits, "reduced_range": reduced}})
             outcome = realise(
-                self.setting, policy, id=identity, rung="short", deadline=time.monotonic(), predicted=self.forecast.predict(policy)
+                self.setting, policy, id=identity, rung="unchanged", deadline=time.monotonic(), predicted=self.forecast.predict(policy)
             )
             self._keep(outcome)
 
@@ -181,7 +181,7 @@ class Search:
 
     def _band_leader(self, first: list[Band], promising: list[Proposal]) -> Proposal | None:
         """The leader of the next band in which nothing was trained yet; bands that are done with are taken off the list."""
-        trained = [o.latency_s.median for o in measured(journal.outcomes(self.study)) if o.latency_s is not None and o.id[0].isdigit()]
+        trained = [o.latency_s.median for o in measured(journal.outcomes(self.study)) if o.latency_s is not None and o.rung != "unchanged"]
         while first:
             band = first.pop(0)
             leader = band.leader(promising) if not any(latency in band for latency in trained) else None
@@ -247,12 +247,12 @@ class Search:
 
     def full_rung(self) -> None:
         """Continue the leading policies until the time is used."""
-        done = {o.id.removesuffix("-full") for o in journal.outcomes(self.study) if o.rung == "full"}
-        candidates = [o for o in self._climbers() if o.id not in done]
+        done = {o.policy.digest for o in journal.outcomes(self.study) if o.rung == "full"}
+        candidates = [o for o in self._climbers() if o.policy.digest not in done]
         each = Division.of(self.clock.total, self._overhead()).short_each
         trials = self.task.trials
         count = full_runs(self.clock.left, each, len(candidates), trials)
-        settled = [o for o in self.outcomes() if o.rung == "full" or not o.id.isdigit()]
+        settled = [o for o in self.outcomes() if o.rung != "short"]
         climbing = promoted(candidates, count, settled)
         for position, outcome in enumerate(climbing):
             if self._stop():
@@ -412,7 +412,7 @@ class Search:
 
         Reasons that differ in their numbers only (the step at which training diverged) are one.
         """
-        last = [o for o in journal.outcomes(self.study) if o.id.isdigit()][-SAME_FAILURES:]
+        last = [o for o in journal.outcomes(self.study) if o.rung == "short"][-SAME_FAILURES:]
         failures = [o.failure for o in last if o.failure is not None]
         if len(failures) == SAME_FAILURES and len({(f.stage, NUMBER.sub("N", f.reason)) for f in failures}) == 1:
             stage, reason = failures[-1].stage, failures[-1].reason
@@ -427,11 +427,11 @@ class Search:
         return self.budget.violation(outcome.latency_s.high, outcome.size_bytes, outcome.latency_s.p95)
 
     def _short_count(self) -> int:
-        return sum(o.rung == "short" and o.id.isdigit() for o in journal.outcomes(self.study))
+        return sum(o.rung == "short" for o in journal.outcomes(self.study))
 
     def _overhead(self) -> float:
         """Seconds that a policy costs beside training: what the unchanged int8 policy took, which is not trained."""
-        return max((o.seconds for o in journal.outcomes(self.study) if not o.id.isdigit() and o.rung == "short"), default=5.0)
+        return max((o.seconds for o in journal.outcomes(self.study) if o.rung == "unchanged"), default=5.0)
 
     def _stop(self) -> bool:
         if self.clock.left <= 0:

@@ -11,7 +11,6 @@ import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -30,14 +29,13 @@ from autocompress.evaluate import run_artifact, score_outputs
 from autocompress.export import Parity, compare, require_parity, write_bundle
 from autocompress.graph import Graph
 from autocompress.policy import Policy, StudentSpec
-from autocompress.records import Artifact, Failure, Measurement, Outcome, Prediction, Score
+from autocompress.records import Artifact, Failure, Measurement, Outcome, Prediction, Rung, Score
 from autocompress.run_folder import write_atomically
 
 FLOAT_WEIGHTS = "float.safetensors"
 DRIFT_RETRIES = 3
 DRIFT_PAUSE_S = 2.0
 LATELY = 7
-Rung = Literal["short", "full"]
 
 
 @dataclass(frozen=True)

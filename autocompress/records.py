@@ -12,6 +12,8 @@ from autocompress.policy import Policy, Record
 from autocompress.units import format_duration, format_size, is_size, parse_duration, parse_size
 
 Shape = tuple[int, ...]
+Rung = Literal["unchanged", "short", "full"]
+"""What a policy went through: `unchanged` is the model itself in fewer bits, calibrated; `short` and `full` say how long a student was trained."""
 OperatorKind = Literal["conv", "linear", "add", "mul", "pool", "norm", "activation", "concat", "pad", "slice", "other"]
 """`pool` covers max, average, adaptive and global means; `norm` only norms that cannot be folded into a layer."""
 
@@ -213,7 +215,7 @@ class Outcome(Record):
 
     id: str
     policy: Policy
-    rung: Literal["predict", "short", "full"]
+    rung: Rung
     val_score: Score | None = None
     test_score: Score | None = None
     latency_s: Measurement | None = None

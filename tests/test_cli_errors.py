@@ -161,7 +161,7 @@ def run(place):
 
     Path("run").mkdir()
     study = open_study(Path("run"), Task(model="own.py:ten", data="digits", seed=1), resume=False)
-    record(study, Outcome(id="int8", policy=Policy(), rung="short", val_score=Score(value=0.5)))
+    record(study, Outcome(id="int8", policy=Policy(), rung="unchanged", val_score=Score(value=0.5)))
     return Path("run")
 
 

@@ -91,7 +91,7 @@ def test_what_waits_comes_before_the_bands(search, pool):
 def test_a_network_rules_out_others_only_when_its_own_training_went_well(search, pool, score, rules_out):
     """Without a budget nothing else can rule out."""
     strong = Policy(quant=QuantSpec(bits=8))
-    trained(search, strong, 1e-6, score=score, id="int8")
+    trained(search, strong, 1e-6, score=score, id="int8", rung="unchanged")
     leading = search._leading()
     assert bool(leading) is rules_out
     if leading:
@@ -105,7 +105,7 @@ def test_a_network_rules_out_others_only_when_its_own_training_went_well(search,
 
 def test_what_is_over_the_budget_leads_nothing(search):
     search.forecast.budget = Budget(size_bytes=8)
-    trained(search, Policy(quant=QuantSpec(bits=8)), 1e-6, id="int8")
+    trained(search, Policy(quant=QuantSpec(bits=8)), 1e-6, id="int8", rung="unchanged")
     assert search._leading() == []
 
 
