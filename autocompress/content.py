@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from autocompress.front import hypervolume, measured, pareto_front
+from autocompress.graph import Structure
 from autocompress.objective import Baseline
+from autocompress.policy import Policy
 from autocompress.records import Budget, Outcome
 from autocompress.schedule import rank_correlation
 
@@ -32,9 +34,9 @@ def entry(outcome: Outcome, baseline: Baseline, budget: Budget, layers: list[dic
     }
 
 
-def prediction_quality(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def prediction_quality(outcomes: Sequence[Outcome], structure: Callable[[Policy], Structure]) -> dict[str, Any]:
     """Predicted against measured latency of all measured structures, as predicted before they were measured for the first time."""
-    first = {o.policy.structure_digest: o for o in reversed(measured(list(outcomes)))}.values()
+    first = {structure(o.policy): o for o in reversed(measured(list(outcomes)))}.values()
     pairs = [(o.predicted_latency_s.value, o.latency_s.median) for o in first if o.predicted_latency_s and o.latency_s]
     errors = [abs(predicted / actual - 1) for predicted, actual in pairs]
     return {

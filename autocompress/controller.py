@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,17 +21,17 @@ from optuna.trial import Trial
 from autocompress import study as journal
 from autocompress.compress.train import Tick
 from autocompress.content import entry, feasible, front_of, ladder_quality, prediction_quality, progress_point
-from autocompress.data import sample
-from autocompress.errors import TooManyFailures
+from autocompress.data import Split, sample
+from autocompress.errors import PolicyFailure, TooManyFailures
 from autocompress.evaluate import score_artifact
-from autocompress.forecast import BANDS, Forecast
+from autocompress.forecast import Forecast
 from autocompress.front import measured, pick
-from autocompress.objective import Setting, realise
+from autocompress.objective import Setting, fails_policy, failure_of, realise
 from autocompress.policy import Policy
 from autocompress.preparation import limit_validation, score_baseline
 from autocompress.progress import Progress
-from autocompress.proposals import Band, Proposal, bands, outclassed
-from autocompress.records import Budget, Measurement, Outcome, Score
+from autocompress.proposals import Band, Proposal, outclassed
+from autocompress.records import Budget, Outcome, Score
 from autocompress.run_folder import write_atomically
 from autocompress.schedule import (
     Clock,
@@ -48,6 +49,7 @@ from autocompress.task import Task
 from autocompress.units import format_duration, format_size
 
 TRIES_A_BAND = 2
+UNKNOWN_OVERHEAD_S = 5.0
 SAME_FAILURES = 3
 NUMBER = re.compile(r"\d+(\.\d+)?(e[-+]?\d+)?|\bnan\b|\binf\b")
 ASK_SHARE = 0.1
@@ -131,7 +133,7 @@ class Search:
         self._evaluate_unchanged()
         division = Division.of(self.clock.left, self._overhead())
         until = time.monotonic() + division.short_total
-        first = bands(pool, BANDS, self.forecast.latency_limit) * TRIES_A_BAND
+        first = self.forecast.bands(pool) * TRIES_A_BAND
         duplicates = 0
         while self._room_for_short(until, division) and not self._stop() and not self._enough():
             trial, policy = self._next(first, pool, ASK_SHARE * division.short_each)
@@ -173,18 +175,18 @@ class Search:
     def _next(self, first: list[Band], pool: list[Proposal], patience_s: float) -> tuple[Trial, Policy]:
         """What waits from an interrupted search; else one policy for each band of latencies; after these, what Optuna suggests."""
         leading = self._leading()
-        if not journal.is_waiting(self.study):
+        if first and not journal.is_waiting(self.study):
             leader = self._band_leader(first, self._promising(pool, leading))
             if leader is not None:
                 self.study.enqueue_trial(leader.params)
         return self._ask(pool, leading, patience_s)
 
     def _band_leader(self, first: list[Band], promising: list[Proposal]) -> Proposal | None:
-        """The leader of the next band in which nothing was trained yet; bands that are done with are taken off the list."""
-        trained = [o.latency_s.median for o in measured(journal.outcomes(self.study)) if o.latency_s is not None and o.rung != "unchanged"]
+        """The leader of the next band in which nothing was measured yet; bands that are done with are taken off the list."""
+        known = [o.latency_s.median for o in measured(journal.outcomes(self.study)) if o.latency_s is not None]
         while first:
             band = first.pop(0)
-            leader = band.leader(promising) if not any(latency in band for latency in trained) else None
+            leader = band.leader(promising) if not any(latency in band for latency in known) else None
             if leader is not None:
                 return leader
         return None
@@ -216,8 +218,8 @@ class Search:
 
     def _promising(self, pool: list[Proposal], leading: list[Proposal]) -> list[Proposal]:
         """Of the pool, with latencies as predicted by now: within the budget, not evaluated before and not outclassed."""
-        known = {o.policy.structure_digest for o in journal.outcomes(self.study)}
-        return [p for p in self.forecast.again(pool) if p.policy.structure_digest not in known and outclassed(p, leading) <= 0]
+        known = {self.forecast.structure(o.policy) for o in journal.outcomes(self.study)}
+        return [p for p in self.forecast.again(pool) if self.forecast.structure(p.policy) not in known and outclassed(p, leading) <= 0]
 
     def _leading(self) -> list[Proposal]:
         """Networks that may rule out others: within the budget, and with a score that says that their training has not gone wrong."""
@@ -252,7 +254,7 @@ class Search:
         each = Division.of(self.clock.total, self._overhead()).short_each
         trials = self.task.trials
         count = full_runs(self.clock.left, each, len(candidates), trials)
-        settled = [o for o in self.outcomes() if o.rung != "short"]
+        settled = [o for o in self.outcomes() if o.rung == "unchanged" or o.policy.digest in done]
         climbing = promoted(candidates, count, settled)
         for position, outcome in enumerate(climbing):
             if self._stop():
@@ -286,19 +288,35 @@ class Search:
                 return
             self._show("measuring the front", 0, len(front))
             paths = [self.setting.baseline.path, *(self.run / (o.artifact or "") for o in front)]
-            again = self.setting.device.measure(paths, seconds_each=FINAL_SECONDS_EACH)
+            try:
+                again = self.setting.device.measure(paths, seconds_each=FINAL_SECONDS_EACH)
+            except PolicyFailure:
+                self._fail_broken(front)
+                continue
             if not known:
                 self.setting = replace(self.setting, baseline=replace(self.setting.baseline, latency_s=again[0]))
                 self.forecast.budget = self.task.limits.against(again[0])
             for outcome, latency in zip(front, again[1:], strict=True):
-                self._measured_again(outcome, latency)
+                journal.record(self.study, outcome.model_copy(update={"latency_s": latency}))
             known |= {o.id for o in front}
 
-    def _measured_again(self, outcome: Outcome, latency: Measurement) -> None:
-        assert outcome.latency_s is not None
-        slower = max((outcome.latency_s, latency), key=lambda m: m.high)
-        within = self.budget.allows(latency, outcome.size_bytes)
-        journal.record(self.study, outcome.model_copy(update={"latency_s": latency if within else slower}))
+    def _fail_broken(self, outcomes: list[Outcome]) -> None:
+        """Take from the search which of these can no longer be measured; raises when each can be by itself."""
+        broken = 0
+        for outcome in outcomes:
+            try:
+                self.setting.device.measure([self.run / (outcome.artifact or "")], seconds_each=0.1)
+            except PolicyFailure as error:
+                self._lose(outcome, error, "measure")
+                broken += 1
+        if not broken:
+            raise PolicyFailure("the front cannot be measured together, although each of its files can alone")
+
+    def _lose(self, outcome: Outcome, error: Exception, stage: str) -> None:
+        """Its file no longer works: it was damaged or taken away, or the runtime fails on it now."""
+        lost = outcome.model_copy(update={"failure": failure_of(error, stage), "artifact": None})
+        journal.record(self.study, lost)
+        self._announce(lost)
 
     def score_test(self) -> None:
         """The one look at the test set: the baseline and the front that is reported, each once, resumed or not.
@@ -320,8 +338,17 @@ class Search:
         for done, outcome in enumerate(front):
             self._show("scoring the test set", done + 1, len(front) + 1)
             if outcome.test_score is None:
-                score = score_artifact(self.run / (outcome.artifact or ""), setting.data, test, setting.batch)
-                journal.record(self.study, outcome.model_copy(update={"test_score": score}))
+                self._score_test_of(outcome, test)
+
+    def _score_test_of(self, outcome: Outcome, test: Split) -> None:
+        try:
+            score = score_artifact(self.run / (outcome.artifact or ""), self.setting.data, test, self.setting.batch)
+        except Exception as error:
+            if not fails_policy(error):
+                raise
+            self._lose(outcome, error, "test")
+            return
+        journal.record(self.study, outcome.model_copy(update={"test_score": score}))
 
     def recall(self) -> None:
         """Take up what a resumed search knew."""
@@ -363,7 +390,7 @@ class Search:
             "points": entries,
             "best": best.id if best is not None else None,
             "progress": self.points,
-            "prediction": prediction_quality(every) | {"held_out": self.forecast.model.held_out_error()},
+            "prediction": prediction_quality(every, self.forecast.structure) | {"held_out": self.forecast.model.held_out_error()},
             "ladder": ladder_quality(
                 {o.policy.digest: o for o in every if o.rung == "short" and o.failure is None},
                 {o.policy.digest: o for o in every if o.rung == "full" and o.failure is None},
@@ -419,7 +446,9 @@ class Search:
             raise TooManyFailures(f"{SAME_FAILURES} policies in a row failed to {stage}: {reason}", hint="mend that, then --resume")
 
     def _twin(self, policy: Policy) -> Outcome | None:
-        return next((o for o in journal.outcomes(self.study) if o.policy.digest == policy.digest), None)
+        structure = self.forecast.structure(policy)
+        alike = (o for o in journal.outcomes(self.study) if o.policy.distill == policy.distill)
+        return next((o for o in alike if self.forecast.structure(o.policy) == structure), None)
 
     def _violation(self, outcome: Outcome) -> float:
         if outcome.latency_s is None:
@@ -430,8 +459,9 @@ class Search:
         return sum(o.rung == "short" for o in journal.outcomes(self.study))
 
     def _overhead(self) -> float:
-        """Seconds that a policy costs beside training: what the unchanged int8 policy took, which is not trained."""
-        return max((o.seconds for o in journal.outcomes(self.study) if o.rung == "unchanged"), default=5.0)
+        """Seconds that a policy costs beside training, as a rule."""
+        spent = [o.seconds - o.training_s for o in measured(journal.outcomes(self.study))]
+        return statistics.median_high(spent) if spent else UNKNOWN_OVERHEAD_S
 
     def _stop(self) -> bool:
         if self.clock.left <= 0:

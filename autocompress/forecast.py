@@ -11,11 +11,11 @@ from typing import Any, Self
 import numpy as np
 
 from autocompress.errors import InfeasibleBudget, UsageError
-from autocompress.graph import Graph
+from autocompress.graph import Graph, Structure
 from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.objective import Setting, fails_policy, untrained
 from autocompress.policy import Policy
-from autocompress.proposals import LevelSuggester, Proposal, Variation, bands, inheritance, without_growth
+from autocompress.proposals import Band, LevelSuggester, Proposal, Variation, bands, inheritance
 from autocompress.records import Budget, Measurement, Outcome, Prediction, Workload
 from autocompress.search_space import Suggest, fastest, smallest
 from autocompress.units import format_duration, format_size
@@ -48,7 +48,7 @@ class Forecast:
     suggest: Suggest
     budget: Budget
     model: FittedLatencyModel
-    networks: dict[str, tuple[Workload, float]] = field(default_factory=dict)
+    networks: dict[Structure, tuple[Workload, float]] = field(default_factory=dict)
 
     @classmethod
     def start(cls, setting: Setting, suggest: Suggest, budget: Budget) -> Self:
@@ -64,6 +64,9 @@ class Forecast:
 
     def workload(self, policy: Policy) -> Workload:
         return self._graph_of(policy).workload(policy)
+
+    def structure(self, policy: Policy) -> Structure:
+        return self._graph_of(policy).structure(policy)
 
     def predict(self, policy: Policy) -> Prediction:
         return self.model.predict(self.workload(policy))
@@ -82,7 +85,7 @@ class Forecast:
 
     def proposal(self, policy: Policy, params: dict[str, Any]) -> Proposal:
         workload = self.workload(policy)
-        kept = inheritance(self.workload(without_growth(policy)), self.original)
+        kept = inheritance(self._graph_of(policy).workload(policy, grown=False), self.original)
         return Proposal(policy, params, workload, self.model.predict(workload).value, kept)
 
     @property
@@ -114,12 +117,16 @@ class Forecast:
         while len(pool) < MOST_DRAWS and time.monotonic() < drawn_by:
             pool.append(self._draw(LevelSuggester(generator)))
         for _ in range(GENERATIONS):
-            leaders = [band.leader(pool) for band in bands(pool, BANDS, self.latency_limit)]
+            leaders = [band.leader(pool) for band in self.bands(pool)]
             for parent in [leader for leader in leaders if leader is not None] * CHILDREN:
                 if time.monotonic() > until:
                     return pool
                 pool.append(self._draw(Variation(generator, parent=parent.params)))
         return pool
+
+    def bands(self, pool: Sequence[Proposal]) -> list[Band]:
+        """The latencies for each of which a search begins with one policy, slowest first."""
+        return bands(pool, BANDS, self.latency_limit, self.setting.baseline.latency_s.median)
 
     def _draw(self, suggester: LevelSuggester) -> Proposal:
         policy = self.suggest(suggester)
@@ -159,7 +166,7 @@ class Forecast:
         self.learn([])
 
     def _note(self, policy: Policy, seconds: float) -> None:
-        self.networks[policy.structure_digest] = (self.workload(policy), seconds)
+        self.networks[self.structure(policy)] = (self.workload(policy), seconds)
 
     def _measure_untrained(self, policy: Policy, name: str) -> tuple[Measurement, int] | None:
         """Measured latency and file size of the policy's structure; None when it cannot be built."""
@@ -179,12 +186,22 @@ class Forecast:
 
     def require_hope(self) -> None:
         """Before anything is calibrated: raises InfeasibleBudget when the ends of the space are far over a limit. Takes seconds."""
-        for budget, policy in ((self.budget.of_time, fastest(self.suggest)), (self.budget.of_size, smallest(self.suggest))):
+        for budget, end, cost in (
+            (self.budget.of_time, fastest(self.suggest), _arithmetic),
+            (self.budget.of_size, smallest(self.suggest), _weight_bytes),
+        ):
             if budget == Budget():
                 continue
+            policy = self._least(end, cost)
             found = self._measure_untrained(policy, "smallest")
             if found is not None and budget.violation(found[0].high / HOPE, found[1], found[0].p95 / HOPE) > 0:
                 raise self._infeasible(budget, policy, *found)
+
+    def _least(self, end: Policy, cost: Callable[[Workload], int]) -> Policy:
+        """Which costs least: the end of the space, or one of a few draws. The end is a guess from names; own spaces may have others."""
+        generator = np.random.default_rng(self.setting.seed)
+        drawn = [self.suggest(LevelSuggester(generator)) for _ in range(LEAST_DRAWS)]
+        return min((end, *drawn), key=lambda policy: cost(self.workload(policy)))
 
     def require_feasible(self, pool: Sequence[Proposal]) -> None:
         """Raises InfeasibleBudget unless some policy can meet the limits on time; the fastest is measured before it says so."""
@@ -217,3 +234,12 @@ class Forecast:
             smallest_latency_s=latency.high,
             binds=binds,
         )
+
+
+def _arithmetic(workload: Workload) -> int:
+    """Bits multiplied: what a network takes as far as its arithmetic tells."""
+    return sum(operator.macs * operator.bits for operator in workload.operators)
+
+
+def _weight_bytes(workload: Workload) -> int:
+    return workload.weight_bytes

@@ -20,15 +20,15 @@ from torch import Tensor, fx
 
 from autocompress.compress.student import build_student, shared_features
 from autocompress.compress.teacher import Teacher
-from autocompress.compress.train import Lesson, Tick, TrainPlan, train_quantized
+from autocompress.compress.train import Lesson, Tick, TrainPlan, quantizes, train_quantized
 from autocompress.data import Data
 from autocompress.devices.base import Device
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import AutocompressError, PolicyFailure
 from autocompress.evaluate import run_artifact, score_outputs
 from autocompress.export import Parity, compare, require_parity, write_bundle
-from autocompress.graph import Graph
-from autocompress.policy import Policy, StudentSpec
+from autocompress.graph import Graph, Structure
+from autocompress.policy import Policy
 from autocompress.records import Artifact, Failure, Measurement, Outcome, Prediction, Rung, Score
 from autocompress.run_folder import write_atomically
 
@@ -80,6 +80,9 @@ class Setting:
     def graph_of(self, policy: Policy) -> Graph:
         return self.graphs[policy.student.reference]
 
+    def structure(self, policy: Policy) -> Structure:
+        return self.graph_of(policy).structure(policy)
+
     def write(self, folder: Path, student: fx.GraphModule, policy: Policy) -> Artifact:
         """Export a student of this search as a bundle."""
         return write_bundle(folder, student, policy, (self.example,), model=self.model_reference, classes=self.data.classes)
@@ -92,10 +95,9 @@ def untrained(setting: Setting, policy: Policy) -> fx.GraphModule:
     return train_quantized(student, policy.quant, setting.data, plan)
 
 
-def changes_structure(policy: Policy) -> bool:
-    """Whether the student needs training: anything but the teacher itself in another number of bits."""
-    plain = Policy(student=StudentSpec(multiple=policy.student.multiple), quant=policy.quant, distill=policy.distill)
-    return policy.structure_digest != plain.structure_digest
+def changes_shape(setting: Setting, policy: Policy) -> bool:
+    """Whether the student is anything but the teacher itself, in whatever number of bits."""
+    return setting.structure(policy).shape != setting.graphs[None].structure(Policy()).shape
 
 
 def realise(
@@ -118,20 +120,25 @@ def realise(
     """
     started = time.monotonic()
     known = {"id": id, "policy": policy, "rung": rung, "predicted_latency_s": predicted}
-    stage = "compress"
+    stage, training_s = "compress", 0.0
     try:
         student = build_student(setting.graph_of(policy), policy)
         stage = "train"
-        student = _trained(setting, student, policy, id, deadline, continues, tick)
+        begun = time.monotonic()
+        student = _trained(setting, student, policy, id, rung, deadline, continues, tick)
+        training_s = time.monotonic() - begun
         stage = "export"
-        artifact, score = _exported(setting, student, policy, id)
+        artifact = setting.write(setting.models / id, student, policy)
+        path = setting.models / id / artifact.path
+        stage = "check"
+        outputs, _ = check_artifact(setting, student, path, policy)
+        score = score_outputs(outputs, setting.data.val.targets, setting.data)
         stage = "measure"
-        latency = measure_beside_baseline(setting, setting.models / id / artifact.path)
+        latency = measure_beside_baseline(setting, path)
     except Exception as error:  # torch, onnx, the runtime and the user's own loss and score each raise their own kinds
         if not fails_policy(error):
             raise
-        failure = Failure(stage=stage, reason=_one_line(error))
-        return Outcome(**known, failure=failure, seconds=time.monotonic() - started)
+        return Outcome(**known, failure=failure_of(error, stage), seconds=time.monotonic() - started, training_s=training_s)
     return Outcome(
         **known,
         val_score=score,
@@ -139,13 +146,23 @@ def realise(
         size_bytes=artifact.size_bytes,
         artifact=f"models/{id}/{artifact.path}",
         seconds=time.monotonic() - started,
+        training_s=training_s,
     )
 
 
 def _trained(
-    setting: Setting, student: fx.GraphModule, policy: Policy, id: str, deadline: float, continues: str | None, tick: Tick | None
+    setting: Setting,
+    student: fx.GraphModule,
+    policy: Policy,
+    id: str,
+    rung: Rung,
+    deadline: float,
+    continues: str | None,
+    tick: Tick | None,
 ) -> fx.GraphModule:
-    needs_training = changes_structure(policy)
+    """Train a student of another shape; the teacher in fewer bits is calibrated first, and trained through them on the full rung."""
+    reshaped = changes_shape(setting, policy)
+    needs_training = reshaped or (rung == "full" and quantizes(policy.quant))
     if continues is not None:
         _continue_from(student, setting.models / continues / FLOAT_WEIGHTS)
     plan = TrainPlan(
@@ -154,6 +171,7 @@ def _trained(
         learning_rate=setting.learning_rate,
         batch_size=setting.batch_size,
         seed=setting.seed,
+        quant_fraction=TrainPlan.quant_fraction if reshaped else 1.0,
     )
     classifies = setting.data.loss is None  # a loss of one's own has a unit of its own, beside which features have no known weight
     shared = shared_features(setting.graph_of(policy), policy) if classifies else None
@@ -172,12 +190,6 @@ def _continue_from(student: fx.GraphModule, path: Path) -> None:
         student.load_state_dict(load_file(path))
     except (OSError, SafetensorError):
         return
-
-
-def _exported(setting: Setting, student: fx.GraphModule, policy: Policy, id: str) -> tuple[Artifact, Score]:
-    artifact = setting.write(setting.models / id, student, policy)
-    outputs, _ = check_artifact(setting, student, setting.models / id / artifact.path, policy)
-    return artifact, score_outputs(outputs, setting.data.val.targets, setting.data)
 
 
 def check_artifact(setting: Setting, student: fx.GraphModule, path: Path, policy: Policy) -> tuple[Tensor, Parity]:
@@ -201,7 +213,8 @@ def measure_beside_baseline(setting: Setting, path: Path) -> Measurement:
         drift = baseline.median / reference - 1
         if abs(drift) <= MOST_DRIFT:
             return latency
-        time.sleep(DRIFT_PAUSE_S * (attempt + 1))
+        if attempt < DRIFT_RETRIES - 1:
+            time.sleep(DRIFT_PAUSE_S * (attempt + 1))
     reason = f"the baseline beside it took {100 * drift:+.0f} % of its time"
     return latency.model_copy(update={"noisy": True, "noise_reason": "; ".join(filter(None, [latency.noise_reason, reason]))})
 
@@ -215,6 +228,11 @@ def _answers(student: fx.GraphModule, setting: Setting) -> Tensor:
 def fails_policy(error: Exception) -> bool:
     """Whether an error is about one policy; other errors of ours and of the file system are about the task or the machine."""
     return isinstance(error, PolicyFailure) or not isinstance(error, (AutocompressError, OSError))
+
+
+def failure_of(error: Exception, stage: str) -> Failure:
+    """What a search keeps of an error that `fails_policy`."""
+    return Failure.model_validate({"stage": stage, "reason": _one_line(error)})
 
 
 def _one_line(error: Exception) -> str:

@@ -142,11 +142,6 @@ class Policy(Record):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
 
-    @property
-    def structure_digest(self) -> str:
-        """Digest of what decides latency and size: everything but the distillation."""
-        return self.model_copy(update={"distill": DistillSpec()}).digest
-
     def channels(self, group: str, size: int) -> int:
         """Channels that `group` of `size` channels has in the student, rounded to `student.multiple`, at least one multiple.
 

@@ -129,13 +129,6 @@ def _by_resolution(workload: Workload) -> Counter[Shape]:
     return macs
 
 
-def without_growth(policy: Policy) -> Policy:
-    """The policy with no channels added: what of its student comes from the teacher."""
-    student = policy.student
-    widths = {group: min(1.0, width) for group, width in student.widths.items()}
-    return policy.model_copy(update={"student": student.model_copy(update={"width": min(1.0, student.width), "widths": widths})})
-
-
 def outclassed(candidate: Proposal, known: Sequence[Proposal]) -> float:
     """How clearly some network of `known` beats the candidate before either is trained; 0 when none does.
 
@@ -166,14 +159,15 @@ class Band:
         return max(members, key=lambda c: c.inheritance, default=None)
 
 
-def bands(candidates: Sequence[Proposal], n: int, limit_s: float) -> list[Band]:
+def bands(candidates: Sequence[Proposal], n: int, limit_s: float, original_s: float) -> list[Band]:
     """`n` bands of equal ratio, slowest first, over the latencies of the candidates up to `limit_s`.
 
-    The slow end of the range is left out: there stands the unchanged network.
+    Where no budget is tighter than the original's latency, half a band at the slow end is left out: there stands the original.
     """
     within = [c.latency_s for c in candidates if c.latency_s <= limit_s]
     if not within or n < 1:
         return []
     ratio = min(LARGEST_RANGE, limit_s / min(within)) ** (1 / n)
-    edges = [limit_s * ratio ** -(index + 0.5) for index in range(n)]
+    skipped = 0.5 if limit_s >= original_s else 0.0
+    edges = [limit_s * ratio ** -(index + skipped) for index in range(n)]
     return [Band(fastest, slowest) for slowest, fastest in zip(edges, [*edges[1:], 0.0], strict=True)]

@@ -13,7 +13,7 @@ from autocompress.units import format_duration, format_size, is_size, parse_dura
 
 Shape = tuple[int, ...]
 Rung = Literal["unchanged", "short", "full"]
-"""What a policy went through: `unchanged` is the model itself in fewer bits, calibrated; `short` and `full` say how long a student was trained."""
+"""What a policy went through: `unchanged` is the model itself in fewer bits, calibrated; `short` and `full` say how long it was trained."""
 OperatorKind = Literal["conv", "linear", "add", "mul", "pool", "norm", "activation", "concat", "pad", "slice", "other"]
 """`pool` covers max, average, adaptive and global means; `norm` only norms that cannot be folded into a layer."""
 
@@ -204,14 +204,14 @@ class Artifact(Record):
 
 
 class Failure(Record):
-    """Why a policy did not become an artifact."""
+    """Why a policy did not become an artifact, or lost it."""
 
-    stage: str
+    stage: Literal["compress", "train", "export", "check", "measure", "test"]
     reason: str
 
 
 class Outcome(Record):
-    """One evaluated policy: a score and a measurement, or a failure; and what it cost."""
+    """One evaluated policy: a score and a measurement, or a failure; and the seconds that it cost, `training_s` of them for training."""
 
     id: str
     policy: Policy
@@ -224,6 +224,7 @@ class Outcome(Record):
     artifact: str | None = None
     failure: Failure | None = None
     seconds: float = 0.0
+    training_s: float = 0.0
 
     @model_validator(mode="after")
     def _has_content(self) -> Outcome:

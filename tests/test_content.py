@@ -31,7 +31,7 @@ def test_a_structure_counts_once_as_predicted_before_it_was_measured():
         outcome("00000", one, 1.0, 1.2), outcome("00000-full", one, 1.0, 1.0), outcome("00001", retaught, 1.0, 1.0),
         outcome("00002", other, 2.0, 1.0),
     ]  # fmt: skip
-    quality = prediction_quality(outcomes)
+    quality = prediction_quality(outcomes, lambda policy: policy.student.width)
     assert quality["n"] == 2
     assert quality["median_error"] == pytest.approx((0.2 + 0.5) / 2)
 

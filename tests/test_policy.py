@@ -49,12 +49,6 @@ def test_order_and_spelling_do_not_change_the_digest():
     assert one.digest == other.digest
 
 
-def test_structure_digest_ignores_the_distillation_only():
-    base = Policy()
-    assert base.model_copy(update={"distill": DistillSpec(alpha=0.1)}).structure_digest == base.structure_digest
-    assert all(policy.structure_digest != base.structure_digest for policy in EXAMPLES[1:4])
-
-
 @pytest.mark.parametrize(
     ("content", "named"),
     [

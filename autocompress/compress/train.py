@@ -83,6 +83,11 @@ def train(student: nn.Module, data: Data, plan: TrainPlan, *, lesson: Lesson | N
     return student.eval()
 
 
+def quantizes(quant: QuantSpec) -> bool:
+    """Whether any layer gets fewer than 32 bits."""
+    return quant.bits < 32 or any(bits < 32 for bits in quant.layers.values())
+
+
 def train_quantized(
     student: fx.GraphModule, quant: QuantSpec, data: Data, plan: TrainPlan, *, lesson: Lesson | None = None, tick: Tick | None = None
 ) -> fx.GraphModule:
@@ -90,12 +95,12 @@ def train_quantized(
 
     One schedule spans both parts. With `plan.steps == 0` this is post-training quantization: calibration only.
     """
-    quantizes = quant.bits < 32 or any(bits < 32 for bits in quant.layers.values())
+    rounds = quantizes(quant)
     steps = _Steps(plan)
-    float_share = 1.0 - (plan.quant_fraction if quantizes else 0.0)
+    float_share = 1.0 - (plan.quant_fraction if rounds else 0.0)
     if plan.steps:
         _run(student, data, plan, steps, until=float_share, lesson=lesson, tick=tick)
-    if not quantizes:
+    if not rounds:
         return student.eval()
     quantized = fake_quantize(student.eval(), quant)
     calibrate(quantized, data.calibration(CALIBRATION_IMAGES).split(plan.batch_size))

@@ -75,6 +75,25 @@ class Frozen:
     reason: str
 
 
+@dataclass(frozen=True)
+class Structure:
+    """The network that a policy makes, however the policy is spelt: what decides its latency, its size and whether it was tried before.
+
+    channels, bits: of the channel groups and layers that are left, in their order.
+    """
+
+    reference: str | None
+    dropped: tuple[str, ...]
+    channels: tuple[tuple[str, int], ...]
+    bits: tuple[tuple[str, int], ...]
+    reduced_range: bool
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """The structure in whatever number of bits."""
+        return self.reference, self.dropped, self.channels
+
+
 class Graph:
     """A traced network with its channel groups, droppable blocks and layers.
 
@@ -123,13 +142,30 @@ class Graph:
                         hint=nearest(name, known),
                     )
 
-    def sizes(self, policy: Policy) -> dict[str, int]:
-        """Channels of every group that the policy may change."""
-        return {g.name: policy.channels(g.name, g.size) for g in self.groups if g.prunable}
+    def sizes(self, policy: Policy, *, grown: bool = True) -> dict[str, int]:
+        """Channels of every group that the policy may change; not `grown`: without those that the network does not have."""
+        counts = {g.name: (policy.channels(g.name, g.size), g.size) for g in self.groups if g.prunable}
+        return {name: count if grown else min(count, size) for name, (count, size) in counts.items()}
 
-    def selection(self, policy: Policy) -> Selection:
+    def selection(self, policy: Policy, *, grown: bool = True) -> Selection:
         """Which channels stay, and where new ones go."""
-        return select(len(self._channels.parents), self._members, self.sizes(policy), self._order, self._ends)
+        return select(len(self._channels.parents), self._members, self.sizes(policy, grown=grown), self._order, self._ends)
+
+    def structure(self, policy: Policy) -> Structure:
+        """What the policy makes of this network; what it says of parts that it drops is left out."""
+        gone = self._layers_in(policy.student.drop)
+        alive = {group.name for group in self.groups if not gone.issuperset(group.producers)}
+        bits = tuple((layer.name, policy.quant.of(layer.name)) for layer in self.layers if layer.name not in gone)
+        return Structure(
+            reference=policy.student.reference,
+            dropped=policy.student.drop,
+            channels=tuple((name, count) for name, count in self.sizes(policy).items() if name in alive),
+            bits=bits,
+            reduced_range=policy.quant.reduced_range and any(n == 8 for _, n in bits),
+        )
+
+    def _layers_in(self, blocks: tuple[str, ...]) -> set[str]:
+        return {layer for block in self.blocks if block.name in blocks for layer in block.layers}
 
     def roots(self, node: str) -> Roots | None:
         """Id classes of a node's channels; None where it has none."""
@@ -143,10 +179,10 @@ class Graph:
         """The traced network without these blocks; shared and read-only: copy it before a change."""
         return self._without(dropped)
 
-    def workload(self, policy: Policy) -> Workload:
-        """Operators and weight bytes of the policy's student, by arithmetic on shapes alone."""
+    def workload(self, policy: Policy, *, grown: bool = True) -> Workload:
+        """Operators and weight bytes of the policy's student, by arithmetic on shapes alone; see `sizes` for `grown`."""
         module = self.without(policy.student.drop)
-        selection = self.selection(policy)
+        selection = self.selection(policy, grown=grown)
         held = int8_tensors(module, policy.quant.of)
         operators: list[Operator] = []
         inner: set[str] = set()
@@ -162,7 +198,7 @@ class Graph:
     def describe(self, policy: Policy) -> list[dict[str, Any]]:
         """Per layer in depth order: channels of teacher and student, bits, and whether its block is dropped."""
         selection = self.selection(policy)
-        gone = {layer for block in self.blocks if block.name in policy.student.drop for layer in block.layers}
+        gone = self._layers_in(policy.student.drop)
         rows = []
         for layer in self.layers:
             roots = self._roots.get(self._node_of[layer.name]) if not self.opaque_reason else None

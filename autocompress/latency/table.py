@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from autocompress.devices.base import Device
+from autocompress.errors import PolicyFailure
 from autocompress.images import cache_folder
 from autocompress.latency.synthetic import build_onnx, empty_model
 from autocompress.records import Operator, Workload
@@ -87,7 +88,7 @@ class OperatorTable:
         while done < len(wanted) and (time.monotonic() < end or not self._measured):
             chunk = [(operator, build_onnx(operator)) for operator in wanted[done : done + CHUNK]]
             built = [(operator, model) for operator, model in chunk if model is not None]
-            for (operator, _), measured in zip(built, device.measure_many([m for _, m in built], seconds_each=SECONDS_EACH), strict=True):
+            for (operator, _), measured in zip(built, _each(device, [model for _, model in built]), strict=True):
                 if measured is not None:
                     self.record(operator, measured - self.call_overhead)
             done += len(chunk)
@@ -143,6 +144,17 @@ class OperatorTable:
                 self.record(Operator.model_validate(entry["operator"]), float(entry["seconds"]))
         except (OSError, ValueError, KeyError, TypeError):
             self._measured, self._operators, self.call_overhead = {}, {}, 0.0
+
+
+def _each(device: Device, models: Sequence[bytes]) -> list[float | None]:
+    """Seconds of each model; None for those that bring the runtime down, which are found by halving."""
+    try:
+        return device.measure_many(models, seconds_each=SECONDS_EACH)
+    except PolicyFailure:
+        if len(models) == 1:
+            return [None]
+    half = len(models) // 2
+    return [*_each(device, models[:half]), *_each(device, models[half:])]
 
 
 class _Interpolation:

@@ -10,12 +10,13 @@ from tasks import SLOW_CALLS
 
 from autocompress import study as journal
 from autocompress.controller import Search
+from autocompress.errors import PolicyFailure
 from autocompress.forecast import Forecast
 from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.policy import Policy, QuantSpec
 from autocompress.preparation import prepare
 from autocompress.progress import SilentProgress
-from autocompress.proposals import Band, bands
+from autocompress.proposals import Band
 from autocompress.records import Budget, Measurement, Outcome, Score
 from autocompress.schedule import Clock, Division
 from autocompress.search_space import find_suggest
@@ -54,11 +55,11 @@ def trained(search, policy, seconds, score=0.8, id="00000", **changes):
 
 
 def structures(search):
-    return {o.policy.structure_digest for o in journal.outcomes(search.study)}
+    return {search.forecast.structure(o.policy) for o in journal.outcomes(search.study)}
 
 
 def test_the_bands_come_first_slowest_first_and_one_that_holds_a_network_is_passed_over(search, pool):
-    first = bands(pool, 4, search.forecast.latency_limit)
+    first = search.forecast.bands(pool)
     slow, second, third = first[:3]
     _, policy = search._next(first, pool, PATIENCE)
     assert search.forecast.predict(policy).value in slow
@@ -69,11 +70,11 @@ def test_the_bands_come_first_slowest_first_and_one_that_holds_a_network_is_pass
 
 
 def test_the_second_try_of_a_band_is_another_network(search, pool):
-    band = bands(pool, 4, search.forecast.latency_limit)[1]
+    band = search.forecast.bands(pool)[1]
     first, chosen = [band, band], []
     for attempt in range(2):
         _, policy = search._next(first, pool, PATIENCE)
-        chosen.append(policy.structure_digest)
+        chosen.append(search.forecast.structure(policy))
         trained(search, policy, 2 * band.slowest, id=f"0000{attempt}")
     assert len(set(chosen)) == 2
     assert not first
@@ -113,7 +114,7 @@ def test_a_search_that_has_no_patience_draws_what_is_new(search, pool):
     for number in range(6):
         before = structures(search)
         _, policy = search._ask(pool, [], 0.0)
-        assert policy.structure_digest not in before
+        assert search.forecast.structure(policy) not in before
         trained(search, policy, 1.0, id=f"0000{number}")
     assert len(structures(search)) == 6
 
@@ -130,3 +131,72 @@ def test_short_runs_end_with_their_share_of_time_once_one_is_within_the_budget(s
     search.clock = Clock.start(60.0, already=60.0)
     search.forecast.budget = Budget(latency_s=1e-9)
     assert not search._room_for_short(past, division), "no time is left"
+
+
+# -- the end of a search ----------------------------------------------------------------------------------------------------
+
+
+class Worn(FakeDevice):
+    """Cannot run some files any more; everything else takes this time."""
+
+    def __init__(self, latency, broken=()):
+        super().__init__()
+        self.latency, self.broken, self.asked = latency, broken, []
+
+    def measure(self, paths, *, seconds_each=1.0):
+        self.asked.append([path.parent.name for path in paths])
+        if any(path.parent.name in self.broken for path in paths):
+            raise PolicyFailure("the runtime crashed with SIGSEGV")
+        return [self.latency] * len(paths)
+
+
+def with_device(search, device):
+    search.setting = replace(search.setting, device=device)
+
+
+def on_front(search, pool, n=3):
+    """Outcomes that are all on the front: the slower the more accurate."""
+    for index in range(n):
+        id = f"{index:05d}"
+        trained(search, pool[index].policy, 1e-3 * (index + 1), score=0.5 + 0.1 * index, id=id, artifact=f"models/{id}/model.onnx")
+
+
+def measurement(seconds, p95=None):
+    return Measurement(median=seconds, low=seconds, high=seconds, p95=p95 or seconds, n=9)
+
+
+def test_a_file_that_can_no_longer_be_measured_leaves_the_front_and_the_search_goes_on(search, pool):
+    on_front(search, pool)
+    with_device(search, Worn(measurement(1e-3), broken=("00001",)))
+    search.measure_front()
+    failures = {o.id: o.failure for o in journal.outcomes(search.study) if o.failure is not None}
+    assert {id: (f.stage, f.reason) for id, f in failures.items()} == {
+        "00001": ("measure", "PolicyFailure: the runtime crashed with SIGSEGV")
+    }
+    assert "00001" not in {entry["id"] for entry in search.content()["points"]}
+
+
+def test_what_misses_a_95th_percentile_when_it_is_measured_again_is_no_longer_within_the_budget(search, pool):
+    """Although its median got faster."""
+    trained(search, pool[0].policy, 5e-3)
+    search.task = Task(model="own:net", data="own:blobs", search_time="60s", budget=("p95=6ms",))
+    search.forecast.budget = search.task.limits
+    with_device(search, Worn(measurement(4e-3, p95=7e-3)))
+    search.measure_front()
+    assert search.content()["front"] == []
+    assert search.content()["best"] is None
+
+
+def test_a_file_that_cannot_be_scored_on_the_test_set_leaves_the_front(search, pool):
+    on_front(search, pool, 1)
+    search.score_test()
+    (lost,) = journal.outcomes(search.study)
+    assert lost.failure.stage == "test"
+    assert search.setting.baseline.test_score is not None
+
+
+def test_the_cost_beside_training_is_what_it_was_as_a_rule(search, pool):
+    assert search._overhead() == 5.0
+    for index, (seconds, training) in enumerate([(30.0, 28.0), (90.0, 50.0), (33.0, 30.0)]):
+        trained(search, pool[index].policy, 1e-3, id=f"{index:05d}", seconds=seconds, training_s=training)
+    assert search._overhead() == 3.0

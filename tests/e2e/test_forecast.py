@@ -11,11 +11,11 @@ from tasks import SLOW_CALLS, Diary, Net
 from torch import nn
 
 from autocompress.errors import InfeasibleBudget, UsageError
-from autocompress.forecast import Forecast
+from autocompress.forecast import HOPE, Forecast
 from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import prepare
-from autocompress.proposals import LevelSuggester, Variation, bands
+from autocompress.proposals import LevelSuggester, Variation
 from autocompress.records import Budget, Workload
 from autocompress.search_space import find_suggest
 from autocompress.session import run_search
@@ -55,6 +55,20 @@ def test_a_size_is_judged_by_the_fewest_bits(setting):
     forecast(setting, f"{int8 / 1e3:.1f}kB", space="quantize").require_hope()
 
 
+def test_a_space_whose_names_do_not_say_which_end_is_fast_is_not_refused(setting):
+    """`cut` is fast at its high end, unlike a width."""
+    graph, device = setting.graphs[None], FakeDevice(SLOW_CALLS)
+    groups = [group.name for group in graph.groups if group.prunable]
+
+    def cut(share):
+        return Policy(prune=PruneSpec(ratios=dict.fromkeys(groups, share)), quant=QuantSpec(bits=8))
+
+    slow, fast = (device.seconds_of(graph.workload(cut(share))) for share in (0.0, 0.9))
+    budget = 0.95 * slow / HOPE
+    assert fast < 0.8 * budget
+    forecast(setting, f"{1e6 * budget:.3f}us", suggest=lambda trial: cut(trial.suggest_float("cut", 0.0, 0.9))).require_hope()
+
+
 def test_without_a_budget_nothing_is_refused(setting):
     forecast(setting).require_hope()
 
@@ -65,7 +79,7 @@ def test_the_pool_is_bred_towards_what_inherits_most(setting):
     pool = found.pool(0, 60.0)
     assert len(pool) > 600, "variations follow the draws"
     gains = []
-    for band in bands(pool, 8, found.latency_limit):
+    for band in found.bands(pool):
         drawn, bred = (band.leader(part) for part in (pool[:600], pool))
         if drawn is not None:
             gains.append(bred.inheritance - drawn.inheritance)

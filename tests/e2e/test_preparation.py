@@ -93,6 +93,26 @@ def test_a_student_of_a_task_with_its_own_loss_is_trained(net, data, tmp_path):
     assert outcome.val_score.value == -1.0
 
 
+@pytest.mark.parametrize("bits", [3, 8])
+def test_the_unchanged_network_is_calibrated_first_and_trained_through_its_bits_to_the_end(net, data, tmp_path, bits):
+    setting = ready(net, data, tmp_path / "run")
+    known = {"policy": Policy(quant=QuantSpec(bits=bits)), "predicted": None}
+    started = time.monotonic()
+    short = realise(setting, **known, id="00000", rung="short", deadline=started + 60.0)
+    full = realise(setting, **known, id="00000-full", rung="full", deadline=time.monotonic() + 2.0, continues="00000")
+    assert short.failure is None and full.failure is None
+    assert short.training_s < 30.0 < full.training_s + 30.0 and full.training_s > 1.5
+    files = [(setting.models / id / "student.safetensors").read_bytes() for id in ("00000", "00000-full")]
+    assert files[0] != files[1]
+
+
+def test_the_unchanged_network_in_float32_has_nothing_to_learn(net, data, tmp_path):
+    setting = ready(net, data, tmp_path / "run")
+    outcome = realise(setting, Policy(), id="00000-full", rung="full", deadline=time.monotonic() + 60.0, predicted=None)
+    assert outcome.failure is None
+    assert outcome.training_s < 30.0
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), DeviceUnavailable("gone")])
 def test_what_is_about_the_machine_ends_the_search(net, data, tmp_path, error):
     setting = ready(net, data, tmp_path / "run", FakeDevice(SLOW_CALLS, failures={1: error}))

@@ -104,7 +104,7 @@ def finished(net, tmp_path_factory) -> Finished:
     device = FakeDevice(SLOW_CALLS, noise=0.01)
     run = tmp_path_factory.mktemp("search") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("autocompress.controller.BANDS", 1)  # the sampler suggests from the second policy on
+        patch.setattr("autocompress.forecast.BANDS", 1)  # the sampler suggests from the second policy on
         patch.setattr("autocompress.controller.Search._overhead", lambda self: 0.3)
         patch.setattr("autocompress.schedule.SHORT_SHARE", 0.7)
         started = time.monotonic()
@@ -383,7 +383,7 @@ def test_training_that_diverges_never_reaches_the_front(net, data, tmp_path, bri
     content = strict(run / "front.json")
     assert content["failures"]
     for failure in content["failures"]:
-        assert failure["stage"] in ("train", "export")
+        assert failure["stage"] in ("train", "export", "check")
         assert "diverged" in failure["reason"] or "finite" in failure["reason"]
     failed = {failure["id"] for failure in content["failures"]}
     assert not failed & {entry["id"] for entry in content["points"]}

@@ -152,6 +152,20 @@ def test_operators_that_do_not_run_are_left_to_interpolation(workloads):
     assert all(table.estimate(operator) > 0 for operator in missing)
 
 
+def test_an_operator_that_brings_the_runtime_down_costs_only_itself(workloads):
+    fatal = build_onnx(max((o for o in workloads[0].operators if o.kind == "conv"), key=lambda o: o.macs))
+
+    class Crashes(FakeDevice):
+        def measure_many(self, models, *, seconds_each=0.02):
+            if fatal in models:
+                raise PolicyFailure("the runtime crashed with SIGSEGV")
+            return super().measure_many(models, seconds_each=seconds_each)
+
+    sound, table = calibrated(FakeDevice(), workloads[:1]), calibrated(Crashes(), workloads[:1])
+    lost = {o.signature for o in workloads[0].operators if sound.lookup(o) is not None and table.lookup(o) is None}
+    assert len(lost) == 1
+
+
 def test_tables_of_other_devices_are_other_files(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     other = FakeDevice()

@@ -1,0 +1,73 @@
+"""Which policies make the same network, however they are spelt."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from autocompress.compress.student import build_student
+from autocompress.graph import Graph
+from autocompress.policy import DistillSpec, Policy, PruneSpec, QuantSpec, StudentSpec
+from autocompress.proposals import inheritance
+from autocompress.testing.models import CifarResNet
+
+
+@pytest.fixture(scope="module")
+def graph():
+    torch.manual_seed(0)
+    return Graph.trace(CifarResNet(2).eval(), (torch.randn(1, 3, 32, 32),))
+
+
+def dropped(graph):
+    """A block, a channel group and a layer that go with it."""
+    block = graph.blocks[0]
+    group = next(g for g in graph.groups if set(g.producers) <= set(block.layers))
+    return block.name, group.name, block.layers[0]
+
+
+def spelt(graph):
+    block, group, layer = dropped(graph)
+    other = next(g.name for g in graph.groups if g.prunable and g.name != group)
+    drop = StudentSpec(drop=(block,))
+    return [
+        (Policy(), Policy(distill=DistillSpec(alpha=0.1))),
+        (Policy(), Policy(student=StudentSpec(widths={other: 1.0}, multiple=8), prune=PruneSpec(ratios={other: 0.0}))),
+        (Policy(quant=QuantSpec(bits=8)), Policy(quant=QuantSpec(layers={layer.name: 8 for layer in graph.layers}))),
+        (Policy(), Policy(quant=QuantSpec(reduced_range=True))),
+        (Policy(student=drop), Policy(student=drop, prune=PruneSpec(ratios={group: 0.5}), quant=QuantSpec(layers={layer: 4}))),
+        (Policy(prune=PruneSpec(ratios={other: 0.25})), Policy(prune=PruneSpec(ratios={other: 0.26}))),
+        (Policy(student=StudentSpec(widths={other: 0.5})), Policy(prune=PruneSpec(ratios={other: 0.5}))),
+    ]
+
+
+def test_the_same_network_has_one_structure_however_it_is_spelt(graph):
+    for one, other in spelt(graph):
+        assert graph.structure(one) == graph.structure(other), other
+        assert graph.workload(one) == graph.workload(other)
+        assert one == other or one.digest != other.digest
+        states = [build_student(graph, policy).state_dict() for policy in (one, other)]
+        assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+def test_other_networks_have_other_structures(graph):
+    block, group, layer = dropped(graph)
+    policies = [
+        Policy(), Policy(student=StudentSpec(drop=(block,))), Policy(prune=PruneSpec(ratios={group: 0.5})),
+        Policy(student=StudentSpec(width=2.0)), Policy(quant=QuantSpec(bits=8)), Policy(quant=QuantSpec(layers={layer: 8})),
+        Policy(quant=QuantSpec(bits=8, reduced_range=True)), Policy(quant=QuantSpec(bits=4)),
+    ]  # fmt: skip
+    assert len({graph.structure(policy) for policy in policies}) == len(policies)
+    assert len({graph.structure(policy).shape for policy in policies}) == 4, "bits are no shape"
+
+
+def test_a_network_that_is_widened_and_pruned_to_its_size_inherits_all(graph):
+    teacher = graph.workload(Policy())
+    groups = [group.name for group in graph.groups if group.prunable and not group.stream]
+
+    def kept(width, ratio):
+        policy = Policy(student=StudentSpec(widths=dict.fromkeys(groups, width)), prune=PruneSpec(ratios=dict.fromkeys(groups, ratio)))
+        return inheritance(graph.workload(policy, grown=False), teacher)
+
+    assert kept(2.0, 0.5) == kept(3.0, 0.5) == pytest.approx(1.0)
+    assert kept(1.0, 0.5) < 0.9
+    assert kept(0.5, 0.0) == kept(1.0, 0.5)
