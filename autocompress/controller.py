@@ -27,7 +27,7 @@ from autocompress.evaluate import score_artifact
 from autocompress.forecast import Forecast
 from autocompress.front import measured, pick
 from autocompress.objective import Setting, fails_policy, failure_of, realise
-from autocompress.policy import Policy
+from autocompress.policy import Policy, QuantSpec
 from autocompress.preparation import limit_validation, score_baseline
 from autocompress.progress import Progress
 from autocompress.proposals import Band, Proposal, outclassed
@@ -256,10 +256,11 @@ class Search:
         count = full_runs(self.clock.left, each, len(candidates), trials)
         settled = [o for o in self.outcomes() if o.rung == "unchanged" or o.policy.digest in done]
         climbing = promoted(candidates, count, settled)
+        costs = [self._step_cost(outcome.policy) for outcome in climbing]
         for position, outcome in enumerate(climbing):
             if self._stop():
                 return
-            share = full_seconds(self.clock.left, len(climbing) - position, each, trials)
+            share = full_seconds(self.clock.left, costs[position:], each, trials)
             deadline = time.monotonic() + share - self._overhead()
             if deadline <= time.monotonic():
                 return
@@ -276,6 +277,10 @@ class Search:
                     tick=self._percent(name),
                 )
             )
+
+    def _step_cost(self, policy: Policy) -> float:
+        """What a training step of the student costs, up to a factor: as its latency in float32 tells, in which it is trained."""
+        return self.forecast.predict(policy.model_copy(update={"quant": QuantSpec()})).value
 
     def measure_front(self) -> None:
         """Measure the front's files together, interleaved with the baseline; a point stays within the budget only if both times it was.

@@ -24,6 +24,8 @@ SHORT_RUNS = 12
 FULL_FACTOR = 9.0
 MOST_FULL_RUNS = 6
 TRIALS_A_FULL_RUN = 4
+LEAST_COST = 0.25
+"""Of the dearest step: a step has costs that no network is too small for."""
 WORST_MARGIN = 0.02
 """How far beyond the worst score and the logarithm of the slowest latency the reference point of a hypervolume lies."""
 
@@ -101,9 +103,13 @@ def full_runs(left: float, short_each: float, candidates: int, trials: int | Non
     return max(0, min(MOST_FULL_RUNS, allowed, candidates, max(1, affordable)))
 
 
-def full_seconds(left: float, runs: int, short_each: float, trials: int | None = None) -> float:
-    """Seconds for the next of `runs` full runs: an equal share, and no more than its worth where trials are what is limited."""
-    share = left / runs
+def full_seconds(left: float, costs: Sequence[float], short_each: float, trials: int | None = None) -> float:
+    """Seconds for the first of the full runs whose steps cost so much each; no more than its worth where trials are what is limited.
+
+    All see the data equally often: in equal times a large student would be left half trained when a small one has long converged.
+    """
+    weights = np.maximum(costs, LEAST_COST * max(costs))
+    share = left * float(weights[0] / weights.sum())
     return share if trials is None else min(share, FULL_FACTOR * short_each)
 
 

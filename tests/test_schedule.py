@@ -153,9 +153,15 @@ def test_a_limit_on_trials_limits_full_runs(trials, expected):
 
 
 def test_full_runs_share_the_time_unless_trials_are_what_is_limited():
-    assert full_seconds(900.0, 3, 4.0) == 300.0
-    assert full_seconds(900.0, 3, 4.0, trials=2) == schedule.FULL_FACTOR * 4.0
-    assert full_seconds(9.0, 3, 4.0, trials=2) == 3.0
+    assert full_seconds(900.0, [1e-3] * 3, 4.0) == pytest.approx(300.0)
+    assert full_seconds(900.0, [1e-3] * 3, 4.0, trials=2) == schedule.FULL_FACTOR * 4.0
+    assert full_seconds(9.0, [1e-3] * 3, 4.0, trials=2) == pytest.approx(3.0)
+
+
+def test_full_runs_see_the_data_equally_often():
+    assert full_seconds(900.0, [2e-3, 1e-3], 4.0) == pytest.approx(600.0)
+    assert full_seconds(300.0, [1e-3], 4.0) == pytest.approx(300.0)
+    assert full_seconds(900.0, [1e-6, 1e-3], 4.0) == pytest.approx(180.0), "a tiny one is not left without time"
 
 
 def test_rank_correlation():
