@@ -162,6 +162,7 @@ def export(
     pick: options.Pick = "best",
     format_: options.Formats = "onnx",
     model: options.Teacher = None,
+    student: options.StudentSource = None,
     json: options.Json = False,
 ) -> None:
     """Write one policy as the files that ship, checked and measured again."""
@@ -174,7 +175,7 @@ def export(
         raise UsageError(f"unknown format {name!r}", hint=nearest(name, FORMATS))
     from autocompress.deploy import export_run
 
-    exported = export_run(run, pick=pick, formats=formats, out=out, model=model)
+    exported = export_run(run, pick=pick, formats=formats, out=out, model=model, student=student)
     written = sorted(str(path) for path in exported.folder.iterdir() if path.is_file())
     if json:
         emit_json({"folder": str(exported.folder), "files": written, "within_budget": exported.within_budget,
@@ -291,12 +292,13 @@ def apply(
     data: options.Data = None,
     batch: options.Batch = 1,
     device: options.Device = options.DEFAULT_DEVICE,
+    student: options.StudentSource = None,
     json: options.Json = False,
 ) -> None:
     """Apply one policy without a search: compress, export, check."""
     from autocompress.deploy import apply_policy
 
-    content = apply_policy(model, policy=policy, weights=weights, data=data, batch=batch, device=device, out=out)
+    content = apply_policy(model, policy=policy, weights=weights, data=data, batch=batch, device=device, out=out, student=student)
     emit_json(content) if json else emit_record(content)
 
 

@@ -58,14 +58,15 @@ class Exported:
 
 
 def export_run(
-    run: Path, *, pick: str = "best", formats: Sequence[str] = ("onnx",), out: Path, model: nn.Module | str | None = None
-) -> Exported:
+    run: Path, *, pick: str = "best", formats: Sequence[str] = ("onnx",), out: Path, model: nn.Module | str | None = None,
+    student: str | None = None,
+) -> Exported:  # fmt: skip
     """Copy the bundle of one policy to `out`, measure its file again beside the baseline's, and say both in the manifest.
 
     Args:
         pick: `best`, an id, or the first digits of a digest.
         formats: any of `onnx` (always written), `openvino` (IR; needs openvino) and `torch` (a torch.export program).
-        model: the teacher, for `torch` when the run's own is a user's function.
+        model, student: the teacher and the architecture of students, for `torch` when the run's own is a user's function.
 
     Raises UsageError for an unknown policy or format, RunFolderError when the bundle was damaged or deleted.
     """
@@ -82,7 +83,7 @@ def export_run(
     if "openvino" in formats:
         _write_openvino(out)
     if "torch" in formats:
-        _write_torch(out, model, _teacher_weights(run, results))
+        _write_torch(out, model, student, _teacher_weights(run, results))
     before, after = open_device(results.device).measure([_baseline_file(run, results), out / BUNDLE[0]], seconds_each=MEASURE_S)
     manifest = update_manifest(out, _facts(results, entry, before, after))
     return Exported(out, manifest, results.budget.allows(after, manifest.size_bytes))
@@ -135,8 +136,8 @@ def _teacher_weights(run: Path, results: Results) -> Path | None:
     return own if own.is_file() else Path(str(named)) if named else None
 
 
-def _write_torch(out: Path, model: nn.Module | str | None, weights: Path | None) -> None:
-    student = recreate(out, model, weights=weights)
+def _write_torch(out: Path, model: nn.Module | str | None, reference: str | None, weights: Path | None) -> None:
+    student = recreate(out, model, student=reference, weights=weights)
     shapes = read_manifest(out).inputs.values()
     generator = torch.Generator().manual_seed(0)
     example = tuple(torch.randn(shape, generator=generator) for shape in shapes)
@@ -156,31 +157,35 @@ def _require_same(student: fx.GraphModule, path: Path, example: tuple[Tensor, ..
         )
 
 
-def recreate(bundle: Path, model: nn.Module | str | None = None, *, weights: Path | None = None) -> fx.GraphModule:
-    """The student of a bundle, from its policy, its weights and the teacher.
+def recreate(
+    bundle: Path, model: nn.Module | str | None = None, *, student: str | None = None, weights: Path | None = None
+) -> fx.GraphModule:
+    """The student of a bundle, from its policy, its weights and the network that it was derived from.
 
     Args:
         model: the teacher or its reference; None takes the manifest's, unless that is a user's function.
+        student: reference of the architecture that students are derived from, where the policy names a user's function.
         weights: the teacher's weights, where `model` is a reference.
     """
     manifest = read_manifest(bundle)
     policy = Policy.from_json((bundle / "policy.json").read_bytes())
-    reference = policy.student.reference or model or manifest.model
+    other = policy.student.reference
+    reference = other or model or manifest.model
     if isinstance(reference, str):
-        if reference != model:
-            require_harmless(reference)
-        derived = policy.student.reference is None
-        usable = weights if derived and weights is not None and weights.is_file() else None
-        reference = load_model(reference, weights=usable, classes=manifest.classes)
+        if reference not in (model, student):
+            require_harmless(reference, "--model" if other is None else "--student")
+        usable = weights if other is None and weights is not None and weights.is_file() else None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(manifest.seed)
+            reference = load_model(reference, weights=usable, classes=manifest.classes)
     example = tuple(torch.zeros(shape) for shape in manifest.inputs.values())
-    student = build_student(Graph.trace(reference, example), policy)
-    return load_student(bundle, fake_quantize(student, policy.quant))
+    return load_student(bundle, fake_quantize(build_student(Graph.trace(reference, example), policy), policy.quant))
 
 
-def require_harmless(reference: str) -> None:
+def require_harmless(reference: str, option: str) -> None:
     """Raises UsageError for a reference that runs a user's code and comes from a file, not from the command line."""
     if not reference.startswith(("torchvision:", "timm:", "autocompress.")):
-        raise UsageError(f"the model {reference!r} is code that this command does not run by itself", hint="name it: --model REF")
+        raise UsageError(f"the model {reference!r} is code that this command does not run by itself", hint=f"name it: {option} {reference}")
 
 
 # -- one policy, no search ------------------------------------------------------------------------------------------------
@@ -188,19 +193,20 @@ def require_harmless(reference: str) -> None:
 
 def apply_policy(
     model: str, *, policy: str, out: Path, weights: Path | None = None, data: str | None = None, batch: int = 1,
-    device: str = "onnxruntime:cpu?threads=1", space: str = "default",
+    device: str = "onnxruntime:cpu?threads=1", space: str = "default", student: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Compress, export and check one policy without training; int8 ranges come from the data, or from random inputs without it.
 
     Args:
         policy: a policy file, or `random:SEED` for one drawn from `space`.
+        student: reference of another architecture to derive the student from, where the policy file names a user's function.
 
     Returns what was built and measured, for people. Raises UsageError, or PolicyFailure when the policy cannot become an artifact.
     """
     _require_free(out)
     given = Policy.from_json(_read(policy)) if not policy.startswith(RANDOM) else None
-    if given is not None and given.student.reference not in (None, model):
-        require_harmless(given.student.reference)
+    if given is not None and given.student.reference not in (None, model, student):
+        require_harmless(given.student.reference, "--student")
     seed = _seed(policy.removeprefix(RANDOM)) if given is None else 0
     loaded = load_data(data) if data is not None else _random_data(load_model(model, weights=weights), model)
     task = Task.create({

@@ -85,7 +85,7 @@ class Setting:
 
     def write(self, folder: Path, student: fx.GraphModule, policy: Policy) -> Artifact:
         """Export a student of this search as a bundle."""
-        return write_bundle(folder, student, policy, (self.example,), model=self.model_reference, classes=self.data.classes)
+        return write_bundle(folder, student, policy, (self.example,), model=self.model_reference, classes=self.data.classes, seed=self.seed)
 
 
 def untrained(setting: Setting, policy: Policy) -> fx.GraphModule:

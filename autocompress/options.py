@@ -80,5 +80,8 @@ Formats = Annotated[str, typer.Option("--format", help="onnx, openvino, torch; s
 Teacher = Annotated[
     str | None, typer.Option("--model", metavar="REF", help="The run's model, for --format torch where it is a function of yours.")
 ]
+StudentSource = Annotated[
+    str | None, typer.Option("--student", metavar="REF", help="The architecture of students, where it is a function of yours.")
+]
 PolicyFile = Annotated[str, typer.Option("--policy", metavar="FILE|random:SEED", help="A policy file, or one drawn from the space.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error. May stand anywhere.")]

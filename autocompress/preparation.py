@@ -65,6 +65,7 @@ def load(
     with torch.random.fork_rng(devices=[]):  # the same network in every process, where it has no weights of its own
         torch.manual_seed(task.seed)
         teacher = _own_copy(model) if model is not None else _loaded(task, data)
+        torch.manual_seed(task.seed)
         student = load_model(task.student, classes=data.classes) if task.student is not None else None
     example = data.example(task.batch)
     require_fit(teacher, data, example, task.model)

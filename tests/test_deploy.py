@@ -9,12 +9,15 @@ from torch import nn
 
 from autocompress import deploy
 from autocompress.compress.student import build_student
+from autocompress.data import Data, Split
 from autocompress.deploy import apply_policy, export_run, measure_reference, recreate
 from autocompress.errors import RunFolderError, UsageError
 from autocompress.evaluate import run_file
 from autocompress.export import read_manifest, update_manifest, write_bundle
 from autocompress.graph import Graph
 from autocompress.policy import Policy, PruneSpec, StudentSpec
+from autocompress.preparation import prepare
+from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
 
 MODEL = "autocompress.testing.models:tiny_resnet"
@@ -177,6 +180,30 @@ def test_a_student_of_another_architecture_is_not_the_given_teacher(run):
     (bundle / "policy.json").write_bytes(Policy(student=StudentSpec(reference="evil.py:build")).to_json().encode())
     with pytest.raises(UsageError, match="code that this command does not run"):
         recreate(bundle, MODEL)
+
+
+def test_a_student_of_another_architecture_is_made_again_as_it_was(tmp_path):
+    """It has no weights of its own before it is trained: which channels were kept follows from the seed."""
+    reference = "autocompress.testing.models:resnet20"
+    images = Split(torch.randn(16, 3, 32, 32), torch.arange(16) % 10)
+    task = Task(model=MODEL, data="own:images", student=reference, seed=7)
+    setting = prepare(task, tmp_path / "run", data=Data(images, images, images, classes=10), device=FakeDevice())
+    streams = [group.name for group in setting.graphs[reference].groups if group.prunable and group.stream]
+    policy = Policy(student=StudentSpec(reference=reference), prune=PruneSpec(ratios=dict.fromkeys(streams, 0.5)))
+    student = build_student(setting.graph_of(policy), policy)
+    setting.write(tmp_path / "bundle", student, policy)
+    again = recreate(tmp_path / "bundle")
+    assert torch.equal(again(images.inputs), student(images.inputs))
+    update_manifest(tmp_path / "bundle", {"seed": 8})
+    assert not torch.equal(recreate(tmp_path / "bundle")(images.inputs), student(images.inputs))
+    with pytest.raises(UsageError, match="code that this command does not run"):
+        recreate_from(tmp_path / "bundle", "own.py:net")
+
+
+def recreate_from(bundle, reference):
+    """With the policy changed to name a user's function."""
+    (bundle / "policy.json").write_bytes(Policy(student=StudentSpec(reference=reference)).to_json().encode())
+    return recreate(bundle, student="other.py:net")
 
 
 def test_a_student_is_made_again_from_a_module(run):

@@ -31,6 +31,7 @@ class Manifest(Record):
     schema_version: Literal[1] = Field(1, alias="schema")
     model: str
     classes: int | None = None
+    seed: int = 0
     policy_digest: str
     artifact: str = MODEL
     artifact_sha256: str
@@ -66,7 +67,14 @@ def library_versions() -> dict[str, str]:
 
 
 def write_bundle(
-    folder: Path, student: fx.GraphModule, policy: Policy, example: tuple[Tensor, ...], *, model: str, classes: int | None = None
+    folder: Path,
+    student: fx.GraphModule,
+    policy: Policy,
+    example: tuple[Tensor, ...],
+    *,
+    model: str,
+    classes: int | None = None,
+    seed: int = 0,
 ) -> Artifact:
     """Export a student. Raises PolicyFailure when the exporter fails, RunFolderError when the disk does.
 
@@ -74,6 +82,7 @@ def write_bundle(
         student: quantized and calibrated as the policy says, in eval mode; not changed.
         example: inputs at the deployment batch, which the file keeps.
         model: reference of the teacher. classes: how many it tells apart; None for other tasks.
+        seed: of the weights that a network without a weights file had; which channels a student keeps follows from them.
     """
     payload = onnx_bytes(student, policy.quant, example)
     names = [node.name for node in student.graph.nodes if node.op == "placeholder"]
@@ -82,8 +91,8 @@ def write_bundle(
         inputs={name: tuple(value.shape) for name, value in zip(names, example, strict=False)},
     )  # fmt: skip
     manifest = Manifest(
-        model=model, classes=classes, policy_digest=policy.digest, artifact_sha256=artifact.sha256, size_bytes=artifact.size_bytes,
-        inputs=artifact.inputs, batch=len(example[0]), created_at=now(), environment=library_versions(),
+        model=model, classes=classes, seed=seed, policy_digest=policy.digest, artifact_sha256=artifact.sha256,
+        size_bytes=artifact.size_bytes, inputs=artifact.inputs, batch=len(example[0]), created_at=now(), environment=library_versions(),
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / POLICY, policy.to_json())
