@@ -12,6 +12,7 @@ from autocompress.policy import Policy, Record
 from autocompress.units import format_duration, format_size, is_size, parse_duration, parse_size
 
 Shape = tuple[int, ...]
+Signature = tuple[object, ...]
 Rung = Literal["unchanged", "short", "full"]
 """What a policy went through: `unchanged` is the model itself in fewer bits, calibrated; `short` and `full` say how long it was trained."""
 OperatorKind = Literal["conv", "linear", "add", "mul", "pool", "norm", "activation", "concat", "pad", "slice", "other"]
@@ -49,9 +50,9 @@ class Operator(Record):
         return 0
 
     @property
-    def signature(self) -> str:
-        """Digest of everything but the name: operators with the same signature take the same time."""
-        return self.model_copy(update={"name": ""}).digest
+    def signature(self) -> Signature:
+        """Everything but the name: operators with the same signature take the same time."""
+        return tuple(value for field, value in self if field != "name")
 
 
 class Workload(Record):

@@ -21,7 +21,7 @@ from autocompress.devices.base import Device
 from autocompress.errors import PolicyFailure
 from autocompress.images import cache_folder
 from autocompress.latency.synthetic import build_onnx, empty_model
-from autocompress.records import Operator, Workload
+from autocompress.records import Operator, Signature, Workload
 from autocompress.run_folder import write_atomically
 
 SCHEMA = 2
@@ -40,11 +40,11 @@ class OperatorTable:
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
-        self._measured: dict[str, float] = {}
-        self._operators: dict[str, Operator] = {}
+        self._measured: dict[Signature, float] = {}
+        self._operators: dict[Signature, Operator] = {}
         self.call_overhead = 0.0
         self._models: dict[tuple[str, int], _Interpolation] | None = None
-        self._estimates: dict[str, float] = {}
+        self._estimates: dict[Signature, float] = {}
         if path is not None and path.is_file():
             self._load(path)
 
@@ -99,8 +99,8 @@ class OperatorTable:
 
     def _wanted(self, workloads: Sequence[Workload]) -> list[Operator]:
         """Operators not measured yet: all of the first workload, then by how often they occur times what they cost by arithmetic."""
-        weight: dict[str, float] = defaultdict(float)
-        operators: dict[str, Operator] = {}
+        weight: dict[Signature, float] = defaultdict(float)
+        operators: dict[Signature, Operator] = {}
         for index, workload in enumerate(workloads):
             for operator in workload.operators:
                 key = operator.signature
@@ -116,7 +116,7 @@ class OperatorTable:
         return model.predict(operator) if model is not None else TINY_S
 
     def _learn(self) -> dict[tuple[str, int], _Interpolation]:
-        by_kind: dict[tuple[str, int], list[str]] = defaultdict(list)
+        by_kind: dict[tuple[str, int], list[Signature]] = defaultdict(list)
         for key, operator in self._operators.items():
             by_kind[operator.kind, operator.bits].append(key)
             by_kind["", 0].append(key)
