@@ -20,6 +20,8 @@ from autocompress.units import parse_duration
 DEFAULT_DEVICE = "onnxruntime:cpu?threads=1"
 DEMO_MODEL = "autocompress.demo:teacher"
 DATA_VARIABLE = "AUTOCOMPRESS_DATA"
+TASK_FILE = "task.toml"
+"""What a search was asked for, in its run folder."""
 
 
 class Task(Record):

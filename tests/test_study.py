@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import contextlib
+import sqlite3
+
 import optuna
 import pytest
 from optuna.trial import TrialState
@@ -202,6 +205,64 @@ def test_a_copy_of_the_database_is_left_alone_and_another_versions_study_is_no_e
     study.set_user_attr(journal.OUTCOME + "00000", None)
     journal.open_study(tmp_path, TASK, resume=False)
     assert (tmp_path / "study.db.bak").read_text() == "a copy"
+
+
+@pytest.mark.parametrize("name", ["teacher.safetensors", "task.toml", "report.html", "notes"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_of_other_files_is_refused(tmp_path, name, resume):
+    (tmp_path / name).write_text("mine")
+    (tmp_path / ".lock").write_text("")
+    with pytest.raises(UsageError, match="no search to resume" if resume else f"holds other files, such as .{name}"):
+        journal.require_own(tmp_path, resume=resume)
+
+
+def test_folders_of_our_own_may_be_searched_in(study, tmp_path):
+    (tmp_path / "report.html").write_text("of a search")
+    journal.require_own(tmp_path, resume=False)
+    journal.require_own(tmp_path, resume=True)
+    journal.require_own(tmp_path / "absent", resume=False)
+    begun = tmp_path_of(tmp_path)
+    (begun / ".lock").write_text("process 1 on here")
+    (begun / journal.DATABASE).write_bytes(b"")
+    journal.require_own(begun, resume=False)
+    assert journal.open_study(begun, TASK, resume=False).trials == []
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_database_of_others_is_left_alone(tmp_path, resume):
+    path = tmp_path / journal.DATABASE
+    optuna.create_study(study_name="mine", storage=f"sqlite:///{path}")
+    before = path.read_bytes()
+    for open_ in (journal.require_own, lambda run, resume: journal.open_study(run, TASK, resume=resume)):
+        with pytest.raises(UsageError):
+            open_(tmp_path, resume=resume)
+    assert path.read_bytes() == before
+
+
+def test_a_database_that_is_none_of_optunas_is_left_alone(tmp_path):
+    path = tmp_path / journal.DATABASE
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE songs (title TEXT)")
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match="holds other files"):
+        journal.require_own(tmp_path, resume=False)
+    with pytest.raises(UsageError):
+        journal.open_study(tmp_path, TASK, resume=False)
+    assert path.read_bytes() == before
+
+
+def test_an_empty_search_beside_another_study_is_not_removed(study, tmp_path):
+    optuna.create_study(study_name="mine", storage=f"sqlite:///{tmp_path / journal.DATABASE}")
+    with pytest.raises(UsageError, match="already holds a search"):
+        journal.open_study(tmp_path, TASK, resume=False)
+
+
+def test_a_study_of_somebody_elses_that_is_called_as_ours_is_not_removed(tmp_path):
+    storage = f"sqlite:///{tmp_path / journal.DATABASE}"
+    optuna.create_study(study_name=journal.STUDY, storage=storage).add_trial(optuna.create_trial(value=1.0))
+    with pytest.raises(UsageError, match="already holds a search"):
+        journal.open_study(tmp_path, TASK, resume=False)
+    assert len(optuna.load_study(study_name=journal.STUDY, storage=storage).trials) == 1
 
 
 def test_what_waits_is_known(study):
