@@ -247,7 +247,7 @@ class _Signalled(BaseException):
 
 @contextmanager
 def _terminated_by_signal() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a search as Ctrl-C does: what is finished is written."""
+    """SIGTERM and SIGHUP end a search as Ctrl-C does: what is finished is written. One that was ignored before stays so, as under nohup."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -255,7 +255,8 @@ def _terminated_by_signal() -> Iterator[None]:
     def stop(number: int, frame_: FrameType | None) -> None:
         raise _Signalled(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heard}
     try:
         yield
     except _Signalled as signalled:

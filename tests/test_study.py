@@ -259,7 +259,7 @@ def test_an_empty_search_beside_another_study_is_not_removed(study, tmp_path):
 
 def test_a_study_of_somebody_elses_that_is_called_as_ours_is_not_removed(tmp_path):
     storage = f"sqlite:///{tmp_path / journal.DATABASE}"
-    optuna.create_study(study_name=journal.STUDY, storage=storage).add_trial(optuna.create_trial(value=1.0))
+    optuna.create_study(study_name=journal.STUDY, storage=storage).add_trial(optuna.trial.create_trial(value=1.0))
     with pytest.raises(UsageError, match="already holds a search"):
         journal.open_study(tmp_path, TASK, resume=False)
     assert len(optuna.load_study(study_name=journal.STUDY, storage=storage).trials) == 1
