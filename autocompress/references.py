@@ -64,6 +64,7 @@ def _import_file(path: Path) -> Any:
     path = path.expanduser().resolve()
     if not path.is_file():
         raise UsageError(f"the file {str(path)!r} does not exist", hint="give path/to/file.py:function")
+    _importable(path.parent)
     name = f"autocompress_user_{path.stem}_{abs(hash(str(path))):x}"
     if name in sys.modules:
         return sys.modules[name]
@@ -79,8 +80,15 @@ def _import_file(path: Path) -> Any:
     return module
 
 
+def _importable(folder: Path) -> None:
+    """A script of the command line has no folder of yours on its path. At the end: nothing there may shadow a library."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
 def _import_module(name: str) -> Any:
     try:
+        _importable(Path.cwd())
         return importlib.import_module(name)
     except Exception as error:  # whatever the module's own code raises
         what = f"{type(error).__name__}: {error}"

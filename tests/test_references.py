@@ -42,6 +42,31 @@ def test_a_function_of_a_file_is_called(tmp_path):
     assert call_function(f"{path}:made") == 2, "the file is imported once"
 
 
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with a package and a file that imports its neighbour, and the search path of a console script."""
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    (tmp_path / "some_nets").mkdir()
+    (tmp_path / "some_nets" / "small.py").write_text("def build(): return 'small'")
+    (tmp_path / "some_layers.py").write_text("WIDTH = 8")
+    (tmp_path / "tabnanny.py").write_text("1 / 0")
+    text = "from some_layers import WIDTH\ndef build():\n    import tabnanny, some_nets.small\n    return WIDTH, tabnanny.verbose"
+    (tmp_path / "model.py").write_text(text)
+    yield tmp_path
+    for name in ("some_nets.small", "some_nets", "some_layers"):
+        sys.modules.pop(name, None)
+
+
+def test_a_package_in_the_current_folder_is_found(project, monkeypatch):
+    monkeypatch.chdir(project)
+    assert call_function("some_nets.small:build") == "small"
+
+
+def test_a_file_may_import_its_neighbours_early_and_late_but_not_in_place_of_a_library(project):
+    assert call_function(f"{project / 'model.py'}:build") == (8, 0)
+    assert sys.path.count(str(project)) == 1
+
+
 def test_a_function_of_a_module_is_called(tmp_path, monkeypatch):
     (tmp_path / "fresh_module.py").write_text("def made(): return 42")
     monkeypatch.syspath_prepend(tmp_path)
