@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,8 +20,15 @@ RESIZE = 256 / 224  # shorter side against crop, the usual evaluation of ImageNe
 
 
 def cache_folder() -> Path:
-    """Where autocompress keeps what can be made again (XDG base directories)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autocompress"
+    """Where autocompress keeps what can be made again (XDG base directories); a temporary folder where home cannot be written."""
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "autocompress"
+    with contextlib.suppress(OSError, RuntimeError):  # what Path.home() raises for a user who has none
+        folder = Path.home() / ".cache" / "autocompress"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    return Path(tempfile.gettempdir()) / f"autocompress-{os.getuid()}"
 
 
 def decode_folder(folder: Path, size: int) -> tuple[tuple[Tensor, Tensor], list[str]]:
