@@ -65,16 +65,18 @@ def search(
     json: options.Json = False,
 ) -> None:
     """Search compressed models that meet a budget; without arguments, the embedded demonstration."""
-    from autocompress.task import load_task
+    from autocompress.task import TASK_FILE, load_task
 
     overrides: dict[str, object] = {
         "budget": tuple(budget or ()), "model": model, "weights": str(weights) if weights else None, "data": data,
         "device": device, "batch": batch, "student": student, "space": space, "learning_rate": learning_rate,
         "search_time": search_time, "trials": trials, "target_accuracy": target_accuracy, "seed": seed,
     }  # fmt: skip
-    task = load_task(task_file, overrides)
     if resume and out is None:
         raise UsageError("--resume needs the folder of the search to continue", hint="add --out RUN")
+    if resume and out is not None and task_file is None and (out / TASK_FILE).is_file():
+        task_file = out / TASK_FILE
+    task = load_task(task_file, overrides)
     if dry_run:
         _dry_run(task, json)
     else:

@@ -159,7 +159,7 @@ def run_search(
     suggest: Suggest | None = None,
 ) -> SearchResult:
     """Run one search in the folder `run` and return what it found; what is finished survives any interruption."""
-    clock = Clock.start(task.search_seconds)
+    task, clock = task.absolute(), Clock.start(task.search_seconds)
     progress = progress or SilentProgress()
     journal.require_own(run, resume=resume)
     fresh = not run.exists()

@@ -137,6 +137,7 @@ def _require_same_task(study: optuna.Study, task: Task, run: Path) -> None:
         study.set_user_attr("task", json.loads(task.to_json()))
         return
     before = Task.create({key: tuple(value) if isinstance(value, list) else value for key, value in known.items()})
+    before, task = before.absolute(), task.absolute()  # an earlier version kept paths as they were given
     if before.fingerprint == task.fingerprint:
         return
     old, new = before.model_dump(), task.model_dump()

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, field_validator
 from autocompress.errors import UsageError
 from autocompress.policy import Record, explain
 from autocompress.records import Budget
-from autocompress.references import nearest
+from autocompress.references import absolute_data, absolute_function, absolute_path, nearest
 from autocompress.units import parse_duration
 
 DEFAULT_DEVICE = "onnxruntime:cpu?threads=1"
@@ -73,6 +73,21 @@ class Task(Record):
         """Equal for tasks whose trials may share a run folder: everything but how long to search."""
         free = {"search_time": "30m", "trials": None, "target_accuracy": None}
         return self.model_copy(update=free).digest
+
+    def absolute(self) -> Self:
+        """The same task with paths from the root of the disk, so that it can be resumed in another folder.
+
+        `student` stays as it is: it is part of every policy, and a policy is the same wherever it is kept.
+        """
+        own_file = self.space.endswith(".toml")
+        return self.model_copy(
+            update={
+                "model": absolute_function(self.model),
+                "weights": absolute_path(self.weights) if self.weights else None,
+                "data": absolute_data(self.data),
+                "space": absolute_path(self.space) if own_file else absolute_function(self.space),
+            }
+        )
 
     def to_toml(self) -> str:
         """The task as a file that `load_task` reads back."""

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from autocompress.errors import UsageError
-from autocompress.references import call_function, nearest, parse_reference
+from autocompress.references import absolute_data, absolute_function, call_function, nearest, parse_reference
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,36 @@ def test_parts_of_a_reference(reference, name, options):
 def test_a_reference_starts_with_a_name(reference):
     with pytest.raises(UsageError, match="must start with a name"):
         parse_reference(reference)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("digits", "digits"),
+        ("python:Data", "python:Data"),
+        ("own_package.data:splits", "own_package.data:splits"),
+        ("own.py:splits", "{here}/own.py:splits"),
+        ("sub/own.py:splits", "{here}/sub/own.py:splits"),
+        ("/else where/own.py:splits", "/else where/own.py:splits"),
+        ("~/own.py:splits", "~/own.py:splits"),
+        ("imagefolder:photos?size=32&flip=", "imagefolder:{here}/photos?size=32&flip="),
+        ("imagefolder:/photos", "imagefolder:/photos"),
+        ("torchvision:MNIST", "torchvision:MNIST?root={here}/data"),
+        ("torchvision:MNIST?flip=true&root=sets/c++ %26 100%25", "torchvision:MNIST?root={here}/sets/c++ %26 100%25&flip=true"),
+    ],
+)
+def test_data_means_the_same_in_another_folder(tmp_path, monkeypatch, given, expected):
+    monkeypatch.chdir(tmp_path)
+    absolute = absolute_data(given)
+    assert absolute == expected.format(here=tmp_path)
+    monkeypatch.chdir("/")
+    assert absolute_data(absolute) == absolute
+
+
+def test_a_function_means_the_same_in_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert absolute_function("net.py:build") == f"{tmp_path}/net.py:build"
+    assert absolute_function("torchvision:resnet18") == "torchvision:resnet18"
 
 
 def test_nearest_names():

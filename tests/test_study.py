@@ -155,6 +155,21 @@ def test_another_task_is_refused_with_what_differs(study, tmp_path, changes, wha
         again(tmp_path, TASK.model_copy(update=changes))
 
 
+def test_a_search_is_resumed_from_its_folder_and_from_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = Task(model="net.py:build", weights="w.pt", data="imagefolder:photos")
+    for begun in (given, given.absolute()):
+        run = tmp_path / ("absolute" if begun != given else "as given")
+        run.mkdir()
+        journal.open_study(run, begun, resume=False)
+        again(run, given)
+        again(run, given.absolute())
+    monkeypatch.chdir("/")
+    again(run, given.absolute())
+    with pytest.raises(UsageError, match="another task: model was"):
+        again(run, given)
+
+
 def test_an_existing_search_is_not_overwritten_and_an_absent_one_not_resumed(study, tmp_path):
     journal.record(study, outcome("00000"))
     with pytest.raises(UsageError, match="already holds a search"):
