@@ -16,6 +16,7 @@ from typing import Any
 import optuna
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.engine import URL
 
 from autocompress.errors import RunFolderError, UsageError
 from autocompress.policy import Policy
@@ -85,7 +86,15 @@ def default_sampler(seed: int, trials_so_far: int) -> BaseSampler:
 
 
 def _storage(path: Path) -> optuna.storages.RDBStorage:
-    return optuna.storages.RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 30}})
+    """Raises RunFolderError when the database is of an Optuna that keeps other tables."""
+    url = URL.create("sqlite", database=str(path.resolve())).render_as_string()
+    template = url.replace("{", "{{").replace("}", "}}")  # Optuna fills in its URL as a format string
+    try:
+        return optuna.storages.RDBStorage(template, engine_kwargs={"connect_args": {"timeout": 30}})
+    except RuntimeError as error:
+        what = str(error).split(". ")[0]
+        hint = "resume with the version of Optuna that began it, or choose another --out"
+        raise RunFolderError(f"{str(path)!r} cannot be read: {what}", hint=hint) from None
 
 
 def _forget_empty(path: Path) -> bool:
@@ -104,7 +113,7 @@ def _forget_empty(path: Path) -> bool:
             empty = ours and not outcomes(study)
         finally:
             storage.engine.dispose()
-    except (RuntimeError, ValueError):  # of another version of Optuna, or of ours
+    except ValueError:  # of another version of ours
         return False
     if empty:
         for suffix in SUFFIXES:
@@ -120,7 +129,7 @@ def _studies(path: Path) -> list[str] | None:
     if not path.exists():
         return []
     try:
-        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        with closing(sqlite3.connect(path.resolve().as_uri() + "?mode=ro", uri=True)) as connection:
             tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             if "studies" not in tables:
                 return None if tables else []

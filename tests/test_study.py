@@ -188,6 +188,29 @@ def test_a_damaged_database_is_named_and_left_alone(study, tmp_path, damage):
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["100%25", "a#b", "what?", "a?b=c#d%41", "{run}", "ü b"])
+def test_a_run_folder_may_have_any_name(tmp_path, name):
+    run = tmp_path / name
+    run.mkdir()
+    journal.record(journal.open_study(run, TASK, resume=False), outcome("00000"))
+    assert [o.id for o in journal.outcomes(again(run))] == ["00000"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert [path.name for path in run.iterdir()] == [journal.DATABASE]
+    journal.require_own(run, resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_database_of_another_optuna_is_named_and_left_alone(study, tmp_path, resume):
+    path = tmp_path / journal.DATABASE
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'v99.0.0.a'")
+    before = path.read_bytes()
+    with pytest.raises(RunFolderError, match="cannot be read: The runtime optuna version") as caught:
+        journal.open_study(tmp_path, TASK, resume=resume)
+    assert "--out" in caught.value.hint
+    assert path.read_bytes() == before
+
+
 def test_a_database_that_cannot_be_written_is_the_folder_s_fault(study, tmp_path):
     with pytest.raises(RunFolderError, match=r"study\.db' cannot be written: disk full") as caught, journal.writing(tmp_path):
         raise optuna.exceptions.StorageInternalError("An exception is raised during the commit.") from OSError("disk full")
