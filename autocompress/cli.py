@@ -206,13 +206,9 @@ def measure(
 ) -> None:
     """Measure the latency of an ONNX file or a model: median, interval, p95."""
     if what.endswith(".onnx"):
-        from autocompress.devices import open_device
-        from autocompress.export import check_onnx
+        from autocompress.deploy import measure_file
 
-        if not Path(what).is_file():
-            raise UsageError(f"the file {what!r} does not exist")
-        check_onnx(Path(what))
-        found = open_device(device).measure([Path(what)])[0]
+        found = measure_file(Path(what), device=device)
     else:
         from autocompress.deploy import measure_reference
 

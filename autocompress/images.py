@@ -45,7 +45,7 @@ def decode_folder(folder: Path, size: int) -> tuple[tuple[Tensor, Tensor], list[
 
 
 def _decoded(folder: Path, files: list[Path], size: int) -> np.ndarray:
-    stamp = "\n".join(f"{p}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
+    stamp = "\n".join(map(_stamp, files))
     name = hashlib.sha256(f"{folder.resolve()}\n{size}\n{stamp}".encode()).hexdigest()[:24]
     target = cache_folder() / "images" / f"{name}.npy"
     if not target.exists():
@@ -61,6 +61,19 @@ def _decoded(folder: Path, files: list[Path], size: int) -> np.ndarray:
             with contextlib.suppress(OSError):
                 partial.unlink()
     return np.load(target, mmap_mode="c")
+
+
+def _stamp(path: Path) -> str:
+    """Other for a file that has changed."""
+    try:
+        status = path.stat()
+    except OSError as error:  # a link to nowhere, or no permission
+        raise _unreadable(path, error.strerror) from None
+    return f"{path}:{status.st_size}:{status.st_mtime_ns}"
+
+
+def _unreadable(path: Path, reason: object) -> UsageError:
+    return UsageError(f"the image {str(path)!r} cannot be read: {reason}", hint="remove or replace it")
 
 
 def _decode_all(files: list[Path], size: int, target: Path) -> None:
@@ -80,8 +93,8 @@ def _decode(path: Path, size: int) -> np.ndarray:
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises depends on the format
-        raise UsageError(f"the image {str(path)!r} cannot be read: {error}", hint="remove or replace it") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises depends on the format
+        raise _unreadable(path, error) from None
     scale = round(size * RESIZE) / min(image.size)
     image = image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.BILINEAR)
     left, top = (image.width - size) // 2, (image.height - size) // 2

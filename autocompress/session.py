@@ -31,7 +31,7 @@ from autocompress.records import Budget
 from autocompress.report import write_report
 from autocompress.run_folder import locked, read_front, write_atomically
 from autocompress.schedule import Clock
-from autocompress.search_space import Suggest, find_suggest
+from autocompress.search_space import Suggest, find_suggest, own_suggest
 from autocompress.tables import frame
 from autocompress.task import TASK_FILE, Task, load_task
 from autocompress.units import format_duration
@@ -193,7 +193,10 @@ def _forget_teacher(run: Path) -> None:
 
 def _assemble(task: Task, run: Path, setting: Setting, study: Any, clock: Clock, progress: Progress, suggest: Suggest | None) -> Search:
     graph, profile = setting.graphs[task.student], setting.device.profile
-    suggest = suggest or find_suggest(task.space, graph, profile, reference=task.student)
+    if suggest is not None:
+        suggest = own_suggest(suggest, "`suggest`")
+    else:
+        suggest = find_suggest(task.space, graph, profile, reference=task.student)
     forecast = Forecast.start(setting, suggest, task.limits.against(setting.baseline.latency_s))
     return Search(task, run, study, forecast, clock, progress, points=list(study.user_attrs.get("progress", [])))
 

@@ -19,6 +19,7 @@ from autocompress.units import parse_duration
 
 DEFAULT_DEVICE = "onnxruntime:cpu?threads=1"
 DEMO_MODEL = "autocompress.demo:teacher"
+DEMO_DATA = "digits"
 DATA_VARIABLE = "AUTOCOMPRESS_DATA"
 TASK_FILE = "task.toml"
 """What a search was asked for, in its run folder."""
@@ -33,7 +34,7 @@ class Task(Record):
     budget: tuple[str, ...] = ()
     model: str = DEMO_MODEL
     weights: str | None = None
-    data: str = "digits"
+    data: str = DEMO_DATA
     device: str = DEFAULT_DEVICE
     batch: Annotated[int, Field(ge=1, le=4096)] = 1
     search_time: str = "30m"
@@ -113,6 +114,9 @@ def load_task(path: Path | None, overrides: Mapping[str, object]) -> Task:
     base = _read(path) if path is not None else {}
     values = base | given
     if "model" not in values:
+        if values.get("data", DEMO_DATA) != DEMO_DATA:
+            hint = "add --model file.py:function, or model = ... to the task file"
+            raise UsageError("--data needs --model: the model of the demonstration reads nothing but digits", hint=hint)
         values = {"batch": 32, "search_time": "4m"} | values
     elif "data" not in values:
         raise UsageError("a task with its own model needs data", hint="add --data imagefolder:DIR or data = ... to the task file")

@@ -20,6 +20,8 @@ def seven(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 7))
 def ten(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 def colour(): return nn.Conv2d(3, 10, 3)
 def no_module(): return 3
+def raising(): return lambda trial: {}["lost"]
+def no_policy(): return lambda trial: 3
 """
 
 
@@ -62,9 +64,12 @@ USAGE = [
     ("search --model :f --data digits --dry-run", "does not import", "file.py"),
     ("search --model own.py:no_module --data digits --dry-run", "must return a torch.nn.Module", "return the model"),
     ("search --model own.py:ten --budget 10ms", "needs data", "--data"),
-    ("search --data digit --dry-run", "unknown data 'digit'", "digits"),
-    ("search --data imagefolder:absent --dry-run", "does not exist", "imagefolder:DIR"),
-    ("search --data torchvision:CIFAR10?root=absent --dry-run", "CIFAR10 is not in 'absent'", "root=DIR"),
+    ("search --data imagefolder:. --dry-run", "--data needs --model", "--model file.py:function"),
+    (f"{OWN} --space own.py:raising", "own.py:raising raised KeyError: 'lost'", "--debug"),
+    (f"{OWN} --space own.py:no_policy", "own.py:no_policy must draw a Policy, but drew int", "Policy"),
+    ("search --model own.py:ten --data digit --dry-run", "unknown data 'digit'", "digits"),
+    ("search --model own.py:ten --data imagefolder:absent --dry-run", "does not exist", "imagefolder:DIR"),
+    ("search --model own.py:ten --data torchvision:CIFAR10?root=absent --dry-run", "CIFAR10 is not in 'absent'", "root=DIR"),
     ("search --device tpu --dry-run", "unknown device 'tpu'", "onnxruntime:cpu"),
     ("search --device onnxruntime:cpu?threads=0 --dry-run", "threads must lie in", ""),
     ("search --device onnxruntime:cpu?thread=1 --dry-run", "unknown option 'thread'", "threads"),
