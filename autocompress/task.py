@@ -29,6 +29,7 @@ class Task(Record):
     """One search. Paths and `${AUTOCOMPRESS_DATA}` in references are expanded when the file is read.
 
     search_time: how long the whole search may take (`"30m"`). batch: inputs a call of the deployed model.
+    target_accuracy: a validation score to stop at: a share up to 1 where the score is accuracy, any number where the data has its own.
     """
 
     budget: tuple[str, ...] = ()
@@ -39,7 +40,7 @@ class Task(Record):
     batch: Annotated[int, Field(ge=1, le=4096)] = 1
     search_time: str = "30m"
     trials: Annotated[int, Field(ge=1)] | None = None
-    target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
+    target_accuracy: Annotated[float, Field(allow_inf_nan=False)] | None = None
     space: str = "default"
     student: str | None = None
     learning_rate: Annotated[float, Field(gt=0)] = 0.1

@@ -83,6 +83,7 @@ USAGE = [
     ("search --budget 10parsec", "unknown unit 'parsec'", "10ms"),
     ("search --budget 10ms --budget 5ms", "twice", "once"),
     ("search --search-time 4", "needs a unit", "10ms"),
+    ("search --target-accuracy 95 --dry-run", "target_accuracy must lie in (0, 1], but got 95.0", "0.95"),
     ("search --trials 0", "--trials", "--help"),
     ("search --batch many", "--batch", "--help"),
     ("search --learning-rate -1", "learning_rate", ""),

@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from tasks import SLOW_CALLS
+from tasks import SLOW_CALLS, Diary
 
 from autocompress import study as journal
 from autocompress.controller import Search
@@ -130,3 +130,16 @@ def test_short_runs_end_with_their_share_of_time_once_one_is_within_the_budget(s
     search.clock = Clock.start(60.0, already=60.0)
     search.forecast.budget = Budget(latency_s=1e-9)
     assert not search._room_for_short(past, division), "no time is left"
+
+
+@pytest.mark.parametrize(
+    ("score", "words"), [(Score(value=0.8125), "81.25 %"), (Score(name="signal to noise", value=31.7, n=9), "31.7")], ids=["share", "number"]
+)
+def test_a_score_is_told_in_percent_only_where_it_is_a_share(search, score, words):
+    search.progress = diary = Diary()
+    latency = Measurement(median=1e-3, low=1e-3, high=1e-3, p95=1e-3, n=9)
+    search.best = Outcome(id="00000", policy=Policy(), rung="short", val_score=score, latency_s=latency, artifact="a.onnx", size_bytes=9)
+    search._announce(search.best)
+    search._show("full training", 0, 1)
+    assert diary.messages[0].startswith(f"policy 00000: {words} {score.name}, 1 ms, ")
+    assert diary.best == f"{words} at 1 ms"
