@@ -65,16 +65,18 @@ def search(
     json: options.Json = False,
 ) -> None:
     """Search compressed models that meet a budget; without arguments, the embedded demonstration."""
-    from autocompress.task import load_task
+    from autocompress.task import TASK_FILE, load_task
 
     overrides: dict[str, object] = {
         "budget": tuple(budget or ()), "model": model, "weights": str(weights) if weights else None, "data": data,
         "device": device, "batch": batch, "student": student, "space": space, "learning_rate": learning_rate,
         "search_time": search_time, "trials": trials, "target_accuracy": target_accuracy, "seed": seed,
     }  # fmt: skip
-    task = load_task(task_file, overrides)
     if resume and out is None:
         raise UsageError("--resume needs the folder of the search to continue", hint="add --out RUN")
+    if resume and out is not None and task_file is None and (out / TASK_FILE).is_file():
+        task_file = out / TASK_FILE
+    task = load_task(task_file, overrides)
     if dry_run:
         _dry_run(task, json)
     else:
@@ -205,13 +207,9 @@ def measure(
 ) -> None:
     """Measure the latency of an ONNX file or a model: median, interval, p95."""
     if what.endswith(".onnx"):
-        from autocompress.devices import open_device
-        from autocompress.export import check_onnx
+        from autocompress.deploy import measure_file
 
-        if not Path(what).is_file():
-            raise UsageError(f"the file {what!r} does not exist")
-        check_onnx(Path(what))
-        found = open_device(device).measure([Path(what)])[0]
+        found = measure_file(Path(what), device=device)
     else:
         from autocompress.deploy import measure_reference
 

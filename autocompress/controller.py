@@ -47,6 +47,7 @@ from autocompress.schedule import (
 )
 from autocompress.task import Task
 from autocompress.units import format_duration, format_size
+from autocompress.view import format_score
 
 TRIES_A_BAND = 2
 UNKNOWN_OVERHEAD_S = 5.0
@@ -435,7 +436,7 @@ class Search:
             self.progress.message(f"policy {outcome.id} failed ({outcome.failure.stage}): {outcome.failure.reason}")
         elif outcome.val_score is not None and outcome.latency_s is not None:
             self.progress.message(
-                f"policy {outcome.id}: {100 * outcome.val_score.value:.2f} % {outcome.val_score.name}, "
+                f"policy {outcome.id}: {format_score(outcome.val_score)} {outcome.val_score.name}, "
                 f"{format_duration(outcome.latency_s.median)}, {format_size(outcome.size_bytes)} ({outcome.policy.in_words()})"
             )
 
@@ -484,7 +485,7 @@ class Search:
     def _show(self, phase: str, done: int, total: int | None) -> None:
         best, words = self.best, ""
         if best is not None and best.val_score is not None and best.latency_s is not None:
-            words = f"{100 * best.val_score.value:.2f} % at {format_duration(best.latency_s.median)}"
+            words = f"{format_score(best.val_score)} at {format_duration(best.latency_s.median)}"
         self.progress.update(phase=phase, done=done, total=total, best=words, seconds_left=self.clock.total - self.clock.elapsed)
 
 

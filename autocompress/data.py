@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from autocompress.errors import UsageError
-from autocompress.references import call_function, parse_reference
+from autocompress.references import DATA_ROOT, call_function, parse_reference
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -257,7 +257,7 @@ def _torchvision(name: str, options: dict[str, str]) -> Data:
     supported = ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST")
     if dataset is None or name not in supported:
         raise UsageError(f"unknown data set torchvision:{name}", hint=f"known: {', '.join(supported)}; others: file.py:function")
-    root = Path(options.get("root", "data")).expanduser()
+    root = Path(options.get("root", DATA_ROOT)).expanduser()
     try:
         train, test = dataset(str(root), train=True), dataset(str(root), train=False)
     except (RuntimeError, OSError) as error:

@@ -5,9 +5,11 @@ Nothing here runs code that a run folder names: files of a run are data, and wha
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from autocompress.data import Data, Split, load_data
 from autocompress.devices import open_device
 from autocompress.errors import PolicyFailure, RunFolderError, UsageError
 from autocompress.evaluate import run_file, score_outputs
-from autocompress.export import Manifest, Parity, load_student, now, read_manifest, update_manifest, verify_bundle, write_bundle
+from autocompress.export import Manifest, Parity, check_onnx, load_student, now, read_manifest, update_manifest, verify_bundle, write_bundle
 from autocompress.graph import Graph
 from autocompress.models import example_for, load_model
 from autocompress.objective import check_artifact, untrained
@@ -30,7 +32,7 @@ from autocompress.policy import Policy
 from autocompress.preparation import TEACHER_WEIGHTS, prepare
 from autocompress.proposals import LevelSuggester
 from autocompress.records import Measurement
-from autocompress.run_folder import read_front
+from autocompress.run_folder import read_front, writing
 from autocompress.search_space import find_suggest
 from autocompress.task import Task
 from autocompress.units import format_duration, format_size
@@ -75,16 +77,19 @@ def export_run(
     source = _bundle_folder(run, entry)
     verify_bundle(source)
     _require_free(out)
-    out.mkdir(parents=True, exist_ok=True)
-    for name in OTHER_FORMATS:
-        (out / name).unlink(missing_ok=True)  # an earlier export's, of another policy perhaps
-    for name in BUNDLE:
-        shutil.copyfile(source / name, out / name)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for name in OTHER_FORMATS:
+            (out / name).unlink(missing_ok=True)  # an earlier export's, of another policy perhaps
+        for name in BUNDLE:
+            shutil.copyfile(source / name, out / name)
     if "openvino" in formats:
         _write_openvino(out)
     if "torch" in formats:
         _write_torch(out, model, student, _teacher_weights(run, results))
-    before, after = open_device(results.device).measure([_baseline_file(run, results), out / BUNDLE[0]], seconds_each=MEASURE_S)
+    with _refused(f"policy {entry.id} cannot be measured on {results.device}"):
+        paths = [_baseline_file(run, results), out / BUNDLE[0]]
+        before, after = open_device(results.device).measure(paths, seconds_each=MEASURE_S)
     manifest = update_manifest(out, _facts(results, entry, before, after))
     return Exported(out, manifest, results.budget.allows(after, manifest.size_bytes))
 
@@ -107,11 +112,18 @@ def _baseline_file(run: Path, results: Results) -> Path:
 
 
 def _require_free(out: Path) -> None:
-    """An export replaces an earlier export, and nothing else."""
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out must be a folder, but {str(out)!r} is a file")
-    if out.is_dir() and any(out.iterdir()) and not (out / BUNDLE[-1]).is_file():
-        raise UsageError(f"{str(out)!r} holds other files", hint="choose an empty folder, or one that an earlier export wrote")
+    """An export replaces an earlier export, and nothing else.
+
+    Raises UsageError or RunFolderError for a folder that cannot be written, before any work is done.
+    """
+    with writing(out):
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"--out must be a folder, but {str(out)!r} is a file")
+        place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise UsageError(f"--out {str(out)!r} cannot be written: {str(place)!r} takes no files", hint="choose another --out")
+        if out.is_dir() and any(out.iterdir()) and not (out / BUNDLE[-1]).is_file():
+            raise UsageError(f"{str(out)!r} holds other files", hint="choose an empty folder, or one that an earlier export wrote")
 
 
 def _facts(results: Results, entry: Entry, before: Measurement, after: Measurement) -> dict[str, Any]:
@@ -201,7 +213,7 @@ def apply_policy(
         policy: a policy file, or `random:SEED` for one drawn from `space`.
         student: reference of another architecture to derive the student from, where the policy file names a user's function.
 
-    Returns what was built and measured, for people. Raises UsageError, or PolicyFailure when the policy cannot become an artifact.
+    Returns what was built and measured, for people. Raises UsageError, also when the policy cannot become an artifact.
     """
     _require_free(out)
     given = Policy.from_json(_read(policy)) if not policy.startswith(RANDOM) else None
@@ -213,7 +225,7 @@ def apply_policy(
         "model": model, "data": data or "random", "device": device, "batch": batch, "space": space,
         "weights": str(weights) if weights is not None else None, "student": given.student.reference if given else None,
     })  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
+    with tempfile.TemporaryDirectory(prefix="autocompress-") as folder, _refused(f"the policy {policy!r} cannot become a file that runs"):
         setting = prepare(task, Path(folder), data=loaded)
         chosen = given or _draw(task, seed, setting.graphs[None], setting)
         student = untrained(setting, chosen)
@@ -277,9 +289,22 @@ def measure_reference(reference: str, *, device: str, weights: Path | None = Non
     model = load_model(reference, weights=weights, classes=loaded.classes if loaded is not None else None)
     example: Tensor = loaded.example(batch) if loaded is not None else example_for(model, reference, batch)
     graph = Graph.trace(model, (example,))
-    with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
-        try:
-            artifact = write_bundle(Path(folder), build_student(graph, Policy()), Policy(), (example,), model=reference)
-            return target.measure([Path(folder) / artifact.path], seconds_each=MEASURE_S)[0]
-        except PolicyFailure as failure:
-            raise UsageError(f"{reference} cannot be measured: {failure.message}") from None
+    with tempfile.TemporaryDirectory(prefix="autocompress-") as folder, _refused(f"{reference} cannot be measured"):
+        artifact = write_bundle(Path(folder), build_student(graph, Policy()), Policy(), (example,), model=reference)
+        return target.measure([Path(folder) / artifact.path], seconds_each=MEASURE_S)[0]
+
+
+def measure_file(path: Path, *, device: str) -> Measurement:
+    """Latency of an ONNX file. Raises UsageError when it is damaged, or the device cannot run it."""
+    check_onnx(path)
+    with _refused(f"{str(path)!r} cannot be measured"):
+        return open_device(device).measure([path])[0]
+
+
+@contextlib.contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """What is one failure among many in a search is the answer of a command about one model."""
+    try:
+        yield
+    except PolicyFailure as failure:
+        raise UsageError(f"{what}: {failure.message}", hint=failure.hint) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,8 +20,15 @@ RESIZE = 256 / 224  # shorter side against crop, the usual evaluation of ImageNe
 
 
 def cache_folder() -> Path:
-    """Where autocompress keeps what can be made again (XDG base directories)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autocompress"
+    """Where autocompress keeps what can be made again (XDG base directories); a temporary folder where home cannot be written."""
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "autocompress"
+    with contextlib.suppress(OSError, RuntimeError):  # what Path.home() raises for a user who has none
+        folder = Path.home() / ".cache" / "autocompress"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    return Path(tempfile.gettempdir()) / f"autocompress-{os.getuid()}"
 
 
 def decode_folder(folder: Path, size: int) -> tuple[tuple[Tensor, Tensor], list[str]]:
@@ -37,7 +45,7 @@ def decode_folder(folder: Path, size: int) -> tuple[tuple[Tensor, Tensor], list[
 
 
 def _decoded(folder: Path, files: list[Path], size: int) -> np.ndarray:
-    stamp = "\n".join(f"{p}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
+    stamp = "\n".join(map(_stamp, files))
     name = hashlib.sha256(f"{folder.resolve()}\n{size}\n{stamp}".encode()).hexdigest()[:24]
     target = cache_folder() / "images" / f"{name}.npy"
     if not target.exists():
@@ -53,6 +61,19 @@ def _decoded(folder: Path, files: list[Path], size: int) -> np.ndarray:
             with contextlib.suppress(OSError):
                 partial.unlink()
     return np.load(target, mmap_mode="c")
+
+
+def _stamp(path: Path) -> str:
+    """Other for a file that has changed."""
+    try:
+        status = path.stat()
+    except OSError as error:  # a link to nowhere, or no permission
+        raise _unreadable(path, error.strerror) from None
+    return f"{path}:{status.st_size}:{status.st_mtime_ns}"
+
+
+def _unreadable(path: Path, reason: object) -> UsageError:
+    return UsageError(f"the image {str(path)!r} cannot be read: {reason}", hint="remove or replace it")
 
 
 def _decode_all(files: list[Path], size: int, target: Path) -> None:
@@ -72,8 +93,8 @@ def _decode(path: Path, size: int) -> np.ndarray:
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises depends on the format
-        raise UsageError(f"the image {str(path)!r} cannot be read: {error}", hint="remove or replace it") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises depends on the format
+        raise _unreadable(path, error) from None
     scale = round(size * RESIZE) / min(image.size)
     image = image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.BILINEAR)
     left, top = (image.width - size) // 2, (image.height - size) // 2

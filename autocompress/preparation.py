@@ -62,6 +62,7 @@ def load(
     """
     device = device or open_device(task.device)
     data = data or load_data(task.data)
+    _require_target(task, data)
     with torch.random.fork_rng(devices=[]):  # the same network in every process, where it has no weights of its own
         torch.manual_seed(task.seed)
         teacher = _own_copy(model) if model is not None else _loaded(task, data)
@@ -100,6 +101,13 @@ def prepare(task: Task, run: Path, *, model: nn.Module | None = None, data: Data
         batch_size=task.batch_size,
         seed=task.seed,
     )
+
+
+def _require_target(task: Task, data: Data) -> None:
+    """Only what the data is scored by says which targets can be reached."""
+    target = task.target_accuracy
+    if target is not None and data.score is None and not 0 < target <= 1:
+        raise UsageError(f"target_accuracy must lie in (0, 1], but got {target}", hint="write 95 % as 0.95")
 
 
 def _own_copy(model: nn.Module) -> nn.Module:

@@ -1,7 +1,7 @@
 """References to models and data: `name?option=value`, `package.module:function`, `path/to/file.py:function`.
 
 Running a user's function is running the user's code; references are taken from the command line, a task file or Python
-only, never from a run folder that somebody else wrote.
+only, never from a run folder that somebody else wrote: `--resume` alone reads the task that a run folder keeps.
 """
 
 from __future__ import annotations
@@ -18,12 +18,38 @@ from urllib.parse import parse_qsl
 from autocompress.errors import UsageError
 
 
+DATA_ROOT = "data"
+"""Where `torchvision:NAME` data lies unless its `root` says otherwise."""
+
+
 def parse_reference(reference: str) -> tuple[str, dict[str, str]]:
     """`"torchvision:CIFAR10?root=DIR"` -> `("torchvision:CIFAR10", {"root": "DIR"})`."""
     name, _, query = reference.partition("?")
     if not name:
         raise UsageError(f"a reference must start with a name, but got {reference!r}")
     return name, dict(parse_qsl(query.replace("+", "%2B"), keep_blank_values=True))  # a plus is itself, as in paths
+
+
+def absolute_path(path: str) -> str:
+    """The path from the root of the disk, so that it means the same in every folder; `~` does already."""
+    return path if path.startswith("~") else str(Path(path).absolute())
+
+
+def absolute_function(reference: str) -> str:
+    """`net.py:build` -> `"/project/net.py:build"`; a reference without a file stays as it is."""
+    where, _, name = reference.rpartition(":")
+    return f"{absolute_path(where)}:{name}" if where.endswith(".py") else reference
+
+
+def absolute_data(reference: str) -> str:
+    """`imagefolder:photos?size=32` -> `"imagefolder:/project/photos?size=32"`; so with the root of torchvision's, and with a file."""
+    name, mark, query = reference.partition("?")
+    if name.startswith("imagefolder:"):
+        return f"imagefolder:{absolute_path(name.removeprefix('imagefolder:'))}{mark}{query}"
+    if not name.startswith("torchvision:"):
+        return absolute_function(reference)
+    root = absolute_path(parse_reference(reference)[1].get("root", DATA_ROOT)).replace("%", "%25").replace("&", "%26")
+    return "&".join([f"{name}?root={root}", *(part for part in query.split("&") if part and not part.startswith("root="))])
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -64,6 +90,7 @@ def _import_file(path: Path) -> Any:
     path = path.expanduser().resolve()
     if not path.is_file():
         raise UsageError(f"the file {str(path)!r} does not exist", hint="give path/to/file.py:function")
+    _importable(path.parent)
     name = f"autocompress_user_{path.stem}_{abs(hash(str(path))):x}"
     if name in sys.modules:
         return sys.modules[name]
@@ -79,8 +106,15 @@ def _import_file(path: Path) -> Any:
     return module
 
 
+def _importable(folder: Path) -> None:
+    """A script of the command line has no folder of yours on its path. At the end: nothing there may shadow a library."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
 def _import_module(name: str) -> Any:
     try:
+        _importable(Path.cwd())
         return importlib.import_module(name)
     except Exception as error:  # whatever the module's own code raises
         what = f"{type(error).__name__}: {error}"

@@ -16,13 +16,24 @@ from autocompress.errors import RunFolderError, UsageError
 LOCK = ".lock"
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises RunFolderError when the disk is full or `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(
+            f"{str(path)!r} cannot be written: {error.strerror or error}", hint="free space or choose another --out"
+        ) from None
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace `path` by a file with this content; after a crash there is the old file or the new one.
 
     Raises RunFolderError when the disk is full or the folder cannot be written.
     """
     payload = content.encode() if isinstance(content, str) else content
-    try:
+    with writing(path):
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -34,8 +45,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
-    except OSError as error:
-        raise RunFolderError(f"{str(path)!r} cannot be written: {error.strerror}", hint="free space or choose another --out") from None
 
 
 @contextmanager

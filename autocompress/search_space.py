@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 from pydantic import Field, ValidationError, model_validator
 
 from autocompress.devices.base import DeviceProfile
-from autocompress.errors import UsageError
+from autocompress.errors import AutocompressError, UsageError
 from autocompress.graph import Graph
 from autocompress.policy import (
     KERNEL_BITS,
@@ -323,8 +323,28 @@ def find_suggest(space: str, graph: Graph, profile: DeviceProfile, *, reference:
         function = call_function(space)
         if not callable(function):
             raise UsageError(f"{space} must return a function suggest(trial) -> Policy, but got {type(function).__name__}")
-        return cast(Suggest, function)
+        return own_suggest(function, space)
     return SearchSpace.build(load_space(space), graph, profile, reference=reference).suggest
+
+
+def own_suggest(function: Callable[[Suggester], Any], name: str) -> Suggest:
+    """A user's function as a space. Whatever it raises becomes a UsageError that names it; Optuna's own errors, of its storage, pass."""
+
+    def suggest(suggester: Suggester) -> Policy:
+        try:
+            policy = function(suggester)
+        except Exception as error:
+            if isinstance(error, AutocompressError) or type(error).__module__.startswith("optuna."):
+                raise
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UsageError(f"the space {name} raised {what}", hint="--debug shows where") from error
+        if not isinstance(policy, Policy):
+            raise UsageError(
+                f"the space {name} must draw a Policy, but drew {type(policy).__name__}", hint="return autocompress.Policy(...)"
+            )
+        return policy
+
+    return suggest
 
 
 def fastest(suggest: Suggest) -> Policy:

@@ -6,7 +6,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,7 +20,7 @@ from autocompress import study as journal
 from autocompress.controller import Search
 from autocompress.data import Data
 from autocompress.devices.base import Device
-from autocompress.errors import InfeasibleBudget, Terminated, UsageError
+from autocompress.errors import AutocompressError, InfeasibleBudget, Terminated
 from autocompress.forecast import Forecast
 from autocompress.objective import Setting
 from autocompress.policy import Policy
@@ -31,9 +31,9 @@ from autocompress.records import Budget
 from autocompress.report import write_report
 from autocompress.run_folder import locked, read_front, write_atomically
 from autocompress.schedule import Clock
-from autocompress.search_space import Suggest, find_suggest
+from autocompress.search_space import Suggest, find_suggest, own_suggest
 from autocompress.tables import frame
-from autocompress.task import Task
+from autocompress.task import TASK_FILE, Task, load_task
 from autocompress.units import format_duration
 
 if TYPE_CHECKING:
@@ -159,15 +159,14 @@ def run_search(
     suggest: Suggest | None = None,
 ) -> SearchResult:
     """Run one search in the folder `run` and return what it found; what is finished survives any interruption."""
-    clock = Clock.start(task.search_seconds)
+    task, clock = task.absolute(), Clock.start(task.search_seconds)
     progress = progress or SilentProgress()
-    if resume and not (run / journal.DATABASE).exists():
-        raise UsageError(f"there is no search to resume in {str(run)!r}", hint="leave --resume out to start one")
+    journal.require_own(run, resume=resume)
     fresh = not run.exists()
     with locked(run), _terminated_by_signal(), journal.writing(run):
         study = journal.open_study(run, task, resume=resume, sampler=sampler)
         if not resume:
-            (run / TEACHER_WEIGHTS).unlink(missing_ok=True)  # another search's, that had begun here
+            _forget_teacher(run)
         clock = Clock.start(task.search_seconds, already=clock.elapsed + study.user_attrs.get("elapsed_s", 0.0))
         try:
             setting = prepare(task, run, model=model, data=data, device=device)
@@ -175,7 +174,7 @@ def run_search(
             if fresh:
                 shutil.rmtree(run, ignore_errors=True)
             raise
-        write_atomically(run / "task.toml", task.to_toml())
+        write_atomically(run / TASK_FILE, task.to_toml())
         search_ = _assemble(task, run, setting, study, clock, progress, suggest)
         try:
             _phases(search_)
@@ -184,9 +183,20 @@ def run_search(
     return _result(search_)
 
 
+def _forget_teacher(run: Path) -> None:
+    """Remove the weights of the demonstration where another search of it had begun; any other file of that name is not ours."""
+    begun = run / TASK_FILE
+    with suppress(AutocompressError):
+        if begun.is_file() and load_task(begun, {}).is_demo:
+            (run / TEACHER_WEIGHTS).unlink(missing_ok=True)
+
+
 def _assemble(task: Task, run: Path, setting: Setting, study: Any, clock: Clock, progress: Progress, suggest: Suggest | None) -> Search:
     graph, profile = setting.graphs[task.student], setting.device.profile
-    suggest = suggest or find_suggest(task.space, graph, profile, reference=task.student)
+    if suggest is not None:
+        suggest = own_suggest(suggest, "`suggest`")
+    else:
+        suggest = find_suggest(task.space, graph, profile, reference=task.student)
     forecast = Forecast.start(setting, suggest, task.limits.against(setting.baseline.latency_s))
     return Search(task, run, study, forecast, clock, progress, points=list(study.user_attrs.get("progress", [])))
 
@@ -240,7 +250,7 @@ class _Signalled(BaseException):
 
 @contextmanager
 def _terminated_by_signal() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a search as Ctrl-C does: what is finished is written."""
+    """SIGTERM and SIGHUP end a search as Ctrl-C does: what is finished is written. One that was ignored before stays so, as under nohup."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -248,7 +258,8 @@ def _terminated_by_signal() -> Iterator[None]:
     def stop(number: int, frame_: FrameType | None) -> None:
         raise _Signalled(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heard}
     try:
         yield
     except _Signalled as signalled:

@@ -9,24 +9,47 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.engine import URL
 
 from autocompress.errors import RunFolderError, UsageError
 from autocompress.policy import Policy
 from autocompress.records import Outcome
+from autocompress.run_folder import LOCK
 from autocompress.task import Task
 
 STUDY = "autocompress"
 DATABASE = "study.db"
+SUFFIXES = ("", "-journal", "-wal", "-shm")
+"""SQLite keeps up to three more files beside a database."""
 OUTCOME = "outcome:"
 MAX_RETRIES = 2
 RULED_OUT_SCORE = 0.0
+
+
+def require_own(run: Path, *, resume: bool) -> None:
+    """Called before anything is written: files that no search of ours left there would be overwritten.
+
+    Raises UsageError for a folder with such files in it, and where there is no search to resume.
+    """
+    try:
+        studies = _studies(run / DATABASE)
+        left = {LOCK, *(DATABASE + suffix for suffix in SUFFIXES if studies == [])}
+        others = sorted(entry.name for entry in run.iterdir() if entry.name not in left) if run.is_dir() else []
+    except OSError as error:
+        raise UsageError(f"the run folder {str(run)!r} cannot be read: {error.strerror}", hint="choose another --out") from None
+    if STUDY in (studies or ()):
+        return
+    if resume:
+        raise UsageError(f"there is no search to resume in {str(run)!r}", hint="leave --resume out to start one")
+    if others:
+        raise UsageError(f"{str(run)!r} holds other files, such as {others[0]!r}", hint="choose an empty folder, or a new one, for --out")
 
 
 def open_study(run: Path, task: Task, *, resume: bool, sampler: BaseSampler | None = None) -> optuna.Study:
@@ -37,10 +60,9 @@ def open_study(run: Path, task: Task, *, resume: bool, sampler: BaseSampler | No
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     path = run / DATABASE
-    _require_intact(path)
-    if path.exists() and not resume and not _forget_empty(path):
+    if not resume and not _forget_empty(path):
         raise UsageError(f"{str(run)!r} already holds a search", hint="add --resume, or choose another --out")
-    if resume and not path.exists():
+    if resume and STUDY not in (_studies(path) or ()):
         raise UsageError(f"there is no search to resume in {str(run)!r}", hint="leave --resume out to start one")
     study = optuna.create_study(study_name=STUDY, storage=_storage(path), directions=["maximize", "minimize"], load_if_exists=True)
     _require_same_task(study, task, run)
@@ -64,33 +86,54 @@ def default_sampler(seed: int, trials_so_far: int) -> BaseSampler:
 
 
 def _storage(path: Path) -> optuna.storages.RDBStorage:
-    return optuna.storages.RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 30}})
+    """Raises RunFolderError when the database is of an Optuna that keeps other tables."""
+    url = URL.create("sqlite", database=str(path.resolve())).render_as_string()
+    template = url.replace("{", "{{").replace("}", "}}")  # Optuna fills in its URL as a format string
+    try:
+        return optuna.storages.RDBStorage(template, engine_kwargs={"connect_args": {"timeout": 30}})
+    except RuntimeError as error:
+        what = str(error).split(". ")[0]
+        hint = "resume with the version of Optuna that began it, or choose another --out"
+        raise RunFolderError(f"{str(path)!r} cannot be read: {what}", hint=hint) from None
 
 
 def _forget_empty(path: Path) -> bool:
-    """Remove a search that ended before it had evaluated anything, as one does whose budget was refused; whether it was such a one."""
+    """Make room where a search ended before it had evaluated anything, as one does whose budget was refused; whether there is room.
+
+    Removes the database only where nothing but such a search is in it.
+    """
+    names = _studies(path)
+    if names != [STUDY]:
+        return names == []
     try:
         storage = _storage(path)
         try:
-            empty = not outcomes(optuna.load_study(study_name=STUDY, storage=storage))
-        except KeyError:  # the study itself had not been created yet
-            empty = True
+            study = optuna.load_study(study_name=STUDY, storage=storage)
+            ours = "task" in study.user_attrs or not study.get_trials(deepcopy=False)
+            empty = ours and not outcomes(study)
         finally:
             storage.engine.dispose()
-    except (RuntimeError, ValueError):  # of another version of Optuna, or of ours
+    except ValueError:  # of another version of ours
         return False
     if empty:
-        for suffix in ("", "-journal", "-wal", "-shm"):
+        for suffix in SUFFIXES:
             path.with_name(path.name + suffix).unlink(missing_ok=True)
     return empty
 
 
-def _require_intact(path: Path) -> None:
+def _studies(path: Path) -> list[str] | None:
+    """Names of the studies in a database, none where there is no database yet; None where it holds something else.
+
+    Raises RunFolderError when it is damaged.
+    """
     if not path.exists():
-        return
+        return []
     try:
-        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as connection:
-            connection.execute("PRAGMA schema_version").fetchone()
+        with closing(sqlite3.connect(path.resolve().as_uri() + "?mode=ro", uri=True)) as connection:
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if "studies" not in tables:
+                return None if tables else []
+            return [name for (name,) in connection.execute("SELECT study_name FROM studies")]
     except sqlite3.DatabaseError as error:
         raise RunFolderError(
             f"{str(path)!r} is damaged: {error}", hint="restore it from a copy, or start again with another --out"
@@ -103,6 +146,7 @@ def _require_same_task(study: optuna.Study, task: Task, run: Path) -> None:
         study.set_user_attr("task", json.loads(task.to_json()))
         return
     before = Task.create({key: tuple(value) if isinstance(value, list) else value for key, value in known.items()})
+    before, task = before.absolute(), task.absolute()  # an earlier version kept paths as they were given
     if before.fingerprint == task.fingerprint:
         return
     old, new = before.model_dump(), task.model_dump()

@@ -14,29 +14,33 @@ from pydantic import Field, ValidationError, field_validator
 from autocompress.errors import UsageError
 from autocompress.policy import Record, explain
 from autocompress.records import Budget
-from autocompress.references import nearest
+from autocompress.references import absolute_data, absolute_function, absolute_path, nearest
 from autocompress.units import parse_duration
 
 DEFAULT_DEVICE = "onnxruntime:cpu?threads=1"
 DEMO_MODEL = "autocompress.demo:teacher"
+DEMO_DATA = "digits"
 DATA_VARIABLE = "AUTOCOMPRESS_DATA"
+TASK_FILE = "task.toml"
+"""What a search was asked for, in its run folder."""
 
 
 class Task(Record):
     """One search. Paths and `${AUTOCOMPRESS_DATA}` in references are expanded when the file is read.
 
     search_time: how long the whole search may take (`"30m"`). batch: inputs a call of the deployed model.
+    target_accuracy: a validation score to stop at: a share up to 1 where the score is accuracy, any number where the data has its own.
     """
 
     budget: tuple[str, ...] = ()
     model: str = DEMO_MODEL
     weights: str | None = None
-    data: str = "digits"
+    data: str = DEMO_DATA
     device: str = DEFAULT_DEVICE
     batch: Annotated[int, Field(ge=1, le=4096)] = 1
     search_time: str = "30m"
     trials: Annotated[int, Field(ge=1)] | None = None
-    target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
+    target_accuracy: Annotated[float, Field(allow_inf_nan=False)] | None = None
     space: str = "default"
     student: str | None = None
     learning_rate: Annotated[float, Field(gt=0)] = 0.1
@@ -72,6 +76,21 @@ class Task(Record):
         free = {"search_time": "30m", "trials": None, "target_accuracy": None}
         return self.model_copy(update=free).digest
 
+    def absolute(self) -> Self:
+        """The same task with paths from the root of the disk, so that it can be resumed in another folder.
+
+        `student` stays as it is: it is part of every policy, and a policy is the same wherever it is kept.
+        """
+        own_file = self.space.endswith(".toml")
+        return self.model_copy(
+            update={
+                "model": absolute_function(self.model),
+                "weights": absolute_path(self.weights) if self.weights else None,
+                "data": absolute_data(self.data),
+                "space": absolute_path(self.space) if own_file else absolute_function(self.space),
+            }
+        )
+
     def to_toml(self) -> str:
         """The task as a file that `load_task` reads back."""
         return "".join(f"{key} = {_toml(value)}\n" for key, value in self.model_dump().items() if value is not None)
@@ -96,6 +115,9 @@ def load_task(path: Path | None, overrides: Mapping[str, object]) -> Task:
     base = _read(path) if path is not None else {}
     values = base | given
     if "model" not in values:
+        if values.get("data", DEMO_DATA) != DEMO_DATA:
+            hint = "add --model file.py:function, or model = ... to the task file"
+            raise UsageError("--data needs --model: the model of the demonstration reads nothing but digits", hint=hint)
         values = {"batch": 32, "search_time": "4m"} | values
     elif "data" not in values:
         raise UsageError("a task with its own model needs data", hint="add --data imagefolder:DIR or data = ... to the task file")

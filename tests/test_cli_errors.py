@@ -20,6 +20,8 @@ def seven(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 7))
 def ten(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 def colour(): return nn.Conv2d(3, 10, 3)
 def no_module(): return 3
+def raising(): return lambda trial: {}["lost"]
+def no_policy(): return lambda trial: 3
 """
 
 
@@ -62,9 +64,12 @@ USAGE = [
     ("search --model :f --data digits --dry-run", "does not import", "file.py"),
     ("search --model own.py:no_module --data digits --dry-run", "must return a torch.nn.Module", "return the model"),
     ("search --model own.py:ten --budget 10ms", "needs data", "--data"),
-    ("search --data digit --dry-run", "unknown data 'digit'", "digits"),
-    ("search --data imagefolder:absent --dry-run", "does not exist", "imagefolder:DIR"),
-    ("search --data torchvision:CIFAR10?root=absent --dry-run", "CIFAR10 is not in 'absent'", "root=DIR"),
+    ("search --data imagefolder:. --dry-run", "--data needs --model", "--model file.py:function"),
+    (f"{OWN} --space own.py:raising", "own.py:raising raised KeyError: 'lost'", "--debug"),
+    (f"{OWN} --space own.py:no_policy", "own.py:no_policy must draw a Policy, but drew int", "Policy"),
+    ("search --model own.py:ten --data digit --dry-run", "unknown data 'digit'", "digits"),
+    ("search --model own.py:ten --data imagefolder:absent --dry-run", "does not exist", "imagefolder:DIR"),
+    ("search --model own.py:ten --data torchvision:CIFAR10?root=absent --dry-run", "CIFAR10 is not in 'absent'", "root=DIR"),
     ("search --device tpu --dry-run", "unknown device 'tpu'", "onnxruntime:cpu"),
     ("search --device onnxruntime:cpu?threads=0 --dry-run", "threads must lie in", ""),
     ("search --device onnxruntime:cpu?thread=1 --dry-run", "unknown option 'thread'", "threads"),
@@ -78,6 +83,7 @@ USAGE = [
     ("search --budget 10parsec", "unknown unit 'parsec'", "10ms"),
     ("search --budget 10ms --budget 5ms", "twice", "once"),
     ("search --search-time 4", "needs a unit", "10ms"),
+    ("search --target-accuracy 95 --dry-run", "target_accuracy must lie in (0, 1], but got 95.0", "0.95"),
     ("search --trials 0", "--trials", "--help"),
     ("search --batch many", "--batch", "--help"),
     ("search --learning-rate -1", "learning_rate", ""),
@@ -94,6 +100,9 @@ USAGE = [
     ("search --data digits --model own.py:colour --dry-run", "must take inputs of shape (1, 1, 8, 8)", "belong together"),
     ("search --resume", "--resume needs the folder", "--out RUN"),
     ("search --resume --out empty", "no search to resume", "--resume"),
+    ("search --resume --out fine", "no search to resume", "--resume"),
+    ("search --data digits --model own.py:ten --out .", "holds other files", "--out"),
+    ("search --data digits --model own.py:ten --out fine", "holds other files, such as 'front.json'", "--out"),
     ("serach", "serach", "--help"),
     ("search --bugdet 10ms", "--bugdet", "--help"),
     ("show", "RUN", "--help"),
@@ -178,6 +187,15 @@ def test_a_run_folder_of_another_search(run, capsys, options, message, hint):
     assert main(f"search --quiet --data digits --model own.py:ten --out run {options}".split()) == 2
     require_explained(capsys.readouterr(), message, hint)
     assert (run / "study.db").read_bytes() == before
+
+
+def test_a_search_is_resumed_without_saying_its_task_again(run, capsys):
+    (run / "task.toml").write_text(Task(model="own.py:ten", data="digits", seed=1).to_toml())
+    assert main("search --resume --out run --search-time 9m --dry-run --json".split()) == 0
+    task = json.loads(capsys.readouterr().out)["task"]
+    assert (task["model"], task["seed"], task["search_time"]) == ("own.py:ten", 1, "9m")
+    assert main("search --quiet --resume --out run --seed 2".split()) == 2
+    require_explained(capsys.readouterr(), "another task: seed was 1, now 2", "--out")
 
 
 def test_a_damaged_database(run, capsys):

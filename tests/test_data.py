@@ -13,6 +13,7 @@ from PIL import Image
 
 from autocompress.data import Data, Split, load_data, sample, shifted, stratified
 from autocompress.errors import UsageError
+from autocompress.images import cache_folder
 
 
 @settings(deadline=None)
@@ -184,6 +185,19 @@ def test_broken_images_are_named_and_nothing_is_left_behind(tmp_path, cache):
     assert list(cache.iterdir()) == []
 
 
+def test_a_link_to_nowhere_and_a_picture_that_unpacks_to_too_much_are_named(tmp_path, cache, monkeypatch):
+    folder = write_images(tmp_path / "photos", n=2)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 21 * 30)
+    load_data(f"imagefolder:{folder}?size=8&flip=no")
+    Image.new("RGB", (30, 60)).save(folder / "dog" / "huge.png")
+    with pytest.raises(UsageError, match=r"huge\.png.* cannot be read: Image size"):
+        load_data(f"imagefolder:{folder}?size=8")
+    (folder / "dog" / "huge.png").unlink()
+    (folder / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(UsageError, match=r"gone\.png.* cannot be read: No such file"):
+        load_data(f"imagefolder:{folder}?size=8")
+
+
 def test_a_cache_that_cannot_be_written_is_explained(tmp_path, monkeypatch):
     folder = write_images(tmp_path / "photos", n=2)
     (tmp_path / "file").write_text("")
@@ -191,6 +205,22 @@ def test_a_cache_that_cannot_be_written_is_explained(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="cannot be written") as caught:
         load_data(f"imagefolder:{folder}?size=8")
     assert "XDG_CACHE_HOME" in caught.value.hint
+
+
+def nobody():
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.parametrize("home", ["a file", "nobody", "a folder"])
+def test_the_cache_is_in_home_where_that_can_be_written(tmp_path, monkeypatch, home):
+    (tmp_path / "file").write_text("")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setenv("HOME", str(tmp_path / ("home" if home == "a folder" else "file")))
+    if home == "nobody":
+        monkeypatch.setattr("pathlib.Path.home", nobody)
+    expected = tmp_path / "home" / ".cache" / "autocompress" if home == "a folder" else tmp_path / "temporary"
+    assert cache_folder().is_relative_to(expected)
 
 
 SOURCE = """

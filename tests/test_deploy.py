@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from autocompress import deploy
 from autocompress.compress.student import build_student
 from autocompress.data import Data, Split
 from autocompress.deploy import apply_policy, export_run, measure_reference, recreate
-from autocompress.errors import RunFolderError, UsageError
+from autocompress.cli import main
+from autocompress.errors import PolicyFailure, RunFolderError, UsageError
 from autocompress.evaluate import run_file
 from autocompress.export import read_manifest, update_manifest, write_bundle
 from autocompress.graph import Graph
@@ -237,6 +239,36 @@ def test_a_policy_file_is_applied_to_data(tmp_path):
     assert told["digest"] == Policy(quant={"bits": 8}).digest
     assert told["speedup"] > 1
     assert read_manifest(tmp_path / "out").val_score.n == 32
+
+
+@pytest.mark.parametrize("place", ["file/out", "/proc/nowhere/out", "models/00000"])
+def test_a_folder_that_cannot_be_written_is_named(run, tmp_path, monkeypatch, place):
+    monkeypatch.chdir(run)
+    (run / "file").write_text("")
+    with pytest.raises((UsageError, RunFolderError), match="cannot be written"):
+        export_run(run, out=Path(place))
+    if not place.startswith("models"):
+        with pytest.raises((UsageError, RunFolderError), match="cannot be written"):
+            apply_policy(MODEL, policy="random:1", out=Path(place))
+
+
+def failing_at(monkeypatch, call):
+    """One device for all, whose call of that number fails."""
+    device = FakeDevice(failures={call: PolicyFailure("the runtime crashed with SIGSEGV")})
+    for module in ("deploy", "preparation"):
+        monkeypatch.setattr(f"autocompress.{module}.open_device", lambda name: device)
+
+
+def test_what_the_device_cannot_run_is_no_bug(run, tmp_path, monkeypatch, capsys):
+    failing_at(monkeypatch, 0)
+    assert main(["measure", str(run / "models" / "00000" / "model.onnx")]) == 2
+    assert "cannot be measured: the runtime crashed with SIGSEGV" in capsys.readouterr().err
+    failing_at(monkeypatch, 0)
+    with pytest.raises(UsageError, match="policy 00000 cannot be measured on fake: the runtime crashed"):
+        export_run(run, out=tmp_path / "out")
+    failing_at(monkeypatch, 1)
+    with pytest.raises(UsageError, match="'random:1' cannot become a file that runs: the runtime crashed"):
+        apply_policy(MODEL, policy="random:1", out=tmp_path / "applied")
 
 
 def test_a_model_is_measured_by_its_reference():

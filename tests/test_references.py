@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from autocompress.errors import UsageError
-from autocompress.references import call_function, nearest, parse_reference
+from autocompress.references import absolute_data, absolute_function, call_function, nearest, parse_reference
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,36 @@ def test_a_reference_starts_with_a_name(reference):
         parse_reference(reference)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("digits", "digits"),
+        ("python:Data", "python:Data"),
+        ("own_package.data:splits", "own_package.data:splits"),
+        ("own.py:splits", "{here}/own.py:splits"),
+        ("sub/own.py:splits", "{here}/sub/own.py:splits"),
+        ("/else where/own.py:splits", "/else where/own.py:splits"),
+        ("~/own.py:splits", "~/own.py:splits"),
+        ("imagefolder:photos?size=32&flip=", "imagefolder:{here}/photos?size=32&flip="),
+        ("imagefolder:/photos", "imagefolder:/photos"),
+        ("torchvision:MNIST", "torchvision:MNIST?root={here}/data"),
+        ("torchvision:MNIST?flip=true&root=sets/c++ %26 100%25", "torchvision:MNIST?root={here}/sets/c++ %26 100%25&flip=true"),
+    ],
+)
+def test_data_means_the_same_in_another_folder(tmp_path, monkeypatch, given, expected):
+    monkeypatch.chdir(tmp_path)
+    absolute = absolute_data(given)
+    assert absolute == expected.format(here=tmp_path)
+    monkeypatch.chdir("/")
+    assert absolute_data(absolute) == absolute
+
+
+def test_a_function_means_the_same_in_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert absolute_function("net.py:build") == f"{tmp_path}/net.py:build"
+    assert absolute_function("torchvision:resnet18") == "torchvision:resnet18"
+
+
 def test_nearest_names():
     assert nearest("resnet19", ["resnet18", "vgg11"]) == "did you mean resnet18?"
     assert nearest("q", ["a", "b"]) == "known: a, b"
@@ -40,6 +70,31 @@ def test_a_function_of_a_file_is_called(tmp_path):
     path.write_text("calls = []\ndef made():\n    calls.append(1)\n    return len(calls)\n", encoding="utf-8")
     assert call_function(f"{path}:made") == 1
     assert call_function(f"{path}:made") == 2, "the file is imported once"
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with a package and a file that imports its neighbour, and the search path of a console script."""
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    (tmp_path / "some_nets").mkdir()
+    (tmp_path / "some_nets" / "small.py").write_text("def build(): return 'small'")
+    (tmp_path / "some_layers.py").write_text("WIDTH = 8")
+    (tmp_path / "tabnanny.py").write_text("1 / 0")
+    text = "from some_layers import WIDTH\ndef build():\n    import tabnanny, some_nets.small\n    return WIDTH, tabnanny.verbose"
+    (tmp_path / "model.py").write_text(text)
+    yield tmp_path
+    for name in ("some_nets.small", "some_nets", "some_layers"):
+        sys.modules.pop(name, None)
+
+
+def test_a_package_in_the_current_folder_is_found(project, monkeypatch):
+    monkeypatch.chdir(project)
+    assert call_function("some_nets.small:build") == "small"
+
+
+def test_a_file_may_import_its_neighbours_early_and_late_but_not_in_place_of_a_library(project):
+    assert call_function(f"{project / 'model.py'}:build") == (8, 0)
+    assert sys.path.count(str(project)) == 1
 
 
 def test_a_function_of_a_module_is_called(tmp_path, monkeypatch):

@@ -6,11 +6,22 @@ import pytest
 import torch
 
 from autocompress.devices.base import DeviceProfile
-from autocompress.errors import UsageError
+from autocompress.errors import RunFolderError, UsageError
 from autocompress.graph import Graph
 from autocompress.policy import Policy, StudentSpec
 from autocompress.proposals import LevelSuggester
-from autocompress.search_space import SearchSpace, SpaceSpec, fastest, find_suggest, load_space, smallest, spaces_folder, spread, stages_of
+from autocompress.search_space import (
+    SearchSpace,
+    SpaceSpec,
+    fastest,
+    find_suggest,
+    load_space,
+    own_suggest,
+    smallest,
+    spaces_folder,
+    spread,
+    stages_of,
+)
 from autocompress.testing.models import tiny_resnet
 
 SHIPPED = sorted(path.stem for path in spaces_folder().glob("*.toml"))
@@ -166,6 +177,8 @@ OWN = """
 from autocompress import Policy, QuantSpec
 def space(): return lambda trial: Policy(quant=QuantSpec(bits=trial.suggest_categorical("bits", [8, 32])))
 def number(): return 3
+def short(): return lambda trial: Policy(quant=QuantSpec(bits=[][0]))
+def word(): return lambda trial: "int8"
 """
 
 
@@ -175,6 +188,24 @@ def test_a_space_may_be_a_function(tmp_path, graph):
     assert suggest(optuna.trial.FixedTrial({"bits": 8})).quant.bits == 8
     with pytest.raises(UsageError, match="must return a function"):
         find_suggest(f"{tmp_path}/own.py:number", graph, INT8)
+
+
+@pytest.mark.parametrize(("name", "message"), [("short", "raised IndexError: list index"), ("word", "must draw a Policy, but drew str")])
+def test_what_a_function_of_ones_own_does_wrong_is_said(tmp_path, graph, name, message):
+    (tmp_path / "wrong.py").write_text(OWN)
+    suggest = find_suggest(f"{tmp_path}/wrong.py:{name}", graph, INT8)
+    with pytest.raises(UsageError, match=rf"wrong\.py:{name} {message}"):
+        suggest(LevelSuggester(np.random.default_rng(0)))
+
+
+def test_errors_of_ours_and_of_optunas_storage_pass_through_a_space():
+    for error in (RunFolderError("full"), optuna.exceptions.StorageInternalError("full")):
+
+        def fail(trial, error=error):
+            raise error
+
+        with pytest.raises(type(error)):
+            own_suggest(fail, "own")(LevelSuggester(np.random.default_rng(0)))
 
 
 @pytest.mark.parametrize("reference", [None, "m:f"])

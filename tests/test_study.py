@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import contextlib
+import sqlite3
+
 import optuna
 import pytest
 from optuna.trial import TrialState
@@ -152,6 +155,21 @@ def test_another_task_is_refused_with_what_differs(study, tmp_path, changes, wha
         again(tmp_path, TASK.model_copy(update=changes))
 
 
+def test_a_search_is_resumed_from_its_folder_and_from_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = Task(model="net.py:build", weights="w.pt", data="imagefolder:photos")
+    for begun in (given, given.absolute()):
+        run = tmp_path / ("absolute" if begun != given else "as given")
+        run.mkdir()
+        journal.open_study(run, begun, resume=False)
+        again(run, given)
+        again(run, given.absolute())
+    monkeypatch.chdir("/")
+    again(run, given.absolute())
+    with pytest.raises(UsageError, match="another task: model was"):
+        again(run, given)
+
+
 def test_an_existing_search_is_not_overwritten_and_an_absent_one_not_resumed(study, tmp_path):
     journal.record(study, outcome("00000"))
     with pytest.raises(UsageError, match="already holds a search"):
@@ -167,6 +185,29 @@ def test_a_damaged_database_is_named_and_left_alone(study, tmp_path, damage):
     before = path.read_bytes()
     with pytest.raises(RunFolderError, match=r"study\.db' is damaged"):
         again(tmp_path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["100%25", "a#b", "what?", "a?b=c#d%41", "{run}", "ü b"])
+def test_a_run_folder_may_have_any_name(tmp_path, name):
+    run = tmp_path / name
+    run.mkdir()
+    journal.record(journal.open_study(run, TASK, resume=False), outcome("00000"))
+    assert [o.id for o in journal.outcomes(again(run))] == ["00000"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert [path.name for path in run.iterdir()] == [journal.DATABASE]
+    journal.require_own(run, resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_database_of_another_optuna_is_named_and_left_alone(study, tmp_path, resume):
+    path = tmp_path / journal.DATABASE
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'v99.0.0.a'")
+    before = path.read_bytes()
+    with pytest.raises(RunFolderError, match="cannot be read: The runtime optuna version") as caught:
+        journal.open_study(tmp_path, TASK, resume=resume)
+    assert "--out" in caught.value.hint
     assert path.read_bytes() == before
 
 
@@ -202,6 +243,64 @@ def test_a_copy_of_the_database_is_left_alone_and_another_versions_study_is_no_e
     study.set_user_attr(journal.OUTCOME + "00000", None)
     journal.open_study(tmp_path, TASK, resume=False)
     assert (tmp_path / "study.db.bak").read_text() == "a copy"
+
+
+@pytest.mark.parametrize("name", ["teacher.safetensors", "task.toml", "report.html", "notes"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_of_other_files_is_refused(tmp_path, name, resume):
+    (tmp_path / name).write_text("mine")
+    (tmp_path / ".lock").write_text("")
+    with pytest.raises(UsageError, match="no search to resume" if resume else f"holds other files, such as .{name}"):
+        journal.require_own(tmp_path, resume=resume)
+
+
+def test_folders_of_our_own_may_be_searched_in(study, tmp_path):
+    (tmp_path / "report.html").write_text("of a search")
+    journal.require_own(tmp_path, resume=False)
+    journal.require_own(tmp_path, resume=True)
+    journal.require_own(tmp_path / "absent", resume=False)
+    begun = tmp_path_of(tmp_path)
+    (begun / ".lock").write_text("process 1 on here")
+    (begun / journal.DATABASE).write_bytes(b"")
+    journal.require_own(begun, resume=False)
+    assert journal.open_study(begun, TASK, resume=False).trials == []
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_database_of_others_is_left_alone(tmp_path, resume):
+    path = tmp_path / journal.DATABASE
+    optuna.create_study(study_name="mine", storage=f"sqlite:///{path}")
+    before = path.read_bytes()
+    for open_ in (journal.require_own, lambda run, resume: journal.open_study(run, TASK, resume=resume)):
+        with pytest.raises(UsageError):
+            open_(tmp_path, resume=resume)
+    assert path.read_bytes() == before
+
+
+def test_a_database_that_is_none_of_optunas_is_left_alone(tmp_path):
+    path = tmp_path / journal.DATABASE
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE songs (title TEXT)")
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match="holds other files"):
+        journal.require_own(tmp_path, resume=False)
+    with pytest.raises(UsageError):
+        journal.open_study(tmp_path, TASK, resume=False)
+    assert path.read_bytes() == before
+
+
+def test_an_empty_search_beside_another_study_is_not_removed(study, tmp_path):
+    optuna.create_study(study_name="mine", storage=f"sqlite:///{tmp_path / journal.DATABASE}")
+    with pytest.raises(UsageError, match="already holds a search"):
+        journal.open_study(tmp_path, TASK, resume=False)
+
+
+def test_a_study_of_somebody_elses_that_is_called_as_ours_is_not_removed(tmp_path):
+    storage = f"sqlite:///{tmp_path / journal.DATABASE}"
+    optuna.create_study(study_name=journal.STUDY, storage=storage).add_trial(optuna.trial.create_trial(value=1.0))
+    with pytest.raises(UsageError, match="already holds a search"):
+        journal.open_study(tmp_path, TASK, resume=False)
+    assert len(optuna.load_study(study_name=journal.STUDY, storage=storage).trials) == 1
 
 
 def test_what_waits_is_known(study):

@@ -19,7 +19,7 @@ from autocompress.errors import RunFolderError
 from autocompress.export.onnx import onnx_bytes
 from autocompress.policy import Policy, Record
 from autocompress.records import Artifact, Measurement, Prediction, Score, Shape
-from autocompress.run_folder import write_atomically
+from autocompress.run_folder import write_atomically, writing
 
 MODEL, STUDENT, POLICY, MANIFEST = "model.onnx", "student.safetensors", "policy.json", "manifest.json"
 LIBRARIES = ("autocompress", "torch", "onnx", "onnxruntime", "numpy", "optuna")
@@ -94,7 +94,8 @@ def write_bundle(
         model=model, classes=classes, seed=seed, policy_digest=policy.digest, artifact_sha256=artifact.sha256,
         size_bytes=artifact.size_bytes, inputs=artifact.inputs, batch=len(example[0]), created_at=now(), environment=library_versions(),
     )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / POLICY, policy.to_json())
     write_atomically(folder / STUDENT, serialize({key: value.contiguous() for key, value in student.state_dict().items()}))
     write_atomically(folder / MODEL, payload)

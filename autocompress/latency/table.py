@@ -11,6 +11,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from autocompress.devices.base import Device
-from autocompress.errors import PolicyFailure
+from autocompress.errors import PolicyFailure, RunFolderError
 from autocompress.images import cache_folder
 from autocompress.latency.synthetic import build_onnx, empty_model
 from autocompress.records import Operator, Signature, Workload
@@ -45,7 +46,7 @@ class OperatorTable:
         self.call_overhead = 0.0
         self._models: dict[tuple[str, int], _Interpolation] | None = None
         self._estimates: dict[Signature, float] = {}
-        if path is not None and path.is_file():
+        if path is not None:
             self._load(path)
 
     @classmethod
@@ -127,14 +128,17 @@ class OperatorTable:
         }
 
     def _save(self) -> None:
+        """A cache: where it cannot be written, the next search measures again."""
         if self._path is None:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         entries = [{"operator": self._operators[k].model_dump(mode="json"), "seconds": s} for k, s in self._measured.items()]
-        write_atomically(self._path, json.dumps({"schema": SCHEMA, "call_overhead_s": self.call_overhead, "entries": entries}))
+        content = json.dumps({"schema": SCHEMA, "call_overhead_s": self.call_overhead, "entries": entries})
+        with suppress(OSError, RunFolderError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._path, content)
 
     def _load(self, path: Path) -> None:
-        """A cache that cannot be read, or is of another time, is measured again."""
+        """A cache that is not there, cannot be read, or is of another time, is measured again."""
         try:
             content = json.loads(path.read_text())
             if content["schema"] != SCHEMA:

@@ -82,8 +82,10 @@ class Diary:
     def __init__(self) -> None:
         self.phases: list[str] = []
         self.messages: list[str] = []
+        self.best = ""
 
     def update(self, *, phase: str, done: int, total: int | None, best: str, seconds_left: float | None) -> None:
+        self.best = best
         if not self.phases or self.phases[-1] != phase:
             self.phases.append(phase)
 

@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from tasks import SLOW_CALLS
+from tasks import SLOW_CALLS, Diary
 
 from autocompress import study as journal
 from autocompress.content import front_of
@@ -200,3 +200,18 @@ def test_the_cost_beside_training_is_what_it_was_as_a_rule(search, pool):
     for index, (seconds, training) in enumerate([(30.0, 28.0), (90.0, 50.0), (33.0, 30.0)]):
         trained(search, pool[index].policy, 1e-3, id=f"{index:05d}", seconds=seconds, training_s=training)
     assert search._overhead() == 3.0
+
+
+@pytest.mark.parametrize(
+    ("score", "words"),
+    [(Score(value=0.8125), "81.25 %"), (Score(name="signal to noise", value=31.7, n=9), "31.7")],
+    ids=["share", "number"],
+)
+def test_a_score_is_told_in_percent_only_where_it_is_a_share(search, score, words):
+    search.progress = diary = Diary()
+    latency = Measurement(median=1e-3, low=1e-3, high=1e-3, p95=1e-3, n=9)
+    search.best = Outcome(id="00000", policy=Policy(), rung="short", val_score=score, latency_s=latency, artifact="a.onnx", size_bytes=9)
+    search._announce(search.best)
+    search._show("full training", 0, 1)
+    assert diary.messages[0].startswith(f"policy 00000: {words} {score.name}, 1 ms, ")
+    assert diary.best == f"{words} at 1 ms"

@@ -15,7 +15,7 @@ from autocompress.data import Data, Split
 from autocompress.errors import DeviceUnavailable, UsageError
 from autocompress.objective import realise
 from autocompress.policy import Policy, QuantSpec, StudentSpec
-from autocompress.preparation import limit_validation, prepare, score_baseline
+from autocompress.preparation import limit_validation, load, prepare, score_baseline
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
 
@@ -111,6 +111,15 @@ def test_the_unchanged_network_in_float32_has_nothing_to_learn(net, data, tmp_pa
     outcome = realise(setting, Policy(), id="00000-full", rung="full", deadline=time.monotonic() + 60.0, predicted=None)
     assert outcome.failure is None
     assert outcome.training_s < 30.0
+
+
+def test_a_target_is_a_share_unless_the_data_has_its_own_score(net, data, tmp_path):
+    own = replace(data, loss=nn.functional.cross_entropy, score=lambda outputs, targets: -1.0)
+    for target in (-0.5, 0.0, 40.0):
+        wanted = TASK.model_copy(update={"target_accuracy": target})
+        with pytest.raises(UsageError, match=r"target_accuracy must lie in \(0, 1\]"):
+            load(wanted, model=net, data=data, device=FakeDevice())
+        assert load(wanted, model=net, data=own, device=FakeDevice()).data is own
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), DeviceUnavailable("gone")])

@@ -129,6 +129,14 @@ def test_the_table_survives_on_disk(workloads, tmp_path):
     assert again.calibrate(FakeDevice(), workloads[:3], seconds=60) == 0, "nothing is measured twice"
 
 
+def test_a_table_that_cannot_be_kept_is_measured_all_the_same(workloads, tmp_path):
+    (tmp_path / "file").write_text("")
+    table = calibrated(FakeDevice(), workloads[:1], tmp_path / "file" / "latency" / "table.json")
+    assert len(table) > 0
+    (tmp_path / "folder.json").mkdir()
+    assert len(calibrated(FakeDevice(), workloads[:1], tmp_path / "folder.json")) > 0
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 1}', '{"call_overhead_s": 1, "entries": [{"operator": {}, "seconds": 1}]}'])
 def test_a_damaged_table_is_measured_again(workloads, tmp_path, content):
     path = tmp_path / "table.json"
