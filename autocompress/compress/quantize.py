@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from autocompress.graph.nodes import fused, int8_tensors, kind_of
-from autocompress.graph.trace import OPAQUE
+from autocompress.graph.trace import is_opaque
 from autocompress.policy import QuantSpec
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -168,7 +168,7 @@ def _sample(x: Tensor) -> Tensor:
 def fake_quantize(student: fx.GraphModule, quant: QuantSpec) -> fx.GraphModule:
     """A copy of the student whose layers compute as their bits say. Calibrate it before use."""
     quantized = copy.deepcopy(student)
-    if any(node.op == "call_module" and node.target == OPAQUE for node in quantized.graph.nodes):
+    if is_opaque(quantized):
         _quantize_opaque(quantized, quant)
         return quantized
     held = int8_tensors(quantized, quant.of)

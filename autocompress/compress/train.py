@@ -22,6 +22,7 @@ from autocompress.compress.quantize import calibrate, fake_quantize, settle_bias
 from autocompress.compress.teacher import Teacher
 from autocompress.data import Data
 from autocompress.errors import PolicyFailure
+from autocompress.graph.trace import is_opaque
 from autocompress.policy import DistillSpec, QuantSpec
 
 RISE = 0.15
@@ -157,7 +158,7 @@ def _loss(model: nn.Module, data: Data, indices: Tensor, inputs: Tensor, view: i
     shared = lesson.shared if lesson is not None else None
     with fast_arithmetic(device):
         student = observe(model, inputs.to(device), shared.layer if shared is not None else None)
-    outputs = student.outputs.float()
+    outputs = student.outputs.float().contiguous()  # a loss of one's own may take views of it
     if lesson is None:
         return data.loss(outputs, targets) if data.loss is not None else F.cross_entropy(outputs, targets)
     teacher, spec = lesson.teacher.answers(indices, inputs, view), lesson.spec
@@ -213,6 +214,11 @@ class _Optimizer:
 
 
 def _memory_format(model: nn.Module) -> torch.memory_format:
-    """Channels last where all weights have a form for it: convolutions of images run faster so."""
+    """Channels last where all weights have a form for it: convolutions of images run faster so.
+
+    Not for a network that could not be traced: its code may take views that only contiguous maps have.
+    """
+    if is_opaque(model):
+        return torch.preserve_format
     images = all(p.dim() in (1, 2, 4) for p in model.parameters()) and any(p.dim() == 4 for p in model.parameters())
     return torch.channels_last if images else torch.preserve_format

@@ -19,6 +19,8 @@ from autocompress.graph.nodes import annotate_kinds, is_stochastic_depth
 
 OPAQUE = "model"
 TOLERANCE = 1e-4
+VIEWS = {"view": "reshape", "view_as": "reshape_as"}
+"""Training keeps images channels last, and no view flattens such a map: the operator that copies where it must stands in."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ def _normalise(module: fx.GraphModule) -> None:
             node.target = swaps[node.target]
         if node.op == "call_method" and node.target in ("add_", "mul_", "relu_"):
             node.target = str(node.target)[:-1]
+        if node.op == "call_method" and node.target in VIEWS and not _views_other_bits(node):
+            node.target = VIEWS[str(node.target)]
         if node.op == "call_module" and type(module.get_submodule(str(node.target))) is nn.Identity:
             node.replace_all_uses_with(node.all_input_nodes[0])
             module.graph.erase_node(node)
@@ -81,6 +85,16 @@ def _normalise(module: fx.GraphModule) -> None:
     annotate_kinds(module)
 
 
+def _views_other_bits(node: fx.Node) -> bool:
+    """`x.view(torch.uint8)` reads the same bytes as another type: no reshape."""
+    return bool(node.kwargs) or any(isinstance(argument, torch.dtype) for argument in node.args)
+
+
+def is_opaque(module: nn.Module) -> bool:
+    """Whether this is a network that could not be traced, or a copy of one."""
+    return isinstance(module, fx.GraphModule) and bool(module.meta.get(OPAQUE))
+
+
 def _opaque(model: nn.Module, example: tuple[Tensor, ...], reason: str) -> Traced:
     root = nn.Module()
     root.add_module(OPAQUE, model)
@@ -88,6 +102,7 @@ def _opaque(model: nn.Module, example: tuple[Tensor, ...], reason: str) -> Trace
     inputs = [graph.placeholder(f"input_{index}") for index in range(len(example))]
     graph.output(graph.call_module(OPAQUE, tuple(inputs)))
     module = fx.GraphModule(root, graph).eval()
+    module.meta[OPAQUE] = True
     annotate_shapes(module, example)
     return Traced(module, reason)
 
