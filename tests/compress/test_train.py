@@ -94,3 +94,12 @@ def test_a_loss_of_ones_own_may_take_views_of_maps(data):
     )  # fmt: skip
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3))
     assert learned(student_of(net, data), own)
+
+
+@pytest.mark.parametrize("width", [1.0, 0.5])
+def test_all_of_a_frozen_teachers_student_learns(data, width):
+    teacher = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4))
+    teacher.requires_grad_(False)
+    student = student_of(teacher, data, Policy(student=StudentSpec(width=width)))
+    assert learned(student, data) == {name for name, _ in student.named_parameters()}
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
