@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from autocompress.errors import PolicyFailure, UsageError
 from autocompress.evaluate import score_artifact
 from autocompress.export import write_bundle
 from autocompress.graph import Graph
+from autocompress.graph.plain import own_copy
 from autocompress.models import load_model
 from autocompress.objective import Baseline, Setting, fails_policy
 from autocompress.policy import Policy
@@ -64,7 +64,7 @@ def load(
     data = data or load_data(task.data)
     with torch.random.fork_rng(devices=[]):  # the same network in every process, where it has no weights of its own
         torch.manual_seed(task.seed)
-        teacher = _own_copy(model) if model is not None else _loaded(task, data)
+        teacher = own_copy(model) if model is not None else _loaded(task, data)
         student = load_model(task.student, classes=data.classes) if task.student is not None else None
     example = data.example(task.batch)
     require_fit(teacher, data, example, task.model)
@@ -99,11 +99,6 @@ def prepare(task: Task, run: Path, *, model: nn.Module | None = None, data: Data
         batch_size=task.batch_size,
         seed=task.seed,
     )
-
-
-def _own_copy(model: nn.Module) -> nn.Module:
-    """The user's module stays where it is and as it is: in training mode or not, on whichever device."""
-    return copy.deepcopy(model).cpu().eval()
 
 
 def _loaded(task: Task, data: Data) -> nn.Module:

@@ -6,7 +6,6 @@ can still be quantized and distilled, but nothing of its structure can change.
 
 from __future__ import annotations
 
-import copy
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from autocompress.errors import UsageError
 from autocompress.graph.nodes import annotate_kinds, is_stochastic_depth
+from autocompress.graph.plain import fold_computed_weights, own_copy
 
 OPAQUE = "model"
 TOLERANCE = 1e-4
@@ -41,12 +41,14 @@ def trace(model: nn.Module, example: tuple[Tensor, ...]) -> Traced:
 
     Raises UsageError when the model itself does not run on the example.
     """
+    duplicate = own_copy(model)
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
-        duplicate = copy.deepcopy(model).cpu().eval()
         try:
             expected = duplicate(*example)
         except Exception as error:  # whatever the user's own code raises
             raise UsageError(f"the model does not run on its example input: {type(error).__name__}: {error}") from None
+    fold_computed_weights(duplicate)
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
         try:
             module = _symbolic(duplicate)
             if not _same(module(*example), expected):
