@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from safetensors.torch import save as serialize
 from torch import Tensor, fx
 
 from autocompress.compress.student import build_student, shared_features
@@ -26,7 +25,7 @@ from autocompress.devices.base import Device
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import AutocompressError, PolicyFailure
 from autocompress.evaluate import run_artifact, score_outputs
-from autocompress.export import Parity, compare, require_parity, write_bundle
+from autocompress.export import Parity, compare, require_parity, weights_bytes, write_bundle
 from autocompress.graph import Graph
 from autocompress.policy import Policy, StudentSpec
 from autocompress.records import Artifact, Failure, Measurement, Outcome, Prediction, Rung, Score
@@ -162,7 +161,7 @@ def _trained(
     if needs_training:
         folder = setting.models / id
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / FLOAT_WEIGHTS, serialize({key: value.contiguous() for key, value in student.state_dict().items()}))
+        write_atomically(folder / FLOAT_WEIGHTS, weights_bytes(student))
     return trained
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from autocompress.compress.arithmetic import best_training_device
@@ -23,7 +22,7 @@ from autocompress.devices import open_device
 from autocompress.devices.base import Device
 from autocompress.errors import PolicyFailure, UsageError
 from autocompress.evaluate import score_artifact
-from autocompress.export import write_bundle
+from autocompress.export import weights_bytes, write_bundle
 from autocompress.graph import Graph
 from autocompress.graph.plain import own_copy
 from autocompress.models import load_model
@@ -204,7 +203,7 @@ def train_demo_teacher(setting: Setting, run: Path, seconds: float, progress: Pr
     torch.manual_seed(setting.seed)
     plan = TrainPlan(steps, deadline, LEARNING_RATE, setting.batch_size, seed=setting.seed)
     train(model, data, plan, tick=tick)
-    write_atomically(weights, serialize({key: value.contiguous() for key, value in model.state_dict().items()}))
+    write_atomically(weights, weights_bytes(model))
     graph = Graph.trace(model.cpu(), (setting.example,))
     baseline = _baseline(graph, setting.device, setting.models, setting.example, setting.model_reference)
     return replace(
