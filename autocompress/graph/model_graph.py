@@ -16,7 +16,7 @@ from autocompress.errors import UsageError
 from autocompress.graph.blocks import Branch, drop, find_branches
 from autocompress.graph.channels import Channels, Layout, Role, frozen_roots, group_ids, propagate
 from autocompress.graph.importance import channel_scores
-from autocompress.graph.nodes import fused, int8_tensors, kind_of, module_of
+from autocompress.graph.nodes import follows_batch, fused, int8_tensors, kind_of, module_of
 from autocompress.graph.resize import Roots, Selection, run_ends, select
 from autocompress.graph.trace import OPAQUE, trace
 from autocompress.policy import Policy
@@ -277,7 +277,7 @@ class Graph:
         }  # fmt: skip
         layer = module_of(node, module)
         if kind not in ("conv", "linear"):
-            params = NORM_VECTORS * output[1] if kind == "norm" else 0
+            params = output[1] * _vectors(layer) if layer is not None and kind == "norm" else 0
             return Operator(**common, **_window(node, module), params=params)
         assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
         has_bias = layer.bias is not None or chain.norm is not None
@@ -356,6 +356,11 @@ def _shell(module: nn.Module) -> nn.Module:
     shell = copy.copy(module)
     shell._modules = {name: _shell(child) if child is not None else None for name, child in module._modules.items()}
     return shell
+
+
+def _vectors(norm: nn.Module) -> int:
+    """Vectors of a norm in the file that is not folded; running statistics come with a weight and a bias always."""
+    return sum(1 for _ in norm.parameters()) if follows_batch(norm) else NORM_VECTORS
 
 
 def _activation_name(node: fx.Node, module: fx.GraphModule) -> str:

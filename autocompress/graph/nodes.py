@@ -124,6 +124,7 @@ def annotate_kinds(root: fx.GraphModule) -> None:
     for node in root.graph.nodes:
         node.meta["kind"] = _classify(node, root)
         node.meta["relu"] = _relu_name(node, root)
+        node.meta["folds"] = _is_folded(node, root)
 
 
 def is_stochastic_depth(module: nn.Module | None) -> bool:
@@ -163,6 +164,20 @@ def _relu_name(node: fx.Node, root: nn.Module) -> str | None:
     return _RELU_FUNCTIONS.get(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]
 
 
+def follows_batch(module: nn.Module | None) -> bool:
+    """Whether this is a batch norm without running statistics: what it makes of an input depends on the others of its batch."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is None
+
+
+def _folds(node: fx.Node, root: nn.Module) -> bool:
+    """Whether the node is a batch norm that becomes a part of the layer before it."""
+    return node.meta["folds"] if "folds" in node.meta else _is_folded(node, root)
+
+
+def _is_folded(node: fx.Node, root: nn.Module) -> bool:
+    return kind_of(node, root) == "norm" and not follows_batch(module_of(node, root))
+
+
 @dataclass(frozen=True)
 class Fused:
     """A head node with the nodes that a runtime folds into it: batch norm, then ReLU."""
@@ -183,7 +198,7 @@ def fused(head: fx.Node, root: nn.Module) -> Fused:
     kind, norm, last = kind_of(head, root), None, head
     if kind in ("conv", "linear"):
         user = _only_user(last)
-        if user is not None and kind_of(user, root) == "norm":
+        if user is not None and _folds(user, root):
             norm = last = user
     if kind in ("conv", "linear", "add"):
         user = _only_user(last)

@@ -166,3 +166,15 @@ def test_a_network_with_tied_weights_is_compressed(data, tmp_path):
     assert torch.equal(weights["a.conv1.weight"], weights["a.conv2.weight"])
     further = realise(setting, policy, id="00001", rung="full", deadline=time.monotonic(), predicted=None, continues="00000")
     assert further.failure is None
+
+
+def test_a_network_whose_norms_follow_the_batch_is_compressed(data, tmp_path):
+    own = Net().eval()
+    for name, module in list(own.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            own.set_submodule(name, nn.BatchNorm2d(module.num_features, track_running_stats=False).eval())
+    policy = Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}))
+    task = TASK.model_copy(update={"batch": 24})
+    setting = prepare(task, tmp_path / "run", model=own, data=data, device=FakeDevice(SLOW_CALLS))
+    outcome = realise(setting, policy, id="00000", rung="short", deadline=time.monotonic() + 1.0, predicted=None)
+    assert outcome.failure is None, "the file's batches are the student's when both are compared"

@@ -16,7 +16,7 @@ from autocompress.compress.student import build_student
 from autocompress.errors import PolicyFailure
 from autocompress.export import compare, load_student, onnx_bytes, require_parity, write_bundle
 from autocompress.graph import Graph
-from autocompress.policy import Policy, QuantSpec
+from autocompress.policy import Policy, PruneSpec, QuantSpec
 from laws.networks import network, random_policy, with_statistics
 
 
@@ -204,6 +204,33 @@ def test_tied_weights_are_exported_and_loaded(layers, tmp_path):
     graph = Graph.trace(TiedLayers(), (inputs[:1],))
     loaded = load_student(tmp_path, fake_quantize(build_student(graph, policy), policy.quant))
     assert torch.equal(answers(loaded, inputs), expected)
+
+
+class WithoutStatistics(nn.Module):
+    """Its batch norms use the batch's own mean and variance, in eval mode too."""
+
+    def __init__(self, *, affine):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.norm = nn.BatchNorm2d(8, track_running_stats=False, affine=affine)
+        self.last = nn.BatchNorm1d(8, track_running_stats=False, affine=affine)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.second(torch.relu(self.norm(self.first(x)))))
+        return self.head(self.last(x.mean((2, 3))))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("bits", [8, 32])
+def test_norms_without_running_statistics_are_exported_as_they_are(bits, affine):
+    torch.manual_seed(0)
+    inputs, policy = torch.randn(32, 3, 12, 12), Policy(prune=PruneSpec(ratios={"first": 0.25}), quant=QuantSpec(bits=bits))
+    student, payload = exported(WithoutStatistics(affine=affine).eval(), inputs, policy, batch=16)
+    expected = torch.cat([answers(student, part) for part in inputs.split(16)])
+    assert not torch.allclose(answers(student, inputs), expected, atol=1e-3), "answers depend on the batch"
+    difference = (run(payload, inputs, batch=16) - expected).abs().max()
+    assert difference <= (0.05 if bits == 8 else 1e-4) * (expected.max() - expected.min())
 
 
 def test_channel_without_weights_keeps_its_bias():
