@@ -30,6 +30,8 @@ SAMPLES = 32_768
 """Values of a tensor that its range is fitted to."""
 CLIP_FRACTIONS = tuple(0.3 + 0.02 * step for step in range(36))
 TINY = 1e-8
+MOVERS = ("reshape", "identity", "slice", "pad", "maxpool")
+"""Kinds of operators whose outputs are values of their input."""
 
 
 def largest_int(bits: int, reduced_range: bool = False) -> int:
@@ -186,7 +188,7 @@ def fake_quantize(student: fx.GraphModule, quant: QuantSpec) -> fx.GraphModule:
 def _insert_quantizer(module: fx.GraphModule, node: fx.Node) -> None:
     """What only moves values keeps its source's quantizer: the same module at both ends, so that a runtime stays in int8."""
     source = next((n for n in node.all_input_nodes if n.meta.get("quantizer")), None)
-    moves = _only_moves(node, module) and source is not None and len(node.all_input_nodes) == 1
+    moves = kind_of(node, module) in MOVERS and source is not None and len(node.all_input_nodes) == 1
     name = source.meta["quantizer"] if moves and source is not None else f"quantizer_{node.name}"
     if not moves:
         module.add_submodule(name, ActivationQuantizer())
@@ -196,14 +198,6 @@ def _insert_quantizer(module: fx.GraphModule, node: fx.Node) -> None:
     quantizer.meta.update({"shape": node.meta.get("shape"), "quantizer": name, "kind": "identity", "relu": None})
     for user in users:
         user.replace_input_with(node, quantizer)
-
-
-def _only_moves(node: fx.Node, module: fx.GraphModule) -> bool:
-    kind = kind_of(node, module)
-    if kind in ("reshape", "identity", "slice", "pad"):
-        return True
-    title = str(node.target) if node.op != "call_module" else type(module.get_submodule(str(node.target))).__name__
-    return kind == "pool" and "max" in title.lower()
 
 
 def _rounded(layer: nn.Module, bits: int, reduced_range: bool) -> nn.Module:

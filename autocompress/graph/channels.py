@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import fx, nn
 
@@ -109,8 +110,8 @@ class _Rules:
             return self._frozen(node, "the network's input")
         rule = {
             "conv": self._conv, "linear": self._linear, "norm": self._norm, "activation": self._same,
-            "identity": self._same, "add": self._join, "mul": self._join, "pool": self._pool,
-            "concat": self._concat, "pad": self._pad, "slice": self._slice, "reshape": self._reshape,
+            "identity": self._same, "add": self._join, "mul": self._join, "maxpool": self._pool,
+            "avgpool": self._pool, "concat": self._concat, "pad": self._pad, "slice": self._slice, "reshape": self._reshape,
         }.get(kind)  # fmt: skip
         layout = rule(node) if rule is not None else None
         return layout if layout is not None else self._unknown(node)
@@ -215,7 +216,7 @@ class _Rules:
         source = self._only(node)
         if source is None or source.repeat != 1:
             return None
-        if node.op == "call_module" or getattr(node.target, "__module__", "") == "torch.nn.functional" or "pool" in str(node.target):
+        if node.op == "call_module" or node.target not in (torch.mean, "mean"):
             return source if source.axis == 1 else None
         before = len(node.all_input_nodes[0].meta["shape"])
         dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")

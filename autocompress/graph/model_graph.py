@@ -10,6 +10,8 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from autocompress.errors import UsageError
@@ -23,7 +25,10 @@ from autocompress.policy import Policy
 from autocompress.records import Operator, OperatorKind, Shape, Workload
 from autocompress.references import nearest
 
-OPERATOR_KINDS: tuple[OperatorKind, ...] = ("conv", "linear", "add", "mul", "pool", "norm", "activation", "concat", "pad", "slice")
+OPERATOR_KINDS: tuple[OperatorKind, ...] = (
+    "conv", "linear", "add", "mul", "maxpool", "avgpool", "norm", "activation", "concat", "pad", "slice",
+)  # fmt: skip
+WINDOW_FUNCTIONS = (F.max_pool2d, torch.max_pool2d, F.avg_pool2d)
 CACHED_SHAPES = 256
 NORM_VECTORS = 4
 """A batch norm that is not folded has weight, bias, mean and variance in the file."""
@@ -371,15 +376,19 @@ def _activation_name(node: fx.Node, module: fx.GraphModule) -> str:
 
 
 def _window(node: fx.Node, module: fx.GraphModule) -> dict[str, tuple[int, ...]]:
-    """Kernel, stride and padding of a pooling layer, where it is a module with a window."""
+    """Kernel, stride and padding of a pool whose window is written down."""
     layer = module_of(node, module)
-    if not isinstance(layer, (nn.MaxPool2d, nn.AvgPool2d)):
+    if isinstance(layer, (nn.MaxPool2d, nn.AvgPool2d)):
+        window: dict[str, Any] = {"kernel": layer.kernel_size, "stride": layer.stride, "padding": layer.padding}
+    elif node.target in WINDOW_FUNCTIONS:
+        given = dict(zip(("input", "kernel_size", "stride", "padding"), node.args, strict=False)) | node.kwargs
+        kernel = given.get("kernel_size")
+        window = {"kernel": kernel, "stride": given.get("stride") or kernel, "padding": given.get("padding", 0)}
+    else:
         return {}
-
-    def pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
-        return (value, value) if isinstance(value, int) else tuple(value)
-
-    return {"kernel": pair(layer.kernel_size), "stride": pair(layer.stride), "padding": pair(layer.padding)}
+    pairs = {name: tuple(value) if isinstance(value, (tuple, list)) else (value, value) for name, value in window.items()}
+    known = all(isinstance(size, int) for pair in pairs.values() for size in pair)  # sizes may be computed from the input's
+    return pairs if known else {}
 
 
 def weight_bytes(operator: Operator) -> int:

@@ -23,7 +23,8 @@ NodeKind = Literal[
     "activation",
     "add",
     "mul",
-    "pool",
+    "maxpool",
+    "avgpool",
     "concat",
     "pad",
     "slice",
@@ -54,7 +55,8 @@ _MODULES: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], NodeKind], 
         ),
         "activation",
     ),
-    ((nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d), "pool"),
+    ((nn.MaxPool2d, nn.AdaptiveMaxPool2d), "maxpool"),
+    ((nn.AvgPool2d, nn.AdaptiveAvgPool2d), "avgpool"),
     ((nn.Flatten, nn.Unflatten), "reshape"),
     ((nn.Dropout, nn.Dropout2d, nn.Identity), "identity"),
     ((nn.ZeroPad2d, nn.ConstantPad2d), "pad"),
@@ -78,10 +80,12 @@ _FUNCTIONS: dict[object, NodeKind] = {
     F.elu: "activation",
     torch.tanh: "activation",
     F.mish: "activation",
-    F.max_pool2d: "pool",
-    F.avg_pool2d: "pool",
-    F.adaptive_avg_pool2d: "pool",
-    torch.mean: "pool",
+    F.max_pool2d: "maxpool",
+    torch.max_pool2d: "maxpool",
+    F.adaptive_max_pool2d: "maxpool",
+    F.avg_pool2d: "avgpool",
+    F.adaptive_avg_pool2d: "avgpool",
+    torch.mean: "avgpool",
     torch.cat: "concat",
     torch.concat: "concat",
     F.pad: "pad",
@@ -98,12 +102,14 @@ _METHODS: dict[str, NodeKind] = {
     "relu": "activation",
     "relu_": "activation",
     "sigmoid": "activation",
-    "mean": "pool",
+    "mean": "avgpool",
     "flatten": "reshape",
     "view": "reshape",
     "reshape": "reshape",
     "contiguous": "identity",
 }
+_FOLLOWERS = ("add", "maxpool", "avgpool", "concat", "pad", "slice", "reshape", "identity")
+"""Kinds that a runtime keeps in int8 where all their inputs are."""
 _RELU = (nn.ReLU, nn.ReLU6)
 _RELU_FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.relu6: "relu6"}
 
@@ -230,7 +236,7 @@ def int8_tensors(root: fx.GraphModule, bits_of: Callable[[str], int]) -> dict[st
             tail = fused(node, root).tail
             if not _reaches_output_only(tail, root):
                 held[tail.name] = "layer"
-        elif _is_tensor(node) and kind in ("add", "pool", "concat", "pad", "slice", "reshape", "identity") and node.name not in inner:
+        elif _is_tensor(node) and kind in _FOLLOWERS and node.name not in inner:
             sources = [source for source in node.all_input_nodes if _is_tensor(source)]
             tail = fused(node, root).tail
             if sources and all(source.name in held for source in sources) and not _reaches_output_only(tail, root):
