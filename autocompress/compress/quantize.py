@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from autocompress.graph.nodes import fused, int8_tensors, kind_of
+from autocompress.graph.nodes import fused, int8_tensors, is_layer, kind_of, leaves
 from autocompress.graph.trace import is_opaque
 from autocompress.policy import QuantSpec
 
@@ -222,7 +222,7 @@ class QuantizedInput(nn.Module):
 
 
 def _quantize_opaque(module: fx.GraphModule, quant: QuantSpec) -> None:
-    layers = [(n, m) for n, m in module.named_modules() if type(m) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)]
+    layers = [(name, leaf) for name, leaf in leaves(module) if is_layer(leaf)]
     for name, layer in layers:
         bits = quant.of(name)
         rounded = _rounded(layer, bits, quant.reduced_range)

@@ -151,7 +151,7 @@ class _Rules:
 
     def _conv(self, node: fx.Node) -> Layout | None:
         conv, source = module_of(node, self.module), self._only(node)
-        if source is None or source.axis != 1 or source.repeat != 1 or not _plain(conv):
+        if source is None or source.axis != 1 or source.repeat != 1:
             return None
         assert isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         if conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1:
@@ -168,7 +168,7 @@ class _Rules:
     def _linear(self, node: fx.Node) -> Layout | None:
         linear, source = module_of(node, self.module), self._only(node)
         last = len(node.meta["shape"]) - 1
-        if source is None or source.axis != last or not _plain(linear):
+        if source is None or source.axis != last:
             return None
         assert isinstance(linear, nn.Linear)
         return self._layer(node, source, self.channels.fresh(linear.out_features, last))
@@ -269,11 +269,6 @@ class _Rules:
         if not flattens or not _size_is_free(node):
             return None
         return Layout(source.ids, 1, source.repeat * int(np.prod(before[2:])))
-
-
-def _plain(module: nn.Module | None) -> bool:
-    """Exactly a torch.nn layer: a subclass or a parametrized one may compute its weights in another way."""
-    return type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def _size_is_free(node: fx.Node) -> bool:

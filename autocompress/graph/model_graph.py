@@ -18,7 +18,7 @@ from autocompress.errors import UsageError
 from autocompress.graph.blocks import Branch, drop, find_branches
 from autocompress.graph.channels import Channels, Layout, Role, frozen_roots, group_ids, propagate
 from autocompress.graph.importance import channel_scores
-from autocompress.graph.nodes import follows_batch, fused, int8_tensors, kind_of, module_of
+from autocompress.graph.nodes import follows_batch, fused, int8_tensors, is_layer, is_norm, kind_of, leaves, module_of
 from autocompress.graph.resize import Roots, Selection, run_ends, select
 from autocompress.graph.trace import OPAQUE, trace
 from autocompress.policy import Policy
@@ -209,12 +209,9 @@ class Graph:
 
     def _find_layers(self) -> tuple[Layer, ...]:
         if self.opaque_reason:
-            inside = self.module.get_submodule(OPAQUE).named_modules()
-            pairs = [(f"{OPAQUE}.{name}", module) for name, module in inside]
             self._node_of: dict[str, str] = {}
-            return tuple(
-                _layer(name, module, None) for name, module in pairs if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
-            )
+            inside = leaves(self.module.get_submodule(OPAQUE), OPAQUE)
+            return tuple(_layer(name, module, None) for name, module in inside if is_layer(module))
         nodes = {str(n.target): n for n in self.module.graph.nodes if kind_of(n, self.module) in ("conv", "linear")}
         self._node_of = {name: node.name for name, node in nodes.items()}
         return tuple(_layer(name, module_of(node, self.module), self._born_at(node)) for name, node in nodes.items())
@@ -232,9 +229,14 @@ class Graph:
         return Block(branch.name, group_of[layers[-1]], layers)
 
     def _find_frozen(self) -> tuple[Frozen, ...]:
-        if self.opaque_reason:
-            return (Frozen("the whole network", self.opaque_reason),)
-        return tuple(Frozen(group.name, group.reason) for group in self.groups if not group.prunable)
+        whole = [Frozen("the whole network", self.opaque_reason)] if self.opaque_reason else []
+        groups = [Frozen(group.name, group.reason) for group in self.groups if not group.prunable]
+        parts = [
+            Frozen(name, f"{type(module).__name__} is one operator here: its weights are neither pruned nor quantized")
+            for name, module in leaves(self.module)
+            if not is_layer(module) and not is_norm(module) and any(True for _ in module.parameters())
+        ]
+        return (*whole, *groups, *parts)
 
     def _find_classifier(self) -> str | None:
         output = next(node for node in self.module.graph.nodes if node.op == "output")

@@ -7,7 +7,7 @@ A traced network is a `torch.fx.GraphModule` whose leaves are modules of torch.n
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,9 +34,10 @@ NodeKind = Literal[
     "other",
 ]
 
-_MODULES: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], NodeKind], ...] = (
-    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), "conv"),
-    (nn.Linear, "linear"),
+_LAYERS: dict[type[nn.Module], NodeKind] = {nn.Conv1d: "conv", nn.Conv2d: "conv", nn.Conv3d: "conv", nn.Linear: "linear"}
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_MODULES: tuple[tuple[tuple[type[nn.Module], ...], NodeKind], ...] = (
     ((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), "norm"),
     (
         (
@@ -140,6 +141,33 @@ def is_stochastic_depth(module: nn.Module | None) -> bool:
     return isinstance(module, StochasticDepth)
 
 
+def is_layer(module: nn.Module | None) -> bool:
+    """Exactly a convolution or linear layer of torch.nn: a subclass may compute its weights in another way, or never be called."""
+    return type(module) in _LAYERS
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether this is a norm of torch.nn, with weights or without."""
+    return isinstance(module, _NORMS)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a network calls this module as one operator: what torch.nn holds, but no container."""
+    own = type(module).__module__.startswith(("torch.nn", "torch.ao.nn")) and type(module) is not nn.Module
+    return is_stochastic_depth(module) or (own and not isinstance(module, _CONTAINERS))
+
+
+def leaves(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of all leaves, each once; what is inside a leaf is not listed."""
+    leaf: str | None = None
+    for name, module in root.named_modules(prefix=prefix):  # what is inside a module follows it
+        if leaf is not None and (not leaf or name.startswith(f"{leaf}.")):
+            continue
+        leaf = name if is_leaf(module) else None
+        if leaf is not None:
+            yield name, module
+
+
 def _classify(node: fx.Node, root: nn.Module) -> NodeKind:
     if node.op == "placeholder":
         return "input"
@@ -147,7 +175,7 @@ def _classify(node: fx.Node, root: nn.Module) -> NodeKind:
         return "output"
     if node.op == "call_module":
         module = module_of(node, root)
-        known = next((kind for types, kind in _MODULES if isinstance(module, types)), None)
+        known = _LAYERS.get(type(module)) or next((kind for types, kind in _MODULES if isinstance(module, types)), None)
         return known or ("identity" if is_stochastic_depth(module) else "other")
     if node.op == "call_function":
         return _FUNCTIONS.get(node.target, "other")

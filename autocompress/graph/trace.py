@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from autocompress.errors import UsageError
-from autocompress.graph.nodes import annotate_kinds, is_stochastic_depth
+from autocompress.graph.nodes import annotate_kinds, is_leaf
 from autocompress.graph.plain import fold_computed_weights, own_copy
 
 OPAQUE = "model"
@@ -33,7 +33,7 @@ class Traced:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_stochastic_depth(m) or super().is_leaf_module(m, module_qualified_name)
+        return is_leaf(m)
 
 
 def trace(model: nn.Module, example: tuple[Tensor, ...]) -> Traced:
