@@ -10,6 +10,7 @@ student is trained with its batch norms and folded at export (fold then quantize
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -170,6 +171,7 @@ def _sample(x: Tensor) -> Tensor:
 def fake_quantize(student: fx.GraphModule, quant: QuantSpec) -> fx.GraphModule:
     """A copy of the student whose layers compute as their bits say. Calibrate it before use."""
     quantized = copy.deepcopy(student)
+    quant = _shared_bits(quantized, quant)
     if is_opaque(quantized):
         _quantize_opaque(quantized, quant)
         return quantized
@@ -183,6 +185,16 @@ def fake_quantize(student: fx.GraphModule, quant: QuantSpec) -> fx.GraphModule:
             _insert_quantizer(quantized, node)
     quantized.recompile()
     return quantized
+
+
+def _shared_bits(module: nn.Module, quant: QuantSpec) -> QuantSpec:
+    """A file holds a weight that several modules share once: they get the most bits that any of them has, float where one is no layer."""
+    sharing: dict[int, dict[str, int]] = defaultdict(dict)
+    for name, part in module.named_modules():
+        for parameter in part.parameters(recurse=False):
+            sharing[id(parameter)][name] = quant.of(name) if is_layer(part) else 32
+    shared = {name: max(bits.values()) for bits in sharing.values() if len(bits) > 1 for name in bits}
+    return quant.model_copy(update={"layers": {**quant.layers, **shared}}) if shared else quant
 
 
 def _insert_quantizer(module: fx.GraphModule, node: fx.Node) -> None:

@@ -192,7 +192,7 @@ class TiedLayers(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-@pytest.mark.parametrize("layers", [{}], ids=str)
+@pytest.mark.parametrize("layers", [{}, {"second": 32}, {"first": 32}, {"first": 4}], ids=str)
 def test_tied_weights_are_exported_and_loaded(layers, tmp_path):
     torch.manual_seed(0)
     inputs, policy = torch.randn(32, 3, 12, 12), Policy(quant=QuantSpec(bits=8, layers=layers))
