@@ -236,7 +236,7 @@ def test_fitting_finds_what_single_operators_do_not_show(workloads):
     assert errors[1] <= errors[0] < before
 
 
-@pytest.mark.parametrize("noise", [0.03, 0.1])
+@pytest.mark.parametrize("noise", [0.03, 0.1, 0.4])
 def test_the_interval_covers_what_it_has_not_seen_at_the_stated_rate(workloads, noise):
     device, generator = FakeDevice(), np.random.default_rng(1)
     table = calibrated(device, workloads)
