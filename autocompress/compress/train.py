@@ -34,7 +34,7 @@ MUON_SHARE = 0.2
 MUON_DECAY = 5e-3
 CALIBRATION_IMAGES = 512
 FEATURE_SCALE = 25.0
-"""Weight of the difference of features beside the loss of answers, which is T^2 = 16 times a divergence."""
+"""Weight of the difference of features beside the loss of answers, which is T^2 times a divergence: 16 times at the default T = 4 only."""
 
 Tick = Callable[[float], None]
 """Called after each step with the progress in [0, 1]."""

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from autocompress.compress.muon import Muon
 from autocompress.compress.student import build_student
 from autocompress.compress.train import TrainPlan, train, train_quantized
 from autocompress.data import Data, Split
@@ -103,3 +104,15 @@ def test_all_of_a_frozen_teachers_student_learns(data, width):
     student = student_of(teacher, data, Policy(student=StudentSpec(width=width)))
     assert learned(student, data) == {name for name, _ in student.named_parameters()}
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_muon_allocates_its_momentum_once(monkeypatch):
+    weight, made = nn.Parameter(torch.randn(4, 6)), []
+    zeros = torch.zeros_like
+    monkeypatch.setattr(torch, "zeros_like", lambda *arguments, **options: made.append(1) or zeros(*arguments, **options))
+    optimizer = Muon([weight], lr=0.1)
+    for _ in range(3):
+        weight.grad = torch.ones(4, 6)
+        optimizer.step()
+    assert len(made) == 1
+    assert torch.allclose(optimizer.state[weight]["momentum"], torch.full((4, 6), 1 + 0.95 + 0.95**2))
