@@ -63,11 +63,11 @@ def run_artifact(path: Path, data: Data, split: Split, batch: int) -> Tensor:
     """Outputs of an exported classifier for a whole split, run by ONNX Runtime at the deployment batch."""
     session = _session(path)
     name = session.get_inputs()[0].name
-    outputs = [session.run(None, {name: inputs})[0][:count] for inputs, count in _full_batches(data, split, batch)]
+    outputs = [session.run(None, {name: inputs})[0][:count] for inputs, count in full_batches(data, split, batch)]
     return torch.from_numpy(np.concatenate(outputs))
 
 
-def _full_batches(data: Data, split: Split, batch: int) -> Iterator[tuple[np.ndarray, int]]:
+def full_batches(data: Data, split: Split, batch: int) -> Iterator[tuple[np.ndarray, int]]:
     """Batches of exactly `batch` inputs: a file with a fixed batch takes no other; the last is filled up with repeats."""
     for inputs, _ in data.batches(split, batch):
         missing = batch - len(inputs)

@@ -32,8 +32,9 @@ def inspect_model(reference: str, *, weights: Path | None = None, data: str | No
 
 
 def summary(graph: Graph) -> dict[str, Any]:
-    """How much of a network can be changed: shares of the weights of its convolutions and linear layers."""
+    """How much of a network can be changed: shares of the weights of its convolutions and linear layers, or of all that it has."""
     params = sum(layer.params for layer in graph.layers)
+    everything = sum(parameter.numel() for parameter in graph.module.parameters())
     free = {group.name for group in graph.groups if group.prunable}
     touched = {name for g in graph.groups if g.prunable for name in (*g.producers, *g.consumers)}
     droppable = {name for block in graph.blocks for name in block.layers}
@@ -45,7 +46,7 @@ def summary(graph: Graph) -> dict[str, Any]:
         "weights_in_layers": params,
         "weights_that_pruning_reaches": share(touched),
         "weights_in_droppable_blocks": share(droppable),
-        "weights_that_can_be_quantized": share({layer.name for layer in graph.layers}),
+        "weights_that_can_be_quantized": f"{100 * params / max(everything, 1):.1f} %",
         "searchable_groups": f"{len(free)} of {len(graph.groups)}",
         "droppable_blocks": len(graph.blocks),
     }

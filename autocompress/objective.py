@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from safetensors.torch import save as serialize
 from torch import Tensor, fx
 
 from autocompress.compress.student import build_student, shared_features
@@ -25,9 +24,10 @@ from autocompress.data import Data
 from autocompress.devices.base import Device
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import AutocompressError, PolicyFailure
-from autocompress.evaluate import run_artifact, score_outputs
-from autocompress.export import Parity, compare, require_parity, write_bundle
+from autocompress.evaluate import full_batches, run_artifact, score_outputs
+from autocompress.export import Parity, compare, require_parity, weights_bytes, write_bundle
 from autocompress.graph import Graph, Structure
+from autocompress.graph.nodes import follows_batch
 from autocompress.policy import Policy
 from autocompress.records import Artifact, Failure, Measurement, Outcome, Prediction, Rung, Score
 from autocompress.run_folder import write_atomically
@@ -180,7 +180,7 @@ def _trained(
     if needs_training:
         folder = setting.models / id
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / FLOAT_WEIGHTS, serialize({key: value.contiguous() for key, value in student.state_dict().items()}))
+        write_atomically(folder / FLOAT_WEIGHTS, weights_bytes(student))
     return trained
 
 
@@ -221,6 +221,9 @@ def measure_beside_baseline(setting: Setting, path: Path) -> Measurement:
 
 @torch.inference_mode()
 def _answers(student: fx.GraphModule, setting: Setting) -> Tensor:
+    if any(follows_batch(module) for module in student.modules()):  # then the file's batches give other answers than larger ones
+        full = full_batches(setting.data, setting.data.val, setting.batch)
+        return torch.cat([student(torch.from_numpy(inputs)).float()[:count] for inputs, count in full])
     batches = setting.data.batches(setting.data.val, setting.batch_size)
     return torch.cat([student(inputs).float() for inputs, _ in batches])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from autocompress.compress.arithmetic import best_training_device
@@ -24,8 +22,9 @@ from autocompress.devices import open_device
 from autocompress.devices.base import Device
 from autocompress.errors import PolicyFailure, UsageError
 from autocompress.evaluate import score_artifact
-from autocompress.export import write_bundle
+from autocompress.export import weights_bytes, write_bundle
 from autocompress.graph import Graph
+from autocompress.graph.plain import own_copy
 from autocompress.models import load_model
 from autocompress.objective import Baseline, Setting, fails_policy
 from autocompress.policy import Policy
@@ -65,7 +64,7 @@ def load(
     _require_target(task, data)
     with torch.random.fork_rng(devices=[]):  # the same network in every process, where it has no weights of its own
         torch.manual_seed(task.seed)
-        teacher = _own_copy(model) if model is not None else _loaded(task, data)
+        teacher = own_copy(model) if model is not None else _loaded(task, data)
         torch.manual_seed(task.seed)
         student = load_model(task.student, classes=data.classes) if task.student is not None else None
     example = data.example(task.batch)
@@ -108,11 +107,6 @@ def _require_target(task: Task, data: Data) -> None:
     target = task.target_accuracy
     if target is not None and data.score is None and not 0 < target <= 1:
         raise UsageError(f"target_accuracy must lie in (0, 1], but got {target}", hint="write 95 % as 0.95")
-
-
-def _own_copy(model: nn.Module) -> nn.Module:
-    """The user's module stays where it is and as it is: in training mode or not, on whichever device."""
-    return copy.deepcopy(model).cpu().eval()
 
 
 def _loaded(task: Task, data: Data) -> nn.Module:
@@ -218,7 +212,7 @@ def train_demo_teacher(setting: Setting, run: Path, seconds: float, progress: Pr
     torch.manual_seed(setting.seed)
     plan = TrainPlan(steps, deadline, LEARNING_RATE, setting.batch_size, seed=setting.seed)
     train(model, data, plan, tick=tick)
-    write_atomically(weights, serialize({key: value.contiguous() for key, value in model.state_dict().items()}))
+    write_atomically(weights, weights_bytes(model))
     graph = Graph.trace(model.cpu(), (setting.example,))
     baseline = _baseline(graph, setting.device, setting.models, setting.example, setting.model_reference)
     return replace(

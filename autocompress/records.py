@@ -15,8 +15,8 @@ Shape = tuple[int, ...]
 Signature = tuple[object, ...]
 Rung = Literal["unchanged", "short", "full"]
 """What a policy went through: `unchanged` is the model itself in fewer bits, calibrated; `short` and `full` say how long it was trained."""
-OperatorKind = Literal["conv", "linear", "add", "mul", "pool", "norm", "activation", "concat", "pad", "slice", "other"]
-"""`pool` covers max, average, adaptive and global means; `norm` only norms that cannot be folded into a layer."""
+OperatorKind = Literal["conv", "linear", "add", "mul", "maxpool", "avgpool", "norm", "activation", "concat", "pad", "slice", "other"]
+"""Pools may be adaptive; `avgpool` covers means over the whole map, `norm` only norms that cannot be folded into a layer."""
 
 
 class Operator(Record):

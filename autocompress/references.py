@@ -17,7 +17,6 @@ from urllib.parse import parse_qsl
 
 from autocompress.errors import UsageError
 
-
 DATA_ROOT = "data"
 """Where `torchvision:NAME` data lies unless its `root` says otherwise."""
 

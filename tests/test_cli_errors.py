@@ -191,10 +191,10 @@ def test_a_run_folder_of_another_search(run, capsys, options, message, hint):
 
 def test_a_search_is_resumed_without_saying_its_task_again(run, capsys):
     (run / "task.toml").write_text(Task(model="own.py:ten", data="digits", seed=1).to_toml())
-    assert main("search --resume --out run --search-time 9m --dry-run --json".split()) == 0
+    assert main(["search", "--resume", "--out", "run", "--search-time", "9m", "--dry-run", "--json"]) == 0
     task = json.loads(capsys.readouterr().out)["task"]
     assert (task["model"], task["seed"], task["search_time"]) == ("own.py:ten", 1, "9m")
-    assert main("search --quiet --resume --out run --seed 2".split()) == 2
+    assert main(["search", "--quiet", "--resume", "--out", "run", "--seed", "2"]) == 2
     require_explained(capsys.readouterr(), "another task: seed was 1, now 2", "--out")
 
 

@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from autocompress import deploy
+from autocompress.cli import main
 from autocompress.compress.student import build_student
 from autocompress.data import Data, Split
 from autocompress.deploy import apply_policy, export_run, measure_reference, recreate
-from autocompress.cli import main
 from autocompress.errors import PolicyFailure, RunFolderError, UsageError
 from autocompress.evaluate import run_file
 from autocompress.export import read_manifest, update_manifest, write_bundle

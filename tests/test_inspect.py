@@ -33,9 +33,26 @@ def test_shares_are_of_the_weights():
     assert told["weights_in_layers"] == pytest.approx(expected, rel=0.01)
     dropped = sum(p.numel() for p in (*model.layer1[0].conv1.parameters(), *model.layer1[0].conv2.parameters()))
     assert float(told["weights_in_droppable_blocks"].split()[0]) == pytest.approx(100 * dropped / expected, abs=0.2)
-    assert told["weights_that_can_be_quantized"] == "100.0 %"
+    everything = sum(p.numel() for p in model.parameters())
+    assert everything > expected, "norms are no layers"
+    assert told["weights_that_can_be_quantized"] == f"{100 * expected / everything:.1f} %"
     free, total = map(int, told["searchable_groups"].split(" of "))
     assert 0 < free <= total == len(graph.groups)
+
+
+def test_weights_that_nothing_reaches_count_among_all_weights():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.head = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.head(self.cell(x)[0].mean(1))
+
+    model = Recurrent()
+    share = sum(p.numel() for p in model.head.parameters()) / sum(p.numel() for p in model.parameters())
+    told = summary(Graph.trace(model, (torch.randn(1, 5, 8),)))
+    assert told["weights_that_can_be_quantized"] == f"{100 * share:.1f} %" != "100.0 %"
 
 
 def test_data_gives_the_shape_of_the_inputs():

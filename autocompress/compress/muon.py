@@ -33,7 +33,9 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]
-                momentum = state.setdefault("momentum", torch.zeros_like(parameter))
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                momentum = state["momentum"]
                 momentum.mul_(group["momentum"]).add_(parameter.grad)
                 update = orthogonalised(parameter.grad.add(momentum, alpha=group["momentum"]).flatten(1))
                 rows, columns = update.shape

@@ -10,6 +10,7 @@ student is trained with its batch norms and folded at export (fold then quantize
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from autocompress.graph.nodes import fused, int8_tensors, kind_of
-from autocompress.graph.trace import OPAQUE
+from autocompress.graph.nodes import fused, int8_tensors, is_layer, kind_of, leaves
+from autocompress.graph.trace import is_opaque
 from autocompress.policy import QuantSpec
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -30,6 +31,8 @@ SAMPLES = 32_768
 """Values of a tensor that its range is fitted to."""
 CLIP_FRACTIONS = tuple(0.3 + 0.02 * step for step in range(36))
 TINY = 1e-8
+MOVERS = ("reshape", "identity", "slice", "pad", "maxpool")
+"""Kinds of operators whose outputs are values of their input."""
 
 
 def largest_int(bits: int, reduced_range: bool = False) -> int:
@@ -168,7 +171,8 @@ def _sample(x: Tensor) -> Tensor:
 def fake_quantize(student: fx.GraphModule, quant: QuantSpec) -> fx.GraphModule:
     """A copy of the student whose layers compute as their bits say. Calibrate it before use."""
     quantized = copy.deepcopy(student)
-    if any(node.op == "call_module" and node.target == OPAQUE for node in quantized.graph.nodes):
+    quant = _shared_bits(quantized, quant)
+    if is_opaque(quantized):
         _quantize_opaque(quantized, quant)
         return quantized
     held = int8_tensors(quantized, quant.of)
@@ -183,10 +187,20 @@ def fake_quantize(student: fx.GraphModule, quant: QuantSpec) -> fx.GraphModule:
     return quantized
 
 
+def _shared_bits(module: nn.Module, quant: QuantSpec) -> QuantSpec:
+    """A file holds a weight that several modules share once: they get the most bits that any of them has, float where one is no layer."""
+    sharing: dict[int, dict[str, int]] = defaultdict(dict)
+    for name, part in module.named_modules():
+        for parameter in part.parameters(recurse=False):
+            sharing[id(parameter)][name] = quant.of(name) if is_layer(part) else 32
+    shared = {name: max(bits.values()) for bits in sharing.values() if len(bits) > 1 for name in bits}
+    return quant.model_copy(update={"layers": {**quant.layers, **shared}}) if shared else quant
+
+
 def _insert_quantizer(module: fx.GraphModule, node: fx.Node) -> None:
     """What only moves values keeps its source's quantizer: the same module at both ends, so that a runtime stays in int8."""
     source = next((n for n in node.all_input_nodes if n.meta.get("quantizer")), None)
-    moves = _only_moves(node, module) and source is not None and len(node.all_input_nodes) == 1
+    moves = kind_of(node, module) in MOVERS and source is not None and len(node.all_input_nodes) == 1
     name = source.meta["quantizer"] if moves and source is not None else f"quantizer_{node.name}"
     if not moves:
         module.add_submodule(name, ActivationQuantizer())
@@ -196,14 +210,6 @@ def _insert_quantizer(module: fx.GraphModule, node: fx.Node) -> None:
     quantizer.meta.update({"shape": node.meta.get("shape"), "quantizer": name, "kind": "identity", "relu": None})
     for user in users:
         user.replace_input_with(node, quantizer)
-
-
-def _only_moves(node: fx.Node, module: fx.GraphModule) -> bool:
-    kind = kind_of(node, module)
-    if kind in ("reshape", "identity", "slice", "pad"):
-        return True
-    title = str(node.target) if node.op != "call_module" else type(module.get_submodule(str(node.target))).__name__
-    return kind == "pool" and "max" in title.lower()
 
 
 def _rounded(layer: nn.Module, bits: int, reduced_range: bool) -> nn.Module:
@@ -228,7 +234,7 @@ class QuantizedInput(nn.Module):
 
 
 def _quantize_opaque(module: fx.GraphModule, quant: QuantSpec) -> None:
-    layers = [(n, m) for n, m in module.named_modules() if type(m) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)]
+    layers = [(name, leaf) for name, leaf in leaves(module) if is_layer(leaf)]
     for name, layer in layers:
         bits = quant.of(name)
         rounded = _rounded(layer, bits, quant.reduced_range)

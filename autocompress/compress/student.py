@@ -42,6 +42,8 @@ def build_student(graph: Graph, policy: Policy) -> fx.GraphModule:
             _resize_pad(node, graph, selection)
     student.recompile()
     annotate_shapes(student, graph.example)
+    for parameter in student.parameters():  # a teacher may be frozen; what learns from it is not
+        parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     return student.eval()
 
 
@@ -118,7 +120,6 @@ def _fill(new: Conv | nn.Linear, old: Conv | nn.Linear, rows: Roots | None, colu
         fresh = torch.randn(new.weight.shape, generator=generator) * (2.0 / new.weight[0].numel()) ** 0.5
         weight = torch.where(_along(rows == NEW, 0, weight.dim()), fresh.to(weight.dtype), weight)
     new.weight.copy_(weight)
-    new.weight.requires_grad_(True)
     if old.bias is not None and new.bias is not None:
         new.bias.copy_(_gather(old.bias, rows, 0, fill=0.0))
     new.train(old.training)

@@ -22,6 +22,7 @@ from autocompress.compress.quantize import calibrate, fake_quantize, settle_bias
 from autocompress.compress.teacher import Teacher
 from autocompress.data import Data
 from autocompress.errors import PolicyFailure
+from autocompress.graph.trace import is_opaque
 from autocompress.policy import DistillSpec, QuantSpec
 
 RISE = 0.15
@@ -33,7 +34,7 @@ MUON_SHARE = 0.2
 MUON_DECAY = 5e-3
 CALIBRATION_IMAGES = 512
 FEATURE_SCALE = 25.0
-"""Weight of the difference of features beside the loss of answers, which is T^2 = 16 times a divergence."""
+"""Weight of the difference of features beside the loss of answers, which is T^2 times a divergence: 16 times at the default T = 4 only."""
 
 Tick = Callable[[float], None]
 """Called after each step with the progress in [0, 1]."""
@@ -162,7 +163,7 @@ def _loss(model: nn.Module, data: Data, indices: Tensor, inputs: Tensor, view: i
     shared = lesson.shared if lesson is not None else None
     with fast_arithmetic(device):
         student = observe(model, inputs.to(device), shared.layer if shared is not None else None)
-    outputs = student.outputs.float()
+    outputs = student.outputs.float().contiguous()  # a loss of one's own may take views of it
     if lesson is None:
         return data.loss(outputs, targets) if data.loss is not None else F.cross_entropy(outputs, targets)
     teacher, spec = lesson.teacher.answers(indices, inputs, view), lesson.spec
@@ -218,6 +219,11 @@ class _Optimizer:
 
 
 def _memory_format(model: nn.Module) -> torch.memory_format:
-    """Channels last where all weights have a form for it: convolutions of images run faster so."""
+    """Channels last where all weights have a form for it: convolutions of images run faster so.
+
+    Not for a network that could not be traced: its code may take views that only contiguous maps have.
+    """
+    if is_opaque(model):
+        return torch.preserve_format
     images = all(p.dim() in (1, 2, 4) for p in model.parameters()) and any(p.dim() == 4 for p in model.parameters())
     return torch.channels_last if images else torch.preserve_format

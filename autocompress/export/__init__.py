@@ -13,6 +13,7 @@ from autocompress.export.bundle import (
 )
 from autocompress.export.onnx import check_onnx, onnx_bytes
 from autocompress.export.parity import Parity, compare, require_parity
+from autocompress.export.weights import weights_bytes
 
 __all__ = [
     "MODEL",
@@ -28,5 +29,6 @@ __all__ = [
     "require_parity",
     "update_manifest",
     "verify_bundle",
+    "weights_bytes",
     "write_bundle",
 ]

@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 from safetensors.torch import load_file
-from safetensors.torch import save as serialize
 from torch import Tensor, fx
 
 from autocompress.errors import RunFolderError
 from autocompress.export.onnx import onnx_bytes
+from autocompress.export.weights import weights_bytes
 from autocompress.policy import Policy, Record
 from autocompress.records import Artifact, Measurement, Prediction, Score, Shape
 from autocompress.run_folder import write_atomically, writing
@@ -97,7 +97,7 @@ def write_bundle(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / POLICY, policy.to_json())
-    write_atomically(folder / STUDENT, serialize({key: value.contiguous() for key, value in student.state_dict().items()}))
+    write_atomically(folder / STUDENT, weights_bytes(student))
     write_atomically(folder / MODEL, payload)
     write_atomically(folder / MANIFEST, manifest.to_json())
     return artifact

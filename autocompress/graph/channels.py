@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import fx, nn
 
@@ -109,8 +110,8 @@ class _Rules:
             return self._frozen(node, "the network's input")
         rule = {
             "conv": self._conv, "linear": self._linear, "norm": self._norm, "activation": self._same,
-            "identity": self._same, "add": self._join, "mul": self._join, "pool": self._pool,
-            "concat": self._concat, "pad": self._pad, "slice": self._slice, "reshape": self._reshape,
+            "identity": self._same, "add": self._join, "mul": self._join, "maxpool": self._pool,
+            "avgpool": self._pool, "concat": self._concat, "pad": self._pad, "slice": self._slice, "reshape": self._reshape,
         }.get(kind)  # fmt: skip
         layout = rule(node) if rule is not None else None
         return layout if layout is not None else self._unknown(node)
@@ -150,7 +151,7 @@ class _Rules:
 
     def _conv(self, node: fx.Node) -> Layout | None:
         conv, source = module_of(node, self.module), self._only(node)
-        if source is None or source.axis != 1 or source.repeat != 1 or not _plain(conv):
+        if source is None or source.axis != 1 or source.repeat != 1:
             return None
         assert isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         if conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1:
@@ -167,7 +168,7 @@ class _Rules:
     def _linear(self, node: fx.Node) -> Layout | None:
         linear, source = module_of(node, self.module), self._only(node)
         last = len(node.meta["shape"]) - 1
-        if source is None or source.axis != last or not _plain(linear):
+        if source is None or source.axis != last:
             return None
         assert isinstance(linear, nn.Linear)
         return self._layer(node, source, self.channels.fresh(linear.out_features, last))
@@ -215,7 +216,7 @@ class _Rules:
         source = self._only(node)
         if source is None or source.repeat != 1:
             return None
-        if node.op == "call_module" or getattr(node.target, "__module__", "") == "torch.nn.functional" or "pool" in str(node.target):
+        if node.op == "call_module" or node.target not in (torch.mean, "mean"):
             return source if source.axis == 1 else None
         before = len(node.all_input_nodes[0].meta["shape"])
         dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
@@ -268,11 +269,6 @@ class _Rules:
         if not flattens or not _size_is_free(node):
             return None
         return Layout(source.ids, 1, source.repeat * int(np.prod(before[2:])))
-
-
-def _plain(module: nn.Module | None) -> bool:
-    """Exactly a torch.nn layer: a subclass or a parametrized one may compute its weights in another way."""
-    return type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def _size_is_free(node: fx.Node) -> bool:

@@ -10,20 +10,25 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from autocompress.errors import UsageError
 from autocompress.graph.blocks import Branch, drop, find_branches
 from autocompress.graph.channels import Channels, Layout, Role, frozen_roots, group_ids, propagate
 from autocompress.graph.importance import channel_scores
-from autocompress.graph.nodes import fused, int8_tensors, kind_of, module_of
+from autocompress.graph.nodes import follows_batch, fused, int8_tensors, is_layer, is_norm, kind_of, leaves, module_of
 from autocompress.graph.resize import Roots, Selection, run_ends, select
 from autocompress.graph.trace import OPAQUE, trace
 from autocompress.policy import Policy
 from autocompress.records import Operator, OperatorKind, Shape, Workload
 from autocompress.references import nearest
 
-OPERATOR_KINDS: tuple[OperatorKind, ...] = ("conv", "linear", "add", "mul", "pool", "norm", "activation", "concat", "pad", "slice")
+OPERATOR_KINDS: tuple[OperatorKind, ...] = (
+    "conv", "linear", "add", "mul", "maxpool", "avgpool", "norm", "activation", "concat", "pad", "slice",
+)  # fmt: skip
+WINDOW_FUNCTIONS = (F.max_pool2d, torch.max_pool2d, F.avg_pool2d)
 CACHED_SHAPES = 256
 NORM_VECTORS = 4
 """A batch norm that is not folded has weight, bias, mean and variance in the file."""
@@ -240,12 +245,9 @@ class Graph:
 
     def _find_layers(self) -> tuple[Layer, ...]:
         if self.opaque_reason:
-            inside = self.module.get_submodule(OPAQUE).named_modules()
-            pairs = [(f"{OPAQUE}.{name}", module) for name, module in inside]
             self._node_of: dict[str, str] = {}
-            return tuple(
-                _layer(name, module, None) for name, module in pairs if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
-            )
+            inside = leaves(self.module.get_submodule(OPAQUE), OPAQUE)
+            return tuple(_layer(name, module, None) for name, module in inside if is_layer(module))
         nodes = {str(n.target): n for n in self.module.graph.nodes if kind_of(n, self.module) in ("conv", "linear")}
         self._node_of = {name: node.name for name, node in nodes.items()}
         return tuple(_layer(name, module_of(node, self.module), self._born_at(node)) for name, node in nodes.items())
@@ -263,9 +265,14 @@ class Graph:
         return Block(branch.name, group_of[layers[-1]], layers)
 
     def _find_frozen(self) -> tuple[Frozen, ...]:
-        if self.opaque_reason:
-            return (Frozen("the whole network", self.opaque_reason),)
-        return tuple(Frozen(group.name, group.reason) for group in self.groups if not group.prunable)
+        whole = [Frozen("the whole network", self.opaque_reason)] if self.opaque_reason else []
+        groups = [Frozen(group.name, group.reason) for group in self.groups if not group.prunable]
+        parts = [
+            Frozen(name, f"{type(module).__name__} is one operator here: its weights are neither pruned nor quantized")
+            for name, module in leaves(self.module)
+            if not is_layer(module) and not is_norm(module) and any(True for _ in module.parameters())
+        ]
+        return (*whole, *groups, *parts)
 
     def _find_classifier(self) -> str | None:
         output = next(node for node in self.module.graph.nodes if node.op == "output")
@@ -313,7 +320,7 @@ class Graph:
         }  # fmt: skip
         layer = module_of(node, module)
         if kind not in ("conv", "linear"):
-            params = NORM_VECTORS * output[1] if kind == "norm" else 0
+            params = output[1] * _vectors(layer) if layer is not None and kind == "norm" else 0
             return Operator(**common, **_window(node, module), params=params)
         assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
         has_bias = layer.bias is not None or chain.norm is not None
@@ -394,6 +401,11 @@ def _shell(module: nn.Module) -> nn.Module:
     return shell
 
 
+def _vectors(norm: nn.Module) -> int:
+    """Vectors of a norm in the file that is not folded; running statistics come with a weight and a bias always."""
+    return sum(1 for _ in norm.parameters()) if follows_batch(norm) else NORM_VECTORS
+
+
 def _activation_name(node: fx.Node, module: fx.GraphModule) -> str:
     layer = module_of(node, module)
     if layer is not None:
@@ -402,15 +414,19 @@ def _activation_name(node: fx.Node, module: fx.GraphModule) -> str:
 
 
 def _window(node: fx.Node, module: fx.GraphModule) -> dict[str, tuple[int, ...]]:
-    """Kernel, stride and padding of a pooling layer, where it is a module with a window."""
+    """Kernel, stride and padding of a pool whose window is written down."""
     layer = module_of(node, module)
-    if not isinstance(layer, (nn.MaxPool2d, nn.AvgPool2d)):
+    if isinstance(layer, (nn.MaxPool2d, nn.AvgPool2d)):
+        window: dict[str, Any] = {"kernel": layer.kernel_size, "stride": layer.stride, "padding": layer.padding}
+    elif node.target in WINDOW_FUNCTIONS:
+        given = dict(zip(("input", "kernel_size", "stride", "padding"), node.args, strict=False)) | node.kwargs
+        kernel = given.get("kernel_size")
+        window = {"kernel": kernel, "stride": given.get("stride") or kernel, "padding": given.get("padding", 0)}
+    else:
         return {}
-
-    def pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
-        return (value, value) if isinstance(value, int) else tuple(value)
-
-    return {"kernel": pair(layer.kernel_size), "stride": pair(layer.stride), "padding": pair(layer.padding)}
+    pairs = {name: tuple(value) if isinstance(value, (tuple, list)) else (value, value) for name, value in window.items()}
+    known = all(isinstance(size, int) for pair in pairs.values() for size in pair)  # sizes may be computed from the input's
+    return pairs if known else {}
 
 
 def weight_bytes(operator: Operator) -> int:

@@ -7,7 +7,7 @@ A traced network is a `torch.fx.GraphModule` whose leaves are modules of torch.n
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +23,8 @@ NodeKind = Literal[
     "activation",
     "add",
     "mul",
-    "pool",
+    "maxpool",
+    "avgpool",
     "concat",
     "pad",
     "slice",
@@ -33,9 +34,10 @@ NodeKind = Literal[
     "other",
 ]
 
-_MODULES: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], NodeKind], ...] = (
-    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), "conv"),
-    (nn.Linear, "linear"),
+_LAYERS: dict[type[nn.Module], NodeKind] = {nn.Conv1d: "conv", nn.Conv2d: "conv", nn.Conv3d: "conv", nn.Linear: "linear"}
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_MODULES: tuple[tuple[tuple[type[nn.Module], ...], NodeKind], ...] = (
     ((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), "norm"),
     (
         (
@@ -54,7 +56,8 @@ _MODULES: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], NodeKind], 
         ),
         "activation",
     ),
-    ((nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d), "pool"),
+    ((nn.MaxPool2d, nn.AdaptiveMaxPool2d), "maxpool"),
+    ((nn.AvgPool2d, nn.AdaptiveAvgPool2d), "avgpool"),
     ((nn.Flatten, nn.Unflatten), "reshape"),
     ((nn.Dropout, nn.Dropout2d, nn.Identity), "identity"),
     ((nn.ZeroPad2d, nn.ConstantPad2d), "pad"),
@@ -78,10 +81,12 @@ _FUNCTIONS: dict[object, NodeKind] = {
     F.elu: "activation",
     torch.tanh: "activation",
     F.mish: "activation",
-    F.max_pool2d: "pool",
-    F.avg_pool2d: "pool",
-    F.adaptive_avg_pool2d: "pool",
-    torch.mean: "pool",
+    F.max_pool2d: "maxpool",
+    torch.max_pool2d: "maxpool",
+    F.adaptive_max_pool2d: "maxpool",
+    F.avg_pool2d: "avgpool",
+    F.adaptive_avg_pool2d: "avgpool",
+    torch.mean: "avgpool",
     torch.cat: "concat",
     torch.concat: "concat",
     F.pad: "pad",
@@ -98,12 +103,14 @@ _METHODS: dict[str, NodeKind] = {
     "relu": "activation",
     "relu_": "activation",
     "sigmoid": "activation",
-    "mean": "pool",
+    "mean": "avgpool",
     "flatten": "reshape",
     "view": "reshape",
     "reshape": "reshape",
     "contiguous": "identity",
 }
+_FOLLOWERS = ("add", "maxpool", "avgpool", "concat", "pad", "slice", "reshape", "identity")
+"""Kinds that a runtime keeps in int8 where all their inputs are."""
 _RELU = (nn.ReLU, nn.ReLU6)
 _RELU_FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.relu6: "relu6"}
 
@@ -124,6 +131,7 @@ def annotate_kinds(root: fx.GraphModule) -> None:
     for node in root.graph.nodes:
         node.meta["kind"] = _classify(node, root)
         node.meta["relu"] = _relu_name(node, root)
+        node.meta["folds"] = _is_folded(node, root)
 
 
 def is_stochastic_depth(module: nn.Module | None) -> bool:
@@ -133,6 +141,33 @@ def is_stochastic_depth(module: nn.Module | None) -> bool:
     return isinstance(module, StochasticDepth)
 
 
+def is_layer(module: nn.Module | None) -> bool:
+    """Exactly a convolution or linear layer of torch.nn: a subclass may compute its weights in another way, or never be called."""
+    return type(module) in _LAYERS
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether this is a norm of torch.nn, with weights or without."""
+    return isinstance(module, _NORMS)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a network calls this module as one operator: what torch.nn holds, but no container."""
+    own = type(module).__module__.startswith(("torch.nn", "torch.ao.nn")) and type(module) is not nn.Module
+    return is_stochastic_depth(module) or (own and not isinstance(module, _CONTAINERS))
+
+
+def leaves(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of all leaves, each once; what is inside a leaf is not listed."""
+    leaf: str | None = None
+    for name, module in root.named_modules(prefix=prefix):  # what is inside a module follows it
+        if leaf is not None and (not leaf or name.startswith(f"{leaf}.")):
+            continue
+        leaf = name if is_leaf(module) else None
+        if leaf is not None:
+            yield name, module
+
+
 def _classify(node: fx.Node, root: nn.Module) -> NodeKind:
     if node.op == "placeholder":
         return "input"
@@ -140,7 +175,7 @@ def _classify(node: fx.Node, root: nn.Module) -> NodeKind:
         return "output"
     if node.op == "call_module":
         module = module_of(node, root)
-        known = next((kind for types, kind in _MODULES if isinstance(module, types)), None)
+        known = _LAYERS.get(type(module)) or next((kind for types, kind in _MODULES if isinstance(module, types)), None)
         return known or ("identity" if is_stochastic_depth(module) else "other")
     if node.op == "call_function":
         return _FUNCTIONS.get(node.target, "other")
@@ -163,6 +198,20 @@ def _relu_name(node: fx.Node, root: nn.Module) -> str | None:
     return _RELU_FUNCTIONS.get(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]
 
 
+def follows_batch(module: nn.Module | None) -> bool:
+    """Whether this is a batch norm without running statistics: what it makes of an input depends on the others of its batch."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is None
+
+
+def _folds(node: fx.Node, root: nn.Module) -> bool:
+    """Whether the node is a batch norm that becomes a part of the layer before it."""
+    return node.meta["folds"] if "folds" in node.meta else _is_folded(node, root)
+
+
+def _is_folded(node: fx.Node, root: nn.Module) -> bool:
+    return kind_of(node, root) == "norm" and not follows_batch(module_of(node, root))
+
+
 @dataclass(frozen=True)
 class Fused:
     """A head node with the nodes that a runtime folds into it: batch norm, then ReLU."""
@@ -183,7 +232,7 @@ def fused(head: fx.Node, root: nn.Module) -> Fused:
     kind, norm, last = kind_of(head, root), None, head
     if kind in ("conv", "linear"):
         user = _only_user(last)
-        if user is not None and kind_of(user, root) == "norm":
+        if user is not None and _folds(user, root):
             norm = last = user
     if kind in ("conv", "linear", "add"):
         user = _only_user(last)
@@ -215,7 +264,7 @@ def int8_tensors(root: fx.GraphModule, bits_of: Callable[[str], int]) -> dict[st
             tail = fused(node, root).tail
             if not _reaches_output_only(tail, root):
                 held[tail.name] = "layer"
-        elif _is_tensor(node) and kind in ("add", "pool", "concat", "pad", "slice", "reshape", "identity") and node.name not in inner:
+        elif _is_tensor(node) and kind in _FOLLOWERS and node.name not in inner:
             sources = [source for source in node.all_input_nodes if _is_tensor(source)]
             tail = fused(node, root).tail
             if sources and all(source.name in held for source in sources) and not _reaches_output_only(tail, root):

@@ -6,7 +6,6 @@ can still be quantized and distilled, but nothing of its structure can change.
 
 from __future__ import annotations
 
-import copy
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +14,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from autocompress.errors import UsageError
-from autocompress.graph.nodes import annotate_kinds, is_stochastic_depth
+from autocompress.graph.nodes import annotate_kinds, is_leaf
+from autocompress.graph.plain import fold_computed_weights, own_copy
 
 OPAQUE = "model"
 TOLERANCE = 1e-4
+VIEWS = {"view": "reshape", "view_as": "reshape_as"}
+"""Training keeps images channels last, and no view flattens such a map: the operator that copies where it must stands in."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Traced:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_stochastic_depth(m) or super().is_leaf_module(m, module_qualified_name)
+        return is_leaf(m)
 
 
 def trace(model: nn.Module, example: tuple[Tensor, ...]) -> Traced:
@@ -39,12 +41,14 @@ def trace(model: nn.Module, example: tuple[Tensor, ...]) -> Traced:
 
     Raises UsageError when the model itself does not run on the example.
     """
+    duplicate = own_copy(model)
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
-        duplicate = copy.deepcopy(model).cpu().eval()
         try:
             expected = duplicate(*example)
         except Exception as error:  # whatever the user's own code raises
             raise UsageError(f"the model does not run on its example input: {type(error).__name__}: {error}") from None
+    fold_computed_weights(duplicate)
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
         try:
             module = _symbolic(duplicate)
             if not _same(module(*example), expected):
@@ -71,6 +75,8 @@ def _normalise(module: fx.GraphModule) -> None:
             node.target = swaps[node.target]
         if node.op == "call_method" and node.target in ("add_", "mul_", "relu_"):
             node.target = str(node.target)[:-1]
+        if node.op == "call_method" and node.target in VIEWS and not _views_other_bits(node):
+            node.target = VIEWS[str(node.target)]
         if node.op == "call_module" and type(module.get_submodule(str(node.target))) is nn.Identity:
             node.replace_all_uses_with(node.all_input_nodes[0])
             module.graph.erase_node(node)
@@ -81,6 +87,16 @@ def _normalise(module: fx.GraphModule) -> None:
     annotate_kinds(module)
 
 
+def _views_other_bits(node: fx.Node) -> bool:
+    """`x.view(torch.uint8)` reads the same bytes as another type: no reshape."""
+    return bool(node.kwargs) or any(isinstance(argument, torch.dtype) for argument in node.args)
+
+
+def is_opaque(module: nn.Module) -> bool:
+    """Whether this is a network that could not be traced, or a copy of one."""
+    return isinstance(module, fx.GraphModule) and bool(module.meta.get(OPAQUE))
+
+
 def _opaque(model: nn.Module, example: tuple[Tensor, ...], reason: str) -> Traced:
     root = nn.Module()
     root.add_module(OPAQUE, model)
@@ -88,6 +104,7 @@ def _opaque(model: nn.Module, example: tuple[Tensor, ...], reason: str) -> Trace
     inputs = [graph.placeholder(f"input_{index}") for index in range(len(example))]
     graph.output(graph.call_module(OPAQUE, tuple(inputs)))
     module = fx.GraphModule(root, graph).eval()
+    module.meta[OPAQUE] = True
     annotate_shapes(module, example)
     return Traced(module, reason)
 

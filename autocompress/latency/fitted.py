@@ -26,6 +26,7 @@ UNTRACED_SPREAD = 4.0
 UNKNOWN_S = 1.0
 COVERAGE = 0.9
 LEAST_TO_FIT = 3
+LEAST_S, LEAST_SPREAD = 1e-7, 0.02
 
 
 class FittedLatencyModel(LatencyModel):
@@ -64,17 +65,17 @@ class FittedLatencyModel(LatencyModel):
             return
         features = np.array([self._features(workload) for workload, _ in pairs])
         seconds = np.array([measured for _, measured in pairs]) - self.table.call_overhead
-        seconds = np.maximum(seconds, 1e-7)
+        seconds = np.maximum(seconds, LEAST_S)
         left_out = []
         for index in range(len(pairs)):
             others = np.arange(len(pairs)) != index
             scales = _solve(features[others], seconds[others])
-            left_out.append((float(features[index] @ scales), float(seconds[index])))
+            left_out.append((max(float(features[index] @ scales), LEAST_S), float(seconds[index])))
         self._scales = _solve(features, seconds)
         self._errors = left_out
-        relative = np.array([abs(predicted / measured - 1) for predicted, measured in left_out])
-        rank = min(len(relative) - 1, int(np.ceil(COVERAGE * (len(relative) + 1))) - 1)
-        self._spread = max(0.02, float(np.sort(relative)[rank]))
+        factors = np.array([abs(np.log(predicted / measured)) for predicted, measured in left_out])  # the interval is one of factors too
+        rank = min(len(factors) - 1, int(np.ceil(COVERAGE * (len(factors) + 1))) - 1)
+        self._spread = max(LEAST_SPREAD, float(np.expm1(np.sort(factors)[rank])))
 
     def held_out_error(self) -> dict[str, float | int | None]:
         """Median relative error and Spearman's rho, each network predicted by a fit without it."""

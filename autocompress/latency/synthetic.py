@@ -89,8 +89,8 @@ def build_onnx(operator: Operator) -> bytes | None:
     """The operator alone as an ONNX model with random weights; None for what cannot be built alone."""
     builder = _Builder(int8=operator.bits == 8)
     makers = {
-        "conv": _conv, "linear": _linear, "add": _pairwise, "mul": _pairwise, "pool": _pool, "norm": _norm,
-        "activation": _activation, "concat": _concat, "pad": _pad, "slice": _slice,
+        "conv": _conv, "linear": _linear, "add": _pairwise, "mul": _pairwise, "maxpool": _pool, "avgpool": _pool,
+        "norm": _norm, "activation": _activation, "concat": _concat, "pad": _pad, "slice": _slice,
     }  # fmt: skip
     maker = makers.get(operator.kind)
     if maker is None or not operator.inputs:
@@ -127,15 +127,21 @@ def _pairwise(builder: _Builder, operator: Operator) -> str:
 
 
 def _pool(builder: _Builder, operator: Operator) -> str:
+    """A window that is not known follows from the shapes, as that of an adaptive pool does."""
     source, target = operator.inputs[0], operator.output
-    value = builder.input(source)
+    value, largest = builder.input(source), operator.kind == "maxpool"
+    kind = "MaxPool" if largest else "AveragePool"
     if operator.kernel:
+        sizes = zip(source[-2:], target[-2:], operator.kernel, operator.stride, operator.padding, strict=False)
+        rounds_up = any((a + 2 * pad - kernel) // stride + 1 < b for a, b, kernel, stride, pad in sizes)
         return builder.node(
-            "MaxPool", [value], kernel_shape=list(operator.kernel), strides=list(operator.stride), pads=list(operator.padding) * 2
-        )
-    if len(target) == len(source) and math.prod(target[2:]) > 1:
-        window = [a // b for a, b in zip(source[2:], target[2:], strict=True)]
-        return builder.node("AveragePool", [value], kernel_shape=window, strides=window)
+            kind, [value], kernel_shape=list(operator.kernel), strides=list(operator.stride), pads=list(operator.padding) * 2,
+            ceil_mode=int(rounds_up),
+        )  # fmt: skip
+    if len(target) == len(source) and (largest or math.prod(target[2:]) > 1):
+        strides = [max(1, a // b) for a, b in zip(source[2:], target[2:], strict=True)]
+        window = [a - (b - 1) * stride for a, b, stride in zip(source[2:], target[2:], strides, strict=True)]
+        return builder.node(kind, [value], kernel_shape=window, strides=strides)
     axes = builder.constant("axes", np.arange(2, len(source), dtype=np.int64))
     return builder.node("ReduceMean", [value, axes], keepdims=int(len(target) == len(source)))
 

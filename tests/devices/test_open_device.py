@@ -8,10 +8,12 @@ from autocompress.devices import list_devices, open_device
 from autocompress.errors import UsageError
 
 
-@pytest.mark.parametrize("name", ["onnxruntime:cpu", "onnxruntime:cpu?threads=1", f"onnxruntime:cpu?threads={os.cpu_count()}"])
-def test_a_device_opens_with_its_threads(name):
-    device = open_device(name)
-    assert str(device.profile.threads) == name.partition("=")[2].strip() or device.profile.threads == 1
+@pytest.mark.parametrize(("options", "threads"), [("", 1), ("?threads=1", 1), ("?threads=2", 2), ("?threads=3", 3)])
+def test_a_device_opens_with_its_threads(monkeypatch, options, threads):
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    device = open_device(f"onnxruntime:cpu{options}")
+    assert device.profile.threads == threads
+    assert device.environment()["threads"] == str(threads)
     assert open_device(device.name).name == device.name
 
 

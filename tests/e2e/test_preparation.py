@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tasks import SLOW_CALLS, Net
 from torch import nn
 
 from autocompress.data import Data, Split
 from autocompress.errors import DeviceUnavailable, UsageError
-from autocompress.objective import realise
-from autocompress.policy import Policy, QuantSpec, StudentSpec
+from autocompress.objective import FLOAT_WEIGHTS, realise
+from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import limit_validation, load, prepare, score_baseline
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
@@ -175,3 +176,34 @@ def test_a_measurement_is_noisy_where_the_original_beside_it_does_not_settle(net
     latency = realised(ready(net, data, tmp_path / "run", Changing(speeds))).latency_s
     assert latency.noisy is noisy
     assert ("baseline beside it" in latency.noise_reason) is noisy
+
+
+class Tied(Net):
+    """Two convolutions with one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.a.conv2.weight = self.a.conv1.weight
+
+
+def test_a_network_with_tied_weights_is_compressed(data, tmp_path):
+    policy = Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}), quant=QuantSpec(bits=8))
+    setting = ready(Tied().eval(), data, tmp_path / "run")
+    outcome = realise(setting, policy, id="00000", rung="short", deadline=time.monotonic() + 1.0, predicted=None)
+    assert outcome.failure is None
+    weights = load_file(setting.models / "00000" / FLOAT_WEIGHTS)
+    assert torch.equal(weights["a.conv1.weight"], weights["a.conv2.weight"])
+    further = realise(setting, policy, id="00001", rung="full", deadline=time.monotonic(), predicted=None, continues="00000")
+    assert further.failure is None
+
+
+def test_a_network_whose_norms_follow_the_batch_is_compressed(data, tmp_path):
+    own = Net().eval()
+    for name, module in list(own.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            own.set_submodule(name, nn.BatchNorm2d(module.num_features, track_running_stats=False).eval())
+    policy = Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}))
+    task = TASK.model_copy(update={"batch": 24})
+    setting = prepare(task, tmp_path / "run", model=own, data=data, device=FakeDevice(SLOW_CALLS))
+    outcome = realise(setting, policy, id="00000", rung="short", deadline=time.monotonic() + 1.0, predicted=None)
+    assert outcome.failure is None, "the file's batches are the student's when both are compared"

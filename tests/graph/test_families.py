@@ -6,9 +6,11 @@ import torchvision
 from laws.networks import random_policy
 from torch import nn
 
+from autocompress.compress.quantize import RoundedConv, RoundedLinear, calibrate, fake_quantize
 from autocompress.compress.student import build_student
 from autocompress.errors import UsageError
 from autocompress.graph import Graph
+from autocompress.policy import Policy, QuantSpec
 
 SIZES = {"inception_v3": 96}
 OPTIONS = {"googlenet": {"init_weights": False}, "inception_v3": {"init_weights": False}}
@@ -135,9 +137,65 @@ def test_an_operator_that_is_not_understood_freezes_what_it_touches():
     graph = Graph.trace(Reduces(), (torch.ones(1, 3, 8, 8),))
     assert not graph.opaque_reason
     assert not any(group.prunable for group in graph.groups)
-    assert "view" in next(part.reason for part in graph.frozen if part.name == "first")
+    assert "reshape" in next(part.reason for part in graph.frozen if part.name == "first")
 
 
 def test_a_model_that_does_not_run_is_a_usage_error():
     with pytest.raises(UsageError, match="does not run on its example"):
         Graph.trace(nn.Conv2d(3, 4, 3), (torch.ones(1, 5, 8, 8),))
+
+
+class Attends(nn.Module):
+    """Weights inside modules that are called as one operator, beside a layer."""
+
+    def __init__(self, *, branches):
+        super().__init__()
+        self.embed, self.act = nn.Conv2d(3, 8, 4, stride=4), nn.PReLU()
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.attention, self.recurrent = nn.MultiheadAttention(8, 2, batch_first=True), nn.LSTM(8, 8, batch_first=True)
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 5)
+        self.branches = branches
+
+    def forward(self, x):
+        if self.branches and bool(x.isnan().any()):
+            x = torch.nan_to_num(x)
+        x = self.encoder(self.act(self.embed(x)).flatten(2).transpose(1, 2))
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.head(self.norm(self.recurrent(x)[0])).mean(1)
+
+
+@pytest.mark.parametrize("branches", [False, True], ids=["traced", "opaque"])
+def test_weights_inside_one_operator_are_no_layers_and_say_so(branches):
+    torch.manual_seed(0)
+    inputs = torch.randn(8, 3, 16, 16)
+    model = Attends(branches=branches).eval()
+    graph = Graph.trace(model, (inputs[:1],))
+    assert bool(graph.opaque_reason) is branches
+    prefix = "model." if branches else ""
+    assert {layer.name for layer in graph.layers} == {f"{prefix}embed", f"{prefix}head"}
+    reasons = {part.name.removeprefix("model."): part.reason for part in graph.frozen}
+    types = {"act": "PReLU", "encoder": "TransformerEncoderLayer", "attention": "MultiheadAttention", "recurrent": "LSTM"}
+    for name, kind in types.items():
+        assert reasons[name] == f"{kind} is one operator here: its weights are neither pruned nor quantized"
+    assert not any(name.startswith(("norm", "attention.", "encoder.")) for name in reasons)
+    quantized = fake_quantize(build_student(graph, Policy()), QuantSpec(bits=8))
+    calibrate(quantized, [inputs])
+    rounded = {name for name, module in quantized.named_modules() if isinstance(module, (RoundedConv, RoundedLinear))}
+    assert {name.removeprefix("model.").removesuffix(".layer") for name in rounded} == {"embed", "head"}
+    with torch.no_grad():
+        assert (quantized(inputs) - model(inputs)).abs().max() < 0.1 * model(inputs).abs().max()
+
+
+class OwnLinear(nn.Linear):
+    """Computes its weights in a way of its own."""
+
+    def forward(self, x):
+        return super().forward(x) + nn.functional.linear(x, self.weight.square())
+
+
+def test_a_subclass_of_a_layer_is_no_layer():
+    for model in (nn.Sequential(OwnLinear(4, 4), nn.Linear(4, 3)), nn.Sequential(nn.Linear(4, 4), OwnLinear(4, 3))):
+        graph = Graph.trace(model, (torch.ones(1, 4),))
+        plain = {name for name, module in model.named_children() if type(module) is nn.Linear}
+        assert {layer.name for layer in graph.layers} == plain
+        assert not any(group.prunable for group in graph.groups)

@@ -6,8 +6,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from autocompress.compress.quantize import calibrate, fake_quantize
 from autocompress.compress.student import build_student
@@ -94,6 +96,38 @@ def test_every_operator_of_a_network_can_be_built_alone(workloads):
         model = onnx.load_from_string(build_onnx(operator))
         onnx.checker.check_model(model)
         assert device.seconds_of_model(model) == pytest.approx(device.costs.call + device.seconds_of_operator(operator), rel=0.05)
+
+
+POOLS = {
+    "MaxPool2d": (nn.MaxPool2d(3, 2, 1), "MaxPool"),
+    "max_pool2d": (lambda x: F.max_pool2d(x, 3, 2, padding=1), "MaxPool"),
+    "ceil": (lambda x: F.max_pool2d(x, 2, ceil_mode=True), "MaxPool"),
+    "AdaptiveMaxPool2d": (nn.AdaptiveMaxPool2d(4), "MaxPool"),
+    "AvgPool2d": (nn.AvgPool2d(2), "AveragePool"),
+    "avg_pool2d": (lambda x: F.avg_pool2d(x, (3, 3), stride=2), "AveragePool"),
+    "of the whole map": (lambda x: F.avg_pool2d(x, x.size(3)), "ReduceMean"),
+    "AdaptiveAvgPool2d": (nn.AdaptiveAvgPool2d(4), "AveragePool"),
+    "mean": (lambda x: x.mean((2, 3), keepdim=True), "ReduceMean"),
+}
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("name", POOLS)
+def test_a_pool_is_measured_as_what_it_is(name, bits):
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.pool = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), POOLS[name][0]
+
+        def forward(self, x):
+            return self.second(self.pool(self.first(x))).flatten(1)
+
+    workload = Graph.trace(Pooled(), (torch.randn(1, 3, 13, 13),)).workload(Policy(quant=QuantSpec(bits=bits)))
+    pool = workload.operators[1]
+    assert pool.bits == bits
+    model = onnx.load_from_string(build_onnx(pool))
+    assert POOLS[name][1] in {node.op_type for node in model.graph.node}
+    onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)  # raises unless the pool's output has its shape
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
@@ -224,7 +258,7 @@ def test_fitting_finds_what_single_operators_do_not_show(workloads):
     assert errors[1] <= errors[0] < before
 
 
-@pytest.mark.parametrize("noise", [0.03, 0.1])
+@pytest.mark.parametrize("noise", [0.03, 0.1, 0.4])
 def test_the_interval_covers_what_it_has_not_seen_at_the_stated_rate(workloads, noise):
     device, generator = FakeDevice(), np.random.default_rng(1)
     table = calibrated(device, workloads)

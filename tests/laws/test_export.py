@@ -14,9 +14,9 @@ from torch import nn
 from autocompress.compress.quantize import calibrate, fake_quantize, settle_biases
 from autocompress.compress.student import build_student
 from autocompress.errors import PolicyFailure
-from autocompress.export import compare, onnx_bytes, require_parity
+from autocompress.export import compare, load_student, onnx_bytes, require_parity, write_bundle
 from autocompress.graph import Graph
-from autocompress.policy import Policy, QuantSpec
+from autocompress.policy import Policy, PruneSpec, QuantSpec
 from laws.networks import network, random_policy, with_statistics
 
 
@@ -176,6 +176,61 @@ def test_shared_layer_in_int8():
     student, payload = exported(SharedLayer().eval(), inputs, Policy(quant=QuantSpec(bits=8)), settle=False)
     expected = answers(student, inputs)
     assert (run(payload, inputs) - expected).abs().max() <= 0.05 * (expected.max() - expected.min())
+
+
+class TiedLayers(nn.Module):
+    """Three convolutions, of which two have one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.second(torch.relu(self.first(torch.relu(self.stem(x))))))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("layers", [{}, {"second": 32}, {"first": 32}, {"first": 4}], ids=str)
+def test_tied_weights_are_exported_and_loaded(layers, tmp_path):
+    torch.manual_seed(0)
+    inputs, policy = torch.randn(32, 3, 12, 12), Policy(quant=QuantSpec(bits=8, layers=layers))
+    model = TiedLayers().eval()
+    student, payload = exported(model, inputs, policy)
+    expected = answers(student, inputs)
+    assert (run(payload, inputs) - expected).abs().max() <= 0.02 * (expected.max() - expected.min())
+    write_bundle(tmp_path, student, policy, (inputs[:1],), model="own:tied")
+    graph = Graph.trace(TiedLayers(), (inputs[:1],))
+    loaded = load_student(tmp_path, fake_quantize(build_student(graph, policy), policy.quant))
+    assert torch.equal(answers(loaded, inputs), expected)
+
+
+class WithoutStatistics(nn.Module):
+    """Its batch norms use the batch's own mean and variance, in eval mode too."""
+
+    def __init__(self, *, affine):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.norm = nn.BatchNorm2d(8, track_running_stats=False, affine=affine)
+        self.last = nn.BatchNorm1d(8, track_running_stats=False, affine=affine)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.second(torch.relu(self.norm(self.first(x)))))
+        return self.head(self.last(x.mean((2, 3))))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("bits", [8, 32])
+def test_norms_without_running_statistics_are_exported_as_they_are(bits, affine):
+    torch.manual_seed(0)
+    inputs, policy = torch.randn(32, 3, 12, 12), Policy(prune=PruneSpec(ratios={"first": 0.25}), quant=QuantSpec(bits=bits))
+    student, payload = exported(WithoutStatistics(affine=affine).eval(), inputs, policy, batch=16)
+    expected = torch.cat([answers(student, part) for part in inputs.split(16)])
+    assert not torch.allclose(answers(student, inputs), expected, atol=1e-3), "answers depend on the batch"
+    difference = (run(payload, inputs, batch=16) - expected).abs().max()
+    assert difference <= (0.05 if bits == 8 else 1e-4) * (expected.max() - expected.min())
 
 
 def test_channel_without_weights_keeps_its_bias():

@@ -1,0 +1,122 @@
+"""Training of students: networks of every shape learn, and all of their weights do."""
+
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autocompress.compress.muon import Muon
+from autocompress.compress.student import build_student
+from autocompress.compress.train import TrainPlan, train, train_quantized
+from autocompress.data import Data, Split
+from autocompress.export import compare, onnx_bytes
+from autocompress.graph import Graph
+from autocompress.policy import Policy, QuantSpec, StudentSpec
+
+CLASSES = 4
+
+
+class LeNet(nn.Module):
+    """Flattens a map of 4 x 4 by `view`; where it `branches`, its path depends on the data and cannot be traced."""
+
+    def __init__(self, *, branches=False):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)
+        self.head = nn.Linear(8 * 4 * 4, CLASSES)
+        self.branches = branches
+
+    def forward(self, x):
+        if self.branches and not torch.compiler.is_exporting() and bool(x.isnan().any()):
+            x = torch.nan_to_num(x)
+        x = torch.relu(self.second(F.max_pool2d(torch.relu(self.first(x)), 2)))
+        return self.head(x.view(x.size(0), -1))
+
+
+@pytest.fixture(scope="module")
+def data():
+    generator = torch.Generator().manual_seed(0)
+    return Data(
+        *(Split(torch.randn(n, 3, 8, 8, generator=generator), torch.arange(n) % CLASSES) for n in (64, 16, 16)),
+        classes=CLASSES,
+    )
+
+
+def student_of(model, data, policy=None):
+    torch.manual_seed(0)
+    return build_student(Graph.trace(model.eval(), (data.example(1),)), policy or Policy())
+
+
+def learned(student, data, steps=3):
+    """Names of the parameters that a few steps change."""
+    before = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
+    train(student, data, TrainPlan(steps=steps, batch_size=16))
+    return {name for name, parameter in student.named_parameters() if not torch.equal(parameter, before[name])}
+
+
+@pytest.mark.parametrize("branches", [False, True], ids=["traced", "opaque"])
+def test_a_network_that_flattens_by_view_is_trained(data, branches):
+    student = student_of(LeNet(branches=branches), data)
+    assert learned(student, data) == {name for name, _ in student.named_parameters()}
+
+
+@pytest.mark.parametrize("branches", [False, True], ids=["traced", "opaque"])
+def test_a_network_that_flattens_by_view_is_trained_in_int8_and_exported(data, branches):
+    quant = QuantSpec(bits=8)
+    student = train_quantized(
+        student_of(LeNet(branches=branches), data), quant, data, TrainPlan(steps=4, batch_size=16, quant_fraction=0.5)
+    )
+    session = onnxruntime.InferenceSession(onnx_bytes(student, quant, (data.example(4),)), providers=["CPUExecutionProvider"])
+    answers = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: data.example(4).numpy()})[0])
+    with torch.no_grad():
+        assert compare(student(data.example(4)), answers).relative <= 0.05
+
+
+def test_a_pruned_network_flattens_by_view_what_is_left(data):
+    student = student_of(LeNet(), data, Policy(student=StudentSpec(width=0.5)))
+    assert student(data.example(2)).shape == (2, CLASSES)
+    assert student.get_submodule("head").in_features < 8 * 4 * 4
+
+
+def test_bits_that_are_read_as_another_type_stay_a_view(data):
+    class Bits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, CLASSES, 8)
+
+        def forward(self, x):
+            return self.conv(x.view(torch.int32).view(torch.float32)).flatten(1)
+
+    assert not Graph.trace(Bits().eval(), (data.example(1),)).opaque_reason
+
+
+def test_a_loss_of_ones_own_may_take_views_of_maps(data):
+    own = Data(
+        data.train, data.val, data.test,
+        loss=lambda outputs, _: outputs.view(len(outputs), -1).square().mean(), score=lambda *_: 0.0,
+    )  # fmt: skip
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3))
+    assert learned(student_of(net, data), own)
+
+
+@pytest.mark.parametrize("width", [1.0, 0.5])
+def test_all_of_a_frozen_teachers_student_learns(data, width):
+    teacher = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4)
+    )
+    teacher.requires_grad_(False)
+    student = student_of(teacher, data, Policy(student=StudentSpec(width=width)))
+    assert learned(student, data) == {name for name, _ in student.named_parameters()}
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_muon_allocates_its_momentum_once(monkeypatch):
+    weight, made = nn.Parameter(torch.randn(4, 6)), []
+    zeros = torch.zeros_like
+    monkeypatch.setattr(torch, "zeros_like", lambda *arguments, **options: made.append(1) or zeros(*arguments, **options))
+    optimizer = Muon([weight], lr=0.1)
+    for _ in range(3):
+        weight.grad = torch.ones(4, 6)
+        optimizer.step()
+    assert len(made) == 1
+    assert torch.allclose(optimizer.state[weight]["momentum"], torch.full((4, 6), 1 + 0.95 + 0.95**2))
