@@ -12,13 +12,14 @@ from autocompress.export.bundle import (
     write_bundle,
 )
 from autocompress.export.onnx import check_onnx, onnx_bytes
-from autocompress.export.parity import Parity, compare, require_parity
+from autocompress.export.parity import Parity, check_parity, compare, require_parity
 
 __all__ = [
     "MODEL",
     "Manifest",
     "Parity",
     "check_onnx",
+    "check_parity",
     "compare",
     "library_versions",
     "load_student",
