@@ -103,6 +103,7 @@ def search(
     student: str | None = None,
     weights: Path | str | None = None,
     learning_rate: float = 0.1,
+    batch_size: int = 128,
     seed: int = 0,
     resume: bool = False,
     sampler: BaseSampler | None = None,
@@ -132,6 +133,7 @@ def search(
         "space": space,
         "student": student,
         "learning_rate": learning_rate,
+        "batch_size": batch_size,
         "seed": seed,
     }
     return run_search(

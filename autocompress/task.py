@@ -25,7 +25,8 @@ DATA_VARIABLE = "AUTOCOMPRESS_DATA"
 class Task(Record):
     """One search. Paths and `${AUTOCOMPRESS_DATA}` in references are expanded when the file is read.
 
-    search_time: how long the whole search may take (`"30m"`). batch: inputs a call of the deployed model.
+    search_time: how long the whole search may take (`"30m"`). batch: inputs a call of the deployed model; batch_size: examples a step of
+    training.
     """
 
     budget: tuple[str, ...] = ()

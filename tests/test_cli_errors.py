@@ -80,6 +80,7 @@ USAGE = [
     ("search --search-time 4", "needs a unit", "10ms"),
     ("search --trials 0", "--trials", "--help"),
     ("search --batch many", "--batch", "--help"),
+    ("search --batch-size 0", "--batch-size", "--help"),
     ("search --learning-rate -1", "learning_rate", ""),
     ("search key.toml", "unknown key 'modle'", "did you mean model"),
     ("search broken.toml", "not TOML", ""),
