@@ -15,7 +15,7 @@ FLOAT_BITS = 32
 FLOAT_TOLERANCE = 1e-4
 """Largest difference of float32 outputs; of outputs that are all smaller than 1, this share of the largest."""
 FLOAT_ROUNDING = 1e-5
-"""What rounding in another order does to outputs of a deep float32 network, as a share of the largest: of large ones no less can be asked."""
+"""What rounding in another order does to the outputs of a deep float32 network, as a share of the largest."""
 INPUTS_A_DIFFERENCE = 200
 """Of so many inputs one decision may differ: 0.5 %."""
 ROUNDED_TOLERANCE = 0.05
