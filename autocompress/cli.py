@@ -54,6 +54,7 @@ def search(
     student: options.Student = None,
     space: options.Space = None,
     learning_rate: options.LearningRate = None,
+    batch_size: options.BatchSize = None,
     search_time: options.SearchTime = None,
     trials: options.Trials = None,
     target_accuracy: options.TargetAccuracy = None,
@@ -70,7 +71,7 @@ def search(
     overrides: dict[str, object] = {
         "budget": tuple(budget or ()), "model": model, "weights": str(weights) if weights else None, "data": data,
         "device": device, "batch": batch, "student": student, "space": space, "learning_rate": learning_rate,
-        "search_time": search_time, "trials": trials, "target_accuracy": target_accuracy, "seed": seed,
+        "batch_size": batch_size, "search_time": search_time, "trials": trials, "target_accuracy": target_accuracy, "seed": seed,
     }  # fmt: skip
     if resume and out is None:
         raise UsageError("--resume needs the folder of the search to continue", hint="add --out RUN")

@@ -7,6 +7,7 @@ so that a teacher's answers for one epoch can be kept and used for every student
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,10 @@ from autocompress.references import DATA_ROOT, call_function, parse_reference
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SPLIT_SEED = 20240
+SPLITS = ("train", "val", "test")
+FLOAT_BYTES = 4
+CALIBRATION_BYTES = 2**30
+"""Of the inputs that int8 ranges are fitted to, all together."""
 VAL_FRACTION = 0.1
 TEST_FRACTION = 0.2
 SMALL_VAL_FRACTION = 0.2
@@ -31,24 +36,76 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 ScoreFunction = Callable[[Tensor, Tensor], float]
 
 
-@dataclass(frozen=True)
 class Split:
-    """Inputs and targets of one split, along the first dimension."""
+    """Inputs and targets of one split: arrays with a row for each example.
 
-    inputs: Tensor
-    targets: Tensor
+    A part of a split (`split[index]`) is a view. Its rows are drawn when they are asked for, since the array may be a mapped file that is
+    larger than memory.
 
-    def __post_init__(self) -> None:
-        if len(self.inputs) != len(self.targets):
-            raise UsageError(
-                f"a split must hold as many targets as inputs, but got {len(self.inputs)} inputs and {len(self.targets)} targets"
-            )
+    Args:
+        index: the row of `inputs` that belongs to each target; None: they are in the same order.
+    """
+
+    def __init__(self, inputs: Any, targets: Any, index: Tensor | None = None) -> None:
+        self._array, self.targets = _rows_of(inputs, "inputs"), _rows_of(targets, "targets")
+        self._index = index
+        rows = len(self._array if index is None else index)
+        if rows != len(self.targets):
+            raise UsageError(f"a split must hold as many targets as inputs, but got {rows} inputs and {len(self.targets)} targets")
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return len(self.targets)
 
     def __getitem__(self, index: Tensor | slice) -> Split:
-        return Split(self.inputs[index], self.targets[index])
+        if self._index is None and isinstance(index, slice):
+            return Split(self._array[index], self.targets[index])
+        rows = torch.arange(len(self)) if self._index is None else self._index
+        return Split(self._array, self.targets[index], rows[index])
+
+    @property
+    def inputs(self) -> Tensor:
+        """All inputs; copied where the split is a part of another one."""
+        return self._array if self._index is None else self._array[self._index]
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input, without the batch."""
+        return tuple(self._array.shape[1:])
+
+    def rows(self, index: Tensor) -> Tensor:
+        """The inputs at `index`, as they are stored."""
+        return self._array[index if self._index is None else self._index[index]]
+
+    def with_classes(self, name: str) -> Split:
+        """The split with targets in int64. Raises UsageError for targets that are not one class a row; `name` says whose they are."""
+        targets, other = self.targets, "for other tasks give autocompress.Data its own loss and score"
+        if targets.is_floating_point() or targets.is_complex():
+            raise UsageError(
+                f"targets must be whole numbers, the classes, but those of {name} are {targets.dtype}",
+                hint=f"convert classes to int64; {other}",
+            )
+        if targets.dim() != 1:
+            raise UsageError(
+                f"targets must be one class a row, of shape ({len(self)},), but those of {name} have shape {tuple(targets.shape)}",
+                hint=f"give targets[:, 0] of a single column, targets.argmax(1) of one-hot rows; {other}",
+            )
+        return self if targets.dtype == torch.int64 else Split(self._array, targets.long(), self._index)
+
+
+def _rows_of(values: Any, what: str) -> Tensor:
+    several = isinstance(values, dict) or (isinstance(values, (tuple, list)) and any(isinstance(v, (Tensor, np.ndarray)) for v in values))
+    if several and what == "inputs":
+        raise UsageError(
+            f"models with several inputs are not supported yet: give one array, not a {type(values).__name__} of {len(values)}",
+            hint="stack them into one tensor, and wrap the model in a module that takes it apart",
+        )
+    try:
+        rows = torch.as_tensor(values.copy() if isinstance(values, np.ndarray) and min(values.strides, default=0) < 0 else values)
+    except (TypeError, ValueError, RuntimeError):
+        rows = torch.tensor(0)
+    if rows.dim() == 0:
+        raise UsageError(f"a split must hold arrays of numbers with a row for each example, but its {what} are {type(values).__name__}")
+    return rows
 
 
 @dataclass(frozen=True)
@@ -58,7 +115,7 @@ class Data:
     The search sees `train` and `val` only; `test` is scored once, for the front that is reported.
 
     Args:
-        classes: number of classes; None for tasks that bring their own `loss` and `score`.
+        classes: number of classes; None: as many as the targets name, or none for tasks that bring their own `loss` and `score`.
         mean, std: per-channel normalisation of uint8 images (scaled to [0, 1] first); None leaves inputs as they are.
         flip: whether a mirrored input is as good as the original.
         shift: largest shift in pixels of the augmentation (0: none).
@@ -84,20 +141,36 @@ class Data:
                 raise UsageError(f"the {name} split must hold at least one input, but is empty")
         if (self.loss is None) != (self.score is None):
             raise UsageError("data with its own `loss` must bring its own `score`, and the other way round")
+        if self.loss is None:
+            self._require_classes()
+
+    def _require_classes(self) -> None:
+        """Targets in int64, in 0..classes - 1."""
+        for name in SPLITS:
+            object.__setattr__(self, name, getattr(self, name).with_classes(name))
+        ranges = {name: getattr(self, name).targets.aminmax() for name in SPLITS}
+        if self.classes is None:
+            object.__setattr__(self, "classes", max(int(highest) for _, highest in ranges.values()) + 1)
+        for name, (lowest, highest) in ranges.items():
+            if int(lowest) < 0 or int(highest) >= (self.classes or 0):
+                raise UsageError(
+                    f"labels must lie in 0..{(self.classes or 0) - 1}, but those of {name} reach from {int(lowest)} to {int(highest)}",
+                    hint="number the classes from 0",
+                )
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input, without the batch."""
-        return tuple(self.train.inputs.shape[1:])
+        return self.train.input_shape
 
     def example(self, batch: int) -> Tensor:
         """One batch of training inputs as the model takes it."""
-        return self.prepare(self.train.inputs[torch.arange(batch) % len(self.train)])
+        return self.prepare(self.train.rows(torch.arange(batch) % len(self.train)))
 
     def prepare(self, inputs: Tensor) -> Tensor:
-        """What the model sees: floating point, normalised."""
+        """What the model sees: images normalised, floating point in float32; whole numbers but uint8 stay as they are."""
         if inputs.dtype != torch.uint8:
-            return inputs
+            return inputs.float() if inputs.is_floating_point() else inputs
         x = inputs.float().div_(255)
         if self.mean is None or self.std is None:
             return x
@@ -116,7 +189,7 @@ class Data:
         Mirroring alternates between epochs (Jordan 2024, arXiv 2404.00498, section 3.6): whether image i is mirrored in
         epoch e is the parity of (hash(i) + e), so that two epochs show both.
         """
-        x = self.train.inputs[indices]
+        x = self.train.rows(indices)
         if self.flip:
             side = _coin(indices, seed).logical_xor(torch.tensor(epoch % 2 == 1))
             x = torch.where(side.view((-1,) + (1,) * (x.dim() - 1)), x.flip(-1), x)
@@ -125,11 +198,16 @@ class Data:
             x = shifted(x, _offsets(len(self.train), self.shift, epoch, seed)[indices])
         return x
 
-    def calibration(self, n: int) -> Tensor:
-        """`n` training inputs without augmentation, the same for every caller."""
+    def calibration(self, n: int, size: int) -> Iterator[Tensor]:
+        """`n` training inputs without augmentation, the same for every caller, in batches of `size`; fewer where they are huge."""
         generator = torch.Generator().manual_seed(SPLIT_SEED)
-        index = torch.randperm(len(self.train), generator=generator)[:n]
-        return self.prepare(self.train.inputs[index])
+        index = torch.randperm(len(self.train), generator=generator)[: self.at_most(n, CALIBRATION_BYTES)]
+        for part in index.split(size):
+            yield self.prepare(self.train.rows(part))
+
+    def at_most(self, n: int, limit: int) -> int:
+        """`n`, or as many inputs as take `limit` bytes as the model sees them; at least one."""
+        return max(1, min(n, limit // (FLOAT_BYTES * max(1, math.prod(self.input_shape)))))
 
 
 def _coin(indices: Tensor, seed: int) -> Tensor:
@@ -226,7 +304,7 @@ def _channel_values(options: dict[str, str], key: str, default: tuple[float, ...
 
 
 def _normalised(splits: tuple[Split, Split, Split], classes: int, options: dict[str, str], *, flip: bool = True) -> Data:
-    channels, height = splits[0].inputs.shape[1:3]
+    channels, height = splits[0].input_shape[:2]
     mean = IMAGENET_MEAN if channels == 3 else (0.5,) * channels
     std = IMAGENET_STD if channels == 3 else (0.5,) * channels
     return Data(
@@ -277,31 +355,33 @@ def _array_split(dataset: Any) -> Split:
 def _image_folder(folder: Path, options: dict[str, str]) -> Data:
     from autocompress.images import decode_folder
 
-    _known_options(options, {"size", "mean", "std", "flip"}, f"imagefolder:{folder}")
+    _known_options(options, {"size", "channels", "mean", "std", "flip"}, f"imagefolder:{folder}")
     folder = folder.expanduser()
     if not folder.is_dir():
         raise UsageError(f"the image folder {str(folder)!r} does not exist", hint="give imagefolder:DIR, with one folder a class in it")
     text = options.get("size", "224")
     if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"size must be a whole number of pixels, but got {text!r}")
-    size = int(text)
+    if options.get("channels", "3") not in ("1", "3"):
+        raise UsageError(f"channels must be 3 (colour) or 1 (grey), but got {options['channels']!r}")
+    size, channels = int(text), int(options.get("channels", "3"))
     if (folder / "train").is_dir():
-        train, classes = decode_folder(folder / "train", size)
+        train, classes = decode_folder(folder / "train", size, channels)
         whole = Split(*train)
-        held_out = [_held_out(folder / name, size, classes) for name in ("val", "test")]
+        held_out = [_held_out(folder / name, size, channels, classes) for name in ("val", "test")]
         splits = _fill_missing(whole, held_out[0], held_out[1])
     else:
-        (inputs, targets), classes = decode_folder(folder, size)
+        (inputs, targets), classes = decode_folder(folder, size, channels)
         splits = _three_way(inputs, targets)
     return _normalised(splits, len(classes), options)
 
 
-def _held_out(folder: Path, size: int, classes: list[str]) -> Split | None:
+def _held_out(folder: Path, size: int, channels: int, classes: list[str]) -> Split | None:
     from autocompress.images import decode_folder
 
     if not folder.is_dir():
         return None
-    arrays, found = decode_folder(folder, size)
+    arrays, found = decode_folder(folder, size, channels)
     if found != classes:
         raise UsageError(f"{str(folder)!r} must hold the class folders of train ({classes[:5]}...), but got {found[:5]}...")
     return Split(*arrays)
@@ -326,20 +406,13 @@ def _from_function(reference: str) -> Data:
     if isinstance(made, (tuple, list)) and len(made) in (2, 3):
         splits = [_as_split(part, reference) for part in made]
         train, val, test = splits if len(splits) == 3 else _fill_missing(splits[0], splits[1], None)
-        if train.targets.is_floating_point():
-            raise UsageError(
-                f"the targets of {reference} must be whole numbers, the classes, but got {train.targets.dtype}",
-                hint="for other tasks return autocompress.Data with its own loss and score",
-            )
-        classes = int(max(split.targets.max() for split in (train, val, test))) + 1
-        return Data(train, val, test, classes=classes)
+        return Data(train, val, test)
     raise UsageError(f"{reference} must return autocompress.Data or (train, val, test) of (inputs, targets), but got {type(made).__name__}")
 
 
 def _as_split(part: Any, reference: str) -> Split:
-    try:
-        inputs, targets = part
-        inputs, targets = torch.as_tensor(inputs), torch.as_tensor(targets)
-        return Split(inputs, targets if targets.is_floating_point() else targets.long())
-    except (TypeError, ValueError):
-        raise UsageError(f"each split of {reference} must be (inputs, targets) arrays, but got {type(part).__name__}") from None
+    if isinstance(part, Split):
+        return part.with_classes(reference)
+    if not isinstance(part, (tuple, list)) or len(part) != 2:
+        raise UsageError(f"each split of {reference} must be (inputs, targets) arrays, but got {type(part).__name__}")
+    return Split(*part).with_classes(reference)

@@ -5,7 +5,7 @@ AutocompressError                 1   a bug in autocompress, or a base for the o
 ├── InfeasibleBudget              3   the search ended and nothing meets the budget
 ├── DeviceUnavailable             4   the device cannot be reached or cannot measure
 ├── TooManyFailures               5   the same failure stopped policy after policy
-├── RunFolderError                6   the run folder is locked, damaged or cannot be written
+├── RunFolderError                6   the run folder is locked, damaged or cannot be written, or a disk is full
 ├── Terminated                  143   SIGTERM or SIGHUP ended the search
 └── PolicyFailure                 -   one policy failed; an Outcome, never the end of a search
 
@@ -61,7 +61,7 @@ class TooManyFailures(AutocompressError):
 
 
 class RunFolderError(AutocompressError):
-    """The run folder is in use, damaged, full or not writable."""
+    """The run folder is in use, damaged, full or not writable; or the disk of the cache is full."""
 
     exit_code = 6
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import math
 import os
+import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,10 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autocompress.errors import UsageError
+from autocompress.errors import RunFolderError, UsageError
+from autocompress.units import format_size
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 RESIZE = 256 / 224  # shorter side against crop, the usual evaluation of ImageNet models
+FREE_SPACE = "free space, or name another folder: export XDG_CACHE_HOME=DIR"
+CANNOT_RESERVE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What file systems answer that keep no blocks for later."""
 
 
 def cache_folder() -> Path:
@@ -31,32 +38,33 @@ def cache_folder() -> Path:
     return Path(tempfile.gettempdir()) / f"autocompress-{os.getuid()}"
 
 
-def decode_folder(folder: Path, size: int) -> tuple[tuple[Tensor, Tensor], list[str]]:
-    """((images n x 3 x size x size uint8, labels n), class names in order) of `folder/CLASS/*.jpg`.
+def decode_folder(folder: Path, size: int, channels: int = 3) -> tuple[tuple[Tensor, Tensor], list[str]]:
+    """((images n x channels x size x size uint8, labels n), class names in order) of `folder/CLASS/*.jpg`.
 
-    Images are resized and cropped in the middle. Raises UsageError for an empty folder or a broken image.
+    Images are resized and cropped in the middle; `channels` is 3 (colour) or 1 (grey). Raises UsageError for an empty folder or a broken
+    image, RunFolderError when the disk of the cache is too small.
     """
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     files = [(p, i) for i, c in enumerate(classes) for p in sorted((folder / c).rglob("*")) if p.suffix.lower() in EXTENSIONS]
     if not files:
         raise UsageError(f"{str(folder)!r} must hold one folder a class with images in it, but there is none")
     labels = torch.tensor([label for _, label in files], dtype=torch.long)
-    return (torch.from_numpy(_decoded(folder, [path for path, _ in files], size)), labels), classes
+    return (torch.from_numpy(_decoded(folder, [path for path, _ in files], size, channels)), labels), classes
 
 
-def _decoded(folder: Path, files: list[Path], size: int) -> np.ndarray:
+def _decoded(folder: Path, files: list[Path], size: int, channels: int) -> np.ndarray:
     stamp = "\n".join(map(_stamp, files))
-    name = hashlib.sha256(f"{folder.resolve()}\n{size}\n{stamp}".encode()).hexdigest()[:24]
+    form = f"{size}" if channels == 3 else f"{size}, {channels} channels"
+    name = hashlib.sha256(f"{folder.resolve()}\n{form}\n{stamp}".encode()).hexdigest()[:24]
     target = cache_folder() / "images" / f"{name}.npy"
     if not target.exists():
         partial = target.with_suffix(f".{os.getpid()}.npy")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            _decode_all(files, size, partial)
+            _decode_all(files, size, channels, partial)
             partial.replace(target)
         except OSError as error:
-            hint = "free space, or name another folder: export XDG_CACHE_HOME=DIR"
-            raise UsageError(f"the cache {str(target.parent)!r} cannot be written: {error.strerror}", hint=hint) from None
+            raise UsageError(f"the cache {str(target.parent)!r} cannot be written: {error.strerror}", hint=FREE_SPACE) from None
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink()
@@ -76,26 +84,51 @@ def _unreadable(path: Path, reason: object) -> UsageError:
     return UsageError(f"the image {str(path)!r} cannot be read: {reason}", hint="remove or replace it")
 
 
-def _decode_all(files: list[Path], size: int, target: Path) -> None:
-    array = np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=(len(files), 3, size, size))
+def _decode_all(files: list[Path], size: int, channels: int, target: Path) -> None:
+    shape = (len(files), channels, size, size)
+    _require_space(target.parent, math.prod(shape))
+    array = np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=shape)
+    _reserve(target)
 
     def store(item: tuple[int, Path]) -> None:
-        array[item[0]] = _decode(item[1], size)
+        array[item[0]] = _decode(item[1], size, channels)
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(store, enumerate(files)))
     array.flush()
 
 
-def _decode(path: Path, size: int) -> np.ndarray:
+def _require_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise _full(folder, f"{format_size(needed)} are needed, but {format_size(free)} are free")
+
+
+def _reserve(file: Path) -> None:
+    """Give a file its blocks: to write to a mapped file with holes on a full disk is SIGBUS, not an error."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with file.open("r+b") as opened:
+        try:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+        except OSError as error:
+            if error.errno not in CANNOT_RESERVE:
+                raise _full(file.parent, error.strerror or "no space is left") from None
+
+
+def _full(folder: Path, why: str) -> RunFolderError:
+    return RunFolderError(f"the decoded images do not fit into the cache {str(folder)!r}: {why}", hint=FREE_SPACE)
+
+
+def _decode(path: Path, size: int, channels: int) -> np.ndarray:
     from PIL import Image
 
     try:
         with Image.open(path) as opened:
-            image = opened.convert("RGB")
+            image = opened.convert("RGB" if channels == 3 else "L")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises depends on the format
         raise _unreadable(path, error) from None
     scale = round(size * RESIZE) / min(image.size)
     image = image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.BILINEAR)
     left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
+    return np.asarray(image.crop((left, top, left + size, top + size))).reshape(size, size, channels).transpose(2, 0, 1)

@@ -25,7 +25,7 @@ from autocompress.devices.base import Device
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import AutocompressError, PolicyFailure
 from autocompress.evaluate import full_batches, run_artifact, score_outputs
-from autocompress.export import Parity, compare, require_parity, weights_bytes, write_bundle
+from autocompress.export import Parity, check_parity, weights_bytes, write_bundle
 from autocompress.graph import Graph, Structure
 from autocompress.graph.nodes import follows_batch
 from autocompress.policy import Policy
@@ -195,9 +195,9 @@ def _continue_from(student: fx.GraphModule, path: Path) -> None:
 def check_artifact(setting: Setting, student: fx.GraphModule, path: Path, policy: Policy) -> tuple[Tensor, Parity]:
     """Outputs of the exported file on the validation split. Raises PolicyFailure unless they are the student's."""
     outputs = run_artifact(path, setting.data, setting.data.val, setting.batch)
-    parity = compare(_answers(student, setting), outputs, decisions=setting.data.classes is not None)
-    require_parity(parity, quantized=any(policy.quant.of(layer.name) == 8 for layer in setting.graph_of(policy).layers))
-    return outputs, parity
+    layers = [layer.name for layer in setting.graph_of(policy).layers]
+    decisions = setting.data.classes is not None
+    return outputs, check_parity(_answers(student, setting), outputs, policy.quant, layers, decisions=decisions)
 
 
 def measure_beside_baseline(setting: Setting, path: Path) -> Measurement:

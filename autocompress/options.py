@@ -44,6 +44,10 @@ Space = Annotated[
     typer.Option("--space", rich_help_panel=MODEL, help="Search space: a shipped name, a TOML file or file.py:function."),
 ]
 LearningRate = Annotated[float | None, typer.Option("--learning-rate", rich_help_panel=MODEL, help="Peak rate of student training.")]
+BatchSize = Annotated[
+    int | None,
+    typer.Option("--batch-size", min=1, rich_help_panel=MODEL, help="Examples a step of training. Default: 128."),
+]
 
 Budgets = Annotated[
     list[str] | None,

@@ -143,7 +143,7 @@ def require_fit(model: nn.Module, data: Data, example: Tensor, reference: str) -
         raise UsageError(
             f"the model must have as many outputs as the data has classes, but {reference} has {outputs.shape[1]} outputs "
             f"and the data {data.classes} classes",
-            hint="give the data that the model was trained on, or a model with that many outputs",
+            hint="give the data that the model was trained on (with classes=N where some have no example), or another model",
         )
     for split in (data.train, data.val, data.test):
         if int(split.targets.max()) >= data.classes or int(split.targets.min()) < 0:

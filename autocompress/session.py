@@ -103,6 +103,7 @@ def search(
     student: str | None = None,
     weights: Path | str | None = None,
     learning_rate: float = 0.1,
+    batch_size: int = 128,
     seed: int = 0,
     resume: bool = False,
     sampler: BaseSampler | None = None,
@@ -132,6 +133,7 @@ def search(
         "space": space,
         "student": student,
         "learning_rate": learning_rate,
+        "batch_size": batch_size,
         "seed": seed,
     }
     return run_search(
@@ -193,11 +195,8 @@ def _forget_teacher(run: Path) -> None:
 
 def _assemble(task: Task, run: Path, setting: Setting, study: Any, clock: Clock, progress: Progress, suggest: Suggest | None) -> Search:
     graph, profile = setting.graphs[task.student], setting.device.profile
-    if suggest is not None:
-        suggest = own_suggest(suggest, "`suggest`")
-    else:
-        suggest = find_suggest(task.space, graph, profile, reference=task.student)
-    forecast = Forecast.start(setting, suggest, task.limits.against(setting.baseline.latency_s))
+    named = own_suggest(suggest, "`suggest`") if suggest else find_suggest(task.space, graph, profile, reference=task.student)
+    forecast = Forecast.start(setting, named, task.limits.against(setting.baseline.latency_s))
     return Search(task, run, study, forecast, clock, progress, points=list(study.user_attrs.get("progress", [])))
 
 

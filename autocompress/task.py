@@ -28,7 +28,8 @@ TASK_FILE = "task.toml"
 class Task(Record):
     """One search. Paths and `${AUTOCOMPRESS_DATA}` in references are expanded when the file is read.
 
-    search_time: how long the whole search may take (`"30m"`). batch: inputs a call of the deployed model.
+    search_time: how long the whole search may take (`"30m"`). batch: inputs a call of the deployed model; batch_size: examples a step of
+    training.
     target_accuracy: a validation score to stop at: a share up to 1 where the score is accuracy, any number where the data has its own.
     """
 

@@ -86,6 +86,7 @@ USAGE = [
     ("search --target-accuracy 95 --dry-run", "target_accuracy must lie in (0, 1], but got 95.0", "0.95"),
     ("search --trials 0", "--trials", "--help"),
     ("search --batch many", "--batch", "--help"),
+    ("search --batch-size 0", "--batch-size", "--help"),
     ("search --learning-rate -1", "learning_rate", ""),
     ("search key.toml", "unknown key 'modle'", "did you mean model"),
     ("search broken.toml", "not TOML", ""),

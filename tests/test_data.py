@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+from collections import namedtuple
 from dataclasses import replace
 
 import numpy as np
@@ -11,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from autocompress import data as module
 from autocompress.data import Data, Split, load_data, sample, shifted, stratified
-from autocompress.errors import UsageError
+from autocompress.errors import RunFolderError, UsageError
 from autocompress.images import cache_folder
 
 
@@ -112,8 +116,89 @@ def test_batches_are_the_split_in_order():
 def test_calibration_inputs_are_the_same_for_every_caller():
     data = images(flip=True, shift=1)
     torch.manual_seed(5)
-    assert torch.equal(data.calibration(8), data.calibration(8))
-    assert data.calibration(1000).shape[0] == 40
+    eight = torch.cat(list(data.calibration(8, 3)))
+    assert torch.equal(eight, torch.cat(list(data.calibration(8, 8))))
+    assert [len(batch) for batch in data.calibration(1000, 16)] == [16, 16, 8]
+
+
+def test_of_huge_inputs_fewer_are_drawn(monkeypatch):
+    data = images()
+    huge = replace(data, train=Split(torch.zeros(1, 1, 1, 1).expand(600, 3, 1024, 1024), torch.arange(600) % 4))
+    assert huge.at_most(512, 2**30) == 85
+    assert huge.at_most(512, 1) == 1
+    assert data.at_most(512, 2**30) == 512
+    monkeypatch.setattr(module, "CALIBRATION_BYTES", 3 * 4 * 3 * 6 * 5)
+    assert [len(batch) for batch in data.calibration(8, 2)] == [2, 1]
+
+
+def test_parts_of_a_split_are_views_of_one_array():
+    inputs = torch.arange(60.0).view(20, 3)
+    whole = Split(inputs, torch.arange(20))
+    part = whole[torch.tensor([7, 3, 11, 3])]
+    inner = part[slice(1, 4)][torch.tensor([2, 0])]
+    assert torch.equal(part.inputs, inputs[[7, 3, 11, 3]])
+    assert torch.equal(inner.inputs, inputs[[3, 3]])
+    assert inner.targets.tolist() == [3, 3]
+    assert torch.equal(part.rows(torch.tensor([2, 0])), inputs[[11, 7]])
+    assert torch.equal(whole[inputs[:, 0] > 50].inputs, inputs[17:])
+    assert (len(part), part.input_shape) == (4, (3,))
+    for split in (part, inner, whole[slice(2, 5)]):
+        assert split._array.untyped_storage().data_ptr() == inputs.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+def test_floating_point_inputs_reach_the_model_in_float32(dtype):
+    inputs = np.random.default_rng(0).random((12, 3)).astype(dtype)
+    split = Split(inputs, np.arange(12) % 3)
+    data = Data(split, split, split)
+    drawn = [data.example(2), data.view(torch.arange(4), 0), *data.calibration(5, 2), *(x for x, _ in data.batches(data.val, 5))]
+    assert {x.dtype for x in drawn} == {torch.float32}
+    assert torch.equal(data.example(2), torch.from_numpy(inputs[:2]).float())
+
+
+def test_inputs_of_reversed_channels_are_taken():
+    inputs = np.zeros((4, 3, 2, 2), dtype=np.uint8)[:, ::-1]
+    assert Split(inputs, [0, 1, 0, 1]).input_shape == (3, 2, 2)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int16, np.uint8, np.int64, np.bool_])
+def test_classes_are_counted_and_converted(dtype):
+    targets = (np.arange(12) % 2).astype(dtype)
+    split = Split(np.zeros((12, 3), np.float32), targets)
+    data = Data(split, split[slice(0, 4)], split[torch.arange(5)])
+    assert data.classes == 2
+    assert {part.targets.dtype for part in (data.train, data.val, data.test)} == {torch.int64}
+    assert data.test.targets.tolist() == [0, 1, 0, 1, 0]
+    assert replace(data, classes=7).classes == 7
+
+
+ZEROS = torch.zeros(6, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message", "hint"),
+    [
+        (ZEROS.float(), r"whole numbers, the classes, but those of val are torch\.float32", "int64"),
+        (ZEROS.double(), r"torch\.float64", "loss and score"),
+        (ZEROS.view(6, 1), r"one class a row, of shape \(6,\), but those of val have shape \(6, 1\)", "targets[:, 0]"),
+        (torch.eye(6).long(), r"shape \(6, 6\)", "argmax"),
+        (ZEROS - 1, r"labels must lie in 0\.\.3, but those of val reach from -1 to -1", "from 0"),
+        (ZEROS + 4, r"0\.\.3, but those of val reach from 4 to 4", "from 0"),
+    ],
+)
+def test_targets_that_are_no_classes_are_refused(targets, message, hint):
+    data = images()
+    with pytest.raises(UsageError, match=message) as caught:
+        replace(data, val=Split(torch.zeros(6, 3, 6, 5), targets))
+    assert hint in caught.value.hint
+    own = replace(data, val=Split(torch.zeros(6, 3, 6, 5), targets), loss=F.cross_entropy, score=lambda outputs, targets: 0.0)
+    assert torch.equal(own.val.targets, targets), "a loss of one's own takes what it likes"
+
+
+@pytest.mark.parametrize("inputs", [(torch.zeros(4, 2), torch.zeros(4, 3)), [np.zeros((4, 2))] * 2, {"a": torch.zeros(4, 2)}])
+def test_several_inputs_are_refused_by_name(inputs):
+    with pytest.raises(UsageError, match="models with several inputs are not supported yet"):
+        Split(inputs, torch.zeros(4))
 
 
 def test_splits_that_do_not_hold_together_are_refused():
@@ -198,6 +283,57 @@ def test_a_link_to_nowhere_and_a_picture_that_unpacks_to_too_much_are_named(tmp_
         load_data(f"imagefolder:{folder}?size=8")
 
 
+def test_splits_of_a_folder_share_its_mapped_file(tmp_path, cache):
+    """A copy of the training images may be larger than memory."""
+    whole = load_data(f"imagefolder:{write_images(tmp_path / 'photos')}?size=8")
+    write_images(tmp_path / "d" / "train")
+    write_images(tmp_path / "d" / "test", n=4)
+    held_out = load_data(f"imagefolder:{tmp_path / 'd'}?size=8")
+    for splits in ((whole.train, whole.val, whole.test), (held_out.train, held_out.val)):
+        assert len({split._array.data_ptr() for split in splits}) == 1
+        seen = [{tuple(x.flatten().tolist()) for x in split.inputs} for split in splits]
+        assert sum(map(len, seen)) == len(set.union(*seen)), "and no image is in two"
+
+
+def test_grey_images_have_one_channel(tmp_path, cache):
+    folder = write_images(tmp_path / "photos")
+    colour, grey = load_data(f"imagefolder:{folder}?size=8"), load_data(f"imagefolder:{folder}?size=8&channels=1")
+    assert (grey.input_shape, len(grey.mean), len(grey.std)) == ((1, 8, 8), 1, 1)
+    assert colour.input_shape == (3, 8, 8)
+    difference = grey.train.inputs.float().mean((1, 2, 3)) - colour.train.inputs.float().mean((1, 2, 3))
+    assert difference.abs().max() < 4
+    with pytest.raises(UsageError, match="channels must be 3"):
+        load_data(f"imagefolder:{folder}?size=8&channels=4")
+    with pytest.raises(UsageError, match="mean must hold 1 numbers"):
+        load_data(f"imagefolder:{folder}?size=8&channels=1&mean=1,2,3")
+
+
+def test_a_disk_without_room_for_the_images_is_told_before_they_are_decoded(tmp_path, cache, monkeypatch):
+    folder, usage = write_images(tmp_path / "photos", n=2), namedtuple("Usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
+    with pytest.raises(RunFolderError, match=r"do not fit into the cache .* are needed, but .* are free") as caught:
+        load_data(f"imagefolder:{folder}?size=64")
+    assert "XDG_CACHE_HOME" in caught.value.hint
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve space")
+def test_the_cache_is_no_file_with_holes(tmp_path, cache, monkeypatch):
+    folder, reserved = write_images(tmp_path / "photos", n=2), []
+
+    def reserve(file, start, size, code=errno.ENOSPC):
+        reserved.append((start, size))
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", reserve)
+    with pytest.raises(RunFolderError, match="No space left"):
+        load_data(f"imagefolder:{folder}?size=8")
+    assert list(cache.iterdir()) == []
+    assert reserved[0][0] == 0 and reserved[0][1] >= 6 * 3 * 8 * 8
+    monkeypatch.setattr(os, "posix_fallocate", lambda *arguments: reserve(*arguments, code=errno.EOPNOTSUPP))
+    assert load_data(f"imagefolder:{folder}?size=8").classes == 3
+
+
 def test_a_cache_that_cannot_be_written_is_explained(tmp_path, monkeypatch):
     folder = write_images(tmp_path / "photos", n=2)
     (tmp_path / "file").write_text("")
@@ -230,6 +366,11 @@ x, y = np.zeros((30, 4), dtype=np.float32), np.arange(30) % 3
 def two(): return (x[:20], y[:20]), (x[20:], y[20:])
 def three(): return (x[:10], y[:10]), (x[10:20], y[10:20]), (x[20:], y[20:])
 def floats(): return (x, y / 2), (x, y / 2)
+def column(): return (x, y[:, None]), (x, y[:, None])
+def several(): return ((x, x), y), ((x, x), y)
+def long(): return (x, x, y), (x, x, y)
+def negative(): return (x, y - 1), (x, y)
+def splits(): return Split(x, y), Split(x, y)
 def one(): return (x, y)
 def ragged(): return (x[:20], y[:19]), (x[20:], y[20:])
 def scalars(): return (1, 2), (3, 4)
@@ -245,19 +386,22 @@ def source(tmp_path):
     return path
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("two", (18, 2, 10)), ("three", (10, 10, 10))])
+@pytest.mark.parametrize(("name", "sizes"), [("two", (18, 2, 10)), ("three", (10, 10, 10)), ("splits", (27, 3, 30))])
 def test_a_function_may_return_arrays(source, name, sizes):
     data = load_data(f"{source}:{name}")
     assert data.classes == 3
     assert data.train.targets.dtype == torch.long
-    assert sum(map(len, (data.train, data.val, data.test))) == 30
-    assert len(data.test) == sizes[2]
+    assert (len(data.train) + len(data.val), len(data.test)) == (sizes[0] + sizes[1], sizes[2])
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("floats", "whole numbers"),
+        ("column", "one class a row"),
+        ("several", "several inputs"),
+        ("long", "arrays"),
+        ("negative", "labels must lie in"),
         ("ragged", "as many targets"),
         ("scalars", "arrays"),
         ("words", "arrays"),
@@ -285,6 +429,7 @@ def test_what_a_function_must_not_return(source, name, message):
         ("imagefolder:.?size=0", "size"),
         ("imagefolder:.?size=²", "size"),
         ("imagefolder:.?sise=8", "unknown option 'sise'"),
+        ("imagefolder:.?channels=2", "channels must be 3"),
     ],
 )
 def test_references_that_name_no_data(tmp_path, monkeypatch, reference, message):

@@ -22,6 +22,8 @@ CACHE_BYTES = 2 * 2**30
 MOST_VIEWS = 16
 LEAST_VIEWS = 4
 BATCH = 256
+BATCH_BYTES = 2**28
+"""Of the inputs of a batch: what a network computes of them takes several times as much."""
 TIMED_BATCHES = 4
 FEW, HOPELESS = 16, 8.0
 """A first guess from so few inputs is off by that factor at most."""
@@ -42,6 +44,7 @@ class Teacher:
         self._data = data
         self._classifier = classifier
         self._seed = seed
+        self._batch = data.at_most(BATCH, BATCH_BYTES)
         self._cache_bytes = cache_bytes
         self._kept: dict[int, _Kept] = {}
 
@@ -76,20 +79,20 @@ class Teacher:
             return
         self.views = min(MOST_VIEWS, affordable - affordable % 2)  # even: mirroring alternates between views
         for view in range(self.views):
-            for indices in torch.arange(len(self._data.train)).split(BATCH):
+            for indices in torch.arange(len(self._data.train)).split(self._batch):
                 self.answers(indices, self._data.view(indices, view, self._seed), view)
             if tick is not None:
                 tick(view + 1, self.views)
 
     def _roughly_a_view(self) -> float:
         """From a few inputs, before more of a slow network's time is spent."""
-        few = torch.arange(min(FEW, len(self._data.train)))
+        few = torch.arange(min(FEW, self._batch, len(self._data.train)))
         started = time.monotonic()
         self._answer(self._data.view(few, 0, self._seed))
         return (time.monotonic() - started) * len(self._data.train) / len(few)
 
     def _seconds_a_view(self) -> float:
-        batches = torch.arange(len(self._data.train)).split(BATCH)
+        batches = torch.arange(len(self._data.train)).split(self._batch)
         timed = batches[: TIMED_BATCHES + 1]
         for position, indices in enumerate(timed):
             if position == min(1, len(timed) - 1):  # the first batch warms up

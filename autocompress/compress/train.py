@@ -104,7 +104,7 @@ def train_quantized(
     if not rounds:
         return student.eval()
     quantized = fake_quantize(student.eval(), quant)
-    calibrate(quantized, data.calibration(CALIBRATION_IMAGES).split(plan.batch_size))
+    calibrate(quantized, data.calibration(CALIBRATION_IMAGES, plan.batch_size))
     if plan.steps:
         _run(quantized, data, plan, steps, until=1.0, lesson=lesson, tick=tick)
     return settle_biases(quantized.eval())

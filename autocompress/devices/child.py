@@ -1,6 +1,6 @@
 """The process that runs a model: reads one JSON request from stdin, writes one JSON answer to stdout.
 
-Imports NumPy and ONNX Runtime only, so that a crash, a leak or a hang of the runtime stays here. Ends when its parent does.
+Imports NumPy, ONNX Runtime and plain records only, so that a crash, a leak or a hang of the runtime stays here. Ends when its parent does.
 """
 
 from __future__ import annotations
@@ -19,11 +19,17 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from autocompress.devices.timing import FEWEST_ROUNDS
+
 WARM_UP_CAP_S = 2.0
 STABLE = 0.02
 SAMPLES_A_ROUND = 5
 LEAST_ROUNDS = 12
 LEAST_SAMPLE_S = 50e-6
+SLOW_CALL_S = 0.02
+"""A call that takes longer is timed once a round: what the caches hold at its start does not matter."""
+ROUNDS_CAP_S = 20.0
+"""Seconds a file after which FEWEST_ROUNDS are enough."""
 PR_SET_PDEATHSIG = 1
 TYPES = {"float": np.float32, "float16": np.float16, "double": np.float64, "int64": np.int64, "int32": np.int32,
          "uint8": np.uint8, "int8": np.int8, "bool": np.bool_}  # fmt: skip
@@ -41,6 +47,7 @@ class Runner:
         generator = np.random.default_rng(0)
         self.feeds = {value.name: _random(value, generator) for value in self.session.get_inputs()}
         self.calls = 1
+        self.is_slow = False
 
     def sample(self) -> float:
         """Seconds of one call, averaged over `calls` where one is too short for the clock."""
@@ -50,16 +57,32 @@ class Runner:
         return (time.perf_counter() - start) / self.calls
 
     def warm_up(self, cap: float) -> float:
-        """Run until the median of five samples changes by less than 2 %; seconds of the first call."""
-        first = self.sample()
+        """Run until the median of five samples changes by less than 2 %, slow calls until `cap`; seconds of the first call."""
+        first = now = self.sample()
         end, before = time.perf_counter() + cap, 0.0
         while time.perf_counter() < end:
-            now = float(np.median([self.sample() for _ in range(5)]))
+            now = float(np.median(self._five(end)))
             if abs(now - before) < STABLE * now:
                 break
             before = now
-        self.calls = max(1, int(np.ceil(LEAST_SAMPLE_S / max(self.sample(), 1e-9))))
+        self.is_slow = now > SLOW_CALL_S
+        if not self.is_slow:
+            self.calls = max(1, int(np.ceil(LEAST_SAMPLE_S / max(self.sample(), 1e-9))))
         return first
+
+    def _five(self, end: float) -> list[float]:
+        """Five samples, or those that slow calls give until `end`."""
+        samples = [self.sample()]
+        while len(samples) < 5 and not (samples[-1] > SLOW_CALL_S and time.perf_counter() >= end):
+            samples.append(self.sample())
+        return samples
+
+    def round(self) -> list[float]:
+        """The samples of one round."""
+        if self.is_slow:
+            return [self.sample()]
+        self.sample()  # the previous file has filled the caches
+        return [self.sample() for _ in range(SAMPLES_A_ROUND)]
 
 
 def _random(value: Any, generator: np.random.Generator) -> Any:
@@ -71,30 +94,52 @@ def _random(value: Any, generator: np.random.Generator) -> Any:
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
-    """Interleaved rounds over all files, in a new random order each round."""
+    """Interleaved rounds over all files, in a new random order each round; an error for a file that does not run or is too slow."""
     runners: list[Runner] = []
     firsts: list[float] = []
+    hard_end = time.perf_counter() + request["most_s"]
     for index, path in enumerate(request["paths"]):
         try:
             runners.append(Runner(path, request["threads"]))
             firsts.append(runners[-1].warm_up(WARM_UP_CAP_S))
         except Exception as error:
-            return {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}", "index": index}
-    order, shuffle = list(range(len(runners))), random.Random(0)
-    rounds: list[list[list[float]]] = [[] for _ in runners]
-    end = time.perf_counter() + request["seconds_each"] * len(runners)
-    while time.perf_counter() < end or len(rounds[0]) < LEAST_ROUNDS:
-        shuffle.shuffle(order)
-        for index in order:
-            runners[index].sample()  # the previous file has filled the caches
-            rounds[index].append([runners[index].sample() for _ in range(SAMPLES_A_ROUND)])
+            return {"error": _one_line(error), "index": index}
+    rounds = _interleaved(runners, request["seconds_each"], hard_end)
+    if not all(rounds):
+        slowest = int(np.argmax(firsts))
+        return {"error": f"no round fits into {request['most_s']:.0f} s: its first call took {firsts[slowest]:.0f} s", "index": slowest}
     return {"rounds": rounds, "firsts": firsts}
 
 
+def _interleaved(runners: list[Runner], seconds_each: float, hard_end: float) -> list[list[list[float]]]:
+    """Rounds of each runner: for `seconds_each`, then up to LEAST_ROUNDS; after a cap FEWEST_ROUNDS, after `hard_end` what there is."""
+    order, shuffle = list(range(len(runners))), random.Random(0)
+    rounds: list[list[list[float]]] = [[] for _ in runners]
+    start, done = time.perf_counter(), 0
+    end, cap = start + seconds_each * len(runners), start + ROUNDS_CAP_S * len(runners)
+    while time.perf_counter() < end or done < (LEAST_ROUNDS if time.perf_counter() < cap else FEWEST_ROUNDS):
+        shuffle.shuffle(order)
+        for index in order:
+            if time.perf_counter() > hard_end:
+                return rounds
+            rounds[index].append(runners[index].round())
+        done += 1
+    return rounds
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 def measure_many(request: dict[str, Any]) -> dict[str, Any]:
-    """Median seconds of each small model; null for those that the runtime refuses."""
+    """Median seconds of each small model; null for those that the runtime refuses, or that there is no time for."""
     medians: list[float | None] = []
+    hard_end = time.perf_counter() + request["most_s"]
     for encoded in request["models"]:
+        if time.perf_counter() > hard_end:
+            medians.append(None)
+            continue
         try:
             runner = Runner(base64.b64decode(encoded), request["threads"])
             runner.warm_up(request["seconds_each"])

@@ -26,6 +26,9 @@ from autocompress.errors import DeviceUnavailable, PolicyFailure
 from autocompress.records import Measurement
 
 TIMEOUT_S = 120.0
+"""Beyond what the process allows itself: to start, to load, and to end one very slow call."""
+MOST_A_FILE_S = 120.0
+"""Until then a file is called: calls of up to a seventh of it are warmed up and give five rounds."""
 LOCK_PATIENCE_S = 600.0
 LOCK_POLL_S = 0.05
 
@@ -42,8 +45,8 @@ class OnnxRuntimeCpu(Device):
         self.profile = DeviceProfile(runtime="onnxruntime", threads=threads, reduced_range=saturates, note=note)
 
     def measure(self, paths: Sequence[Path], *, seconds_each: float = 1.0) -> list[Measurement]:
-        request = {"kind": "measure", "paths": [str(path) for path in paths], "seconds_each": seconds_each, "threads": self.profile.threads}
-        answer = _ask(request, TIMEOUT_S + 30 * seconds_each * len(paths))
+        request = {"kind": "measure", "paths": [str(path) for path in paths], "seconds_each": seconds_each}
+        answer = self._ask(request, (MOST_A_FILE_S + seconds_each) * len(paths))
         if "error" in answer:
             raise PolicyFailure(f"ONNX Runtime cannot run {paths[answer['index']].name}: {answer['error']}")
         environment = self.environment()
@@ -54,9 +57,12 @@ class OnnxRuntimeCpu(Device):
 
     def measure_many(self, models: Sequence[bytes], *, seconds_each: float = 0.02) -> list[float | None]:
         encoded = [base64.b64encode(model).decode() for model in models]
-        request = {"kind": "many", "models": encoded, "seconds_each": seconds_each, "threads": self.profile.threads}
-        medians: list[float | None] = _ask(request, TIMEOUT_S + len(models))["medians"]
+        request = {"kind": "many", "models": encoded, "seconds_each": seconds_each}
+        medians: list[float | None] = self._ask(request, MOST_A_FILE_S + len(models))["medians"]
         return medians
+
+    def _ask(self, request: dict[str, Any], most_s: float) -> dict[str, Any]:
+        return _ask(request | {"threads": self.profile.threads, "most_s": most_s}, TIMEOUT_S + most_s)
 
     def environment(self) -> dict[str, str]:
         return {
@@ -97,9 +103,9 @@ def _lock(file: IO[str]) -> bool:
 
 
 def _ask(request: dict[str, Any], timeout: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "autocompress.devices.child"]
-    search_path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    environment = os.environ | {"PYTHONPATH": search_path, "OMP_NUM_THREADS": str(request["threads"])}
+    command = [sys.executable, "-P", "-m", "autocompress.devices.child"]  # -P: a random.py in the current folder is not Python's
+    search_path = [str(Path(__file__).parents[2]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(search_path), "OMP_NUM_THREADS": str(request["threads"])}
     with _exclusive():
         try:
             done = subprocess.run(

@@ -18,6 +18,8 @@ RELATIVE_FLOOR = 0.01  # the spread below which no sample is called an outlier
 MOST_OUTLIERS = 0.05
 WIDEST_IQR = 0.25
 MOST_DRIFT = 0.05
+FEWEST_ROUNDS = 5
+"""With fewer, no interval of a median is one of 95 %."""
 
 Samples = NDArray[np.float64]
 
@@ -73,7 +75,9 @@ def noise(rounds: ArrayLike) -> str:
     median = float(np.median(values))
     iqr = float(np.subtract(*np.percentile(values, [75, 25])))
     reasons = []
-    if outlier_share(values) > MOST_OUTLIERS:
+    if len(values) < FEWEST_ROUNDS:
+        reasons.append(f"{len(values)} of at least {FEWEST_ROUNDS} rounds were measured")
+    if outlier_share(values) > max(MOST_OUTLIERS, 1 / values.size):  # of few samples one may be odd: the median outvotes it
         reasons.append(f"{100 * outlier_share(values):.0f} % of the samples are outliers")
     if iqr > WIDEST_IQR * median:
         reasons.append(f"the middle half of the samples spans {100 * iqr / median:.0f} % of the median")

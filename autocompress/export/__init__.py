@@ -12,7 +12,7 @@ from autocompress.export.bundle import (
     write_bundle,
 )
 from autocompress.export.onnx import check_onnx, onnx_bytes
-from autocompress.export.parity import Parity, compare, require_parity
+from autocompress.export.parity import Parity, check_parity, compare, require_parity
 from autocompress.export.weights import weights_bytes
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Manifest",
     "Parity",
     "check_onnx",
+    "check_parity",
     "compare",
     "library_versions",
     "load_student",

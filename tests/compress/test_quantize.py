@@ -24,8 +24,11 @@ from autocompress.compress.quantize import (
     round_weight,
     weight_scale,
 )
+from autocompress.compress.student import build_student
+from autocompress.compress.train import TrainPlan, train_quantized
+from autocompress.data import Data, Split
 from autocompress.graph import Graph
-from autocompress.policy import QuantSpec
+from autocompress.policy import Policy, QuantSpec
 from autocompress.testing.models import tiny_resnet
 
 INTEGER_BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -167,6 +170,16 @@ def test_calibration_leaves_observing_when_the_model_fails():
     with pytest.raises(RuntimeError):
         calibrate(quantized, [torch.randn(1, 5, 32, 32)])
     assert not any(q.observing for q in quantizers(quantized))
+
+
+def test_ranges_are_fitted_to_batches_that_are_drawn_one_by_one(monkeypatch):
+    drawn, prepare = [], Data.prepare
+    monkeypatch.setattr(Data, "prepare", lambda self, inputs: drawn.append(len(inputs)) or prepare(self, inputs))
+    split = Split(torch.randn(10, 3, 32, 32), torch.arange(10))
+    graph = Graph.trace(tiny_resnet().eval(), (split.inputs[:1],))
+    plan = TrainPlan(steps=0, batch_size=4)
+    train_quantized(build_student(graph, Policy()), QuantSpec(bits=8), Data(split, split, split), plan)
+    assert drawn == [4, 4, 2]
 
 
 def test_ranges_travel_with_the_state():

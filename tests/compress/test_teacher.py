@@ -17,10 +17,11 @@ TOLERANCE = 0.03
 class Counting(nn.Module):
     def __init__(self):
         super().__init__()
-        self.linear, self.rows = nn.Linear(FEATURES, CLASSES), 0
+        self.linear, self.rows, self.largest = nn.Linear(FEATURES, CLASSES), 0, 0
 
     def forward(self, x):
         self.rows += len(x)
+        self.largest = max(self.largest, len(x))
         return self.linear(x)
 
 
@@ -30,8 +31,9 @@ def view(indices, epoch, seed=0):
     return torch.stack(rows)
 
 
-def make(cache_bytes=10 * EPOCH_BYTES, classifier=None):
-    return Teacher(Counting().eval(), SimpleNamespace(train=range(N), view=view), classifier=classifier, cache_bytes=cache_bytes)
+def make(cache_bytes=10 * EPOCH_BYTES, classifier=None, most=256):
+    data = SimpleNamespace(train=range(N), view=view, at_most=lambda n, limit: min(n, most))
+    return Teacher(Counting().eval(), data, classifier=classifier, cache_bytes=cache_bytes)
 
 
 @pytest.mark.parametrize("cache_bytes", [0, EPOCH_BYTES, 2 * EPOCH_BYTES, 10 * EPOCH_BYTES])
@@ -100,6 +102,13 @@ def test_as_many_views_are_prepared_as_can_be_kept(keepable, views):
     for epoch in range(views if keepable > 3 else 0):
         teacher.answers(torch.arange(N), view(range(N), epoch), epoch)
     assert teacher.model.rows == asked
+
+
+def test_a_batch_of_huge_inputs_is_smaller():
+    teacher = make(most=7)
+    teacher.prepare(seconds=60.0)
+    assert teacher.model.rows > N
+    assert teacher.model.largest == 7
 
 
 def test_a_full_cache_costs_no_memory(monkeypatch):

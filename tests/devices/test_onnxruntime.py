@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -11,6 +12,7 @@ import psutil
 import pytest
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
+from autocompress.devices import child as program
 from autocompress.devices import onnxruntime as module
 from autocompress.devices.onnxruntime import OnnxRuntimeCpu
 from autocompress.errors import DeviceUnavailable, PolicyFailure, UsageError
@@ -97,7 +99,8 @@ def test_a_crash_is_a_policy_failure_with_the_signals_name(device, tiny, child, 
 
 def test_a_hang_is_a_policy_failure_and_frees_the_device(device, tiny, child, monkeypatch):
     child("import time; time.sleep(60)")
-    monkeypatch.setattr(module, "TIMEOUT_S", -29.5)
+    monkeypatch.setattr(module, "MOST_A_FILE_S", 0.0)
+    monkeypatch.setattr(module, "TIMEOUT_S", -0.5)
     with pytest.raises(PolicyFailure, match="timeout"):
         device.measure([tiny], seconds_each=1.0)
     monkeypatch.undo()
@@ -122,7 +125,8 @@ PARENT = """
 import json, os, subprocess, sys, time
 command = [sys.executable, "-m", "autocompress.devices.child"]
 child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-child.stdin.write(json.dumps({"kind": "measure", "paths": [sys.argv[1]], "seconds_each": 30, "threads": 1, "parent": os.getpid()}))
+request = {"kind": "measure", "paths": [sys.argv[1]], "seconds_each": 30, "threads": 1, "most_s": 60, "parent": os.getpid()}
+child.stdin.write(json.dumps(request))
 child.stdin.close()
 print(child.pid, flush=True)
 time.sleep(60)
@@ -138,6 +142,98 @@ def test_the_child_dies_with_its_parent(tiny, after_s):
         parent.kill()
     gone, _ = psutil.wait_procs([child], timeout=15)
     assert gone or child.status() == psutil.STATUS_ZOMBIE
+
+
+# -- how often a file is called -----------------------------------------------------------------------------------------
+
+
+class Calls:
+    """A runtime whose clock only its own calls move; `seconds` of a call by the path of the file."""
+
+    def __init__(self, seconds):
+        self.seconds, self.now, self.made = seconds, 0.0, dict.fromkeys(seconds, 0)
+
+    def start(self, runner, path):
+        runner.session, runner.feeds, runner.calls, runner.is_slow = SimpleNamespace(run=lambda *_: self.call(path)), {}, 1, False
+
+    def call(self, path):
+        self.now += self.seconds[path]
+        self.made[path] += 1
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """(answer, calls, seconds) of measuring files whose calls take as long as `seconds` says."""
+
+    def measure(most_s=240.0, seconds_each=1.0, **seconds):
+        calls = Calls(seconds)
+        monkeypatch.setattr(program.Runner, "__init__", lambda runner, path, threads: calls.start(runner, path))
+        monkeypatch.setattr(program, "time", SimpleNamespace(perf_counter=lambda: calls.now))
+        request = {"paths": list(seconds), "seconds_each": seconds_each, "most_s": most_s, "threads": 1}
+        return program.measure(request), calls.made, calls.now
+
+    return measure
+
+
+def test_a_fast_file_is_called_five_times_a_round_and_once_before(measured):
+    answer, made, _ = measured(fast=0.001)
+    (rounds,) = answer["rounds"]
+    assert {len(samples) for samples in rounds} == {5}
+    assert len(rounds) == pytest.approx(1.0 / 0.006, abs=1)
+    assert made["fast"] == 12 + 6 * len(rounds), "the first call, five until they are stable, one for the clock"
+
+
+@pytest.mark.parametrize(("seconds", "rounds", "warm_up"), [(0.03, 34, 11), (0.5, 12, 5), (2.0, 10, 2), (10.0, 5, 2), (20.0, 5, 2)])
+def test_a_slow_file_is_called_once_a_round(measured, seconds, rounds, warm_up):
+    answer, made, took = measured(slow=seconds)
+    assert [len(samples) for samples in answer["rounds"][0]] == [1] * rounds
+    assert made["slow"] == warm_up + rounds
+    assert took <= max(20.0 + program.WARM_UP_CAP_S, 7 * seconds) + seconds
+
+
+def test_a_slow_and_a_fast_file_each_get_their_own_rounds(measured):
+    answer, _, _ = measured(slow=0.5, fast=0.001)
+    assert [len(rounds) for rounds in answer["rounds"]] == [12, 12]
+    assert [len(rounds[0]) for rounds in answer["rounds"]] == [1, 5]
+
+
+def test_what_there_is_at_the_hard_end_is_returned_and_no_more_than_one_call_later(measured):
+    answer, _, took = measured(slow=50.0, most_s=240.0)
+    assert len(answer["rounds"][0]) == 3
+    assert took <= 240.0 + 50.0
+    answer, _, took = measured(slow=200.0, most_s=240.0)
+    assert answer["index"] == 0
+    assert "no round fits into 240 s" in answer["error"]
+    assert took <= 240.0 + 200.0
+
+
+def test_the_patience_of_the_parent_follows_from_what_the_process_may_take(device, tiny, monkeypatch):
+    asked, nothing = [], {"error": "x", "index": 0, "medians": []}
+    monkeypatch.setattr(module, "_ask", lambda request, timeout: asked.append((request, timeout)) or nothing)
+    with pytest.raises(PolicyFailure):
+        device.measure([tiny, tiny], seconds_each=2.0)
+    device.measure_many([])
+    for request, timeout in asked:
+        assert timeout >= request["most_s"] + 60.0, "one very slow call"
+    assert asked[0][0]["most_s"] >= 2 * (2.0 + program.WARM_UP_CAP_S + program.ROUNDS_CAP_S)
+
+
+@pytest.mark.parametrize("error", [ValueError(), ValueError("\n"), ValueError("two\nlines")])
+def test_an_error_of_the_runtime_without_a_message_is_told_too(monkeypatch, error):
+    def fail(self, path, threads):
+        raise error
+
+    monkeypatch.setattr(program.Runner, "__init__", fail)
+    answer = program.measure({"paths": ["x"], "seconds_each": 1.0, "most_s": 60.0, "threads": 1})
+    assert answer == {"error": "ValueError: two" if "two" in str(error) else "ValueError", "index": 0}
+
+
+def test_files_of_the_current_folder_are_not_taken_for_pythons_own(device, tiny, tmp_path, monkeypatch):
+    for name in ("random", "signal", "base64"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('not the standard library')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep + os.environ.get("PYTHONPATH", ""))
+    assert device.measure([tiny], seconds_each=SHORT)
 
 
 # -- files from elsewhere ---------------------------------------------------------------------------------------------

@@ -216,10 +216,10 @@ def test_inspect(capsys):
 
 def test_a_dry_run_writes_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    told = answered_json(capsys, "search", "--budget", "10ms", "--dry-run")
+    told = answered_json(capsys, "search", "--budget", "10ms", "--batch-size", "64", "--dry-run")
     assert told["dimensions"] >= 3
     assert len(told["first_policies"]) == 3
-    assert told["task"]["batch"] == 32
+    assert (told["task"]["batch"], told["task"]["batch_size"]) == (32, 64)
     assert not list(tmp_path.iterdir())
 
 

@@ -59,7 +59,6 @@ def accesses() -> tuple[type[Split], list[tuple[str, int]], Diary]:
     """A test split that notes (phase of the search, rows) whenever rows are taken from it."""
     diary, seen = Diary(), []
 
-    @dataclass(frozen=True)
     class Watched(Split):
         def __getitem__(self, index):
             part = Split(self.inputs[index], self.targets[index])
@@ -301,6 +300,13 @@ def test_a_resumed_search_loses_nothing_and_suggests_something_else(one_trial, n
     assert len({json.dumps(p, sort_keys=True) for p in finished}) == len(finished), "nothing is suggested twice"
     assert result.content["progress"][: len(progress)] == progress
     assert {entry["id"] for entry in result.content["points"]} >= {id for id, outcome in before.items() if outcome.artifact}
+
+
+def test_python_sets_what_the_command_line_sets(monkeypatch):
+    tasks = []
+    monkeypatch.setattr("autocompress.session.run_search", lambda task, run, **_: tasks.append(task))
+    autocompress.search("own:net", "own:blobs", batch_size=32, learning_rate=0.2)
+    assert (tasks[0].batch_size, tasks[0].learning_rate) == (32, 0.2)
 
 
 def test_nothing_to_resume(net, data, tmp_path):

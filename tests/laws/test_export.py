@@ -14,7 +14,7 @@ from torch import nn
 from autocompress.compress.quantize import calibrate, fake_quantize, settle_biases
 from autocompress.compress.student import build_student
 from autocompress.errors import PolicyFailure
-from autocompress.export import compare, load_student, onnx_bytes, require_parity, write_bundle
+from autocompress.export import Parity, check_parity, compare, load_student, onnx_bytes, require_parity, write_bundle
 from autocompress.graph import Graph
 from autocompress.policy import Policy, PruneSpec, QuantSpec
 from laws.networks import network, random_policy, with_statistics
@@ -47,6 +47,12 @@ def answers(student, inputs):
         return student(inputs)
 
 
+def agreed(model, inputs, policy, student, payload, *, batch=1):
+    """How student and file differ. Raises PolicyFailure where the product refuses the file."""
+    layers = [layer.name for layer in Graph.trace(model, (inputs[:1],)).layers]
+    return check_parity(answers(student, inputs), run(payload, inputs, batch=batch), policy.quant, layers)
+
+
 def count(payload, *kinds):
     return sum(node.op_type in kinds for node in onnx.load_from_string(payload).graph.node)
 
@@ -64,8 +70,7 @@ def test_float_file_equals_the_student(name, batch):
     model, inputs = images(name, 8)
     policy = random_policy(Graph.trace(model, (inputs[:1],)), 0, widths=True)
     student, payload = exported(model, inputs, policy, batch=batch)
-    parity = compare(answers(student, inputs), run(payload, inputs, batch=batch))
-    require_parity(parity, quantized=False)
+    parity = agreed(model, inputs, policy, student, payload, batch=batch)
     assert parity.relative <= 1e-4
     assert count(payload, "QuantizeLinear", "DequantizeLinear") == 0
 
@@ -79,7 +84,7 @@ def test_int8_file_decides_as_the_student(name, reduced_range):
     best, second = expected.topk(2, dim=1).values.unbind(1)
     clear = best - second > 0.01 * (expected.amax(1) - expected.amin(1))  # random weights decide some images by less than int8 can tell
     assert clear.float().mean() > 0.4
-    require_parity(compare(expected[clear], run(payload, inputs)[clear]), quantized=True)
+    require_parity(compare(expected[clear], run(payload, inputs)[clear]), {8})
     quantizers = [node for node in student.graph.nodes if node.meta.get("quantizer") == node.target]
     assert count(payload, "QuantizeLinear") == len(quantizers) > 0
     weights = [t for t in onnx.load_from_string(payload).graph.initializer if t.data_type == onnx.TensorProto.INT8]
@@ -118,15 +123,16 @@ def test_mixed_bits(name, bits):
     model, inputs = images(name)
     policy = random_policy(Graph.trace(model, (inputs[:1],)), 3, bits=bits)
     student, payload = exported(model, inputs, policy)
-    require_parity(compare(answers(student, inputs), run(payload, inputs)), quantized=True)
+    agreed(model, inputs, policy, student, payload)
 
 
 def test_storage_bits_pack_smaller_and_compute_the_same():
-    model, inputs = images("tiny_resnet", 4)
+    model, inputs = images("tiny_resnet")
     sizes = []
     for bits in (32, 16, 4):
-        student, payload = exported(model, inputs, Policy(quant=QuantSpec(bits=bits)))
-        assert compare(answers(student, inputs), run(payload, inputs)).relative <= 2e-3
+        policy = Policy(quant=QuantSpec(bits=bits))
+        student, payload = exported(model, inputs, policy)
+        assert agreed(model, inputs, policy, student, payload).relative <= 2e-3
         sizes.append(len(payload))
     assert sizes[1] < 0.62 * sizes[0]
     assert sizes[2] < 0.40 * sizes[0]
@@ -279,12 +285,13 @@ def test_opaque_network_is_quantized_and_exported(layers):
 
 def test_a_planted_error_is_found():
     model, inputs = images("tiny_resnet")
-    for bits in (8, 32):
-        student, payload = exported(model, inputs, Policy(quant=QuantSpec(bits=bits)))
+    for bits in (4, 8, 32):
+        policy = Policy(quant=QuantSpec(bits=bits))
+        student, payload = exported(model, inputs, policy)
         with torch.no_grad():
             student.get_submodule("layer3.0.bn2").bias += torch.randn(64)
         with pytest.raises(PolicyFailure, match="export mismatch"):
-            require_parity(compare(answers(student, inputs), run(payload, inputs)), quantized=bits == 8)
+            agreed(model, inputs, policy, student, payload)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -292,9 +299,10 @@ def test_outputs_that_are_not_finite_are_no_parity(bad):
     outputs = torch.randn(4, 3)
     broken = outputs.clone()
     broken[1, 1] = bad
-    for quantized in (False, True):
-        with pytest.raises(PolicyFailure):
-            require_parity(compare(outputs, broken), quantized=quantized)
+    for bits in (4, 8, 32):
+        for decisions in (False, True):
+            with pytest.raises(PolicyFailure):
+                require_parity(compare(outputs, broken, decisions=decisions), {bits})
 
 
 def test_every_changed_decision_counts_and_shapes_must_match():
@@ -304,3 +312,38 @@ def test_every_changed_decision_counts_and_shapes_must_match():
     assert compare(outputs, changed).top1_agreement == 0.5
     with pytest.raises(PolicyFailure, match="shape"):
         compare(outputs, outputs[:1])
+
+
+@pytest.mark.parametrize(("n", "differing", "agrees"), [(50, 1, True), (50, 2, False), (399, 1, True), (400, 2, True), (400, 3, False)])
+@pytest.mark.parametrize("bits", [{8, 32}, {4}, {16, 32}], ids=str)
+def test_few_decisions_of_rounded_layers_may_differ_and_one_always(n, differing, agrees, bits):
+    parity = Parity(difference=0.5, largest=10.0, differing=differing, n=n)
+    if agrees:
+        require_parity(parity, bits)
+    else:
+        with pytest.raises(PolicyFailure, match=f"of {n} inputs, but differ on {differing}"):
+            require_parity(parity, bits)
+    with pytest.raises(PolicyFailure, match="float32 outputs"):
+        require_parity(parity, {32})
+
+
+@pytest.mark.parametrize(
+    ("largest", "difference", "agrees"),
+    [(1.0, 9e-5, True), (1.0, 2e-4, False), (8.0, 2e-4, False), (0.01, 9e-7, True), (0.01, 5e-6, False), (1e4, 0.09, True),
+     (1e4, 0.2, False), (0.0, 0.0, True), (0.0, 1e-9, False)],
+)  # fmt: skip
+def test_float_outputs_agree_to_a_ten_thousandth_also_where_they_are_small(largest, difference, agrees):
+    expected = torch.tensor([[largest, 0.0]], dtype=torch.float64)
+    parity = compare(expected, expected - torch.tensor([difference, 0.0], dtype=torch.float64))
+    if agrees:
+        require_parity(parity, {32})
+    else:
+        with pytest.raises(PolicyFailure, match="float32 outputs must agree"):
+            require_parity(parity, {32})
+
+
+def test_rounded_outputs_that_are_no_decisions_agree_to_five_percent():
+    outputs = 1e-3 * torch.tensor([[1.0, 0.5], [0.1, 0.7]])
+    require_parity(compare(outputs, 1.04 * outputs, decisions=False), {16, 32})
+    with pytest.raises(PolicyFailure, match="5 %, but differ by 6 %"):
+        require_parity(compare(outputs, 1.06 * outputs, decisions=False), {16, 32})
