@@ -228,9 +228,9 @@ def apply_policy(
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder, _refused(f"the policy {policy!r} cannot become a file that runs"):
         setting = prepare(task, Path(folder), data=loaded)
         chosen = given or _draw(task, seed, setting.graphs[None], setting)
-        student = untrained(setting, chosen)
-        artifact = setting.write(out, student, chosen)
-        outputs, parity = check_artifact(setting, student, out / artifact.path, chosen)
+        compressed = untrained(setting, chosen)
+        artifact = setting.write(out, compressed, chosen)
+        outputs, parity = check_artifact(setting, compressed, out / artifact.path, chosen)
         before, after = setting.device.measure([setting.baseline.path, out / artifact.path])
         score = score_outputs(outputs, loaded.val.targets, loaded) if data is not None else None
         update_manifest(out, {"device": device, "latency_s": after, "baseline_latency_s": before, "measured_at": now(), "val_score": score})

@@ -174,7 +174,7 @@ def _classify(node: fx.Node, root: nn.Module) -> NodeKind:
     if node.op == "output":
         return "output"
     if node.op == "call_module":
-        module = module_of(node, root)
+        module = root.get_submodule(str(node.target))
         known = _LAYERS.get(type(module)) or next((kind for types, kind in _MODULES if isinstance(module, types)), None)
         return known or ("identity" if is_stochastic_depth(module) else "other")
     if node.op == "call_function":
