@@ -129,7 +129,8 @@ def _studies(path: Path) -> list[str] | None:
     if not path.exists():
         return []
     try:
-        with closing(sqlite3.connect(path.resolve().as_uri() + "?mode=ro", uri=True)) as connection:
+        # not mode=ro: what a killed process had begun to write is taken back by the first who may write
+        with closing(sqlite3.connect(path.resolve().as_uri() + "?mode=rw", uri=True)) as connection:
             tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             if "studies" not in tables:
                 return None if tables else []

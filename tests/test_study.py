@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import subprocess
+import sys
 
 import optuna
 import pytest
@@ -158,14 +160,15 @@ def test_another_task_is_refused_with_what_differs(study, tmp_path, changes, wha
 def test_a_search_is_resumed_from_its_folder_and_from_another(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = Task(model="net.py:build", weights="w.pt", data="imagefolder:photos")
-    for begun in (given, given.absolute()):
+    absolute = given.absolute()
+    for begun in (given, absolute):
         run = tmp_path / ("absolute" if begun != given else "as given")
         run.mkdir()
         journal.open_study(run, begun, resume=False)
         again(run, given)
-        again(run, given.absolute())
+        again(run, absolute)
     monkeypatch.chdir("/")
-    again(run, given.absolute())
+    again(run, absolute)
     with pytest.raises(UsageError, match="another task: model was"):
         again(run, given)
 
@@ -215,6 +218,25 @@ def test_a_database_that_cannot_be_written_is_the_folder_s_fault(study, tmp_path
     with pytest.raises(RunFolderError, match=r"study\.db' cannot be written: disk full") as caught, journal.writing(tmp_path):
         raise optuna.exceptions.StorageInternalError("An exception is raised during the commit.") from OSError("disk full")
     assert "--resume" in caught.value.hint
+
+
+KILLED = """
+import os, signal, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("PRAGMA cache_size = 1")
+connection.execute("BEGIN")
+for number in range(1000):
+    connection.execute("INSERT INTO study_user_attributes (study_id, key, value_json) VALUES (1, ?, ?)", (f"outcome:{number}", "x" * 500))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_search_that_was_killed_while_it_wrote_goes_on(study, tmp_path):
+    journal.record(study, outcome("00000"))
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / journal.DATABASE)], check=False)
+    assert (tmp_path / "study.db-journal").stat().st_size > 0
+    journal.require_own(tmp_path, resume=True)
+    assert [o.id for o in journal.outcomes(again(tmp_path))] == ["00000"]
 
 
 def test_failures_can_be_forgotten_and_nothing_else_is(study, tmp_path):
