@@ -13,7 +13,7 @@ from autocompress.units import format_duration, format_size, is_size, parse_dura
 
 Shape = tuple[int, ...]
 Rung = Literal["unchanged", "short", "full"]
-"""What a policy went through: `unchanged` is the model itself in fewer bits, calibrated; `short` and `full` say how long a student was trained."""
+"""What a policy went through: `unchanged` is the model itself in fewer bits, calibrated; `short` and `full` say how long it was trained."""
 OperatorKind = Literal["conv", "linear", "add", "mul", "maxpool", "avgpool", "norm", "activation", "concat", "pad", "slice", "other"]
 """Pools may be adaptive; `avgpool` covers means over the whole map, `norm` only norms that cannot be folded into a layer."""
 

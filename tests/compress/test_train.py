@@ -63,7 +63,9 @@ def test_a_network_that_flattens_by_view_is_trained(data, branches):
 @pytest.mark.parametrize("branches", [False, True], ids=["traced", "opaque"])
 def test_a_network_that_flattens_by_view_is_trained_in_int8_and_exported(data, branches):
     quant = QuantSpec(bits=8)
-    student = train_quantized(student_of(LeNet(branches=branches), data), quant, data, TrainPlan(steps=4, batch_size=16, quant_fraction=0.5))
+    student = train_quantized(
+        student_of(LeNet(branches=branches), data), quant, data, TrainPlan(steps=4, batch_size=16, quant_fraction=0.5)
+    )
     session = onnxruntime.InferenceSession(onnx_bytes(student, quant, (data.example(4),)), providers=["CPUExecutionProvider"])
     answers = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: data.example(4).numpy()})[0])
     with torch.no_grad():
@@ -99,7 +101,9 @@ def test_a_loss_of_ones_own_may_take_views_of_maps(data):
 
 @pytest.mark.parametrize("width", [1.0, 0.5])
 def test_all_of_a_frozen_teachers_student_learns(data, width):
-    teacher = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4))
+    teacher = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4)
+    )
     teacher.requires_grad_(False)
     student = student_of(teacher, data, Policy(student=StudentSpec(width=width)))
     assert learned(student, data) == {name for name, _ in student.named_parameters()}
