@@ -31,7 +31,8 @@ class _BatchStatistics(nn.Module):
         axes, shape = [0, *range(2, x.dim())], (1, -1) + (1,) * (x.dim() - 2)
         centred = x - x.mean(axes, keepdim=True)
         normal = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + self.eps)
-        return normal if self.weight is None else normal * self.weight.view(shape) + self.bias.view(shape)
+        scaled = normal if self.weight is None else normal * self.weight.view(shape)
+        return scaled if self.bias is None else scaled + self.bias.view(shape)
 
 
 def spell_out_batch_statistics(module: nn.Module) -> None:

@@ -34,7 +34,7 @@ NodeKind = Literal[
     "other",
 ]
 
-_LAYERS: dict[type[nn.Module], NodeKind] = {nn.Conv1d: "conv", nn.Conv2d: "conv", nn.Conv3d: "conv", nn.Linear: "linear"}
+_LAYERS: dict[type, NodeKind] = {nn.Conv1d: "conv", nn.Conv2d: "conv", nn.Conv3d: "conv", nn.Linear: "linear"}
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _MODULES: tuple[tuple[tuple[type[nn.Module], ...], NodeKind], ...] = (

@@ -22,7 +22,7 @@ from laws.networks import network, random_policy, with_statistics
 
 def exported(model, inputs, policy, *, batch=1, settle=True):
     """(student, file)."""
-    graph = Graph.trace(model, (inputs[:1],))
+    graph = Graph.trace(model, (inputs[:batch],))
     student = build_student(graph, policy)
     if any(policy.quant.of(layer.name) < 32 for layer in graph.layers):
         student = fake_quantize(student, policy.quant)
