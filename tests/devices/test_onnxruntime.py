@@ -183,9 +183,7 @@ def test_a_fast_file_is_called_five_times_a_round_and_once_before(measured):
     assert made["fast"] == 12 + 6 * len(rounds), "the first call, five until they are stable, one for the clock"
 
 
-@pytest.mark.parametrize(
-    ("seconds", "rounds", "warm_up"), [(0.03, 34, 11), (0.5, 12, 5), (2.0, 10, 2), (10.0, 5, 2), (20.0, 5, 2)]
-)
+@pytest.mark.parametrize(("seconds", "rounds", "warm_up"), [(0.03, 34, 11), (0.5, 12, 5), (2.0, 10, 2), (10.0, 5, 2), (20.0, 5, 2)])
 def test_a_slow_file_is_called_once_a_round(measured, seconds, rounds, warm_up):
     answer, made, took = measured(slow=seconds)
     assert [len(samples) for samples in answer["rounds"][0]] == [1] * rounds
