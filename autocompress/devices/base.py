@@ -40,7 +40,7 @@ class Device(ABC):
 
     @abstractmethod
     def measure_many(self, models: Sequence[bytes], *, seconds_each: float = 0.02) -> list[float | None]:
-        """Median seconds of many small models, quickly and one after the other; None for those that do not run."""
+        """Median seconds of many small models, quickly and one after the other; None for those that do not run, or not in time."""
 
     @abstractmethod
     def environment(self) -> dict[str, str]:
