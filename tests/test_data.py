@@ -271,7 +271,7 @@ def test_broken_images_are_named_and_nothing_is_left_behind(tmp_path, cache):
 
 
 def test_a_link_to_nowhere_and_a_picture_that_unpacks_to_too_much_are_named(tmp_path, cache, monkeypatch):
-    folder = write_images(tmp_path / "photos", n=2)
+    folder = write_images(tmp_path / "photos", n=4)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 21 * 30)
     Image.new("RGB", (30, 60)).save(folder / "dog" / "huge.png")
     with pytest.raises(UsageError, match=r"huge\.png.* cannot be read: Image size"):
