@@ -472,7 +472,7 @@ class Search:
     def _stop(self) -> bool:
         if self.clock.left <= 0:
             return True
-        if not self.task.target_accuracy or self.best is None or self.best.val_score is None:
+        if self.task.target_accuracy is None or self.best is None or self.best.val_score is None:
             return False
         return self.best.val_score.value >= self.task.target_accuracy
 
