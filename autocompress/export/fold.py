@@ -1,16 +1,14 @@
-"""Fold batch norms into the layer before them; exact in eval mode. Those that follow the batch are spelt out instead."""
+"""Fold batch norms into the layer before them; exact in eval mode."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from autocompress.compress.quantize import RoundedConv, RoundedLinear, plain_layer
-from autocompress.graph.nodes import follows_batch, fused, kind_of
+from autocompress.graph.nodes import fused, kind_of
 
 
 def plain_weights(module: nn.Module) -> None:
@@ -18,28 +16,6 @@ def plain_weights(module: nn.Module) -> None:
     for name, layer in list(module.named_modules()):
         if isinstance(layer, (RoundedConv, RoundedLinear)):
             module.set_submodule(name, plain_layer(layer))
-
-
-class _BatchStatistics(nn.Module):
-    """A batch norm without running statistics, in operators that every runtime has."""
-
-    def __init__(self, norm: Any) -> None:
-        super().__init__()
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        axes, shape = [0, *range(2, x.dim())], (1, -1) + (1,) * (x.dim() - 2)
-        centred = x - x.mean(axes, keepdim=True)
-        normal = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + self.eps)
-        scaled = normal if self.weight is None else normal * self.weight.view(shape)
-        return scaled if self.bias is None else scaled + self.bias.view(shape)
-
-
-def spell_out_batch_statistics(module: nn.Module) -> None:
-    """Put operators in place of batch norms without running statistics, which runtimes know in training only (in place)."""
-    for name, norm in list(module.named_modules()):
-        if follows_batch(norm):
-            module.set_submodule(name, _BatchStatistics(norm))
 
 
 def fold_norms(module: fx.GraphModule) -> None:

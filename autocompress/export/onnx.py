@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 
 from autocompress.compress.quantize import TINY, UINT8_MAX, ActivationQuantizer, RoundedConv, RoundedLinear, largest_int
 from autocompress.errors import PolicyFailure, UsageError
-from autocompress.export.fold import fold_norms, plain_weights, spell_out_batch_statistics
+from autocompress.export.fold import fold_norms, plain_weights
 from autocompress.policy import QuantSpec
 
 OPSET = 21
@@ -53,7 +53,6 @@ def onnx_bytes(student: fx.GraphModule, quant: QuantSpec, example: tuple[Tensor,
     bits = {name: layer.bits for name, layer in module.named_modules() if isinstance(layer, (RoundedConv, RoundedLinear))}
     plain_weights(module)
     fold_norms(module)
-    spell_out_batch_statistics(module)
     for name, child in list(module.named_modules()):
         if isinstance(child, ActivationQuantizer):
             module.set_submodule(name, _FixedQuantizer(child) if bool(child.calibrated) else nn.Identity())

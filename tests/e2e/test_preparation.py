@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from tasks import SLOW_CALLS, Net
 from torch import nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils import weight_norm as old_weight_norm
 
 from autocompress.data import Data, Split
 from autocompress.errors import DeviceUnavailable, UsageError
@@ -207,3 +209,18 @@ def test_a_network_whose_norms_follow_the_batch_is_compressed(data, tmp_path):
     setting = prepare(task, tmp_path / "run", model=own, data=data, device=FakeDevice(SLOW_CALLS))
     outcome = realise(setting, policy, id="00000", rung="short", deadline=time.monotonic() + 1.0, predicted=None)
     assert outcome.failure is None, "the file's batches are the student's when both are compared"
+
+
+@pytest.mark.parametrize("way", [parametrizations.spectral_norm, parametrizations.weight_norm, old_weight_norm])
+def test_a_network_whose_weights_are_computed_is_compressed(data, tmp_path, way):
+    torch.manual_seed(0)
+    own = Net()
+    way(own.b.conv1), way(own.head)
+    own(data.example(4))
+    before = copy.deepcopy(own.state_dict())
+    setting = ready(own, data, tmp_path / "run")
+    policy = Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}), quant=QuantSpec(bits=8))
+    outcome = realise(setting, policy, id="00000", rung="short", deadline=time.monotonic() + 1.0, predicted=None)
+    assert outcome.failure is None
+    assert own.training and all(torch.equal(before[key], value) for key, value in own.state_dict().items())
+    assert own.b.conv1.weight.shape == (16, 8, 3, 3), "computed as before"

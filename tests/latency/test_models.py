@@ -109,6 +109,7 @@ POOLS = {
     "AdaptiveAvgPool2d": (nn.AdaptiveAvgPool2d(4), "AveragePool"),
     "mean": (lambda x: x.mean((2, 3), keepdim=True), "ReduceMean"),
 }
+KERNELS = {"MaxPool2d": (3, 3), "max_pool2d": (3, 3), "ceil": (2, 2), "AvgPool2d": (2, 2), "avg_pool2d": (3, 3)}
 
 
 @pytest.mark.parametrize("bits", [8, 32])
@@ -125,6 +126,7 @@ def test_a_pool_is_measured_as_what_it_is(name, bits):
     workload = Graph.trace(Pooled(), (torch.randn(1, 3, 13, 13),)).workload(Policy(quant=QuantSpec(bits=bits)))
     pool = workload.operators[1]
     assert pool.bits == bits
+    assert pool.kernel == KERNELS.get(name, ())
     model = onnx.load_from_string(build_onnx(pool))
     assert POOLS[name][1] in {node.op_type for node in model.graph.node}
     onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)  # raises unless the pool's output has its shape

@@ -205,7 +205,8 @@ def test_tied_weights_are_exported_and_loaded(layers, tmp_path):
     model = TiedLayers().eval()
     student, payload = exported(model, inputs, policy)
     expected = answers(student, inputs)
-    assert (run(payload, inputs) - expected).abs().max() <= 0.02 * (expected.max() - expected.min())
+    differences = (run(payload, inputs) - expected).abs().amax(1) / (expected.max() - expected.min())
+    assert differences.median() <= 1e-5, "biases are settled, so that only the rounding of floats is left"
     write_bundle(tmp_path, student, policy, (inputs[:1],), model="own:tied")
     graph = Graph.trace(TiedLayers(), (inputs[:1],))
     loaded = load_student(tmp_path, fake_quantize(build_student(graph, policy), policy.quant))
