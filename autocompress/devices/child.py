@@ -1,6 +1,6 @@
 """The process that runs a model: reads one JSON request from stdin, writes one JSON answer to stdout.
 
-Imports NumPy, ONNX Runtime and plain records only, so that a crash, a leak or a hang of the runtime stays here. Ends when its parent does.
+Imports NumPy and ONNX Runtime only, so that a crash, a leak or a hang of the runtime stays here. Ends when its parent does.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from autocompress.devices.timing import FEWEST_ROUNDS
-
 WARM_UP_CAP_S = 2.0
 STABLE = 0.02
 SAMPLES_A_ROUND = 5
@@ -29,7 +27,7 @@ LEAST_SAMPLE_S = 50e-6
 SLOW_CALL_S = 0.02
 """A call that takes longer is timed once a round: what the caches hold at its start does not matter."""
 ROUNDS_CAP_S = 20.0
-"""Seconds a file after which FEWEST_ROUNDS are enough."""
+"""Seconds a file after which the fewest rounds are enough that a median is measured with."""
 PR_SET_PDEATHSIG = 1
 TYPES = {"float": np.float32, "float16": np.float16, "double": np.float64, "int64": np.int64, "int32": np.int32,
          "uint8": np.uint8, "int8": np.int8, "bool": np.bool_}  # fmt: skip
@@ -104,20 +102,20 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
             firsts.append(runners[-1].warm_up(WARM_UP_CAP_S))
         except Exception as error:
             return {"error": _one_line(error), "index": index}
-    rounds = _interleaved(runners, request["seconds_each"], hard_end)
+    rounds = _interleaved(runners, request["seconds_each"], request["fewest_rounds"], hard_end)
     if not all(rounds):
         slowest = int(np.argmax(firsts))
         return {"error": f"no round fits into {request['most_s']:.0f} s: its first call took {firsts[slowest]:.0f} s", "index": slowest}
     return {"rounds": rounds, "firsts": firsts}
 
 
-def _interleaved(runners: list[Runner], seconds_each: float, hard_end: float) -> list[list[list[float]]]:
-    """Rounds of each runner: for `seconds_each`, then up to LEAST_ROUNDS; after a cap FEWEST_ROUNDS, after `hard_end` what there is."""
+def _interleaved(runners: list[Runner], seconds_each: float, fewest: int, hard_end: float) -> list[list[list[float]]]:
+    """Rounds of each runner: for `seconds_each`, then up to LEAST_ROUNDS; after a cap the `fewest`, after `hard_end` what there is."""
     order, shuffle = list(range(len(runners))), random.Random(0)
     rounds: list[list[list[float]]] = [[] for _ in runners]
     start, done = time.perf_counter(), 0
     end, cap = start + seconds_each * len(runners), start + ROUNDS_CAP_S * len(runners)
-    while time.perf_counter() < end or done < (LEAST_ROUNDS if time.perf_counter() < cap else FEWEST_ROUNDS):
+    while time.perf_counter() < end or done < (LEAST_ROUNDS if time.perf_counter() < cap else fewest):
         shuffle.shuffle(order)
         for index in order:
             if time.perf_counter() > hard_end:

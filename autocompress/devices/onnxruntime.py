@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from autocompress.devices import processor
 from autocompress.devices.base import Device, DeviceProfile
-from autocompress.devices.timing import summarise
+from autocompress.devices.timing import FEWEST_ROUNDS, summarise
 from autocompress.errors import DeviceUnavailable, PolicyFailure
 from autocompress.records import Measurement
 
@@ -45,7 +45,9 @@ class OnnxRuntimeCpu(Device):
         self.profile = DeviceProfile(runtime="onnxruntime", threads=threads, reduced_range=saturates, note=note)
 
     def measure(self, paths: Sequence[Path], *, seconds_each: float = 1.0) -> list[Measurement]:
-        request = {"kind": "measure", "paths": [str(path) for path in paths], "seconds_each": seconds_each}
+        request = {
+            "kind": "measure", "paths": [str(path) for path in paths], "seconds_each": seconds_each, "fewest_rounds": FEWEST_ROUNDS,
+        }  # fmt: skip
         answer = self._ask(request, (MOST_A_FILE_S + seconds_each) * len(paths))
         if "error" in answer:
             raise PolicyFailure(f"ONNX Runtime cannot run {paths[answer['index']].name}: {answer['error']}")

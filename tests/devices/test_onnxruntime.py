@@ -125,7 +125,7 @@ PARENT = """
 import json, os, subprocess, sys, time
 command = [sys.executable, "-m", "autocompress.devices.child"]
 child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-request = {"kind": "measure", "paths": [sys.argv[1]], "seconds_each": 30, "threads": 1, "most_s": 60, "parent": os.getpid()}
+request = {"kind": "measure", "paths": [sys.argv[1]], "seconds_each": 30, "threads": 1, "fewest_rounds": 5, "most_s": 60, "parent": os.getpid()}
 child.stdin.write(json.dumps(request))
 child.stdin.close()
 print(child.pid, flush=True)
@@ -169,7 +169,7 @@ def measured(monkeypatch):
         calls = Calls(seconds)
         monkeypatch.setattr(program.Runner, "__init__", lambda runner, path, threads: calls.start(runner, path))
         monkeypatch.setattr(program, "time", SimpleNamespace(perf_counter=lambda: calls.now))
-        request = {"paths": list(seconds), "seconds_each": seconds_each, "most_s": most_s, "threads": 1}
+        request = {"paths": list(seconds), "seconds_each": seconds_each, "fewest_rounds": 5, "most_s": most_s, "threads": 1}
         return program.measure(request), calls.made, calls.now
 
     return measure
@@ -224,7 +224,7 @@ def test_an_error_of_the_runtime_without_a_message_is_told_too(monkeypatch, erro
         raise error
 
     monkeypatch.setattr(program.Runner, "__init__", fail)
-    answer = program.measure({"paths": ["x"], "seconds_each": 1.0, "most_s": 60.0, "threads": 1})
+    answer = program.measure({"paths": ["x"], "seconds_each": 1.0, "fewest_rounds": 5, "most_s": 60.0, "threads": 1})
     assert answer == {"error": "ValueError: two" if "two" in str(error) else "ValueError", "index": 0}
 
 
