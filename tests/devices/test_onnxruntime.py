@@ -125,7 +125,8 @@ PARENT = """
 import json, os, subprocess, sys, time
 command = [sys.executable, "-m", "autocompress.devices.child"]
 child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-request = {"kind": "measure", "paths": [sys.argv[1]], "seconds_each": 30, "threads": 1, "fewest_rounds": 5, "most_s": 60, "parent": os.getpid()}
+measure = {"kind": "measure", "paths": [sys.argv[1]], "seconds_each": 30, "fewest_rounds": 5, "most_s": 60}
+request = measure | {"threads": 1, "parent": os.getpid()}
 child.stdin.write(json.dumps(request))
 child.stdin.close()
 print(child.pid, flush=True)
