@@ -29,6 +29,11 @@ SCRIPT = Path(__file__).parent / "searching.py"
 PATIENCE_S = 120.0
 
 
+def _interruptible() -> None:
+    """As in a terminal: a shell's job in the background ignores Ctrl-C, and so would all that these tests start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @dataclass
 class Running:
     """A search process; its lines are read as they come."""
@@ -44,6 +49,7 @@ class Running:
         process = subprocess.Popen(
             [sys.executable, str(SCRIPT), str(run), *options],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=surroundings, start_new_session=True,
+            preexec_fn=_interruptible,
         )  # fmt: skip
         running = cls(run, process)
         threading.Thread(target=running._read, daemon=True).start()
