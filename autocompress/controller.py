@@ -465,9 +465,9 @@ class Search:
         return sum(o.rung == "short" for o in journal.outcomes(self.study))
 
     def _overhead(self) -> float:
-        """Seconds that a policy costs beside training, as a rule."""
+        """Seconds that a policy costs beside training, as a rule: where the machine was restless, measuring took longer."""
         spent = [o.seconds - o.training_s for o in measured(journal.outcomes(self.study))]
-        return statistics.median_high(spent) if spent else UNKNOWN_OVERHEAD_S
+        return statistics.median_low(spent) if spent else UNKNOWN_OVERHEAD_S
 
     def _stop(self) -> bool:
         if self.clock.left <= 0:

@@ -126,7 +126,7 @@ class Forecast:
 
     def bands(self, pool: Sequence[Proposal]) -> list[Band]:
         """The latencies for each of which a search begins with one policy, slowest first."""
-        return bands(pool, BANDS, self.latency_limit, self.setting.baseline.latency_s.median)
+        return bands(pool, BANDS, self.latency_limit)
 
     def _draw(self, suggester: LevelSuggester) -> Proposal:
         policy = self.suggest(suggester)

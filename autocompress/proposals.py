@@ -159,15 +159,14 @@ class Band:
         return max(members, key=lambda c: c.inheritance, default=None)
 
 
-def bands(candidates: Sequence[Proposal], n: int, limit_s: float, original_s: float) -> list[Band]:
+def bands(candidates: Sequence[Proposal], n: int, limit_s: float) -> list[Band]:
     """`n` bands of equal ratio, slowest first, over the latencies of the candidates up to `limit_s`.
 
-    Where no budget is tighter than the original's latency, half a band at the slow end is left out: there stands the original.
+    Half a band at the slow end is left out: there stands the unchanged network, and what is predicted there may be over the budget.
     """
     within = [c.latency_s for c in candidates if c.latency_s <= limit_s]
     if not within or n < 1:
         return []
     ratio = min(LARGEST_RANGE, limit_s / min(within)) ** (1 / n)
-    skipped = 0.5 if limit_s >= original_s else 0.0
-    edges = [limit_s * ratio ** -(index + skipped) for index in range(n)]
+    edges = [limit_s * ratio ** -(index + 0.5) for index in range(n)]
     return [Band(fastest, slowest) for slowest, fastest in zip(edges, [*edges[1:], 0.0], strict=True)]
