@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from autocompress.front import hypervolume, measured, pareto_front
 from autocompress.graph import Structure
 from autocompress.objective import Baseline
@@ -65,7 +67,7 @@ def progress_point(outcomes: Sequence[Outcome], baseline: Baseline, budget: Budg
     return {
         "elapsed_s": elapsed_s,
         "trials": trials,
-        "hypervolume": hypervolume(points, (worst, baseline.latency_s.median)) if points else 0.0,  # type: ignore[arg-type]
+        "hypervolume": hypervolume(np.array(points), (worst, baseline.latency_s.median)),
         "best_val": max(within) if within else None,
     }
 

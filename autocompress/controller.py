@@ -161,17 +161,13 @@ class Search:
         return [o for o in journal.outcomes(self.study) if o.rung == "short" and feasible(o, self.budget)]
 
     def _evaluate_unchanged(self) -> None:
-        """The teacher itself in the bits that the device has kernels for: free points, and the reference of every search."""
-        for bits in (8,) if 8 in self.setting.device.profile.bits else ():
-            identity = f"int{bits}"
-            if any(o.id == identity for o in journal.outcomes(self.study)):
-                continue
-            reduced = self.setting.device.profile.reduced_range
-            policy = Policy.model_validate({"quant": {"bits": bits, "reduced_range": reduced}})
-            outcome = realise(
-                self.setting, policy, id=identity, rung="unchanged", deadline=time.monotonic(), predicted=self.forecast.predict(policy)
-            )
-            self._keep(outcome)
+        """The teacher itself in int8, where the device has kernels for it: a free point, and the reference of every search."""
+        profile = self.setting.device.profile
+        if 8 not in profile.bits or any(o.rung == "unchanged" for o in journal.outcomes(self.study)):
+            return
+        policy = Policy(quant=QuantSpec(bits=8, reduced_range=profile.reduced_range))
+        predicted = self.forecast.predict(policy)
+        self._keep(realise(self.setting, policy, id="int8", rung="unchanged", deadline=time.monotonic(), predicted=predicted))
 
     def _next(self, first: list[Band], pool: list[Proposal], patience_s: float) -> tuple[Trial, Policy]:
         """What waits from an interrupted search; else one policy for each band of latencies; after these, what Optuna suggests."""

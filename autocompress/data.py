@@ -136,25 +136,31 @@ class Data:
     score_name: str = "accuracy"
 
     def __post_init__(self) -> None:
-        for name, split in (("train", self.train), ("val", self.val), ("test", self.test)):
-            if len(split) == 0:
+        for name in SPLITS:
+            if len(getattr(self, name)) == 0:
                 raise UsageError(f"the {name} split must hold at least one input, but is empty")
         if (self.loss is None) != (self.score is None):
             raise UsageError("data with its own `loss` must bring its own `score`, and the other way round")
         if self.loss is None:
-            self._require_classes()
+            self._take_classes()
+            self.require_labels()
 
-    def _require_classes(self) -> None:
-        """Targets in int64, in 0..classes - 1."""
+    def _take_classes(self) -> None:
+        """Targets in int64, and how many classes they name."""
         for name in SPLITS:
             object.__setattr__(self, name, getattr(self, name).with_classes(name))
-        ranges = {name: getattr(self, name).targets.aminmax() for name in SPLITS}
         if self.classes is None:
-            object.__setattr__(self, "classes", max(int(highest) for _, highest in ranges.values()) + 1)
-        for name, (lowest, highest) in ranges.items():
-            if int(lowest) < 0 or int(highest) >= (self.classes or 0):
+            object.__setattr__(self, "classes", max(int(getattr(self, name).targets.max()) for name in SPLITS) + 1)
+
+    def require_labels(self) -> None:
+        """Raises UsageError unless all targets lie in 0..classes - 1; nothing is asked of data without classes."""
+        if self.classes is None:
+            return
+        for name in SPLITS:
+            lowest, highest = map(int, getattr(self, name).targets.aminmax())
+            if lowest < 0 or highest >= self.classes:
                 raise UsageError(
-                    f"labels must lie in 0..{(self.classes or 0) - 1}, but those of {name} reach from {int(lowest)} to {int(highest)}",
+                    f"labels must lie in 0..{self.classes - 1}, but those of {name} reach from {lowest} to {highest}",
                     hint="number the classes from 0",
                 )
 

@@ -145,12 +145,7 @@ def require_fit(model: nn.Module, data: Data, example: Tensor, reference: str) -
             f"and the data {data.classes} classes",
             hint="give the data that the model was trained on (with classes=N where some have no example), or another model",
         )
-    for split in (data.train, data.val, data.test):
-        if int(split.targets.max()) >= data.classes or int(split.targets.min()) < 0:
-            raise UsageError(
-                f"labels must lie in 0..{data.classes - 1}, but reach from {int(split.targets.min())} to {int(split.targets.max())}",
-                hint="number the classes from 0",
-            )
+    data.require_labels()
 
 
 def _shape(outputs: object) -> str:

@@ -47,9 +47,13 @@ def require_own(run: Path, *, resume: bool) -> None:
     if STUDY in (studies or ()):
         return
     if resume:
-        raise UsageError(f"there is no search to resume in {str(run)!r}", hint="leave --resume out to start one")
+        raise _nothing_to_resume(run)
     if others:
         raise UsageError(f"{str(run)!r} holds other files, such as {others[0]!r}", hint="choose an empty folder, or a new one, for --out")
+
+
+def _nothing_to_resume(run: Path) -> UsageError:
+    return UsageError(f"there is no search to resume in {str(run)!r}", hint="leave --resume out to start one")
 
 
 def open_study(run: Path, task: Task, *, resume: bool, sampler: BaseSampler | None = None) -> optuna.Study:
@@ -63,7 +67,7 @@ def open_study(run: Path, task: Task, *, resume: bool, sampler: BaseSampler | No
     if not resume and not _forget_empty(path):
         raise UsageError(f"{str(run)!r} already holds a search", hint="add --resume, or choose another --out")
     if resume and STUDY not in (_studies(path) or ()):
-        raise UsageError(f"there is no search to resume in {str(run)!r}", hint="leave --resume out to start one")
+        raise _nothing_to_resume(run)
     study = optuna.create_study(study_name=STUDY, storage=_storage(path), directions=["maximize", "minimize"], load_if_exists=True)
     _require_same_task(study, task, run)
     study.sampler = sampler or default_sampler(task.seed, len(study.get_trials(deepcopy=False)))

@@ -112,7 +112,7 @@ _METHODS: dict[str, NodeKind] = {
 _FOLLOWERS = ("add", "maxpool", "avgpool", "concat", "pad", "slice", "reshape", "identity")
 """Kinds that a runtime keeps in int8 where all their inputs are."""
 _RELU = (nn.ReLU, nn.ReLU6)
-_RELU_FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.relu6: "relu6"}
+_RELU_FUNCTIONS: dict[object, str] = {F.relu: "relu", torch.relu: "relu", F.relu6: "relu6"}
 
 
 def module_of(node: fx.Node, root: nn.Module) -> nn.Module | None:
@@ -195,7 +195,7 @@ def _relu_name(node: fx.Node, root: nn.Module) -> str | None:
         return "relu6" if isinstance(module, nn.ReLU6) else "relu"
     if node.op == "call_method" and node.target in ("relu", "relu_"):
         return "relu"
-    return _RELU_FUNCTIONS.get(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]
+    return _RELU_FUNCTIONS.get(node.target) if node.op == "call_function" else None
 
 
 def follows_batch(module: nn.Module | None) -> bool:
