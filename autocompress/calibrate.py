@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from autocompress.forecast import Forecast
-from autocompress.preparation import prepare
+from autocompress.preparation import load, prepare
 from autocompress.progress import Progress
 from autocompress.search_space import find_suggest
 from autocompress.task import Task
@@ -23,7 +23,7 @@ def calibrate(task: Task, seconds: float, progress: Progress) -> dict[str, Any]:
         progress.update(phase=phase, done=done, total=total, best="", seconds_left=None)
 
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
-        setting = prepare(task, Path(folder) / "run")
+        setting = prepare(task, Path(folder) / "run", load(task))
         suggest = find_suggest(task.space, setting.graphs[task.student], setting.device.profile, reference=task.student)
         forecast = Forecast.start(setting, suggest, task.limits.against(setting.baseline.latency_s))
         forecast.calibrate(seconds, task.seed, tick)

@@ -7,6 +7,7 @@ so that a teacher's answers for one epoch can be kept and used for every student
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 SPLIT_SEED = 20240
 SPLITS = ("train", "val", "test")
 FLOAT_BYTES = 4
+DIGEST_INPUTS = 8
 CALIBRATION_BYTES = 2**30
 """Of the inputs that int8 ranges are fitted to, all together."""
 VAL_FRACTION = 0.1
@@ -168,6 +170,16 @@ class Data:
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input, without the batch."""
         return self.train.input_shape
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits: equal where the targets, a few of the inputs and how they are prepared are. Of the test split only its size."""
+        told = hashlib.sha256(repr((self.classes, self.mean, self.std, self.flip, self.shift, len(self.test))).encode())
+        for split in (self.train, self.val):
+            few = torch.linspace(0, len(split) - 1, DIGEST_INPUTS).long()
+            for part in (split.targets, split.rows(few)):
+                told.update(repr((part.dtype, part.shape)).encode() + part.contiguous().view(torch.uint8).numpy().tobytes())
+        return told.hexdigest()[:16]
 
     def example(self, batch: int) -> Tensor:
         """One batch of training inputs as the model takes it."""

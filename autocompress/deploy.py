@@ -29,7 +29,7 @@ from autocompress.graph import Graph
 from autocompress.models import example_for, load_model
 from autocompress.objective import check_artifact, untrained
 from autocompress.policy import Policy
-from autocompress.preparation import TEACHER_WEIGHTS, prepare
+from autocompress.preparation import TEACHER_WEIGHTS, load, prepare
 from autocompress.proposals import LevelSuggester
 from autocompress.records import Measurement
 from autocompress.run_folder import read_front, writing
@@ -226,7 +226,7 @@ def apply_policy(
         "weights": str(weights) if weights is not None else None, "student": given.student.reference if given else None,
     })  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder, _refused(f"the policy {policy!r} cannot become a file that runs"):
-        setting = prepare(task, Path(folder), data=loaded)
+        setting = prepare(task, Path(folder), load(task, data=loaded))
         chosen = given or _draw(task, seed, setting.graphs[None], setting)
         compressed = untrained(setting, chosen)
         artifact = setting.write(out, compressed, chosen)

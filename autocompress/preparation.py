@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from autocompress.objective import Baseline, Setting, fails_policy
 from autocompress.policy import Policy
 from autocompress.progress import Progress
 from autocompress.run_folder import write_atomically
+from autocompress.search_space import load_space, names_function
 from autocompress.task import Task
 
 BASELINE = "baseline"
@@ -57,7 +59,7 @@ def load(
     """Load what the task names, or take what is given. Raises UsageError when model, data and task do not fit together.
 
     Args:
-        weights: the demonstration teacher's, where an interrupted search has trained it.
+        weights: see `kept_teacher`.
     """
     device = device or open_device(task.device)
     data = data or load_data(task.data)
@@ -78,13 +80,33 @@ def load(
     return Loaded(device, data, teacher, graphs, example)
 
 
-def prepare(task: Task, run: Path, *, model: nn.Module | None = None, data: Data | None = None, device: Device | None = None) -> Setting:
+def kept_teacher(task: Task, run: Path) -> Path | None:
+    """The weights of the demonstration's teacher, where an interrupted search has trained it."""
+    weights = run / TEACHER_WEIGHTS
+    return weights if task.is_demo and weights.is_file() else None
+
+
+def contents(task: Task, loaded: Loaded) -> dict[str, str]:
+    """Digests of what the task's names stand for: by the time a search is resumed, a name may stand for something else.
+
+    The demonstration's teacher has none, since the search itself trains it, and neither has a function that draws policies.
+    """
+    networks = {} if task.is_demo else {"model": loaded.teacher}
+    if task.student is not None:
+        networks["student"] = loaded.graphs[task.student].module
+    space = {} if names_function(task.space) else {"space": load_space(task.space).digest}
+    return {"data": loaded.data.digest} | {what: _digest(network) for what, network in networks.items()} | space
+
+
+def _digest(network: nn.Module) -> str:
+    return hashlib.sha256(weights_bytes(network)).hexdigest()[:16]
+
+
+def prepare(task: Task, run: Path, loaded: Loaded) -> Setting:
     """Everything that a search needs, with the baseline's latency measured (its score comes from `score_baseline`).
 
-    Raises UsageError when model, data and task do not fit together, or the model does not run on the device as it is.
+    Raises UsageError when the model does not run on the device as it is.
     """
-    trained = run / TEACHER_WEIGHTS
-    loaded = load(task, model=model, data=data, device=device, weights=trained if task.is_demo and trained.is_file() else None)
     graph, models = loaded.graphs[None], run / "models"
     models.mkdir(parents=True, exist_ok=True)
     return Setting(

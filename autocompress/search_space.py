@@ -317,9 +317,14 @@ class _Smallest:
         return min(numbers) if len(numbers) == len(choices) else choices[-1]
 
 
+def names_function(space: str) -> bool:
+    """Whether a space is `file.py:function`, and not a shipped one or a TOML file."""
+    return ":" in space and not space.endswith(".toml")
+
+
 def find_suggest(space: str, graph: Graph, profile: DeviceProfile, *, reference: str | None = None) -> Suggest:
     """How policies are drawn: from a shipped or own TOML space, or by the function that `file.py:function` returns."""
-    if ":" in space and not space.endswith(".toml"):
+    if names_function(space):
         function = call_function(space)
         if not callable(function):
             raise UsageError(f"{space} must return a function suggest(trial) -> Policy, but got {type(function).__name__}")

@@ -24,7 +24,7 @@ from autocompress.errors import AutocompressError, InfeasibleBudget, Terminated
 from autocompress.forecast import Forecast
 from autocompress.objective import Setting
 from autocompress.policy import Policy
-from autocompress.preparation import TEACHER_WEIGHTS, load, prepare, train_demo_teacher
+from autocompress.preparation import TEACHER_WEIGHTS, contents, kept_teacher, load, prepare, train_demo_teacher
 from autocompress.progress import Progress, SilentProgress
 from autocompress.proposals import LevelSuggester
 from autocompress.records import Budget
@@ -171,7 +171,9 @@ def run_search(
             _forget_teacher(run)
         clock = Clock.start(task.search_seconds, already=clock.elapsed + study.user_attrs.get("elapsed_s", 0.0))
         try:
-            setting = prepare(task, run, model=model, data=data, device=device)
+            loaded = load(task, model=model, data=data, device=device, weights=kept_teacher(task, run))
+            journal.require_same_contents(study, run, contents(task, loaded))
+            setting = prepare(task, run, loaded)
         except BaseException:
             if fresh:
                 shutil.rmtree(run, ignore_errors=True)

@@ -162,6 +162,24 @@ def _require_same_task(study: optuna.Study, task: Task, run: Path) -> None:
     )
 
 
+def require_same_contents(study: optuna.Study, run: Path, contents: dict[str, str]) -> None:
+    """Raises UsageError where a name of the task has come to stand for something else since the search began.
+
+    Args:
+        contents: digest by what it is of.
+    """
+    known = study.user_attrs.get("contents")
+    if known is None:
+        study.set_user_attr("contents", contents)
+        return
+    changed = [what for what in contents if known.get(what) != contents[what]]
+    if changed:
+        raise UsageError(
+            f"{str(run)!r} holds the search of another task: the content of its {changed[0]} has changed since it began",
+            hint=f"resume with the {changed[0]} as it was, or choose another --out",
+        )
+
+
 def retire_lost_trials(study: optuna.Study) -> int:
     """Fail the trials that a killed search left running and queue their policies again, at most twice; how many there were."""
     lost = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))

@@ -442,3 +442,19 @@ def test_normalisation_has_a_number_for_each_channel(tmp_path, cache, option):
     folder = write_images(tmp_path / "photos", n=4)
     with pytest.raises(UsageError, match=option.partition("=")[0]):
         load_data(f"imagefolder:{folder}?size=8&{option}")
+
+
+def test_the_digest_tells_other_data_and_other_preparation_apart_but_reads_nothing_of_the_test_split():
+    class Sealed(Split):
+        def rows(self, index):
+            raise AssertionError("the test split is read")
+
+    def made(seed=0, labels=0, n=40, test=8, **how):
+        generator = torch.Generator().manual_seed(seed)
+        inputs, targets = torch.rand((n, 3, 4, 4), generator=generator), torch.arange(n).add(labels) % 4
+        held_out = Sealed(torch.zeros(test, 3, 4, 4), torch.zeros(test, dtype=torch.long))
+        return Data(Split(inputs, targets), Split(inputs[:8], targets[:8]), held_out, classes=4, **how)
+
+    same, others = made(), [made(seed=1), made(labels=1), made(n=41), made(test=9), made(flip=True), made(mean=(0.5,) * 3, std=(1.0,) * 3)]
+    assert same.digest == made().digest
+    assert len({data.digest for data in (same, *others)}) == 1 + len(others)

@@ -18,7 +18,7 @@ from autocompress.evaluate import run_file
 from autocompress.export import read_manifest, update_manifest, write_bundle
 from autocompress.graph import Graph
 from autocompress.policy import Policy, PruneSpec, StudentSpec
-from autocompress.preparation import prepare
+from autocompress.preparation import load, prepare
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
 
@@ -189,7 +189,7 @@ def test_a_student_of_another_architecture_is_made_again_as_it_was(tmp_path):
     reference = "autocompress.testing.models:resnet20"
     images = Split(torch.randn(16, 3, 32, 32), torch.arange(16) % 10)
     task = Task(model=MODEL, data="own:images", student=reference, seed=7)
-    setting = prepare(task, tmp_path / "run", data=Data(images, images, images, classes=10), device=FakeDevice())
+    setting = prepare(task, tmp_path / "run", load(task, data=Data(images, images, images, classes=10), device=FakeDevice()))
     streams = [group.name for group in setting.graphs[reference].groups if group.prunable and group.stream]
     policy = Policy(student=StudentSpec(reference=reference), prune=PruneSpec(ratios=dict.fromkeys(streams, 0.5)))
     student = build_student(setting.graph_of(policy), policy)

@@ -173,6 +173,14 @@ def test_a_search_is_resumed_from_its_folder_and_from_another(tmp_path, monkeypa
         again(run, given)
 
 
+def test_a_name_that_stands_for_something_else_by_now_is_refused(study, tmp_path):
+    began = {"data": "a", "model": "b"}
+    journal.require_same_contents(study, tmp_path, began)
+    journal.require_same_contents(again(tmp_path), tmp_path, began)
+    with pytest.raises(UsageError, match="the content of its model has changed"):
+        journal.require_same_contents(again(tmp_path), tmp_path, began | {"model": "c"})
+
+
 def test_an_existing_search_is_not_overwritten_and_an_absent_one_not_resumed(study, tmp_path):
     journal.record(study, outcome("00000"))
     with pytest.raises(UsageError, match="already holds a search"):

@@ -15,7 +15,7 @@ from autocompress.errors import PolicyFailure
 from autocompress.forecast import Forecast
 from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.policy import Policy, QuantSpec
-from autocompress.preparation import prepare
+from autocompress.preparation import load, prepare
 from autocompress.progress import SilentProgress
 from autocompress.proposals import Band
 from autocompress.records import Budget, Measurement, Outcome, Score
@@ -30,7 +30,7 @@ PATIENCE = 5.0
 
 @pytest.fixture(scope="module")
 def forecast(net, data, tmp_path_factory):
-    setting = prepare(TASK, tmp_path_factory.mktemp("controller") / "run", model=net, data=data, device=FakeDevice(SLOW_CALLS))
+    setting = prepare(TASK, tmp_path_factory.mktemp("controller") / "run", load(TASK, model=net, data=data, device=FakeDevice(SLOW_CALLS)))
     setting = replace(setting, baseline=replace(setting.baseline, val_score=Score(value=0.9)))
     suggest = find_suggest("default", setting.graphs[None], setting.device.profile)
     found = Forecast(setting, suggest, Budget(), FittedLatencyModel(OperatorTable()))

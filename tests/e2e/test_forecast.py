@@ -14,7 +14,7 @@ from autocompress.errors import InfeasibleBudget, UsageError
 from autocompress.forecast import HOPE, Forecast
 from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
-from autocompress.preparation import prepare
+from autocompress.preparation import load, prepare
 from autocompress.proposals import LevelSuggester, Variation
 from autocompress.records import Budget, Workload
 from autocompress.search_space import find_suggest
@@ -27,7 +27,7 @@ TASK = Task(model="own:net", data="own:blobs", search_time="60s")
 
 @pytest.fixture(scope="module")
 def setting(net, data, tmp_path_factory):
-    return prepare(TASK, tmp_path_factory.mktemp("forecast") / "run", model=net, data=data, device=FakeDevice(SLOW_CALLS))
+    return prepare(TASK, tmp_path_factory.mktemp("forecast") / "run", load(TASK, model=net, data=data, device=FakeDevice(SLOW_CALLS)))
 
 
 def forecast(setting, budget=(), suggest=None, space="default") -> Forecast:

@@ -27,7 +27,7 @@ INT8 = Policy(quant=QuantSpec(bits=8))
 
 
 def ready(net, data, run, device=None):
-    return prepare(TASK, run, model=net, data=data, device=device or FakeDevice(SLOW_CALLS))
+    return prepare(TASK, run, load(TASK, model=net, data=data, device=device or FakeDevice(SLOW_CALLS)))
 
 
 def realised(setting):
@@ -150,7 +150,7 @@ def test_the_same_random_network_in_every_process(tmp_path):
     states = []
     for attempt in range(2):
         torch.manual_seed(attempt)
-        setting = prepare(task, tmp_path / f"run{attempt}", data=data, device=FakeDevice(SLOW_CALLS))
+        setting = prepare(task, tmp_path / f"run{attempt}", load(task, data=data, device=FakeDevice(SLOW_CALLS)))
         states.append(setting.graphs[task.student].module.state_dict())
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
@@ -206,7 +206,7 @@ def test_a_network_whose_norms_follow_the_batch_is_compressed(data, tmp_path):
             own.set_submodule(name, nn.BatchNorm2d(module.num_features, track_running_stats=False).eval())
     policy = Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}))
     task = TASK.model_copy(update={"batch": 24})
-    setting = prepare(task, tmp_path / "run", model=own, data=data, device=FakeDevice(SLOW_CALLS))
+    setting = prepare(task, tmp_path / "run", load(task, model=own, data=data, device=FakeDevice(SLOW_CALLS)))
     outcome = realise(setting, policy, id="00000", rung="short", deadline=time.monotonic() + 1.0, predicted=None)
     assert outcome.failure is None, "the file's batches are the student's when both are compared"
 

@@ -12,7 +12,7 @@ import optuna
 import pytest
 import torch
 from optuna.trial import TrialState
-from tasks import SLOW_CALLS, BrokenDevice, Diary, blobs
+from tasks import SLOW_CALLS, BrokenDevice, Diary, Net, blobs
 
 import autocompress
 from autocompress import study as journal
@@ -288,6 +288,12 @@ def test_a_resumed_search_loses_nothing_and_suggests_something_else(one_trial, n
         run_search(task(trials=2), run, model=net, data=data, device=FakeDevice(SLOW_CALLS))
     with pytest.raises(UsageError, match="another task: batch was 1, now 8"):
         run_search(task(trials=2, batch=8), run, resume=True, model=net, data=data, device=FakeDevice(SLOW_CALLS))
+    baseline = (run / "models" / "baseline" / "model.onnx").read_bytes()
+    with pytest.raises(UsageError, match="the content of its model has changed"):
+        run_search(task(trials=2), run, resume=True, model=Net(), data=data, device=FakeDevice(SLOW_CALLS))
+    with pytest.raises(UsageError, match="the content of its data has changed"):
+        run_search(task(trials=2), run, resume=True, model=net, data=blobs(n=255), device=FakeDevice(SLOW_CALLS))
+    assert (run / "models" / "baseline" / "model.onnx").read_bytes() == baseline
     result = run_search(task(trials=2), run, resume=True, model=net, data=data, device=FakeDevice(SLOW_CALLS))
     after = {outcome.id: outcome for outcome in journal.outcomes(journal_of(run))}
     assert len(after) > len(before)
