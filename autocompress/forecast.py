@@ -20,8 +20,8 @@ from autocompress.records import Budget, Measurement, Outcome, Prediction, Workl
 from autocompress.search_space import Suggest, fastest, smallest
 from autocompress.units import format_duration, format_size
 
-LEAST_DRAWS, MOST_DRAWS = 32, 600
-GENERATIONS, CHILDREN = 8, 8
+DRAWS, MOST_DRAWS = 64, 4096
+GENERATIONS, CHILDREN = 16, 8
 BANDS = 8
 """Latencies for each of which a search begins with one policy."""
 OPERATOR_DRAWS = 64
@@ -84,9 +84,20 @@ class Forecast:
         return (budget or self.budget).violation(latency_s, workload.weight_bytes + max(0, overhead), p95)
 
     def proposal(self, policy: Policy, params: dict[str, Any]) -> Proposal:
-        workload = self.workload(policy)
-        kept = inheritance(self._graph_of(policy).workload(policy, grown=False), self.original)
-        return Proposal(policy, params, workload, self.model.predict(workload).value, kept)
+        return self.proposals([policy], [params])[0]
+
+    def proposals(self, policies: Sequence[Policy], params: Sequence[dict[str, Any]]) -> list[Proposal]:
+        """What is known of several policies before training; many at once take hardly longer than one."""
+        known: dict[int, Proposal] = {}
+        for reference in {policy.student.reference for policy in policies}:
+            members = [index for index, policy in enumerate(policies) if policy.student.reference == reference]
+            graph = self._graph_of(policies[members[0]])
+            own = [policies[index] for index in members]
+            grown, kept = (graph.workloads(graph.population(own, grown=g)) for g in (True, False))
+            for index, workload, share in zip(members, grown, inheritance(kept, self.original), strict=True):
+                value = self.model.predict(workload).value
+                known[index] = Proposal(policies[index], params[index], workload, value, share)
+        return [known[index] for index in range(len(policies))]
 
     @property
     def latency_limit(self) -> float:
@@ -113,25 +124,25 @@ class Forecast:
         """
         generator, now = np.random.default_rng(seed), time.monotonic()
         drawn_by, until = now + 0.5 * seconds, now + seconds
-        pool = [self._draw(LevelSuggester(generator)) for _ in range(LEAST_DRAWS)]
+        pool = self._draw([LevelSuggester(generator) for _ in range(DRAWS)])
         while len(pool) < MOST_DRAWS and time.monotonic() < drawn_by:
-            pool.append(self._draw(LevelSuggester(generator)))
+            pool += self._draw([LevelSuggester(generator) for _ in range(DRAWS)])
         for _ in range(GENERATIONS):
-            leaders = [band.leader(pool) for band in self.bands(pool)]
-            for parent in [leader for leader in leaders if leader is not None] * CHILDREN:
-                if time.monotonic() > until:
-                    return pool
-                pool.append(self._draw(Variation(generator, parent=parent.params)))
+            leaders = [leader for leader in (band.leader(pool) for band in self.bands(pool)) if leader is not None]
+            if time.monotonic() > until or not leaders:
+                break
+            pool += self._draw([Variation(generator, parent=parent.params) for parent in leaders * CHILDREN])
         return pool
 
     def bands(self, pool: Sequence[Proposal]) -> list[Band]:
         """The latencies for each of which a search begins with one policy, slowest first."""
         return bands(pool, BANDS, self.latency_limit)
 
-    def _draw(self, suggester: LevelSuggester) -> Proposal:
-        policy = self.suggest(suggester)
-        self._graph_of(policy).require_known(policy)
-        return self.proposal(policy, suggester.params)
+    def _draw(self, suggesters: Sequence[LevelSuggester]) -> list[Proposal]:
+        policies = [self.suggest(suggester) for suggester in suggesters]
+        for policy in policies:
+            self._graph_of(policy).require_known(policy)
+        return self.proposals(policies, [suggester.params for suggester in suggesters])
 
     def again(self, pool: Sequence[Proposal]) -> list[Proposal]:
         """The pool with latencies as they are predicted by now, without what is over the budget."""
@@ -200,7 +211,7 @@ class Forecast:
     def _least(self, end: Policy, cost: Callable[[Workload], int]) -> Policy:
         """Which costs least: the end of the space, or one of a few draws. The end is a guess from names; own spaces may have others."""
         generator = np.random.default_rng(self.setting.seed)
-        drawn = [self.suggest(LevelSuggester(generator)) for _ in range(LEAST_DRAWS)]
+        drawn = [self.suggest(LevelSuggester(generator)) for _ in range(DRAWS)]
         return min((end, *drawn), key=lambda policy: cost(self.workload(policy)))
 
     def require_feasible(self, pool: Sequence[Proposal]) -> None:

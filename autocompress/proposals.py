@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from autocompress.graph import Workloads
 from autocompress.policy import DistillSpec, Policy
 from autocompress.records import Shape, Workload
 
@@ -112,21 +113,19 @@ class Proposal:
         return math.sqrt(max(1, self.workload.macs) * max(1, self.workload.params))
 
 
-def inheritance(student: Workload, teacher: Workload) -> float:
+def inheritance(students: Workloads, teacher: Workload) -> list[float]:
     """Share of the teacher's multiply-accumulates that are left, as geometric mean over the resolutions at which it computes.
 
-    A network that keeps one stage and drops another has lost more than the sum says. `student` is without added channels.
+    A network that keeps one stage and drops another has lost more than the sum says. `students` are without added channels.
     """
-    left, whole = _by_resolution(student), _by_resolution(teacher)
-    shares = [max(LEAST_LEFT, left[resolution] / macs) for resolution, macs in whole.items() if macs]
-    return math.exp(sum(math.log(share) for share in shares) / len(shares)) if shares else 1.0
-
-
-def _by_resolution(workload: Workload) -> Counter[Shape]:
-    macs: Counter[Shape] = Counter()
-    for operator in workload.operators:
-        macs[operator.output[2:]] += operator.macs
-    return macs
+    whole: Counter[Shape] = Counter()
+    for operator in teacher.operators:
+        whole[operator.output[2:]] += operator.macs
+    resolutions = [resolution for resolution, macs in whole.items() if macs]
+    if not resolutions:
+        return [1.0] * len(students)
+    left = students.total(lambda o: [o.macs / whole[o.output[2:]] if o.output[2:] == resolution else 0.0 for resolution in resolutions])
+    return [float(share) for share in np.exp(np.log(np.maximum(left, LEAST_LEFT)).mean(0))]
 
 
 def outclassed(candidate: Proposal, known: Sequence[Proposal]) -> float:

@@ -5,33 +5,28 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from autocompress.errors import UsageError
 from autocompress.graph.blocks import Branch, drop, find_branches
 from autocompress.graph.channels import Channels, Layout, Role, frozen_roots, group_ids, propagate
 from autocompress.graph.importance import channel_scores
-from autocompress.graph.nodes import follows_batch, fused, int8_tensors, is_layer, is_norm, kind_of, leaves, module_of
-from autocompress.graph.resize import Roots, Selection, run_ends, select
+from autocompress.graph.nodes import is_layer, is_norm, kind_of, leaves, module_of
+from autocompress.graph.resize import Groups, Roots, Selection, run_ends
 from autocompress.graph.trace import OPAQUE, trace
+from autocompress.graph.workloads import Arithmetic, Population, Workloads, packed_bytes
 from autocompress.policy import Policy
-from autocompress.records import Operator, OperatorKind, Shape, Workload
+from autocompress.records import Workload
 from autocompress.references import nearest
 
-OPERATOR_KINDS: tuple[OperatorKind, ...] = (
-    "conv", "linear", "add", "mul", "maxpool", "avgpool", "norm", "activation", "concat", "pad", "slice",
-)  # fmt: skip
-WINDOW_FUNCTIONS = (F.max_pool2d, torch.max_pool2d, F.avg_pool2d)
 CACHED_SHAPES = 256
-NORM_VECTORS = 4
-"""A batch norm that is not folded has weight, bias, mean and variance in the file."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +114,10 @@ class Graph:
         self.blocks = tuple(self._block(branch) for branch in self._branches)
         self.frozen = self._find_frozen()
         self.classifier = self._find_classifier()
-        self._order, self._ends = self._rank_channels()
+        self._resizable = self._rank_channels()
         self._without = lru_cache(CACHED_SHAPES)(self._drop_copy)
-        self._other_bytes = lru_cache(CACHED_SHAPES)(self._count_other_bytes)
+        names = [layer.name for layer in self.layers]
+        self._arithmetic = Arithmetic(module, self._channels.layouts, self._roots, self._resizable, self._branches, names)
 
     @classmethod
     def trace(cls, model: nn.Module, example: tuple[Tensor, ...]) -> Graph:
@@ -154,7 +150,7 @@ class Graph:
 
     def selection(self, policy: Policy, *, grown: bool = True) -> Selection:
         """Which channels stay, and where new ones go."""
-        return select(len(self._channels.parents), self._members, self.sizes(policy, grown=grown), self._order, self._ends)
+        return self._resizable.select(len(self._channels.parents), self.sizes(policy, grown=grown))
 
     def structure(self, policy: Policy) -> Structure:
         """What the policy makes of this network; what it says of parts that it drops is left out."""
@@ -186,19 +182,35 @@ class Graph:
 
     def workload(self, policy: Policy, *, grown: bool = True) -> Workload:
         """Operators and weight bytes of the policy's student, by arithmetic on shapes alone; see `sizes` for `grown`."""
-        module = self.without(policy.student.drop)
-        selection = self.selection(policy, grown=grown)
-        held = int8_tensors(module, policy.quant.of)
-        operators: list[Operator] = []
-        inner: set[str] = set()
-        for node in module.graph.nodes:
-            kind = kind_of(node, module)
-            if node.name in inner or kind not in OPERATOR_KINDS or "shape" not in node.meta:
-                continue
-            chain = fused(node, module)
-            inner |= {part.name for part in (chain.norm, chain.relu) if part is not None}
-            operators.append(self._operator(node, module, selection, policy, held, chain.activation, kind))
-        return Workload(operators=tuple(operators), weight_bytes=self._bytes(operators, policy))
+        return self.workloads(self.population([policy], grown=grown))[0]
+
+    def population(self, policies: Sequence[Policy], *, grown: bool = True) -> Population:
+        """Policies of this network as arrays; see `sizes` for `grown`."""
+        n = len(policies)
+        sizes = [list(self.sizes(policy, grown=grown).values()) for policy in policies]
+        drops = [set(policy.student.drop) for policy in policies]
+        return Population(
+            channels=np.array(sizes, dtype=np.int64).reshape(n, -1).T,
+            dropped=np.array([[block.name in drop for block in self.blocks] for drop in drops], dtype=bool).reshape(n, -1).T,
+            bits=np.array([[policy.quant.of(layer.name) for layer in self.layers] for policy in policies], dtype=np.int64).reshape(n, -1).T,
+        )
+
+    def workloads(self, population: Population) -> Workloads:
+        """Workloads of many policies at once; give some ten thousand at a time, memory grows with them."""
+        found = self._arithmetic.workloads(population)
+        if not self.opaque_reason:
+            return found
+        return replace(found, weight_bytes=found.weight_bytes + self._saved_inside(population))
+
+    def _saved_inside(self, population: Population) -> NDArray[np.int64]:
+        """What the layers of a network that could not be traced take more in the file than in float32: less than nothing."""
+        saved = np.zeros(len(population), dtype=np.int64)
+        for layer, bits in zip(self.layers, population.bits, strict=True):
+            weights = math.prod(self.module.get_parameter(f"{layer.name}.weight").shape)
+            for n in np.unique(bits).tolist():
+                packed = packed_bytes(weights, layer.params - weights, layer.out_channels, n)
+                saved[bits == n] += packed - 4 * layer.params
+        return saved
 
     def describe(self, policy: Policy) -> list[dict[str, Any]]:
         """Per layer in depth order: channels of teacher and student, bits, and whether its block is dropped."""
@@ -282,11 +294,14 @@ class Graph:
         shapes = [node.meta.get("shape", ()) for node in (made, *made.all_input_nodes)]
         return str(made.target) if all(len(shape) == 2 for shape in shapes) else None
 
-    def _rank_channels(self) -> tuple[dict[str, Roots], dict[str, Roots]]:
+    def _rank_channels(self) -> Groups:
         scores = channel_scores(self.module, self._channels)
-        order = {name: members[np.lexsort((members, -scores[members]))] for name, members in self._members.items()}
         layouts = list({roots.tobytes(): roots for roots in self._roots.values()}.values())
-        return order, {name: run_ends(members, layouts) for name, members in self._members.items()}
+        members = {group.name: self._members[group.name] for group in self.groups if group.prunable}
+        return Groups(
+            order={name: roots[np.lexsort((roots, -scores[roots]))] for name, roots in members.items()},
+            ends={name: run_ends(roots, layouts) for name, roots in members.items()},
+        )
 
     def _drop_copy(self, dropped: tuple[str, ...]) -> fx.GraphModule:
         if not dropped:
@@ -298,75 +313,6 @@ class Graph:
         module = fx.GraphModule(_references(self.module), graph)
         drop(module, [branch for branch in self._branches if branch.name in dropped])
         return module
-
-    def _operator(
-        self,
-        node: fx.Node,
-        module: fx.GraphModule,
-        selection: Selection,
-        policy: Policy,
-        held: dict[str, str],
-        activation: str | None,
-        kind: OperatorKind,
-    ) -> Operator:
-        inputs = tuple(self._shape(source, selection) for source in node.all_input_nodes if "shape" in source.meta)
-        output = self._shape(node, selection)
-        int8 = kind in ("conv", "linear") and policy.quant.of(str(node.target)) == 8
-        chain = fused(node, module)
-        common = {
-            "name": str(node.target) if node.op == "call_module" else node.name, "kind": kind, "inputs": inputs, "output": output,
-            "activation": activation or (_activation_name(node, module) if kind == "activation" else None),
-            "bits": 8 if int8 or held.get(chain.tail.name) == "follows" else 32,
-        }  # fmt: skip
-        layer = module_of(node, module)
-        if kind not in ("conv", "linear"):
-            params = output[1] * _vectors(layer) if layer is not None and kind == "norm" else 0
-            return Operator(**common, **_window(node, module), params=params)
-        assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
-        has_bias = layer.bias is not None or chain.norm is not None
-        channels_out = output[1] if kind == "conv" else output[-1]
-        weight_bits = policy.quant.of(str(node.target))
-        if isinstance(layer, nn.Linear):
-            return Operator(**common, weight_bits=weight_bits, params=channels_out * (inputs[0][-1] + has_bias))
-        depthwise = layer.groups > 1 and layer.groups == layer.in_channels == layer.out_channels
-        groups = channels_out if depthwise else layer.groups
-        per_filter = inputs[0][1] // groups * math.prod(layer.kernel_size)
-        padding = layer.padding if not isinstance(layer.padding, str) else ()
-        return Operator(
-            **common,
-            weight_bits=weight_bits,
-            params=channels_out * (per_filter + has_bias),
-            groups=groups,
-            kernel=tuple(layer.kernel_size),
-            stride=tuple(layer.stride),
-            padding=tuple(padding),
-            dilation=tuple(layer.dilation),
-        )
-
-    def _shape(self, node: fx.Node, selection: Selection) -> Shape:
-        shape = node.meta["shape"]
-        layout, roots = self._channels.layouts.get(node.name), self._roots.get(node.name)
-        if layout is None or roots is None:
-            return shape
-        return (*shape[: layout.axis], selection.size(roots) * layout.repeat, *shape[layout.axis + 1 :])
-
-    def _bytes(self, operators: list[Operator], policy: Policy) -> int:
-        """Weight bytes: layers by their bits, each once however often it is called, and what other modules hold in float32."""
-        if not self.opaque_reason:
-            return sum(weight_bytes(o) for o in {o.name: o for o in operators}.values()) + self._other_bytes(policy.student.drop)
-        total = sum(4 * p.numel() for p in self.module.parameters())
-        for layer in self.layers:
-            weights = math.prod(self.module.get_parameter(f"{layer.name}.weight").shape)
-            total += _packed(weights, layer.params - weights, layer.out_channels, policy.quant.of(layer.name)) - 4 * layer.params
-        return total
-
-    def _count_other_bytes(self, dropped: tuple[str, ...]) -> int:
-        module = self.without(dropped)
-        counted = {
-            id(p) for n in module.graph.nodes if kind_of(n, module) in ("conv", "linear", "norm")
-            for p in module.get_submodule(str(n.target)).parameters()
-        }  # fmt: skip
-        return sum(4 * p.numel() for p in module.parameters() if id(p) not in counted)
 
 
 def _targets(roles: frozenset[Role], part: str, position: dict[str, int], target: dict[str, str]) -> tuple[str, ...]:
@@ -399,55 +345,3 @@ def _shell(module: nn.Module) -> nn.Module:
     shell = copy.copy(module)
     shell._modules = {name: _shell(child) if child is not None else None for name, child in module._modules.items()}
     return shell
-
-
-def _vectors(norm: nn.Module) -> int:
-    """Vectors of a norm in the file that is not folded; running statistics come with a weight and a bias always."""
-    return sum(1 for _ in norm.parameters()) if follows_batch(norm) else NORM_VECTORS
-
-
-def _activation_name(node: fx.Node, module: fx.GraphModule) -> str:
-    layer = module_of(node, module)
-    if layer is not None:
-        return type(layer).__name__.lower()
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "activation")
-
-
-def _window(node: fx.Node, module: fx.GraphModule) -> dict[str, tuple[int, ...]]:
-    """Kernel, stride and padding of a pool whose window is written down."""
-    layer = module_of(node, module)
-    if isinstance(layer, (nn.MaxPool2d, nn.AvgPool2d)):
-        window: dict[str, Any] = {"kernel": layer.kernel_size, "stride": layer.stride, "padding": layer.padding}
-    elif node.target in WINDOW_FUNCTIONS:
-        given = dict(zip(("input", "kernel_size", "stride", "padding"), node.args, strict=False)) | node.kwargs
-        kernel = given.get("kernel_size")
-        window = {"kernel": kernel, "stride": given.get("stride") or kernel, "padding": given.get("padding", 0)}
-    else:
-        return {}
-    pairs = {name: tuple(value) if isinstance(value, (tuple, list)) else (value, value) for name, value in window.items()}
-    known = all(isinstance(size, int) for pair in pairs.values() for size in pair)  # sizes may be computed from the input's
-    return pairs if known else {}
-
-
-def weight_bytes(operator: Operator) -> int:
-    """Bytes that an operator's weights and biases take in the file."""
-    if operator.kind not in ("conv", "linear"):
-        return 4 * operator.params
-    source, target = operator.inputs[0], operator.output
-    is_conv = operator.kind == "conv"
-    channels = target[1] if is_conv else target[-1]
-    weights = channels * (source[1] // operator.groups * math.prod(operator.kernel) if is_conv else source[-1])
-    fused_bias = is_conv or len(source) == 2
-    return _packed(weights, operator.params - weights, channels, operator.weight_bits, fused_bias=fused_bias)
-
-
-def _packed(weights: int, biases: int, channels: int, bits: int, *, fused_bias: bool = True) -> int:
-    """Weights in containers of 4, 8, 16 or 32 bits; below 16 with a float32 scale and a zero point a channel.
-
-    Biases are float32, but in an int8 operator int32 with a float32 scale and an int32 zero point each.
-    """
-    if bits >= 16:
-        return weights * bits // 8 + 4 * biases
-    container = 4 if bits <= 4 else 8
-    integers = math.ceil(weights * container / 8) + math.ceil(channels * container / 8)
-    return integers + 4 * channels + (12 if bits == 8 and fused_bias else 4) * biases

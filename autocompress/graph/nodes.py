@@ -109,7 +109,7 @@ _METHODS: dict[str, NodeKind] = {
     "reshape": "reshape",
     "contiguous": "identity",
 }
-_FOLLOWERS = ("add", "maxpool", "avgpool", "concat", "pad", "slice", "reshape", "identity")
+FOLLOWERS = ("add", "maxpool", "avgpool", "concat", "pad", "slice", "reshape", "identity")
 """Kinds that a runtime keeps in int8 where all their inputs are."""
 _RELU = (nn.ReLU, nn.ReLU6)
 _RELU_FUNCTIONS: dict[object, str] = {F.relu: "relu", torch.relu: "relu", F.relu6: "relu6"}
@@ -203,7 +203,7 @@ def follows_batch(module: nn.Module | None) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is None
 
 
-def _folds(node: fx.Node, root: nn.Module) -> bool:
+def folds(node: fx.Node, root: nn.Module) -> bool:
     """Whether the node is a batch norm that becomes a part of the layer before it."""
     return node.meta["folds"] if "folds" in node.meta else _is_folded(node, root)
 
@@ -232,7 +232,7 @@ def fused(head: fx.Node, root: nn.Module) -> Fused:
     kind, norm, last = kind_of(head, root), None, head
     if kind in ("conv", "linear"):
         user = _only_user(last)
-        if user is not None and _folds(user, root):
+        if user is not None and folds(user, root):
             norm = last = user
     if kind in ("conv", "linear", "add"):
         user = _only_user(last)
@@ -264,7 +264,7 @@ def int8_tensors(root: fx.GraphModule, bits_of: Callable[[str], int]) -> dict[st
             tail = fused(node, root).tail
             if not _reaches_output_only(tail, root):
                 held[tail.name] = "layer"
-        elif _is_tensor(node) and kind in _FOLLOWERS and node.name not in inner:
+        elif _is_tensor(node) and kind in FOLLOWERS and node.name not in inner:
             sources = [source for source in node.all_input_nodes if _is_tensor(source)]
             tail = fused(node, root).tail
             if sources and all(source.name in held for source in sources) and not _reaches_output_only(tail, root):

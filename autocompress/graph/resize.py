@@ -37,27 +37,43 @@ class Selection:
         return not bool(self.keep[roots].all()) or bool(self.added[roots].any())
 
 
-def select(
-    n_classes: int, members: Mapping[str, Roots], sizes: Mapping[str, int], order: Mapping[str, Roots], ends: Mapping[str, Roots]
-) -> Selection:
-    """Choose channels for new group sizes.
+@dataclass(frozen=True)
+class Groups:
+    """Channel groups that may change.
 
-    Args:
-        members: group -> its classes. sizes: group -> new number of channels (groups left out keep theirs).
-        order: group -> classes, most important first. ends: group -> last class of each of its contiguous runs; added
-            channels are spread equally over them, so that every tensor that shares the group stays aligned.
+    order: group -> its id classes, most important first. ends: group -> last class of each of its contiguous runs; added channels are
+    spread equally over them, so that every tensor that shares the group stays aligned.
     """
-    keep = np.ones(n_classes, dtype=bool)
-    added = np.zeros(n_classes, dtype=np.int64)
-    for group, size in sizes.items():
-        extra = size - len(members[group])
-        if extra < 0:
-            keep[order[group][size:]] = False
-        elif extra > 0:
-            share, rest = divmod(extra, len(ends[group]))
-            added[ends[group]] = share
-            added[ends[group][:rest]] += 1
-    return Selection(keep, added)
+
+    order: Mapping[str, Roots]
+    ends: Mapping[str, Roots]
+
+    def select(self, n_classes: int, sizes: Mapping[str, int]) -> Selection:
+        """Choose channels for new group sizes; groups left out keep theirs."""
+        keep = np.ones(n_classes, dtype=bool)
+        added = np.zeros(n_classes, dtype=np.int64)
+        for group, size in sizes.items():
+            extra, ends = size - len(self.order[group]), self.ends[group]
+            if extra < 0:
+                keep[self.order[group][size:]] = False
+            elif extra > 0:
+                share, rest = divmod(extra, len(ends))
+                added[ends] = share
+                added[ends[:rest]] += 1
+        return Selection(keep, added)
+
+    def count(self, group: str, roots: Roots, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """For each size that the group may have: how many channels of a layout belong to it, as `select` would choose them."""
+        order, ends = self.order[group], self.ends[group]
+        times = np.bincount(roots, minlength=int(order.max()) + 1)
+        share, rest = np.divmod(np.maximum(sizes - len(order), 0), len(ends))
+        kept = _running(times[order])[np.minimum(sizes, len(order))]
+        return kept + share * times[ends].sum() + _running(times[ends])[rest]
+
+
+def _running(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Sums of the first 0, 1, 2, ... entries."""
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
 
 
 def run_ends(members: Roots, layouts: Iterable[Roots]) -> Roots:

@@ -11,7 +11,7 @@ from tasks import SLOW_CALLS, Diary, Net
 from torch import nn
 
 from autocompress.errors import InfeasibleBudget, UsageError
-from autocompress.forecast import HOPE, Forecast
+from autocompress.forecast import DRAWS, HOPE, Forecast
 from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import load, prepare
@@ -104,7 +104,7 @@ def test_slow_draws_leave_time_to_breed(setting):
 
 
 def test_a_pool_keeps_to_its_time_and_is_never_empty(setting):
-    assert len(forecast(setting).pool(0, 0.0)) == 32
+    assert len(forecast(setting).pool(0, 0.0)) == DRAWS
 
 
 @pytest.mark.parametrize(

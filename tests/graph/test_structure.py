@@ -66,7 +66,7 @@ def test_a_network_that_is_widened_and_pruned_to_its_size_inherits_all(graph):
 
     def kept(width, ratio):
         policy = Policy(student=StudentSpec(widths=dict.fromkeys(groups, width)), prune=PruneSpec(ratios=dict.fromkeys(groups, ratio)))
-        return inheritance(graph.workload(policy, grown=False), teacher)
+        return inheritance(graph.workloads(graph.population([policy], grown=False)), teacher)[0]
 
     assert kept(2.0, 0.5) == kept(3.0, 0.5) == pytest.approx(1.0)
     assert kept(1.0, 0.5) < 0.9

@@ -41,6 +41,25 @@ def test_workload_is_that_of_the_traced_student(traced, seed, multiple):
     assert predicted.macs != traced.workload(Policy()).macs
 
 
+def test_many_workloads_at_once_are_those_of_each_policy(traced):
+    policies = [random_policy(traced, seed, widths=seed % 2 == 0, bits=(8, 32), multiple=8) for seed in range(12)]
+    policies += [policy.model_copy(update={"quant": QuantSpec(bits=8)}) for policy in policies[:4]] + [Policy()]
+    for grown in (True, False):
+        together = traced.workloads(traced.population(policies, grown=grown))
+        alone = [traced.workload(policy, grown=grown) for policy in policies]
+        assert list(together) == alone
+        macs, params = together.total(lambda operator: (operator.macs, operator.params))
+        assert macs.tolist() == [workload.macs for workload in alone]
+        assert params.tolist() == [workload.params for workload in alone]
+
+
+def test_dimensions_with_too_many_combinations_are_numbered_all_the_same(traced, monkeypatch):
+    policies = [random_policy(traced, seed, widths=True, bits=(8, 32)) for seed in range(6)]
+    before = list(traced.workloads(traced.population(policies)))
+    monkeypatch.setattr("autocompress.graph.workloads.MOST_CODES", 2)
+    assert list(traced.workloads(traced.population(policies))) == before
+
+
 def test_params_and_macs_are_those_of_the_modules(traced):
     policy = random_policy(traced, 1)
     student = build_student(traced, policy)

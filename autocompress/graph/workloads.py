@@ -1,0 +1,477 @@
+"""Workloads of many policies of one network at once, by arithmetic on arrays: nothing is built, copied or run.
+
+Whatever a policy changes is local: a group's channels decide shapes, a dropped block hands its input on, bits decide what runs in int8. So
+the traced network is interpreted once for all policies, with an array where an interpreter of one policy has a value: first which nodes
+are left and what a runtime fuses (by distinct sets of dropped blocks), then what stays in int8, then for each operator which of its few
+distinct variants each policy has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import fx, nn
+
+from autocompress.graph.blocks import Branch
+from autocompress.graph.channels import Layout
+from autocompress.graph.nodes import FOLLOWERS, folds, follows_batch, kind_of, module_of, relu_of
+from autocompress.graph.resize import Groups, Roots
+from autocompress.records import Operator, OperatorKind, Shape, Workload
+
+OPERATOR_KINDS: tuple[OperatorKind, ...] = (
+    "conv", "linear", "add", "mul", "maxpool", "avgpool", "norm", "activation", "concat", "pad", "slice",
+)  # fmt: skip
+WINDOW_FUNCTIONS = (F.max_pool2d, torch.max_pool2d, F.avg_pool2d)
+NORM_VECTORS = 4
+"""A batch norm that is not folded has weight, bias, mean and variance in the file."""
+MOST_CODES = 2**20
+"""Combinations of an operator's dimensions that are numbered without looking which of them occur."""
+MOST_OPERATORS = 2**18
+NONE = -1
+Weighted = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+Flags = NDArray[np.bool_]
+Numbers = NDArray[np.int64]
+Costs = Callable[[Operator], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Population:
+    """Policies of one network as arrays, one column a policy.
+
+    channels: groups that may change x n. dropped: blocks x n. bits: layers x n.
+    """
+
+    channels: Numbers
+    dropped: Flags
+    bits: Numbers
+
+    def __len__(self) -> int:
+        return self.channels.shape[1]
+
+
+@dataclass(frozen=True)
+class Workloads:
+    """The workloads of a population.
+
+    variants: for each place in execution order the distinct operators that some policy has there; which: places x n, the variant of
+    each policy, or NONE. weight_bytes: n.
+    """
+
+    variants: tuple[tuple[Operator, ...], ...]
+    which: Numbers
+    weight_bytes: Numbers
+
+    def __len__(self) -> int:
+        return len(self.weight_bytes)
+
+    def __iter__(self) -> Iterator[Workload]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Workload:
+        chosen = zip(self.variants, self.which[:, index].tolist(), strict=True)
+        operators = tuple(variants[variant] for variants, variant in chosen if variant != NONE)
+        return Workload(operators=operators, weight_bytes=int(self.weight_bytes[index]))
+
+    def total(self, costs: Costs) -> NDArray[np.float64]:
+        """Sums over the operators of each policy: costs x n; raises ValueError where no policy has an operator."""
+        places = [(variants, which) for variants, which in zip(self.variants, self.which, strict=True) if variants]
+        if not places:
+            raise ValueError("there are no operators to sum over")
+        sums: Any = 0.0
+        for variants, which in places:
+            table = np.array([costs(operator) for operator in variants], dtype=np.float64)
+            sums = sums + np.concatenate([table, np.zeros((1, table.shape[1]))])[which]  # NONE, the last, takes nothing
+        return np.asarray(sums.T, dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One number for each policy: the position of its value among the distinct ones."""
+
+    distinct: Numbers
+    position: Numbers
+
+    @classmethod
+    def of(cls, values: Numbers) -> Column:
+        present = np.zeros(int(values.max(initial=0)) + 1, dtype=bool)
+        present[values] = True
+        return cls(np.flatnonzero(present), (np.cumsum(present) - 1)[values])
+
+    def at(self, index: int) -> int:
+        return int(self.distinct[self.position[index]])
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What is left of the network for each distinct set of dropped blocks: arrays nodes x sets.
+
+    value: the node that a node's value comes from. alive: whether the node is computed. norm, tail: nodes fused behind a head, or NONE
+    and the head itself. inner: whether the node is fused into another. ends: whether nothing but the output reads the node.
+    """
+
+    value: Numbers
+    alive: Flags
+    norm: Numbers
+    tail: Numbers
+    inner: Flags
+    ends: Flags
+
+
+class Arithmetic:
+    """A traced network, prepared for the workloads of populations.
+
+    Args:
+        layouts, roots: channel layout and id classes by node name. groups: those that may change. layers: names, as in `Population.bits`.
+    """
+
+    def __init__(
+        self, module: fx.GraphModule, layouts: Mapping[str, Layout], roots: Mapping[str, Roots], groups: Groups,
+        branches: Sequence[Branch], layers: Sequence[str],
+    ) -> None:  # fmt: skip
+        self._module, self._groups = module, groups
+        self._nodes: list[fx.Node] = list(module.graph.nodes)
+        self._number = {node: index for index, node in enumerate(self._nodes)}
+        self._inputs = [[self._number[source] for source in node.all_input_nodes] for node in self._nodes]
+        self._kinds = [kind_of(node, module) for node in self._nodes]
+        relus = [relu_of(node, module) or "" for node in self._nodes]
+        self._relu_names = sorted({"", *relus})
+        self._relu = np.array([self._relu_names.index(relu) for relu in [*relus, ""]])  # NONE, the last, is no ReLU
+        self._folds = np.array([folds(node, module) for node in self._nodes] + [False])
+        self._tensor = ["shape" in node.meta for node in self._nodes]
+        self._skips = {self._number_of(branch.add): (block, self._skip(branch)) for block, branch in enumerate(branches)}
+        self._layer = {name: index for index, name in enumerate(layers)}
+        self._layouts = layouts
+        self._key_of = {index: roots[node.name].tobytes() for index, node in enumerate(self._nodes) if node.name in roots}
+        self._classes = {classes.tobytes(): classes for classes in roots.values()}
+        self._parts = {key: self._parts_of(classes) for key, classes in self._classes.items()}
+        self._places = [index for index, kind in enumerate(self._kinds) if kind in OPERATOR_KINDS and self._tensor[index]]
+        self._loose = self._find_loose()
+        self._operators: dict[tuple[object, ...], Operator] = {}
+
+    def _number_of(self, name: str) -> int:
+        return next(index for index, node in enumerate(self._nodes) if node.name == name)
+
+    def _skip(self, branch: Branch) -> int:
+        add = self._nodes[self._number_of(branch.add)]
+        return self._number[next(operand for operand in add.all_input_nodes if operand.name != branch.end)]
+
+    def _parts_of(self, classes: Roots) -> tuple[int, list[tuple[int, str]]]:
+        """How many channels of a layout cannot change, and the groups of the others, with their rows in a population."""
+        inside = set(classes.tolist())
+        parts = [(row, group) for row, group in enumerate(self._groups.order) if inside.intersection(self._groups.order[group].tolist())]
+        changing = {root for _, group in parts for root in self._groups.order[group].tolist()}
+        return sum(1 for root in classes.tolist() if root not in changing), parts
+
+    def _find_loose(self) -> list[tuple[int, list[int], list[int]]]:
+        """Parameters that not only layers and norms hold: their bytes, the other nodes that read them, and the layers and norms."""
+        sizes: dict[int, int] = {}
+        readers: dict[int, list[int]] = defaultdict(list)
+        counted: dict[int, list[int]] = defaultdict(list)
+        for index, node in enumerate(self._nodes):
+            for parameter in _parameters(node, self._module):
+                sizes[id(parameter)] = 4 * parameter.numel()
+                kinds = counted if self._kinds[index] in ("conv", "linear", "norm") else readers
+                kinds[id(parameter)].append(index)
+        return [(sizes[key], readers[key], counted[key]) for key in readers]
+
+    # -- which nodes are left --------------------------------------------------------------------------------------
+
+    def workloads(self, population: Population) -> Workloads:
+        """The workload of every policy."""
+        sets, of_policy = _distinct_columns(population.dropped)
+        skeleton = self._skeleton(sets)
+        runs_int8 = self._runs_int8(skeleton, of_policy, population)
+        columns = self._columns(population)
+        bits = [Column.of(row) for row in population.bits]
+        variants, which = [], np.full((len(self._places), len(population)), NONE)
+        for place, index in enumerate(self._places):
+            found, which[place] = self._variants(index, skeleton, of_policy, columns, bits, runs_int8[index])
+            variants.append(found)
+        return Workloads(tuple(variants), which, self._weight_bytes(variants, which) + self._loose_bytes(skeleton)[of_policy])
+
+    def _skeleton(self, dropped: Flags) -> Skeleton:
+        value = self._values(dropped)
+        alive, uses, reader, ends = self._readers(value)
+        every = np.arange(alive.shape[1])
+        norm, tail = np.full(value.shape, NONE), np.repeat(np.arange(len(self._nodes))[:, None], len(every), axis=1)
+        inner = np.zeros_like(alive)
+        for index, kind in enumerate(self._kinds):
+            if kind not in ("conv", "linear", "add"):
+                continue
+            only = np.where(uses[index] == 1, reader[index], NONE)
+            if kind != "add":
+                norm[index] = np.where(self._folds[only], only, NONE)
+            last = np.where(norm[index] != NONE, norm[index], index)
+            only = np.where(uses[last, every] == 1, reader[last, every], NONE)
+            tail[index] = np.where(self._relu[only] > 0, only, last)
+            for part in (norm[index], np.where(tail[index] != last, tail[index], NONE)):
+                fused = alive[index] & (part != NONE)
+                inner[part[fused], every[fused]] = True
+        return Skeleton(value, alive, norm, tail, inner, ends)
+
+    def _values(self, dropped: Flags) -> Numbers:
+        """A dropped block's addition hands its skip on, and a ReLU of a ReLU is one (as `blocks.drop` does it)."""
+        value = np.repeat(np.arange(len(self._nodes))[:, None], dropped.shape[1], axis=1)
+        for index, inputs in enumerate(self._inputs):
+            if index in self._skips:
+                block, skip = self._skips[index]
+                value[index] = np.where(dropped[block], value[skip], index)
+            elif self._relu[index] and inputs[0] in self._skips:
+                source = inputs[0]
+                handed_on = dropped[self._skips[source][0]] & (self._relu[value[source]] == self._relu[index])
+                value[index] = np.where(handed_on, value[source], index)
+        return value
+
+    def _readers(self, value: Numbers) -> tuple[Flags, Numbers, Numbers, Flags]:
+        """From the output back: what is computed, by how many nodes it is read, one of these, and whether only the output reads it."""
+        alive, ends = np.zeros(value.shape, dtype=bool), np.ones(value.shape, dtype=bool)
+        uses, reader = np.zeros_like(value), np.full(value.shape, NONE)
+        alive[[index for index, kind in enumerate(self._kinds) if kind == "output"]] = True
+        for index in reversed(range(len(self._nodes))):
+            earlier: list[Numbers] = []
+            for source in self._inputs[index]:
+                read = alive[index].copy()
+                for other in earlier:
+                    read &= value[source] != other
+                earlier.append(value[source])
+                where = np.flatnonzero(read)
+                rows = value[source][where]
+                alive[rows, where] = True
+                uses[rows, where] += 1
+                reader[rows, where] = index
+                if self._kinds[index] != "output":
+                    ends[rows, where] = False
+        return alive, uses, reader, ends
+
+    # -- what runs in int8 -----------------------------------------------------------------------------------------
+
+    def _runs_int8(self, skeleton: Skeleton, of_policy: Numbers, population: Population) -> Flags:
+        """Nodes x n: whether the operator runs in int8; the rules are those of `nodes.int8_tensors`."""
+        every = np.arange(len(population))
+        held = np.zeros((len(self._nodes), len(population)), dtype=bool)
+        runs = np.zeros_like(held)
+        for index, kind in enumerate(self._kinds):
+            tail, ends = skeleton.tail[index], skeleton.ends
+            leaves = ~ends[tail, np.arange(len(tail))]
+            if kind in ("conv", "linear"):
+                runs[index] = population.bits[self._layer[str(self._nodes[index].target)]] == 8
+                stays = runs[index] & (skeleton.alive[index] & leaves)[of_policy]
+            elif kind in FOLLOWERS and self._tensor[index] and any(self._tensor[source] for source in self._inputs[index]):
+                stays = (skeleton.alive[index] & ~skeleton.inner[index] & leaves)[of_policy]
+                for source in self._inputs[index]:
+                    if self._tensor[source]:
+                        value = skeleton.value[source]
+                        first = int(value[0])
+                        stays &= held[first] if bool((value == first).all()) else held[value[of_policy], every]
+                runs[index] = stays
+            else:
+                continue
+            for end in np.unique(tail).tolist():
+                held[end] |= stays & (tail == end)[of_policy]
+        return runs
+
+    # -- what each operator is -------------------------------------------------------------------------------------
+
+    def _columns(self, population: Population) -> dict[bytes, Column]:
+        """Channels of every distinct layout, by its id classes."""
+        rows = [Column.of(row) for row in population.channels]
+        columns: dict[bytes, Column] = {}
+        for key, (fixed, parts) in self._parts.items():
+            counts = [(rows[row], self._groups.count(group, self._classes[key], rows[row].distinct)) for row, group in parts]
+            if len(counts) == 1:
+                column, count = counts[0]
+                columns[key] = Column(fixed + count, column.position)
+            else:
+                sizes = np.full(len(population), fixed)
+                columns[key] = Column.of(sum((count[column.position] for column, count in counts), sizes))
+        return columns
+
+    def _variants(
+        self, index: int, skeleton: Skeleton, of_policy: Numbers, columns: Mapping[bytes, Column], bits: Sequence[Column], int8: Flags
+    ) -> tuple[tuple[Operator, ...], Numbers]:
+        """The distinct operators at one place, and which of them each policy has."""
+        node, fused_norm = self._nodes[index], skeleton.norm[index] != NONE
+        activation = self._relu[skeleton.tail[index]]
+        layer = self._layer.get(str(node.target)) if self._kinds[index] in ("conv", "linear") else None
+        fusions = Column.of((2 * activation + fused_norm)[of_policy])
+        tensors = [source for source in self._inputs[index] if self._tensor[source]] + [index]
+        keys = dict.fromkeys(key for key in map(self._key_of.get, tensors) if key is not None)
+        dimensions = [columns[key] for key in keys] + [fusions, Column.of(int8.astype(np.int64))]
+        code = _numbered([*dimensions, *([bits[layer]] if layer is not None else [])])
+        present = (skeleton.alive[index] & ~skeleton.inner[index])[of_policy]
+        example = np.full(len(code.distinct), NONE)
+        example[code.position[present]] = np.flatnonzero(present)
+        found = np.flatnonzero(example != NONE)
+        which = np.full(len(code.distinct), NONE)
+        which[found] = np.arange(len(found))
+        variants = []
+        for policy in example[found].tolist():
+            shapes = tuple(self._shape(tensor, columns, policy) for tensor in tensors)
+            fusion = fusions.at(policy)
+            weight_bits = bits[layer].at(policy) if layer is not None else 32
+            variants.append(self._operator(index, shapes, fusion // 2, bool(fusion % 2), bool(int8[policy]), weight_bits))
+        return tuple(variants), np.where(present, which[code.position], NONE)
+
+    def _shape(self, index: int, columns: Mapping[bytes, Column], policy: int) -> Shape:
+        shape: Shape = self._nodes[index].meta["shape"]
+        key = self._key_of.get(index)
+        if key is None:
+            return shape
+        layout = self._layouts[self._nodes[index].name]
+        return (*shape[: layout.axis], columns[key].at(policy) * layout.repeat, *shape[layout.axis + 1 :])
+
+    def _operator(self, *key: Any) -> Operator:
+        """Operators are kept: those of one population are mostly those of the next."""
+        if key not in self._operators:
+            if len(self._operators) >= MOST_OPERATORS:
+                self._operators.clear()
+            self._operators[key] = self._make_operator(*key)
+        return self._operators[key]
+
+    def _make_operator(self, index: int, shapes: tuple[Shape, ...], relu: int, has_norm: bool, int8: bool, weight_bits: int) -> Operator:
+        node, kind, (*inputs, output) = self._nodes[index], self._kinds[index], shapes
+        layer = module_of(node, self._module)
+        alone = _activation_name(node, layer) if kind == "activation" else None
+        common = {
+            "name": self._name(index), "kind": kind, "inputs": tuple(inputs), "output": output,
+            "activation": self._relu_names[relu] or alone, "bits": 8 if int8 else 32,
+        }  # fmt: skip
+        if not isinstance(layer, Weighted):
+            params = output[1] * _vectors(layer) if layer is not None and kind == "norm" else 0
+            return Operator(**common, **_window(node, layer), params=params)
+        has_bias = layer.bias is not None or has_norm
+        if isinstance(layer, nn.Linear):
+            return Operator(**common, weight_bits=weight_bits, params=output[-1] * (inputs[0][-1] + has_bias))
+        depthwise = layer.groups > 1 and layer.groups == layer.in_channels == layer.out_channels
+        groups = output[1] if depthwise else layer.groups
+        per_filter = inputs[0][1] // groups * math.prod(layer.kernel_size)
+        return Operator(
+            **common,
+            weight_bits=weight_bits,
+            params=output[1] * (per_filter + has_bias),
+            groups=groups,
+            kernel=tuple(layer.kernel_size),
+            stride=tuple(layer.stride),
+            padding=tuple(layer.padding) if not isinstance(layer.padding, str) else (),
+            dilation=tuple(layer.dilation),
+        )
+
+    def _name(self, index: int) -> str:
+        node = self._nodes[index]
+        return str(node.target) if node.op == "call_module" else node.name
+
+    # -- bytes -----------------------------------------------------------------------------------------------------
+
+    def _weight_bytes(self, variants: Sequence[tuple[Operator, ...]], which: Numbers) -> Numbers:
+        """Layers and norms by their bits, each once however often it is called."""
+        total = np.zeros(which.shape[1], dtype=np.int64)
+        by_name: dict[str, list[int]] = defaultdict(list)
+        for place, index in enumerate(self._places):
+            by_name[self._name(index)].append(place)
+        for places in by_name.values():
+            counted = np.zeros(which.shape[1], dtype=bool)
+            for place in reversed(places):
+                table = np.array([*map(weight_bytes, variants[place]), 0])  # NONE, the last, takes nothing
+                total += np.where(counted, 0, table[which[place]])
+                counted |= which[place] != NONE
+        return total
+
+    def _loose_bytes(self, skeleton: Skeleton) -> Numbers:
+        """Of each set of dropped blocks: what other modules hold, in float32."""
+        total = np.zeros(skeleton.alive.shape[1], dtype=np.int64)
+        for size, readers, counted in self._loose:
+            total += size * (skeleton.alive[readers].any(0) & ~skeleton.alive[counted].any(0))
+        return total
+
+
+def _distinct_columns(flags: Flags) -> tuple[Flags, Numbers]:
+    """The distinct columns of flags (rows x n), and which of them each column is."""
+    packed = np.packbits(flags, axis=0)
+    if not len(packed):
+        return flags[:, :1], np.zeros(flags.shape[1], dtype=np.int64)
+    _, first, of_column = np.unique(packed, axis=1, return_index=True, return_inverse=True)
+    return flags[:, first], of_column.reshape(-1)
+
+
+def _numbered(dimensions: Sequence[Column]) -> Column:
+    """One column for several: each combination of their values is a value."""
+    size, number = 1, np.zeros_like(dimensions[0].position)
+    for column in dimensions:
+        if size * len(column.distinct) > MOST_CODES:  # then only those that occur are numbered
+            distinct, number = np.unique(number, return_inverse=True)
+            size = len(distinct)
+        number = number * len(column.distinct) + column.position
+        size *= len(column.distinct)
+    if size > MOST_CODES:
+        distinct, number = np.unique(number, return_inverse=True)
+        size = len(distinct)
+    return Column(np.arange(size), number)
+
+
+def _parameters(node: fx.Node, module: fx.GraphModule) -> list[nn.Parameter]:
+    if node.op == "call_module":
+        return list(module.get_submodule(str(node.target)).parameters())
+    if node.op == "get_attr":
+        owner, _, name = str(node.target).rpartition(".")
+        value = getattr(module.get_submodule(owner), name, None)
+        return [value] if isinstance(value, nn.Parameter) else []
+    return []
+
+
+def _vectors(norm: nn.Module) -> int:
+    """Vectors of a norm in the file that is not folded; running statistics come with a weight and a bias always."""
+    return sum(1 for _ in norm.parameters()) if follows_batch(norm) else NORM_VECTORS
+
+
+def _activation_name(node: fx.Node, layer: nn.Module | None) -> str:
+    if layer is not None:
+        return type(layer).__name__.lower()
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "activation")
+
+
+def _window(node: fx.Node, layer: nn.Module | None) -> dict[str, tuple[int, ...]]:
+    """Kernel, stride and padding of a pool whose window is written down."""
+    if isinstance(layer, (nn.MaxPool2d, nn.AvgPool2d)):
+        window: dict[str, Any] = {"kernel": layer.kernel_size, "stride": layer.stride, "padding": layer.padding}
+    elif node.target in WINDOW_FUNCTIONS:
+        given = dict(zip(("input", "kernel_size", "stride", "padding"), node.args, strict=False)) | node.kwargs
+        kernel = given.get("kernel_size")
+        window = {"kernel": kernel, "stride": given.get("stride") or kernel, "padding": given.get("padding", 0)}
+    else:
+        return {}
+    pairs = {name: tuple(value) if isinstance(value, (tuple, list)) else (value, value) for name, value in window.items()}
+    known = all(isinstance(size, int) for pair in pairs.values() for size in pair)  # sizes may be computed from the input's
+    return pairs if known else {}
+
+
+def weight_bytes(operator: Operator) -> int:
+    """Bytes that an operator's weights and biases take in the file."""
+    if operator.kind not in ("conv", "linear"):
+        return 4 * operator.params
+    source, target = operator.inputs[0], operator.output
+    is_conv = operator.kind == "conv"
+    channels = target[1] if is_conv else target[-1]
+    weights = channels * (source[1] // operator.groups * math.prod(operator.kernel) if is_conv else source[-1])
+    fused_bias = is_conv or len(source) == 2
+    return packed_bytes(weights, operator.params - weights, channels, operator.weight_bits, fused_bias=fused_bias)
+
+
+def packed_bytes(weights: int, biases: int, channels: int, bits: int, *, fused_bias: bool = True) -> int:
+    """Weights in containers of 4, 8, 16 or 32 bits; below 16 with a float32 scale and a zero point a channel.
+
+    Biases are float32, but in an int8 operator int32 with a float32 scale and an int32 zero point each.
+    """
+    if bits >= 16:
+        return weights * bits // 8 + 4 * biases
+    container = 4 if bits <= 4 else 8
+    integers = math.ceil(weights * container / 8) + math.ceil(channels * container / 8)
+    return integers + 4 * channels + (12 if bits == 8 and fused_bias else 4) * biases
