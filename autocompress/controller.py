@@ -24,6 +24,7 @@ from autocompress.content import entry, feasible, front_of, ladder_quality, pred
 from autocompress.data import Split, sample
 from autocompress.errors import PolicyFailure, TooManyFailures
 from autocompress.evaluate import score_artifact
+from autocompress.export import is_intact
 from autocompress.forecast import Forecast
 from autocompress.front import measured, pick
 from autocompress.objective import Setting, fails_policy, failure_of, realise
@@ -31,7 +32,7 @@ from autocompress.policy import Policy, QuantSpec
 from autocompress.preparation import limit_validation, score_baseline
 from autocompress.progress import Progress
 from autocompress.proposals import Band, Proposal, outclassed
-from autocompress.records import Budget, Outcome, Score
+from autocompress.records import Budget, Measurement, Outcome, Score
 from autocompress.run_folder import write_atomically
 from autocompress.schedule import (
     Clock,
@@ -57,10 +58,14 @@ ASK_SHARE = 0.1
 """Of a short run's time: how long suggestions are ruled out before a random draw takes their place."""
 MOST_RULED_OUT = 150
 """Suggestions in a row that prediction rules out before a random draw takes their place."""
-FINAL_SECONDS_EACH = 1.5
+FINAL_SECONDS_EACH, LEAST_FINAL_SECONDS_EACH = 1.5, 0.3
+FINAL_SHARE = 0.6
+"""Of the time that is left at the end: for measuring the front; the test set and the report take the rest."""
 LEAST_TEST = 256
-GUESSING = 1.5
-"""Times the accuracy of guessing that an original has to reach to look trained."""
+WORTH_TRAINING = 0.005
+"""Share of the original's score that its own network in int8 has to lose before it is trained like the others."""
+GUESSING = 0.05
+"""Share of the way from guessing to no error that an original has to go to look trained."""
 
 
 @dataclass
@@ -117,7 +122,8 @@ class Search:
         self.setting = score_baseline(self.setting)
         self.per_example_s = (time.monotonic() - started) / len(data.val)
         score = self.setting.baseline.val_score
-        if data.classes and score is not None and score.value < GUESSING / data.classes:
+        guess = 1 / data.classes if data.classes else 0.0
+        if data.classes and score is not None and score.value < guess + GUESSING * (1 - guess):
             self.progress.message(
                 f"the original scores {100 * score.value:.1f} %, hardly more than guessing: give its trained weights (--weights FILE)"
             )
@@ -159,6 +165,12 @@ class Search:
     def _climbers(self) -> list[Outcome]:
         """Short runs within the budget; training longer changes no latency."""
         return [o for o in journal.outcomes(self.study) if o.rung == "short" and feasible(o, self.budget)]
+
+    def _hurt_by_bits(self) -> list[Outcome]:
+        """The unchanged network in int8 where calibrating alone costs accuracy: training through the bits may win that back."""
+        original = self.setting.baseline.val_score
+        least = original.gain - WORTH_TRAINING * abs(original.gain) if original is not None else -math.inf
+        return [o for o in journal.outcomes(self.study) if o.rung == "unchanged" and feasible(o, self.budget) and _gain(o) < least]
 
     def _evaluate_unchanged(self) -> None:
         """The teacher itself in int8, where the device has kernels for it: a free point, and the reference of every search."""
@@ -247,11 +259,12 @@ class Search:
     def full_rung(self) -> None:
         """Continue the leading policies until the time is used."""
         done = {o.policy.digest for o in journal.outcomes(self.study) if o.rung == "full"}
-        candidates = [o for o in self._climbers() if o.policy.digest not in done]
+        candidates = [o for o in [*self._climbers(), *self._hurt_by_bits()] if o.policy.digest not in done]
         each = Division.of(self.clock.total, self._overhead()).short_each
         trials = self.task.trials
         count = full_runs(self.clock.left, each, len(candidates), trials)
-        settled = [o for o in self.outcomes() if o.rung == "unchanged" or o.policy.digest in done]
+        climbs = {o.id for o in candidates}
+        settled = [o for o in self.outcomes() if (o.rung == "unchanged" and o.id not in climbs) or o.policy.digest in done]
         climbing = promoted(candidates, count, settled)
         costs = [self._step_cost(outcome.policy) for outcome in climbing]
         for position, outcome in enumerate(climbing):
@@ -289,34 +302,39 @@ class Search:
             if known and self.clock.elapsed > self.clock.total:
                 return
             self._show("measuring the front", 0, len(front))
-            paths = [self.setting.baseline.path, *(self.run / (o.artifact or "") for o in front)]
-            try:
-                again = self.setting.device.measure(paths, seconds_each=FINAL_SECONDS_EACH)
-            except PolicyFailure:
-                self._fail_broken(front)
-                continue
-            if not known:
-                self.setting = replace(self.setting, baseline=replace(self.setting.baseline, latency_s=again[0]))
-                self.forecast.budget = self.task.limits.against(again[0])
-            for outcome, latency in zip(front, again[1:], strict=True):
+            baseline, again = self._measured_again(front)
+            if baseline is not None and not known:
+                self.setting = replace(self.setting, baseline=replace(self.setting.baseline, latency_s=baseline))
+                self.forecast.budget = self.task.limits.against(baseline)
+            for outcome, latency in again:
                 journal.record(self.study, outcome.model_copy(update={"latency_s": latency}))
             known |= {o.id for o in front}
 
-    def _fail_broken(self, outcomes: list[Outcome]) -> None:
-        """Take from the search which of these can no longer be measured; raises when each can be by itself."""
-        broken = 0
-        for outcome in outcomes:
+    def _measured_again(self, front: list[Outcome]) -> tuple[Measurement | None, list[tuple[Outcome, Measurement]]]:
+        """Latencies of the baseline and of these, all together; one by one where that fails, and what fails even so is lost."""
+        setting = self.setting
+        left = (self.clock.total - self.clock.elapsed) / (len(front) + 1)
+        seconds = max(LEAST_FINAL_SECONDS_EACH, min(FINAL_SECONDS_EACH, FINAL_SHARE * left))
+        paths = {o.id: self.run / (o.artifact or "") for o in front}
+        try:
+            baseline, *others = setting.device.measure([setting.baseline.path, *paths.values()], seconds_each=seconds)
+        except PolicyFailure:
+            baseline = None
+        else:
+            return baseline, list(zip(front, others, strict=True))
+        again: list[tuple[Outcome, Measurement]] = []
+        for outcome in front:
             try:
-                self.setting.device.measure([self.run / (outcome.artifact or "")], seconds_each=0.1)
+                baseline, latency = setting.device.measure([setting.baseline.path, paths[outcome.id]], seconds_each=seconds)
             except PolicyFailure as error:
                 self._lose(outcome, error, "measure")
-                broken += 1
-        if not broken:
-            raise PolicyFailure("the front cannot be measured together, although each of its files can alone")
+            else:
+                again.append((outcome, latency))
+        return baseline, again
 
     def _lose(self, outcome: Outcome, error: Exception, stage: str) -> None:
         """Its file no longer works: it was damaged or taken away, or the runtime fails on it now."""
-        lost = outcome.model_copy(update={"failure": failure_of(error, stage), "artifact": None})
+        lost = outcome.model_copy(update={"failure": failure_of(error, stage)})
         journal.record(self.study, lost)
         self._announce(lost)
 
@@ -351,6 +369,16 @@ class Search:
             self._lose(outcome, error, "test")
             return
         journal.record(self.study, outcome.model_copy(update={"test_score": score}))
+
+    def retry_failures(self) -> int:
+        """What made policies fail may be mended by now; a file that was lost but is intact comes back. How many there were."""
+        failed = [o for o in journal.outcomes(self.study) if o.failure is not None]
+        for outcome in failed:
+            if outcome.artifact is not None and is_intact((self.run / outcome.artifact).parent):
+                journal.record(self.study, outcome.model_copy(update={"failure": None}))
+            else:
+                journal.forget(self.study, outcome)
+        return len(failed)
 
     def recall(self) -> None:
         """Take up what a resumed search knew."""

@@ -321,6 +321,13 @@ def _channel_values(options: dict[str, str], key: str, default: tuple[float, ...
     return values
 
 
+def _flag(options: dict[str, str], key: str, default: bool) -> bool:
+    value = options.get(key, str(default)).lower()
+    if value not in ("true", "false"):
+        raise UsageError(f"{key} must be true or false, but got {options[key]!r}")
+    return value == "true"
+
+
 def _normalised(splits: tuple[Split, Split, Split], classes: int, options: dict[str, str], *, flip: bool = True) -> Data:
     channels, height = splits[0].input_shape[:2]
     mean = IMAGENET_MEAN if channels == 3 else (0.5,) * channels
@@ -330,7 +337,7 @@ def _normalised(splits: tuple[Split, Split, Split], classes: int, options: dict[
         classes=classes,
         mean=_channel_values(options, "mean", mean),
         std=_channel_values(options, "std", std),
-        flip=options.get("flip", str(flip)).lower() in ("true", "1", "yes"),
+        flip=_flag(options, "flip", flip),
         shift=max(1, height // 8),
     )
 

@@ -22,12 +22,12 @@ from autocompress.compress.quantize import TINY, fake_quantize, is_quantized
 from autocompress.compress.student import build_student
 from autocompress.data import Data, Split, load_data
 from autocompress.devices import open_device
-from autocompress.errors import PolicyFailure, RunFolderError, UsageError
+from autocompress.errors import AutocompressError, PolicyFailure, RunFolderError, UsageError
 from autocompress.evaluate import run_file, score_outputs
 from autocompress.export import Manifest, Parity, check_onnx, load_student, now, read_manifest, update_manifest, verify_bundle, write_bundle
 from autocompress.graph import Graph
 from autocompress.models import example_for, load_model
-from autocompress.objective import check_artifact, untrained
+from autocompress.objective import Setting, check_artifact, untrained
 from autocompress.policy import Policy
 from autocompress.preparation import TEACHER_WEIGHTS, load, prepare
 from autocompress.proposals import LevelSuggester
@@ -40,6 +40,7 @@ from autocompress.view import Entry, Results, format_score
 
 BUNDLE = ("model.onnx", "student.safetensors", "policy.json", "manifest.json")
 OTHER_FORMATS = ("model.xml", "model.bin", "model.pt2")
+UNFINISHED = ".export-"
 RANDOM = "random:"
 RANDOM_INPUTS = 256
 SAME_FLOAT, SAME_INT8 = 1e-3, 0.05
@@ -76,22 +77,42 @@ def export_run(
     entry = results.pick(pick)
     source = _bundle_folder(run, entry)
     verify_bundle(source)
+    baseline = _baseline_file(run, results)
+    for path in (source / BUNDLE[0], baseline):  # somebody else may have written the run folder
+        check_onnx(path)
+    if out.resolve().is_relative_to((run / "models").resolve()):
+        raise UsageError(f"--out {str(out)!r} lies among the models of the run", hint="choose a folder elsewhere")
     _require_free(out)
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        for name in OTHER_FORMATS:
-            (out / name).unlink(missing_ok=True)  # an earlier export's, of another policy perhaps
+    with _whole(out) as made:
         for name in BUNDLE:
-            shutil.copyfile(source / name, out / name)
-    if "openvino" in formats:
-        _write_openvino(out)
-    if "torch" in formats:
-        _write_torch(out, model, student, _teacher_weights(run, results))
-    with _refused(f"policy {entry.id} cannot be measured on {results.device}"):
-        paths = [_baseline_file(run, results), out / BUNDLE[0]]
-        before, after = open_device(results.device).measure(paths, seconds_each=MEASURE_S)
-    manifest = update_manifest(out, _facts(results, entry, before, after))
+            shutil.copyfile(source / name, made / name)
+        if "openvino" in formats:
+            _write_openvino(made)
+        if "torch" in formats:
+            _write_torch(made, model, student, _teacher_weights(run, results))
+        with _refused(f"policy {entry.id} cannot be measured on {results.device}"):
+            before, after = open_device(results.device).measure([baseline, made / BUNDLE[0]], seconds_each=MEASURE_S)
+        manifest = update_manifest(made, _facts(results, entry, before, after))
     return Exported(out, manifest, results.budget.allows(after, manifest.size_bytes))
+
+
+@contextlib.contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A folder whose files replace those of an earlier export in `out` once all of them are there, and not before."""
+    fresh = not out.exists()
+    try:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=out) as name:
+                yield Path(name)
+                for earlier in (*OTHER_FORMATS, *BUNDLE):
+                    (out / earlier).unlink(missing_ok=True)
+                for file in Path(name).iterdir():
+                    file.replace(out / file.name)
+    except BaseException:
+        if fresh:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 def _bundle_folder(run: Path, entry: Entry) -> Path:
@@ -122,8 +143,20 @@ def _require_free(out: Path) -> None:
         place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
             raise UsageError(f"--out {str(out)!r} cannot be written: {str(place)!r} takes no files", hint="choose another --out")
-        if out.is_dir() and any(out.iterdir()) and not (out / BUNDLE[-1]).is_file():
+        if out.is_dir() and any(out.iterdir()) and not _is_export(out):
             raise UsageError(f"{str(out)!r} holds other files", hint="choose an empty folder, or one that an earlier export wrote")
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether an export wrote everything in the folder, as its manifest says."""
+    known = {*BUNDLE, *OTHER_FORMATS}
+    if any(entry.name not in known and not entry.name.startswith(UNFINISHED) for entry in folder.iterdir()):
+        return False
+    try:
+        read_manifest(folder)
+    except AutocompressError:
+        return False
+    return True
 
 
 def _facts(results: Results, entry: Entry, before: Measurement, after: Measurement) -> dict[str, Any]:
@@ -211,7 +244,7 @@ def apply_policy(
 
     Args:
         policy: a policy file, or `random:SEED` for one drawn from `space`.
-        student: reference of another architecture to derive the student from, where the policy file names a user's function.
+        student: reference of another architecture to derive the student from; a policy file that names a user's function needs it too.
 
     Returns what was built and measured, for people. Raises UsageError, also when the policy cannot become an artifact.
     """
@@ -223,17 +256,20 @@ def apply_policy(
     loaded = load_data(data) if data is not None else _random_data(load_model(model, weights=weights), model)
     task = Task.create({
         "model": model, "data": data or "random", "device": device, "batch": batch, "space": space,
-        "weights": str(weights) if weights is not None else None, "student": given.student.reference if given else None,
+        "weights": str(weights) if weights is not None else None, "student": given.student.reference if given else student,
     })  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="autocompress-") as folder, _refused(f"the policy {policy!r} cannot become a file that runs"):
+    refused = _refused(f"the policy {policy!r} cannot become a file that runs")
+    with tempfile.TemporaryDirectory(prefix="autocompress-") as folder, refused, _whole(out) as made:
         setting = prepare(task, Path(folder), load(task, data=loaded))
-        chosen = given or _draw(task, seed, setting.graphs[None], setting)
+        chosen = given or _draw(task, seed, setting)
         compressed = untrained(setting, chosen)
-        artifact = setting.write(out, compressed, chosen)
-        outputs, parity = check_artifact(setting, compressed, out / artifact.path, chosen)
-        before, after = setting.device.measure([setting.baseline.path, out / artifact.path])
+        artifact = setting.write(made, compressed, chosen)
+        outputs, parity = check_artifact(setting, compressed, made / artifact.path, chosen)
+        before, after = setting.device.measure([setting.baseline.path, made / artifact.path])
         score = score_outputs(outputs, loaded.val.targets, loaded) if data is not None else None
-        update_manifest(out, {"device": device, "latency_s": after, "baseline_latency_s": before, "measured_at": now(), "val_score": score})
+        update_manifest(
+            made, {"device": device, "latency_s": after, "baseline_latency_s": before, "measured_at": now(), "val_score": score}
+        )
         return {
             "policy": chosen.in_words(), "digest": chosen.digest, "folder": str(out),
             "latency": format_duration(after.median), "original_latency": format_duration(before.median),
@@ -265,8 +301,8 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-def _draw(task: Task, seed: int, graph: Graph, setting: Any) -> Policy:
-    suggest = find_suggest(task.space, graph, setting.device.profile)
+def _draw(task: Task, seed: int, setting: Setting) -> Policy:
+    suggest = find_suggest(task.space, setting.graphs[task.student], setting.device.profile, reference=task.student)
     return suggest(LevelSuggester(np.random.default_rng(seed)))
 
 

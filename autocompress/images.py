@@ -128,6 +128,8 @@ def _decode(path: Path, size: int, channels: int) -> np.ndarray:
             image = opened.convert("RGB" if channels == 3 else "L")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises depends on the format
         raise _unreadable(path, error) from None
+    if image.size == (size, size):  # made for this size: nothing to cut off
+        return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
     scale = round(size * RESIZE) / min(image.size)
     image = image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.BILINEAR)
     left, top = (image.width - size) // 2, (image.height - size) // 2

@@ -16,7 +16,7 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a sear
 Reference = Annotated[str, typer.Argument(metavar="REF", help=f"{_REFERENCE}.")]
 FileOrReference = Annotated[str, typer.Argument(metavar="FILE|REF", help=f"An ONNX file, or {_REFERENCE}.")]
 PolicyId = Annotated[str, typer.Argument(metavar="ID", help="Id of a policy, or best.")]
-TaskFile = Annotated[Path | None, typer.Argument(metavar="TASK.toml", help="A task file; options go before it.")]
+TaskFile = Annotated[Path | None, typer.Argument(metavar="TASK.toml", help="A task file; options win over what it says.")]
 
 Model = Annotated[str | None, typer.Option("--model", rich_help_panel=MODEL, help=f"{_REFERENCE}.; else the demonstration")]
 Weights = Annotated[Path | None, typer.Option("--weights", rich_help_panel=MODEL, help="Of the model: safetensors or a state dict.")]

@@ -122,8 +122,8 @@ class DistillSpec(Record):
     """Distillation of answers (Hinton et al. 2015, arXiv 1503.02531) and of features (SimKD: Chen et al. 2022, arXiv 2203.14001).
 
     answers = alpha * T^2 * KL(teacher_T || student_T) + (1 - alpha) * cross_entropy(student, labels), batch means.
-    loss = (1 - features) * answers + features * (difference of the classifier's inputs); where student and teacher share no classifier,
-    the answers alone.
+    loss = (1 - features) * answers + features * (scaled difference of the classifier's inputs: compress/train.py); where student and
+    teacher share no classifier, the answers alone.
     """
 
     temperature: Annotated[float, Field(gt=0.0, le=100.0)] = 4.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from autocompress.errors import UsageError
 from autocompress.policy import Policy, Record
@@ -212,7 +212,10 @@ class Failure(Record):
 
 
 class Outcome(Record):
-    """One evaluated policy: a score and a measurement, or a failure; and the seconds that it cost, `training_s` of them for training."""
+    """One evaluated policy: a score and a measurement, or a failure; and the seconds that it cost, `training_s` of them for training.
+
+    A failure that names an artifact lost it: the file worked once.
+    """
 
     id: str
     policy: Policy
@@ -226,9 +229,3 @@ class Outcome(Record):
     failure: Failure | None = None
     seconds: float = 0.0
     training_s: float = 0.0
-
-    @model_validator(mode="after")
-    def _has_content(self) -> Outcome:
-        if self.failure is not None and self.artifact is not None:
-            raise ValueError("an outcome is a failure or an artifact, not both")
-        return self

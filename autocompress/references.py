@@ -30,8 +30,8 @@ def parse_reference(reference: str) -> tuple[str, dict[str, str]]:
 
 
 def absolute_path(path: str) -> str:
-    """The path from the root of the disk, so that it means the same in every folder; `~` does already."""
-    return path if path.startswith("~") else str(Path(path).absolute())
+    """The path from the root of the disk, so that it means the same in every folder."""
+    return str(Path(path).expanduser().absolute())
 
 
 def absolute_function(reference: str) -> str:
@@ -72,7 +72,7 @@ def call_function(reference: str) -> Any:
         return function()
     except UsageError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{reference} raised {type(error).__name__}: {error}", hint="run it alone to see the traceback") from error
 
 
@@ -99,7 +99,7 @@ def _import_file(path: Path) -> Any:
     sys.modules[name] = module  # dataclasses and pickling look the module up by name
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UsageError(f"{str(path)!r} does not import: {type(error).__name__}: {error}") from error
     return module
@@ -115,6 +115,6 @@ def _import_module(name: str) -> Any:
     try:
         _importable(Path.cwd())
         return importlib.import_module(name)
-    except Exception as error:  # whatever the module's own code raises
+    except (Exception, SystemExit) as error:  # whatever the module's own code raises
         what = f"{type(error).__name__}: {error}"
         raise UsageError(f"the module {name!r} does not import: {what}", hint="use file.py:function for a file") from error

@@ -79,12 +79,18 @@ class SearchResult:
         return target
 
     def export(
-        self, out: Path | str, *, pick: str = "best", formats: Sequence[str] = ("onnx",), model: nn.Module | str | None = None
+        self,
+        out: Path | str,
+        *,
+        pick: str = "best",
+        formats: Sequence[str] = ("onnx",),
+        model: nn.Module | str | None = None,
+        student: str | None = None,
     ) -> Exported:
         """Write the bundle of one policy and measure it again: see `autocompress export`."""
         from autocompress.deploy import export_run
 
-        return export_run(self.run, pick=pick, formats=formats, out=Path(out), model=model)
+        return export_run(self.run, pick=pick, formats=formats, out=Path(out), model=model, student=student)
 
 
 def search(
@@ -207,8 +213,8 @@ def _phases(search_: Search) -> None:
     lost = journal.retire_lost_trials(search_.study)
     if lost:
         search_.progress.message(f"{lost} interrupted trial(s) will be repeated")
-    if forgotten := journal.forget_failures(search_.study):
-        search_.progress.message(f"{forgotten} failed policies may be tried again")
+    if failed := search_.retry_failures():
+        search_.progress.message(f"{failed} failed policies may be tried again")
     search_.recall()
     if search_.best is None:
         search_.forecast.require_hope()
@@ -236,9 +242,9 @@ def _result(search_: Search) -> SearchResult:
     result = SearchResult.load(search_.run)
     if result.best is None and search_.task.budget:
         fastest = min((e["latency_s"]["high"] for e in result.content["points"]), default=float("nan"))
+        told = f"the fastest policy took {format_duration(fastest)}" if result.content["points"] else "no policy could be measured in time"
         raise InfeasibleBudget(
-            f"the search ended and nothing meets the budget ({search_.budget.in_words()}): "
-            f"the fastest policy took {format_duration(fastest)}",
+            f"the search ended and nothing meets the budget ({search_.budget.in_words()}): {told}",
             hint=f"what was measured is in {search_.run}; search longer (--search-time), or allow more",
             smallest_latency_s=fastest,
         )

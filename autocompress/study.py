@@ -1,4 +1,4 @@
-"""Optuna's side of a search: storage, sampler, what is told of a policy. The only importer of optuna.
+"""Optuna's side of a search: storage, sampler, what is told of a policy. Nothing else opens or fills a study.
 
 The study in RUN/study.db is the journal of the search. A trial is one policy with its parameters; what became of it at each rung is an
 Outcome in the study's attributes, written in the same database, so that a killed search loses nothing that was finished.
@@ -206,12 +206,9 @@ def outcomes(study: optuna.Study) -> list[Outcome]:
     return [Outcome.model_validate_json(json.dumps(kept[key])) for key in sorted(kept)]
 
 
-def forget_failures(study: optuna.Study) -> int:
-    """Policies that failed may be tried again: what made them fail may be mended by now. How many there were."""
-    failed = [outcome.id for outcome in outcomes(study) if outcome.failure is not None]
-    for id in failed:
-        study.set_user_attr(OUTCOME + id, None)
-    return len(failed)
+def forget(study: optuna.Study, outcome: Outcome) -> None:
+    """Take an outcome back: its policy may be tried again."""
+    study.set_user_attr(OUTCOME + outcome.id, None)
 
 
 def remember(study: optuna.Study, key: str, value: Any) -> None:

@@ -119,6 +119,8 @@ def load_task(path: Path | None, overrides: Mapping[str, object]) -> Task:
         if values.get("data", DEMO_DATA) != DEMO_DATA:
             hint = "add --model file.py:function, or model = ... to the task file"
             raise UsageError("--data needs --model: the model of the demonstration reads nothing but digits", hint=hint)
+        if "weights" in values:
+            raise UsageError("--weights needs --model: the demonstration trains its own", hint="add --model file.py:function")
         values = {"batch": 32, "search_time": "4m"} | values
     elif "data" not in values:
         raise UsageError("a task with its own model needs data", hint="add --data imagefolder:DIR or data = ... to the task file")

@@ -65,6 +65,7 @@ USAGE = [
     ("search --model own.py:no_module --data digits --dry-run", "must return a torch.nn.Module", "return the model"),
     ("search --model own.py:ten --budget 10ms", "needs data", "--data"),
     ("search --data imagefolder:. --dry-run", "--data needs --model", "--model file.py:function"),
+    ("search --weights fine.pt --dry-run", "--weights needs --model", "--model file.py:function"),
     (f"{OWN} --space own.py:raising", "own.py:raising raised KeyError: 'lost'", "--debug"),
     (f"{OWN} --space own.py:no_policy", "own.py:no_policy must draw a Policy, but drew int", "Policy"),
     ("search --model own.py:ten --data digit --dry-run", "unknown data 'digit'", "digits"),

@@ -248,7 +248,7 @@ def test_a_folder_of_images_is_split_and_decoded_once(tmp_path, cache):
 def test_held_out_folders_are_used_as_they_are(tmp_path, cache):
     write_images(tmp_path / "d" / "train")
     write_images(tmp_path / "d" / "val", n=4)
-    data = load_data(f"imagefolder:{tmp_path / 'd'}?size=8&mean=0,0,0&std=1,1,1&flip=no")
+    data = load_data(f"imagefolder:{tmp_path / 'd'}?size=8&mean=0,0,0&std=1,1,1&flip=false")
     assert (len(data.train), len(data.val), len(data.test)) == (27, 3, 12)
     assert (data.mean, data.std, data.flip) == ((0, 0, 0), (1, 1, 1), False)
     write_images(tmp_path / "d" / "test", classes=("cat", "cow"))
@@ -458,3 +458,25 @@ def test_the_digest_tells_other_data_and_other_preparation_apart_but_reads_nothi
     same, others = made(), [made(seed=1), made(labels=1), made(n=41), made(test=9), made(flip=True), made(mean=(0.5,) * 3, std=(1.0,) * 3)]
     assert same.digest == made().digest
     assert len({data.digest for data in (same, *others)}) == 1 + len(others)
+
+
+def test_images_that_have_the_size_are_taken_as_they_are(tmp_path):
+    generator = np.random.default_rng(0)
+    pixels = {name: generator.integers(0, 256, (5, 12, 12, 3), dtype=np.uint8) for name in ("a", "b")}
+    for name, images in pixels.items():
+        (tmp_path / name).mkdir()
+        for index, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / name / f"{index}.png")
+    data = load_data(f"imagefolder:{tmp_path}?size=12")
+    kept = [image.tobytes() for split in (data.train, data.val, data.test) for image in split.inputs.permute(0, 2, 3, 1).numpy()]
+    assert sorted(kept) == sorted(image.tobytes() for images in pixels.values() for image in images)
+
+
+def test_a_mistyped_flag_is_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    for name in "ab":
+        for index in range(5):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{index}.png")
+    with pytest.raises(UsageError, match="flip must be true or false, but got 'ture'"):
+        load_data(f"imagefolder:{tmp_path}?size=8&flip=ture")

@@ -139,8 +139,3 @@ def test_numbers_that_are_not_finite_never_enter_a_record(value):
 def test_gain_is_larger_for_the_better():
     assert Score(value=0.9).gain > Score(value=0.8).gain
     assert Score(value=0.8, direction="minimize").gain > Score(value=0.9, direction="minimize").gain
-
-
-def test_an_outcome_is_a_failure_or_an_artifact():
-    with pytest.raises(ValidationError, match="not both"):
-        Outcome(id="0", policy=Policy(), rung="full", artifact="a.onnx", failure=Failure(stage="train", reason="diverged"))

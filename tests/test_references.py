@@ -37,7 +37,7 @@ def test_a_reference_starts_with_a_name(reference):
         ("own.py:splits", "{here}/own.py:splits"),
         ("sub/own.py:splits", "{here}/sub/own.py:splits"),
         ("/else where/own.py:splits", "/else where/own.py:splits"),
-        ("~/own.py:splits", "~/own.py:splits"),
+        ("~/own.py:splits", "{home}/own.py:splits"),
         ("imagefolder:photos?size=32&flip=", "imagefolder:{here}/photos?size=32&flip="),
         ("imagefolder:/photos", "imagefolder:/photos"),
         ("torchvision:MNIST", "torchvision:MNIST?root={here}/data"),
@@ -46,10 +46,19 @@ def test_a_reference_starts_with_a_name(reference):
 )
 def test_data_means_the_same_in_another_folder(tmp_path, monkeypatch, given, expected):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     absolute = absolute_data(given)
-    assert absolute == expected.format(here=tmp_path)
+    assert absolute == expected.format(here=tmp_path, home=tmp_path / "home")
     monkeypatch.chdir("/")
     assert absolute_data(absolute) == absolute
+
+
+@pytest.mark.parametrize("where", ["at import", "when called"])
+def test_code_that_exits_is_an_error(tmp_path, where):
+    exits = "    raise SystemExit(0)" if where == "when called" else "    pass\nraise SystemExit(0)"
+    (tmp_path / "own.py").write_text(f"def build():\n{exits}\n")
+    with pytest.raises(UsageError, match="SystemExit"):
+        call_function(f"{tmp_path / 'own.py'}:build")
 
 
 def test_a_function_means_the_same_in_another_folder(tmp_path, monkeypatch):

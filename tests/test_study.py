@@ -247,14 +247,11 @@ def test_a_search_that_was_killed_while_it_wrote_goes_on(study, tmp_path):
     assert [o.id for o in journal.outcomes(again(tmp_path))] == ["00000"]
 
 
-def test_failures_can_be_forgotten_and_nothing_else_is(study, tmp_path):
+def test_an_outcome_can_be_forgotten_and_nothing_else_is(study, tmp_path):
     journal.record(study, outcome("00000"))
-    journal.record(
-        study, outcome("00001", failure=Failure(stage="train", reason="diverged"), artifact=None, val_score=None, latency_s=None)
-    )
-    assert journal.forget_failures(study) == 1
+    journal.record(study, outcome("00001"))
+    journal.forget(study, outcome("00001"))
     assert [o.id for o in journal.outcomes(again(tmp_path))] == ["00000"]
-    assert journal.forget_failures(study) == 0
 
 
 def test_a_search_that_had_evaluated_nothing_makes_room_for_another(study, tmp_path):

@@ -3,6 +3,7 @@
 from autocompress.export.bundle import (
     MODEL,
     Manifest,
+    is_intact,
     library_versions,
     load_student,
     now,
@@ -22,6 +23,7 @@ __all__ = [
     "check_onnx",
     "check_parity",
     "compare",
+    "is_intact",
     "library_versions",
     "load_student",
     "now",

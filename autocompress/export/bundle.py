@@ -14,7 +14,7 @@ from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor, fx
 
-from autocompress.errors import RunFolderError
+from autocompress.errors import AutocompressError, RunFolderError, UsageError
 from autocompress.export.onnx import onnx_bytes
 from autocompress.export.weights import weights_bytes
 from autocompress.policy import Policy, Record
@@ -129,7 +129,25 @@ def verify_bundle(folder: Path) -> Manifest:
     return manifest
 
 
+def is_intact(folder: Path) -> bool:
+    """Whether the files of a bundle are what they were when it was written."""
+    try:
+        verify_bundle(folder)
+    except AutocompressError:
+        return False
+    return True
+
+
 def load_student(folder: Path, student: fx.GraphModule) -> fx.GraphModule:
-    """Load a bundle's weights into a student that was built and quantized by the bundle's policy."""
-    student.load_state_dict(load_file(folder / STUDENT))
+    """Load a bundle's weights into a student that was built and quantized by the bundle's policy.
+
+    Raises UsageError when they are of another shape: the student was built from another teacher.
+    """
+    try:
+        student.load_state_dict(load_file(folder / STUDENT))
+    except RuntimeError as error:
+        raise UsageError(
+            f"the weights of {str(folder / STUDENT)!r} do not fit the student of this teacher: {str(error).splitlines()[-1].strip()}",
+            hint="give the teacher that the search had: --model REF",
+        ) from None
     return student.eval()

@@ -47,7 +47,7 @@ class _FixedQuantizer(nn.Module):
 def onnx_bytes(student: fx.GraphModule, quant: QuantSpec, example: tuple[Tensor, ...]) -> bytes:
     """The student as a serialized ONNX model with the example's batch fixed; the student is not changed.
 
-    Raises PolicyFailure when torch's exporter fails.
+    Raises PolicyFailure when torch's exporter fails, or a layer's weights would not be in the bits that the policy says.
     """
     module = copy.deepcopy(student).cpu().eval()
     bits = {name: layer.bits for name, layer in module.named_modules() if isinstance(layer, (RoundedConv, RoundedLinear))}
@@ -57,7 +57,7 @@ def onnx_bytes(student: fx.GraphModule, quant: QuantSpec, example: tuple[Tensor,
         if isinstance(child, ActivationQuantizer):
             module.set_submodule(name, _FixedQuantizer(child) if bool(child.calibrated) else nn.Identity())
     model = _export(module, example)
-    _pack_weights(model, bits, quant.reduced_range)
+    _require_packed(student, bits, _pack_weights(model, bits, quant.reduced_range))
     _strip(model)
     onnx.checker.check_model(model)
     return model.SerializeToString()
@@ -109,8 +109,8 @@ def _name_outputs(model: onnx.ModelProto) -> None:
             node.input[index] = renamed.get(name, name)
 
 
-def _pack_weights(model: onnx.ModelProto, bits: dict[str, int], reduced_range: bool) -> None:
-    """Replace the float weights of layers below 32 bits by integers and DequantizeLinear (16: by half precision and Cast)."""
+def _pack_weights(model: onnx.ModelProto, bits: dict[str, int], reduced_range: bool) -> set[str]:
+    """Replace the float weights of layers below 32 bits by integers and DequantizeLinear (16: by half precision and Cast); of which."""
     graph = model.graph
     initializers = {value.name: value for value in graph.initializer}
     producers = {name: node for node in graph.node for name in node.output}
@@ -140,6 +140,17 @@ def _pack_weights(model: onnx.ModelProto, bits: dict[str, int], reduced_range: b
     del graph.node[:]
     graph.node.extend(nodes)
     _drop_unused(graph)
+    return {source.removesuffix(".weight") for source in done}
+
+
+def _require_packed(student: fx.GraphModule, bits: dict[str, int], packed: set[str]) -> None:
+    """Raises PolicyFailure unless the weights of every layer below 32 bits were found; layers that share weights share a name."""
+    weights = {layer: id(student.get_submodule(layer).weight) for layer in bits}
+    found = {weights[layer] for layer in packed}
+    called = {str(node.target) for node in student.graph.nodes if node.op == "call_module" and node.users}
+    for layer in sorted(called & set(bits)):
+        if bits[layer] < 32 and weights[layer] not in found:
+            raise PolicyFailure(f"the exporter wrote the weights of {layer} under another name: they would stay float32 in the file")
 
 
 def _weight_name(node: onnx.NodeProto, producers: dict[str, onnx.NodeProto]) -> tuple[str, bool]:

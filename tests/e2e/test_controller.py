@@ -14,11 +14,12 @@ from autocompress.controller import Search
 from autocompress.errors import PolicyFailure
 from autocompress.forecast import Forecast
 from autocompress.latency import FittedLatencyModel, OperatorTable
+from autocompress.objective import untrained
 from autocompress.policy import Policy, QuantSpec
 from autocompress.preparation import load, prepare
 from autocompress.progress import SilentProgress
 from autocompress.proposals import Band
-from autocompress.records import Budget, Measurement, Outcome, Score
+from autocompress.records import Budget, Failure, Measurement, Outcome, Score
 from autocompress.schedule import Clock, Division
 from autocompress.search_space import find_suggest
 from autocompress.task import Task
@@ -175,6 +176,67 @@ def test_a_file_that_can_no_longer_be_measured_leaves_the_front_and_the_search_g
         "00001": ("measure", "PolicyFailure: the runtime crashed with SIGSEGV")
     }
     assert [o.id for o in front_of(search.outcomes(), search.budget)] == ["00002"], "all take the same time now"
+
+
+def test_files_that_cannot_be_measured_together_are_measured_one_by_one(search, pool):
+    class Small(Worn):
+        def measure(self, paths, *, seconds_each=1.0):
+            if len(paths) > 2:
+                raise PolicyFailure("the runtime was killed: out of memory")
+            return super().measure(paths, seconds_each=seconds_each)
+
+    on_front(search, pool)
+    device = Small(measurement(7e-3))
+    with_device(search, device)
+    search.measure_front()
+    assert device.asked == [["baseline", f"0000{index}"] for index in range(3)]
+    assert [(o.latency_s.median, o.failure) for o in journal.outcomes(search.study)] == [(7e-3, None)] * 3
+    assert search.setting.baseline.latency_s.median == 7e-3
+
+
+def test_the_less_time_is_left_the_shorter_the_front_is_measured(search, pool):
+    class Hasty(Worn):
+        def measure(self, paths, *, seconds_each=1.0):
+            self.asked.append(seconds_each)
+            return [self.latency] * len(paths)
+
+    on_front(search, pool)
+    asked = []
+    for already in (0.0, 56.0, 59.9):
+        search.clock = Clock.start(60.0, already=already)
+        device = Hasty(measurement(1e-3))
+        with_device(search, device)
+        search.measure_front()
+        asked.append(device.asked[0])
+    assert asked[0] == 1.5 > asked[1] > asked[2] == 0.3
+
+
+def test_a_file_that_was_lost_comes_back_when_it_is_intact_and_else_its_policy_may_be_tried_again(search, pool):
+    on_front(search, pool)
+    for id, proposal in zip(("00000", "00001"), pool, strict=False):
+        search.setting.write(search.run / "models" / id, untrained(search.setting, proposal.policy), proposal.policy)
+    (search.run / "models" / "00001" / "model.onnx").write_bytes(b"damaged")
+    with_device(search, Worn(measurement(1e-3), broken=("00000", "00001", "00002")))
+    search.measure_front()
+    assert front_of(search.outcomes(), search.budget) == []
+    assert search.retry_failures() == 3
+    assert [(o.id, o.failure) for o in journal.outcomes(search.study)] == [("00000", None)]
+    assert search.retry_failures() == 0
+
+
+@pytest.mark.parametrize(("score", "climbs"), [(0.899, False), (0.8, True)], ids=["spared", "hurt"])
+def test_the_unchanged_network_is_trained_only_where_its_bits_cost_accuracy(search, monkeypatch, score, climbs):
+    trained(search, Policy(quant=QuantSpec(bits=8)), 1e-3, score=score, id="int8", rung="unchanged")
+    asked = []
+
+    def realised(setting, policy, **known):
+        asked.append((known["id"], known["rung"]))
+        return Outcome(id=known["id"], policy=policy, rung="full", failure=Failure(stage="train", reason="not here"))
+
+    monkeypatch.setattr("autocompress.controller.realise", realised)
+    monkeypatch.setattr(search, "_keep", lambda outcome: None)
+    search.full_rung()
+    assert asked == ([("int8-full", "full")] if climbs else [])
 
 
 def test_what_misses_a_95th_percentile_when_it_is_measured_again_is_no_longer_within_the_budget(search, pool):

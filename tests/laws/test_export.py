@@ -284,6 +284,21 @@ def test_opaque_network_is_quantized_and_exported(layers):
     assert graph.workload(policy).weight_bytes <= len(payload)
 
 
+def test_a_layer_whose_weights_the_exporter_renames_never_passes_for_int8(monkeypatch):
+    from autocompress.export import onnx as exporter
+
+    find = exporter._weight_name
+
+    def renamed(node, producers):
+        name, transposed = find(node, producers)
+        return ("val_7" if name == "conv1.weight" else name), transposed
+
+    monkeypatch.setattr(exporter, "_weight_name", renamed)
+    model, inputs = network("tiny_resnet")
+    with pytest.raises(PolicyFailure, match="weights of conv1 under another name"):
+        exported(model, inputs, Policy(quant=QuantSpec(bits=8)))
+
+
 def test_a_planted_error_is_found():
     model, inputs = images("tiny_resnet")
     for bits in (4, 8, 32):
