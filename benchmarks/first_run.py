@@ -77,3 +77,7 @@ def main() -> None:
         "runs_in_plain_onnxruntime": True,
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
