@@ -36,7 +36,7 @@ def blocks(language: str) -> list[str]:
 def follow(commands: str, folder: Path) -> list[dict[str, object]]:
     """Run lines of a shell one step after the other in one folder that `cd` changes; raises CalledProcessError where one fails."""
     rows: list[dict[str, object]] = []
-    for step in (step.strip() for line in commands.splitlines() for step in STEPS.split(line)):
+    for step in (step.strip() for line in commands.splitlines() if line for step in STEPS.split(line)):
         if step.startswith("cd "):
             folder /= step.removeprefix("cd ")
             continue
