@@ -1,7 +1,7 @@
 """Muon: momentum SGD whose update of a weight matrix is replaced by the nearest (semi-)orthogonal matrix.
 
 Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks" (kellerjordan.github.io/posts/muon). All directions of
-a layer learn at the same rate, so that short runs reach further than with plain momentum (benchmarks/trainer.py compares them).
+a layer learn at the same rate, which is meant for short runs; benchmarks/trainer.py compares it with plain momentum.
 torch.optim.Muon takes matrices only; filters are flattened to one here.
 """
 
