@@ -62,6 +62,8 @@ FINAL_SECONDS_EACH, LEAST_FINAL_SECONDS_EACH = 1.5, 0.3
 FINAL_SHARE = 0.6
 """Of the time that is left at the end: for measuring the front; the test set and the report take the rest."""
 LEAST_TEST = 256
+COLLAPSED = 0.5
+"""Share of the original's score that a network has to lose before its training counts as failed."""
 WORTH_TRAINING = 0.005
 """Share of the original's score that its own network in int8 has to lose before it is trained like the others."""
 GUESSING = 0.05
@@ -168,9 +170,13 @@ class Search:
 
     def _hurt_by_bits(self) -> list[Outcome]:
         """The unchanged network in int8 where calibrating alone costs accuracy: training through the bits may win that back."""
-        original = self.setting.baseline.val_score
-        least = original.gain - WORTH_TRAINING * abs(original.gain) if original is not None else -math.inf
+        least = self._gain_without(WORTH_TRAINING)
         return [o for o in journal.outcomes(self.study) if o.rung == "unchanged" and feasible(o, self.budget) and _gain(o) < least]
+
+    def _gain_without(self, share: float) -> float:
+        """What is left of the original's validation score when it loses this share of it."""
+        original = self.setting.baseline.val_score
+        return original.gain - share * abs(original.gain) if original is not None else -math.inf
 
     def _evaluate_unchanged(self) -> None:
         """The teacher itself in int8, where the device has kernels for it: a free point, and the reference of every search."""
@@ -232,8 +238,7 @@ class Search:
 
     def _leading(self) -> list[Proposal]:
         """Networks that may rule out others: within the budget, and with a score that says that their training has not gone wrong."""
-        original = self.setting.baseline.val_score
-        least = original.gain - 0.5 * abs(original.gain) if original is not None else -math.inf
+        least = self._gain_without(COLLAPSED)
         sound = [o for o in measured(journal.outcomes(self.study)) if feasible(o, self.budget) and _gain(o) >= least]
         return [self.forecast.proposal(o.policy, {}) for o in sound]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import heapq
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +24,8 @@ from autocompress.units import format_duration, format_size
 
 DRAWS, MOST_DRAWS = 64, 4096
 GENERATIONS, CHILDREN = 16, 8
+SLICES, KEPT_EACH = 64, 8
+"""Of a pool by latency: so many equal parts, and of each part so many draws that inherit most."""
 BANDS = 8
 """Latencies for each of which a search begins with one policy."""
 OPERATOR_DRAWS = 64
@@ -132,7 +136,7 @@ class Forecast:
             if time.monotonic() > until or not leaders:
                 break
             pool += self._draw([Variation(generator, parent=parent.params) for parent in leaders * CHILDREN])
-        return pool
+        return _thinned(pool)
 
     def bands(self, pool: Sequence[Proposal]) -> list[Band]:
         """The latencies for each of which a search begins with one policy, slowest first."""
@@ -245,6 +249,16 @@ class Forecast:
             smallest_latency_s=latency.high,
             binds=binds,
         )
+
+
+def _thinned(pool: Sequence[Proposal]) -> list[Proposal]:
+    """The fastest, and at all latencies what inherits most: whoever reads a pool predicts and compares each of its draws again."""
+    by_latency = sorted(range(len(pool)), key=lambda index: pool[index].latency_s)
+    size = math.ceil(len(pool) / SLICES)
+    kept = set(by_latency[:1])
+    for start in range(0, len(pool), size):
+        kept.update(heapq.nlargest(KEPT_EACH, by_latency[start : start + size], key=lambda index: pool[index].inheritance))
+    return [pool[index] for index in sorted(kept)]
 
 
 def _arithmetic(workload: Workload) -> int:

@@ -7,6 +7,7 @@ then varied. What inherits most leads after little training; wider networks are 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import numpy as np
 
 from autocompress.graph import Workloads
 from autocompress.policy import DistillSpec, Policy
-from autocompress.records import Shape, Workload
+from autocompress.records import Operator, Shape, Workload
 
 SCATTER = 0.2
 VARIED = 1.5
@@ -124,8 +125,12 @@ def inheritance(students: Workloads, teacher: Workload) -> list[float]:
     resolutions = [resolution for resolution, macs in whole.items() if macs]
     if not resolutions:
         return [1.0] * len(students)
-    left = students.total(lambda o: [o.macs / whole[o.output[2:]] if o.output[2:] == resolution else 0.0 for resolution in resolutions])
+    left = students.total([functools.partial(_share, resolution, whole[resolution]) for resolution in resolutions])
     return [float(share) for share in np.exp(np.log(np.maximum(left, LEAST_LEFT)).mean(0))]
+
+
+def _share(resolution: Shape, macs: int, operator: Operator) -> float:
+    return operator.macs / macs if operator.output[2:] == resolution else 0.0
 
 
 def outclassed(candidate: Proposal, known: Sequence[Proposal]) -> float:

@@ -19,6 +19,8 @@ from autocompress.errors import UsageError
 
 DATA_ROOT = "data"
 """Where `torchvision:NAME` data lies unless its `root` says otherwise."""
+USERS_ERRORS = (Exception, SystemExit)
+"""What a user's code may raise; a script of theirs may also exit."""
 
 
 def parse_reference(reference: str) -> tuple[str, dict[str, str]]:
@@ -72,7 +74,7 @@ def call_function(reference: str) -> Any:
         return function()
     except UsageError:
         raise
-    except (Exception, SystemExit) as error:
+    except USERS_ERRORS as error:
         raise UsageError(f"{reference} raised {type(error).__name__}: {error}", hint="run it alone to see the traceback") from error
 
 
@@ -99,7 +101,7 @@ def _import_file(path: Path) -> Any:
     sys.modules[name] = module  # dataclasses and pickling look the module up by name
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except USERS_ERRORS as error:
         del sys.modules[name]
         raise UsageError(f"{str(path)!r} does not import: {type(error).__name__}: {error}") from error
     return module
@@ -115,6 +117,6 @@ def _import_module(name: str) -> Any:
     try:
         _importable(Path.cwd())
         return importlib.import_module(name)
-    except (Exception, SystemExit) as error:  # whatever the module's own code raises
+    except USERS_ERRORS as error:  # whatever the module's own code raises
         what = f"{type(error).__name__}: {error}"
         raise UsageError(f"the module {name!r} does not import: {what}", hint="use file.py:function for a file") from error

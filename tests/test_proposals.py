@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from autocompress.graph import Workloads
 from autocompress.policy import DistillSpec, Policy, PruneSpec
-from autocompress.proposals import Band, LevelSuggester, Proposal, Variation, bands, inheritance, outclassed
+from autocompress.proposals import LEAST_LEFT, Band, LevelSuggester, Proposal, Variation, bands, inheritance, outclassed
 from autocompress.records import Operator, Workload
 
 seeds = st.integers(0, 2**32 - 1)
@@ -130,6 +130,7 @@ def test_losing_a_whole_stage_weighs_more_than_the_same_arithmetic_everywhere():
     spread, lost = work(conv(8, 32), conv(8, 16)), work(conv(8, 32, "a"), conv(8, 32, "b"))
     assert inherited(lost, teacher) < 0.2 * inherited(spread, teacher)
     assert inherited(work(), work()) == 1.0
+    assert inherited(work(), teacher) == pytest.approx(LEAST_LEFT), "a student that could not be traced has no operators"
 
 
 def space(suggester):

@@ -40,7 +40,7 @@ Weighted = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 Flags = NDArray[np.bool_]
 Numbers = NDArray[np.int64]
-Costs = Callable[[Operator], Sequence[float]]
+Cost = Callable[[Operator], float]
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,13 @@ class Workloads:
         operators = tuple(variants[variant] for variants, variant in chosen if variant != NONE)
         return Workload(operators=operators, weight_bytes=int(self.weight_bytes[index]))
 
-    def total(self, costs: Costs) -> NDArray[np.float64]:
-        """Sums over the operators of each policy: costs x n; raises ValueError where no policy has an operator."""
-        places = [(variants, which) for variants, which in zip(self.variants, self.which, strict=True) if variants]
-        if not places:
-            raise ValueError("there are no operators to sum over")
-        sums: Any = 0.0
-        for variants, which in places:
-            table = np.array([costs(operator) for operator in variants], dtype=np.float64)
-            sums = sums + np.concatenate([table, np.zeros((1, table.shape[1]))])[which]  # NONE, the last, takes nothing
-        return np.asarray(sums.T, dtype=np.float64)
+    def total(self, costs: Sequence[Cost]) -> NDArray[np.float64]:
+        """Sums over the operators of each policy: costs x n."""
+        sums = np.zeros((len(costs), len(self)))
+        for variants, which in zip(self.variants, self.which, strict=True):
+            for row, cost in enumerate(costs):
+                sums[row] += np.array([*map(cost, variants), 0.0])[which]  # NONE, the last, takes nothing
+        return sums
 
 
 @dataclass(frozen=True)

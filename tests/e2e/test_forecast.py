@@ -11,7 +11,8 @@ from tasks import SLOW_CALLS, Diary, Net
 from torch import nn
 
 from autocompress.errors import InfeasibleBudget, UsageError
-from autocompress.forecast import DRAWS, HOPE, Forecast
+from autocompress.forecast import DRAWS, HOPE, KEPT_EACH, SLICES, Forecast
+from autocompress.forecast import _thinned as thinned
 from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import load, prepare
@@ -73,7 +74,8 @@ def test_without_a_budget_nothing_is_refused(setting):
     forecast(setting).require_hope()
 
 
-def test_the_pool_is_bred_towards_what_inherits_most(setting):
+def test_the_pool_is_bred_towards_what_inherits_most(setting, monkeypatch):
+    monkeypatch.setattr("autocompress.forecast._thinned", list)
     found = forecast(setting, "0.9x")
     found.calibrate(5.0, 0, lambda *_: None)
     pool = found.pool(0, 60.0)
@@ -86,6 +88,20 @@ def test_the_pool_is_bred_towards_what_inherits_most(setting):
     assert min(gains) >= 0
     assert max(gains) > 0
     assert all(p.latency_s <= found.budget.latency_s for p in found.again(pool))
+
+
+def test_a_pool_keeps_the_fastest_and_what_leads_each_band(setting, monkeypatch):
+    """A few hundred of thousands of draws: each costs time whenever the next policy is chosen."""
+    kept = []
+    monkeypatch.setattr("autocompress.forecast._thinned", lambda pool: kept.append(list(pool)) or thinned(pool))
+    found = forecast(setting)
+    pool, (whole,) = found.pool(0, 3.0), kept
+    assert len(pool) <= SLICES * KEPT_EACH + 1 < len(whole)
+    assert min(p.latency_s for p in pool) == min(p.latency_s for p in whole)
+    for band in found.bands(whole):
+        best, left = band.leader(whole), band.leader(pool)
+        assert (best is None) == (left is None)
+        assert best is None or left.inheritance >= 0.98 * best.inheritance
 
 
 def test_slow_draws_leave_time_to_breed(setting):

@@ -48,7 +48,7 @@ def test_many_workloads_at_once_are_those_of_each_policy(traced):
         together = traced.workloads(traced.population(policies, grown=grown))
         alone = [traced.workload(policy, grown=grown) for policy in policies]
         assert list(together) == alone
-        macs, params = together.total(lambda operator: (operator.macs, operator.params))
+        macs, params = together.total([lambda operator: operator.macs, lambda operator: operator.params])
         assert macs.tolist() == [workload.macs for workload in alone]
         assert params.tolist() == [workload.params for workload in alone]
 
