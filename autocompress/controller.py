@@ -1,6 +1,6 @@
 """The search itself: rule out by prediction, train shortly, train the best fully, measure the front once more.
 
-Phases: calibrate -> check that the budget can be met -> short rung (a policy for each band of latencies, then Optuna suggests; the
+Phases: calibrate -> check that the budget can be met -> short rung (policies spread over the latencies, then Optuna suggests; the
 forecast rules out) -> full rung (policies that lead, spread over the latencies) -> final measurement of the front and, once, the test set.
 """
 
@@ -31,7 +31,7 @@ from autocompress.objective import Setting, fails_policy, failure_of, realise
 from autocompress.policy import Policy, QuantSpec
 from autocompress.preparation import limit_validation, score_baseline
 from autocompress.progress import Progress
-from autocompress.proposals import Band, Proposal, outclassed
+from autocompress.proposals import Proposal, aims, outclassed
 from autocompress.records import Budget, Measurement, Outcome, Score
 from autocompress.run_folder import write_atomically
 from autocompress.schedule import (
@@ -50,7 +50,8 @@ from autocompress.task import Task
 from autocompress.units import format_duration, format_size
 from autocompress.view import format_score
 
-TRIES_A_BAND = 2
+FIRST_POLICIES = 8
+"""Of the short runs: those that are chosen by prediction, before Optuna suggests."""
 UNKNOWN_OVERHEAD_S = 5.0
 SAME_FAILURES = 3
 NUMBER = re.compile(r"\d+(\.\d+)?(e[-+]?\d+)?|\bnan\b|\binf\b")
@@ -138,14 +139,13 @@ class Search:
         self.setting.teacher.prepare(seconds, lambda done, total: self._show("asking the teacher", done, total))
 
     def short_rung(self, pool: list[Proposal]) -> None:
-        """Train many policies a little: first one for each band of latencies, then what Optuna suggests."""
+        """Train many policies a little: first some spread over the latencies, then what Optuna suggests."""
         self._evaluate_unchanged()
         division = Division.of(self.clock.left, self._overhead())
         until = time.monotonic() + division.short_total
-        first = self.forecast.bands(pool) * TRIES_A_BAND
         duplicates = 0
         while self._room_for_short(until, division) and not self._stop() and not self._enough():
-            trial, policy = self._next(first, pool, ASK_SHARE * division.short_each)
+            trial, policy = self._next(pool, ASK_SHARE * division.short_each)
             twin = self._twin(policy)
             if twin is not None:
                 journal.tell_outcome(self.study, trial, twin, self._violation(twin))
@@ -187,24 +187,21 @@ class Search:
         predicted = self.forecast.predict(policy)
         self._keep(realise(self.setting, policy, id="int8", rung="unchanged", deadline=time.monotonic(), predicted=predicted))
 
-    def _next(self, first: list[Band], pool: list[Proposal], patience_s: float) -> tuple[Trial, Policy]:
-        """What waits from an interrupted search; else one policy for each band of latencies; after these, what Optuna suggests."""
+    def _next(self, pool: list[Proposal], patience_s: float) -> tuple[Trial, Policy]:
+        """What waits from an interrupted search; else some policies spread over the latencies; after these, what Optuna suggests."""
         leading = self._leading()
-        if first and not journal.is_waiting(self.study):
-            leader = self._band_leader(first, self._promising(pool, leading))
+        if self._short_count() < FIRST_POLICIES and not journal.is_waiting(self.study):
+            leader = self._leader(self._promising(pool, leading))
             if leader is not None:
                 self.study.enqueue_trial(leader.params)
         return self._ask(pool, leading, patience_s)
 
-    def _band_leader(self, first: list[Band], promising: list[Proposal]) -> Proposal | None:
-        """The leader of the next band in which nothing was measured yet; bands that are done with are taken off the list."""
-        known = [o.latency_s.median for o in measured(journal.outcomes(self.study)) if o.latency_s is not None]
-        while first:
-            band = first.pop(0)
-            leader = band.leader(promising) if not any(latency in band for latency in known) else None
-            if leader is not None:
-                return leader
-        return None
+    def _leader(self, promising: list[Proposal]) -> Proposal | None:
+        """What inherits most where the next policy is worth most."""
+        known = [(o.latency_s.median, _gain(o)) for o in measured(journal.outcomes(self.study)) if o.rung == "short" and o.latency_s]
+        fastest_s = min((p.latency_s for p in promising), default=self.forecast.latency_limit)
+        leaders = (band.leader(promising) for band in aims(known, fastest_s, self.forecast.latency_limit))
+        return next((leader for leader in leaders if leader is not None), None)
 
     def _ask(self, pool: list[Proposal], leading: list[Proposal], patience_s: float) -> tuple[Trial, Policy]:
         """The next policy that prediction does not rule out; what it rules out on the way costs milliseconds and is told.

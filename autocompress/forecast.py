@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import heapq
-import math
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,17 +16,13 @@ from autocompress.graph import Graph, Structure
 from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.objective import Setting, fails_policy, untrained
 from autocompress.policy import Policy
-from autocompress.proposals import Band, LevelSuggester, Proposal, Variation, bands, inheritance
+from autocompress.proposals import LevelSuggester, Proposal, Variation, elites, inheritance
 from autocompress.records import Budget, Measurement, Outcome, Prediction, Workload
 from autocompress.search_space import Suggest, fastest, smallest
 from autocompress.units import format_duration, format_size
 
 DRAWS, MOST_DRAWS = 64, 4096
-GENERATIONS, CHILDREN = 16, 8
-SLICES, KEPT_EACH = 64, 8
-"""Of a pool by latency: so many equal parts, and of each part so many draws that inherit most."""
-BANDS = 8
-"""Latencies for each of which a search begins with one policy."""
+GENERATIONS, CHILDREN = 100, 4
 OPERATOR_DRAWS = 64
 WHOLE_NETWORKS, LEAST_NETWORKS = 6, 2
 CURE_MARGIN = 1.02
@@ -98,9 +93,9 @@ class Forecast:
             graph = self._graph_of(policies[members[0]])
             own = [policies[index] for index in members]
             grown, kept = (graph.workloads(graph.population(own, grown=g)) for g in (True, False))
-            for index, workload, share in zip(members, grown, inheritance(kept, self.original), strict=True):
-                value = self.model.predict(workload).value
-                known[index] = Proposal(policies[index], params[index], workload, value, share)
+            shares, latencies = inheritance(kept, self.original), self.model.values(grown).tolist()
+            for index, workload, latency_s, share in zip(members, grown, latencies, shares, strict=True):
+                known[index] = Proposal(policies[index], params[index], workload, latency_s, share)
         return [known[index] for index in range(len(policies))]
 
     @property
@@ -122,25 +117,28 @@ class Forecast:
     # -- of the whole space -----------------------------------------------------------------------------------------
 
     def pool(self, seed: int, seconds: float) -> list[Proposal]:
-        """Draws of the space for half of `seconds` at most, and variations of those that inherit most for their latency.
+        """Some hundred policies, at all latencies of interest those that inherit most: draws of the space, then variations of the best.
 
+        The search is MAP-Elites (Mouret & Clune 2015, arXiv 1504.04909) with latencies as cells: what is found at one latency is a
+        step towards the best of the next. Draws get a quarter of `seconds`.
         Raises UsageError when the space names groups, blocks, layers or architectures that the model does not have.
         """
         generator, now = np.random.default_rng(seed), time.monotonic()
-        drawn_by, until = now + 0.5 * seconds, now + seconds
         pool = self._draw([LevelSuggester(generator) for _ in range(DRAWS)])
-        while len(pool) < MOST_DRAWS and time.monotonic() < drawn_by:
+        while len(pool) < MOST_DRAWS and time.monotonic() < now + 0.25 * seconds:
             pool += self._draw([LevelSuggester(generator) for _ in range(DRAWS)])
+        cells = self._elites(pool)
         for _ in range(GENERATIONS):
-            leaders = [leader for leader in (band.leader(pool) for band in self.bands(pool)) if leader is not None]
-            if time.monotonic() > until or not leaders:
+            if time.monotonic() > now + seconds:
                 break
-            pool += self._draw([Variation(generator, parent=parent.params) for parent in leaders * CHILDREN])
-        return _thinned(pool)
+            parents = [cell[generator.integers(len(cell))] for cell in cells for _ in range(CHILDREN)]
+            children = self._draw([Variation(generator, parent=parent.params) for parent in parents])
+            cells = self._elites([*itertools.chain(*cells), *children])
+        return [*itertools.chain(*cells)]
 
-    def bands(self, pool: Sequence[Proposal]) -> list[Band]:
-        """The latencies for each of which a search begins with one policy, slowest first."""
-        return bands(pool, BANDS, self.latency_limit)
+    def _elites(self, pool: Sequence[Proposal]) -> list[list[Proposal]]:
+        """Of each latency what breaks the limits least, and of that what inherits most; a little beyond the limit predictions may err."""
+        return elites(pool, HOPE * self.latency_limit, lambda p: (-max(0.0, self.violation(p.workload, p.latency_s)), p.inheritance))
 
     def _draw(self, suggesters: Sequence[LevelSuggester]) -> list[Proposal]:
         policies = [self.suggest(suggester) for suggester in suggesters]
@@ -249,16 +247,6 @@ class Forecast:
             smallest_latency_s=latency.high,
             binds=binds,
         )
-
-
-def _thinned(pool: Sequence[Proposal]) -> list[Proposal]:
-    """The fastest, and at all latencies what inherits most: whoever reads a pool predicts and compares each of its draws again."""
-    by_latency = sorted(range(len(pool)), key=lambda index: pool[index].latency_s)
-    size = math.ceil(len(pool) / SLICES)
-    kept = set(by_latency[:1])
-    for start in range(0, len(pool), size):
-        kept.update(heapq.nlargest(KEPT_EACH, by_latency[start : start + size], key=lambda index: pool[index].inheritance))
-    return [pool[index] for index in sorted(kept)]
 
 
 def _arithmetic(workload: Workload) -> int:

@@ -8,9 +8,11 @@ then varied. What inherits most leads after little training; wider networks are 
 from __future__ import annotations
 
 import functools
+import heapq
+import itertools
 import math
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,14 +21,21 @@ import numpy as np
 from autocompress.graph import Workloads
 from autocompress.policy import DistillSpec, Policy
 from autocompress.records import Operator, Shape, Workload
+from autocompress.schedule import halfway
 
 SCATTER = 0.2
 VARIED = 1.5
 """Dimensions that a variation changes, on average."""
+CELLS, KEPT_EACH = 64, 8
+TINY_SPAN = 1e-6
 LEAST_LEFT = 1e-3
 CLEARANCE = 1.05
 LARGEST_RANGE = 1e3
-"""One absurd prediction does not stretch the bands beyond all others."""
+"""One absurd prediction does not stretch the range beyond all others."""
+END_BANDS = 8
+"""The first policies at the ends of the range lie in the outermost of so many equal parts of it."""
+LEAST_STEP = 1.2
+"""Networks less apart than this in latency leave nothing to aim at between them."""
 USUAL: dict[str, float] = {f"distill:{name}": value for name, value in DistillSpec().model_dump().items()}
 """Dimensions that first policies leave at their usual value, so that they differ in structure only."""
 
@@ -114,6 +123,21 @@ class Proposal:
         return math.sqrt(max(1, self.workload.macs) * max(1, self.workload.params))
 
 
+def elites(proposals: Sequence[Proposal], limit_s: float, merit: Callable[[Proposal], Any]) -> list[list[Proposal]]:
+    """The best of each of CELLS latencies (equal ratios from the fastest to `limit_s`), best first; empty cells are left out.
+
+    A network no policy of which is within the limit has the fastest alone. Variations that come to the same parameters count once.
+    """
+    fastest = min(proposals, key=lambda p: p.latency_s)
+    span = max(TINY_SPAN, math.log(limit_s / fastest.latency_s)) if limit_s > fastest.latency_s else math.inf
+    cells: defaultdict[int, dict[tuple[Any, ...], Proposal]] = defaultdict(dict)
+    for proposal in proposals:
+        if proposal.latency_s <= limit_s or proposal is fastest:
+            place = math.log(proposal.latency_s / fastest.latency_s) / span
+            cells[min(CELLS - 1, int(CELLS * place))].setdefault(tuple(proposal.params.items()), proposal)
+    return [heapq.nlargest(KEPT_EACH, cells[cell].values(), key=merit) for cell in sorted(cells)]
+
+
 def inheritance(students: Workloads, teacher: Workload) -> list[float]:
     """Share of the teacher's multiply-accumulates that are left, as geometric mean over the resolutions at which it computes.
 
@@ -163,14 +187,29 @@ class Band:
         return max(members, key=lambda c: c.inheritance, default=None)
 
 
-def bands(candidates: Sequence[Proposal], n: int, limit_s: float) -> list[Band]:
-    """`n` bands of equal ratio, slowest first, over the latencies of the candidates up to `limit_s`.
+def aims(known: Sequence[tuple[float, float]], fastest_s: float, slowest_s: float) -> Iterator[Band]:
+    """Where the next of the first policies is worth most, the best aim first.
 
-    Half a band at the slow end is left out: there stands the unchanged network, and what is predicted there may be over the budget.
+    First the ends of the range; then the middle of the step between neighbours over which a front would gain most: by how much it is
+    faster (as logarithm) times by how much it is worse. As for who climbs (`schedule.promoted`), what lies below halfway between the
+    best and the worst score comes last. So policies gather where a user has to choose, and few are spent where quality has collapsed.
+
+    Args:
+        known: (latency in seconds, score, more is better) of what was trained.
+        fastest_s, slowest_s: the range of latencies of interest; at its slow end predictions may be over the budget.
     """
-    within = [c.latency_s for c in candidates if c.latency_s <= limit_s]
-    if not within or n < 1:
-        return []
-    ratio = min(LARGEST_RANGE, limit_s / min(within)) ** (1 / n)
-    edges = [limit_s * ratio ** -(index + 0.5) for index in range(n)]
-    return [Band(fastest, slowest) for slowest, fastest in zip(edges, [*edges[1:], 0.0], strict=True)]
+    fastest_s = max(fastest_s, slowest_s / LARGEST_RANGE)
+    ratio = max(LEAST_STEP, (slowest_s / fastest_s) ** (1 / END_BANDS))
+    inside = sorted((latency, score) for latency, score in known if latency <= slowest_s)
+    ends = Band(slowest_s / ratio**1.5, slowest_s / ratio**0.5), Band(0.0, fastest_s * ratio)
+    yield from (end for end in ends if not any(latency in end for latency, _ in inside))
+    least = halfway([score for _, score in inside]) if inside else 0.0
+
+    def worth(step: tuple[tuple[float, float], tuple[float, float]]) -> tuple[float, float, float]:
+        (fast, low), (slow, high) = step
+        width = math.log(slow / fast)
+        return width * max(0.0, max(high, least) - max(low, least)), width * max(0.0, high - low), width
+
+    for (fast, _), (slow, _) in sorted(itertools.pairwise(inside), key=worth, reverse=True):
+        if slow >= LEAST_STEP * fast:
+            yield Band(fast ** (2 / 3) * slow ** (1 / 3), fast ** (1 / 3) * slow ** (2 / 3))

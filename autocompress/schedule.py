@@ -113,20 +113,25 @@ def full_seconds(left: float, costs: Sequence[float], short_each: float, trials:
     return share if trials is None else min(share, FULL_FACTOR * short_each)
 
 
+def halfway(scores: Sequence[float]) -> float:
+    """Between the best and the worst: what scores below it comes after all else. Unlike a median it does not move to where many are."""
+    return 0.5 * (min(scores) + max(scores))
+
+
 def promoted(outcomes: Sequence[Outcome], n: int, settled: Sequence[Outcome] = ()) -> list[Outcome]:
     """The `n` outcomes that together dominate most, beside those that are `settled` (trained to the end, or in no need of it).
 
     Greedy hypervolume subset selection (Guerreiro, Fonseca & Paquete 2016, Evolutionary Computation 24(3)) over score and logarithm
     of latency: what lies close to a point that is already there adds little, so the runs spread over the front by themselves.
-    The reference is the median score first: whoever has a budget wants accuracy within it, and networks that are tiny and bad would
-    dominate a large area of a plot that nobody looks at. They come last, spread by the whole area.
+    The reference is halfway between the best and the worst score first: whoever has a budget wants accuracy within it, and networks
+    that are tiny and bad would dominate a large area of a plot that nobody looks at. They come last, spread by the whole area.
     """
     candidates, beside = measured(list(outcomes)), measured(list(settled))
     if not candidates:
         return []
     points = {o.id: _log_point(o) for o in [*candidates, *beside]}
     scores, slowest = [points[o.id][0] for o in candidates], max(log for _, log in points.values()) + WORST_MARGIN
-    references = (float(np.median(scores)), slowest), (min(scores) - WORST_MARGIN, slowest)
+    references = (halfway(scores), slowest), (min(scores) - WORST_MARGIN, slowest)
     taken, rest = [points[o.id] for o in beside], list(candidates)
     chosen: list[Outcome] = []
 

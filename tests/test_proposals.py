@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -9,8 +10,21 @@ from hypothesis import strategies as st
 
 from autocompress.graph import Workloads
 from autocompress.policy import DistillSpec, Policy, PruneSpec
-from autocompress.proposals import LEAST_LEFT, Band, LevelSuggester, Proposal, Variation, bands, inheritance, outclassed
+from autocompress.proposals import (
+    KEPT_EACH,
+    LEAST_LEFT,
+    LEAST_STEP,
+    Band,
+    LevelSuggester,
+    Proposal,
+    Variation,
+    aims,
+    elites,
+    inheritance,
+    outclassed,
+)
 from autocompress.records import Operator, Workload
+from autocompress.schedule import halfway
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -68,30 +82,74 @@ def test_where_the_space_leaves_the_usual_out_it_is_drawn():
     assert all(5.0 <= value <= 8.0 for value in drawn)
 
 
-def proposal(name, latency, outputs=1, inherited=0.5):
+def proposal(name, latency, outputs=1, inherited=0.5, params=None):
     linear = Operator(name="l", kind="linear", inputs=((1, 4),), output=(1, outputs), params=outputs)
     policy = Policy(prune=PruneSpec(ratios={name: 0.5}))
-    return Proposal(policy, {}, Workload(operators=(linear,), weight_bytes=0), latency, inherited)
+    return Proposal(policy, params or {}, Workload(operators=(linear,), weight_bytes=0), latency, inherited)
+
+
+latencies = st.lists(st.tuples(st.floats(1e-4, 1), st.floats(-3, 1)), max_size=12)
 
 
 @settings(deadline=None)
-@given(st.lists(st.floats(1e-4, 1), max_size=30), st.integers(0, 6), st.floats(1e-4, 1))
-def test_bands_touch_are_of_equal_ratio_and_end_at_the_limit_at_most(latencies, n, limit):
-    found = bands([proposal(str(i), latency) for i, latency in enumerate(latencies)], n, limit)
-    assert len(found) == (n if any(latency <= limit for latency in latencies) else 0)
-    for slower, faster in itertools.pairwise(found):
-        assert slower.fastest == faster.slowest <= slower.slowest
-    if len(found) > 2:
-        ratios = [slower.slowest / faster.slowest for slower, faster in itertools.pairwise(found)]
-        assert ratios == pytest.approx([ratios[0]] * len(ratios))
-        assert found[-1].fastest == 0.0
-    assert all(band.slowest <= limit for band in found)
+@given(latencies, st.floats(1e-4, 1), st.floats(1, 1e4))
+def test_aims_lie_within_the_range_and_hold_nothing_that_is_known(known, fastest, span):
+    slowest = fastest * span
+    found = list(aims(known, fastest, slowest))
+    assert all(band.fastest < band.slowest <= slowest * LEAST_STEP for band in found)
+    assert not any(latency in band for band in found for latency, _ in known if latency <= slowest)
+    assert len(found) == len(set(found)) <= len(known) + 2
 
 
-def test_the_slow_end_of_the_range_is_left_out():
-    slow, fast = bands([proposal(str(i), 1e-3 * 4**i) for i in range(4)], 2, 0.064)
-    assert (slow.slowest, slow.fastest) == pytest.approx((0.064 / 8**0.5, 0.064 / 8**1.5))
-    assert fast.slowest == slow.fastest
+def test_the_ends_come_first_clear_of_the_budget():
+    slow, fast = aims([], 0.001, 0.256)
+    assert (slow.slowest, slow.fastest) == pytest.approx((0.256 / 2**0.5, 0.256 / 2**1.5))
+    assert (fast.slowest, fast.fastest) == (pytest.approx(0.002), 0.0)
+    only = next(aims([(0.0011, 0.5)], 0.001, 0.256))
+    assert only == slow
+
+
+def test_between_them_policies_gather_where_quality_falls_and_not_where_it_has_collapsed():
+    """A network that scores alike until it is eight times as fast, and then collapses."""
+
+    def score(latency):
+        return 0.9 if latency >= 0.03 else 0.9 - 0.2 * math.log2(0.03 / latency)
+
+    known = [(0.2, score(0.2)), (0.0015, score(0.0015))]
+    for _ in range(6):
+        aim = next(aims(known, 0.001, 0.256))
+        latency = math.sqrt(aim.fastest * aim.slowest)
+        known.append((latency, score(latency)))
+    added = [latency for latency, _ in known[2:]]
+    assert sum(score(latency) < halfway([score(0.0015), 0.9]) for latency in added) <= 1, added
+    assert sum(0.007 < latency < 0.06 for latency in added) >= 4, added
+
+
+def test_networks_that_lie_close_together_leave_nothing_to_aim_at():
+    ends = [(0.0011, 0.1), (0.2, 0.9)]
+    steps = [(0.0011 * 1.15**i, 0.1) for i in range(40)]
+    assert not list(aims([*ends, *steps], 0.001, 0.256))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.floats(1e-4, 1), st.floats(0, 1)), min_size=1, max_size=40), st.floats(1e-4, 1))
+def test_elites_hold_the_fastest_and_the_best_of_each_latency(drawn, limit):
+    pool = [proposal(str(i), latency, inherited=share, params={"x": i}) for i, (latency, share) in enumerate(drawn)]
+    cells = elites(pool, limit, lambda p: p.inheritance)
+    kept = list(itertools.chain(*cells))
+    assert kept[0].latency_s == min(p.latency_s for p in pool) or len(cells[0]) > 1
+    assert min(p.latency_s for p in kept) == min(p.latency_s for p in pool)
+    assert all(p.latency_s <= limit for p in kept) or len(kept) == 1
+    within = [p for p in pool if p.latency_s <= limit]
+    if within:
+        assert max(p.inheritance for p in kept) == max(p.inheritance for p in within)
+    assert all(cell == sorted(cell, key=lambda p: -p.inheritance) and len(cell) <= KEPT_EACH for cell in cells)
+
+
+def test_elites_of_the_same_parameters_are_one():
+    twins = [proposal("a", 0.1, params={"x": 1}), proposal("a", 0.1, params={"x": 1}), proposal("b", 0.1, params={"x": 2})]
+    (cell,) = elites(twins, 1.0, lambda p: p.inheritance)
+    assert [p.params for p in cell] == [{"x": 1}, {"x": 2}]
 
 
 def test_a_band_is_led_by_what_inherits_most_clear_of_its_slow_end():

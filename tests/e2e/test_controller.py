@@ -1,4 +1,4 @@
-"""Which policy comes next: bands first, what is ruled out, what waits, and when the short rung ends."""
+"""Which policy comes next: the first policies, what is ruled out, what waits, and when the short rung ends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from autocompress.objective import untrained
 from autocompress.policy import Policy, QuantSpec
 from autocompress.preparation import load, prepare
 from autocompress.progress import SilentProgress
-from autocompress.proposals import Band
+from autocompress.proposals import aims
 from autocompress.records import Budget, Failure, Measurement, Outcome, Score
 from autocompress.schedule import Clock, Division
 from autocompress.search_space import find_suggest
@@ -41,7 +41,7 @@ def forecast(net, data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pool(forecast):
-    return forecast.pool(0, 60.0)
+    return forecast.pool(0, 4.0)
 
 
 @pytest.fixture
@@ -64,34 +64,44 @@ def structures(search):
     return {search.forecast.structure(o.policy) for o in journal.outcomes(search.study)}
 
 
-def test_the_bands_come_first_slowest_first_and_one_that_holds_a_network_is_passed_over(search, pool):
-    first = search.forecast.bands(pool)
-    slow, second, third = first[:3]
-    _, policy = search._next(first, pool, PATIENCE)
-    assert search.forecast.predict(policy).value in slow
-    assert policy == slow.leader(search.forecast.again(pool)).policy
-    trained(search, policy, 0.99 * second.slowest)  # it was faster than predicted
-    _, policy = search._next(first, pool, PATIENCE)
-    assert search.forecast.predict(policy).value in third
+def test_first_policies_are_the_best_of_where_the_next_is_worth_most(search, pool):
+    """Here the slow end of the range, its fast end, and then between them."""
+    limit, known = search.forecast.latency_limit, []
+    for position in range(4):
+        promising = search._promising(pool, search._leading())
+        aim = next(aims(known, min(p.latency_s for p in promising), limit))
+        _, policy = search._next(pool, PATIENCE)
+        predicted = search.forecast.predict(policy).value
+        assert predicted in aim
+        assert policy == aim.leader(promising).policy
+        known.append((predicted, 0.8 - 0.1 * position))
+        trained(search, policy, predicted, score=known[-1][1], id=f"0000{position}")
+    assert known[1][0] < known[2][0] < known[0][0]
 
 
-def test_the_second_try_of_a_band_is_another_network(search, pool):
-    band = search.forecast.bands(pool)[1]
-    first, chosen = [band, band], []
+def test_where_a_policy_failed_the_next_is_another(search, pool):
+    chosen = []
     for attempt in range(2):
-        _, policy = search._next(first, pool, PATIENCE)
+        _, policy = search._next(pool, PATIENCE)
         chosen.append(search.forecast.structure(policy))
-        trained(search, policy, 2 * band.slowest, id=f"0000{attempt}")
+        failure = Failure(stage="train", reason="diverged")
+        trained(search, policy, 1.0, id=f"0000{attempt}", failure=failure)
     assert len(set(chosen)) == 2
-    assert not first
 
 
-def test_what_waits_comes_before_the_bands(search, pool):
+def test_after_the_first_policies_optuna_suggests(search, pool, monkeypatch):
+    monkeypatch.setattr("autocompress.controller.FIRST_POLICIES", 0)
+    asked = []
+    monkeypatch.setattr(search.study, "enqueue_trial", asked.append)
+    search._next(pool, PATIENCE)
+    assert not asked
+
+
+def test_what_waits_comes_before_the_first_policies(search, pool):
     search.study.enqueue_trial(pool[7].params)
-    first = [Band(0.0, 1.0)]
-    _, policy = search._next(first, pool, PATIENCE)
+    _, policy = search._next(pool, PATIENCE)
     assert policy == pool[7].policy
-    assert len(first) == 1
+    assert not journal.is_waiting(search.study)
 
 
 @pytest.mark.parametrize(("score", "rules_out"), [(0.85, True), (0.1, False)], ids=["sound", "collapsed"])

@@ -304,3 +304,10 @@ def test_operators_never_seen_are_predicted_finite_and_positive(channels):
     )
     prediction = FittedLatencyModel(OperatorTable()).predict(Workload(operators=operators, weight_bytes=0))
     assert 0 < prediction.low < prediction.value < prediction.high < 1
+
+
+def test_many_at_once_are_predicted_as_one_by_one(graph, workloads):
+    many = [*policies(graph, 12, seed=3)]
+    model = FittedLatencyModel(calibrated(FakeDevice(), workloads))
+    model.fit([(workload, 1e-3 * (1 + workload.macs / 1e7)) for workload in workloads[:20]])
+    assert model.values(graph.workloads(graph.population(many))) == pytest.approx([model.predict(graph.workload(p)).value for p in many])
