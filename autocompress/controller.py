@@ -197,7 +197,7 @@ class Search:
         return self._ask(pool, leading, patience_s)
 
     def _leader(self, promising: list[Proposal]) -> Proposal | None:
-        """What inherits most where the next policy is worth most."""
+        """What promises most where the next policy is worth most."""
         known = [(o.latency_s.median, _gain(o)) for o in measured(journal.outcomes(self.study)) if o.rung == "short" and o.latency_s]
         fastest_s = min((p.latency_s for p in promising), default=self.forecast.latency_limit)
         leaders = (band.leader(promising) for band in aims(known, fastest_s, self.forecast.latency_limit))

@@ -6,7 +6,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -16,7 +16,7 @@ from autocompress.graph import Graph, Structure
 from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.objective import Setting, fails_policy, untrained
 from autocompress.policy import Policy
-from autocompress.proposals import LevelSuggester, Proposal, Variation, elites, inheritance
+from autocompress.proposals import LevelSuggester, Proposal, Variation, capacity, elites, inheritance
 from autocompress.records import Budget, Measurement, Outcome, Prediction, Workload
 from autocompress.search_space import Suggest, fastest, smallest
 from autocompress.units import format_duration, format_size
@@ -93,9 +93,9 @@ class Forecast:
             graph = self._graph_of(policies[members[0]])
             own = [policies[index] for index in members]
             grown, kept = (graph.workloads(graph.population(own, grown=g)) for g in (True, False))
-            shares, latencies = inheritance(kept, self.original), self.model.values(grown).tolist()
-            for index, workload, latency_s, share in zip(members, grown, latencies, shares, strict=True):
-                known[index] = Proposal(policies[index], params[index], workload, latency_s, share)
+            facts = zip(grown, self.model.values(grown).tolist(), inheritance(kept, self.original), capacity(grown), strict=True)
+            for index, (workload, latency_s, share, size) in zip(members, facts, strict=True):
+                known[index] = Proposal(policies[index], params[index], workload, latency_s, share, size)
         return [known[index] for index in range(len(policies))]
 
     @property
@@ -117,7 +117,7 @@ class Forecast:
     # -- of the whole space -----------------------------------------------------------------------------------------
 
     def pool(self, seed: int, seconds: float) -> list[Proposal]:
-        """Some hundred policies, at all latencies of interest those that inherit most: draws of the space, then variations of the best.
+        """Some hundred policies, at all latencies of interest those that promise most: draws of the space, then variations of the best.
 
         The search is MAP-Elites (Mouret & Clune 2015, arXiv 1504.04909) with latencies as cells: what is found at one latency is a
         step towards the best of the next. Draws get a quarter of `seconds`.
@@ -137,8 +137,8 @@ class Forecast:
         return [*itertools.chain(*cells)]
 
     def _elites(self, pool: Sequence[Proposal]) -> list[list[Proposal]]:
-        """Of each latency what breaks the limits least, and of that what inherits most; a little beyond the limit predictions may err."""
-        return elites(pool, HOPE * self.latency_limit, lambda p: (-max(0.0, self.violation(p.workload, p.latency_s)), p.inheritance))
+        """Of each latency what breaks the limits least, and of that what promises most; a little beyond the limit predictions may err."""
+        return elites(pool, HOPE * self.latency_limit, lambda p: (-max(0.0, self.violation(p.workload, p.latency_s)), p.promise))
 
     def _draw(self, suggesters: Sequence[LevelSuggester]) -> list[Proposal]:
         policies = [self.suggest(suggester) for suggester in suggesters]
@@ -148,7 +148,7 @@ class Forecast:
 
     def again(self, pool: Sequence[Proposal]) -> list[Proposal]:
         """The pool with latencies as they are predicted by now, without what is over the budget."""
-        now = [Proposal(p.policy, p.params, p.workload, self.model.predict(p.workload).value, p.inheritance) for p in pool]
+        now = [replace(p, latency_s=self.model.predict(p.workload).value) for p in pool]
         return [p for p in now if self.violation(p.workload, p.latency_s) <= 0]
 
     # -- learning from the device -------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""First policies of a search: over all latencies that the budget allows, what inherits most of the teacher.
+"""First policies of a search: over all latencies that the budget allows, what promises most.
 
 Uniform draws from a space of many dimensions all look like the average policy. Here every kind of dimension (width, depth, prune, bits)
 first draws a level, and its dimensions scatter around it, so that policies reach from barely to fully compressed; the best of these are
@@ -106,9 +106,10 @@ class Variation(LevelSuggester):
 
 @dataclass(frozen=True)
 class Proposal:
-    """A policy with the parameters that draw it, its workload, its predicted latency in seconds, and what it keeps of the teacher.
+    """A policy with the parameters that draw it, its workload, its predicted latency in seconds, and what to expect of it untrained.
 
     inheritance: share of the teacher's arithmetic that the student starts from, see `inheritance`.
+    capacity: how much the network can express, as far as its shape tells, see `capacity`.
     """
 
     policy: Policy
@@ -116,11 +117,15 @@ class Proposal:
     workload: Workload
     latency_s: float
     inheritance: float
+    capacity: float
 
     @property
-    def capacity(self) -> float:
-        """How much the network can express, as far as its shape tells: geometric mean of arithmetic and weights."""
-        return math.sqrt(max(1, self.workload.macs) * max(1, self.workload.params))
+    def promise(self) -> float:
+        """What it starts from, times the root of what it can become: of networks that inherit alike the larger one learns more.
+
+        The root, because a large network also takes more of the time in which all must be trained.
+        """
+        return self.inheritance * math.sqrt(self.capacity)
 
 
 def elites(proposals: Sequence[Proposal], limit_s: float, merit: Callable[[Proposal], Any]) -> list[list[Proposal]]:
@@ -153,6 +158,12 @@ def inheritance(students: Workloads, teacher: Workload) -> list[float]:
     return [float(share) for share in np.exp(np.log(np.maximum(left, LEAST_LEFT)).mean(0))]
 
 
+def capacity(students: Workloads) -> list[float]:
+    """Geometric mean of multiply-accumulates and parameters."""
+    macs, params = students.total([lambda operator: operator.macs, lambda operator: operator.params])
+    return [float(size) for size in np.sqrt(np.maximum(1, macs) * np.maximum(1, params))]
+
+
 def _share(resolution: Shape, macs: int, operator: Operator) -> float:
     return operator.macs / macs if operator.output[2:] == resolution else 0.0
 
@@ -182,9 +193,9 @@ class Band:
         return isinstance(latency_s, float) and self.fastest < latency_s <= self.slowest
 
     def leader(self, candidates: Sequence[Proposal]) -> Proposal | None:
-        """What inherits most of those that are predicted to lie in the band, clear of its slow end: predictions are off by some percent."""
+        """What promises most of those that are predicted to lie in the band, clear of its slow end: predictions are off by some percent."""
         members = [c for c in candidates if self.fastest < c.latency_s <= self.slowest / CLEARANCE]
-        return max(members, key=lambda c: c.inheritance, default=None)
+        return max(members, key=lambda c: c.promise, default=None)
 
 
 def aims(known: Sequence[tuple[float, float]], fastest_s: float, slowest_s: float) -> Iterator[Band]:

@@ -19,6 +19,7 @@ from autocompress.proposals import (
     Proposal,
     Variation,
     aims,
+    capacity,
     elites,
     inheritance,
     outclassed,
@@ -85,7 +86,7 @@ def test_where_the_space_leaves_the_usual_out_it_is_drawn():
 def proposal(name, latency, outputs=1, inherited=0.5, params=None):
     linear = Operator(name="l", kind="linear", inputs=((1, 4),), output=(1, outputs), params=outputs)
     policy = Policy(prune=PruneSpec(ratios={name: 0.5}))
-    return Proposal(policy, params or {}, Workload(operators=(linear,), weight_bytes=0), latency, inherited)
+    return Proposal(policy, params or {}, Workload(operators=(linear,), weight_bytes=0), latency, inherited, capacity=outputs)
 
 
 latencies = st.lists(st.tuples(st.floats(1e-4, 1), st.floats(-3, 1)), max_size=12)
@@ -152,7 +153,20 @@ def test_elites_of_the_same_parameters_are_one():
     assert [p.params for p in cell] == [{"x": 1}, {"x": 2}]
 
 
-def test_a_band_is_led_by_what_inherits_most_clear_of_its_slow_end():
+def test_of_networks_that_inherit_alike_the_larger_one_leads():
+    band, small, large = Band(0.001, 0.002), proposal("small", 0.0015, outputs=4), proposal("large", 0.0015, outputs=5)
+    assert band.leader([small, large]) == large
+    assert band.leader([proposal("kept", 0.0015, outputs=4, inherited=0.7), large]).policy.prune.ratios == {"kept": 0.5}
+
+
+def test_capacity_is_the_geometric_mean_of_arithmetic_and_weights():
+    layer = conv(8, 16)
+    once, none = (Workloads(((layer,),), np.array([[which]]), np.zeros(1, dtype=int)) for which in (0, -1))
+    assert capacity(once) == pytest.approx([math.sqrt(layer.macs * layer.params)])
+    assert capacity(none) == [1.0]
+
+
+def test_a_band_is_led_by_what_promises_most_clear_of_its_slow_end():
     band = Band(0.001, 0.002)
     candidates = [proposal("a", 0.0012, inherited=0.3), proposal("b", 0.0018, inherited=0.5), proposal("edge", 0.00199, inherited=0.9)]
     assert band.leader(candidates).policy == candidates[1].policy
