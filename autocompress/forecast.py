@@ -23,6 +23,7 @@ from autocompress.units import format_duration, format_size
 
 DRAWS, MOST_DRAWS = 64, 4096
 GENERATIONS, CHILDREN = 100, 4
+"""How often a pool is bred, and how many variations each of its latencies gets each time."""
 OPERATOR_DRAWS = 64
 WHOLE_NETWORKS, LEAST_NETWORKS = 6, 2
 CURE_MARGIN = 1.02
@@ -117,7 +118,9 @@ class Forecast:
     # -- of the whole space -----------------------------------------------------------------------------------------
 
     def pool(self, seed: int, seconds: float) -> list[Proposal]:
-        """Some hundred policies, at all latencies of interest those that promise most: draws of the space, then variations of the best.
+        """Some hundred policies, at all latencies of interest those that promise most, in any order.
+
+        Draws of the space, then variations of the best, up to GENERATIONS times CHILDREN of each cell, or until nothing gets better.
 
         The search is MAP-Elites (Mouret & Clune 2015, arXiv 1504.04909) with latencies as cells: what is found at one latency is a
         step towards the best of the next. Draws get a quarter of `seconds`.
@@ -127,18 +130,33 @@ class Forecast:
         pool = self._draw([LevelSuggester(generator) for _ in range(DRAWS)])
         while len(pool) < MOST_DRAWS and time.monotonic() < now + 0.25 * seconds:
             pool += self._draw([LevelSuggester(generator) for _ in range(DRAWS)])
-        cells = self._elites(pool)
+        cells, before = self._elites(pool), None
         for _ in range(GENERATIONS):
-            if time.monotonic() > now + seconds:
+            if time.monotonic() > now + seconds or cells == before:
                 break
             parents = [cell[generator.integers(len(cell))] for cell in cells for _ in range(CHILDREN)]
-            children = self._draw([Variation(generator, parent=parent.params) for parent in parents])
-            cells = self._elites([*itertools.chain(*cells), *children])
-        return [*itertools.chain(*cells)]
+            children = self._bred(parents, generator, now + seconds)
+            cells, before = self._elites([*itertools.chain(*cells), *children]), cells
+        pool = [*itertools.chain(*cells)]
+        return [pool[index] for index in generator.permutation(len(pool))]
+
+    def _bred(self, parents: Sequence[Proposal], generator: np.random.Generator, until: float) -> list[Proposal]:
+        """A variation of each, in any order, as far as there is time: of a large network a draw takes long."""
+        bred: list[Proposal] = []
+        order = generator.permutation(len(parents))
+        for start in range(0, len(parents), DRAWS):
+            if time.monotonic() < until:
+                bred += self._draw([Variation(generator, parent=parents[index].params) for index in order[start : start + DRAWS]])
+        return bred
 
     def _elites(self, pool: Sequence[Proposal]) -> list[list[Proposal]]:
-        """Of each latency what breaks the limits least, and of that what promises most; a little beyond the limit predictions may err."""
-        return elites(pool, HOPE * self.latency_limit, lambda p: (-max(0.0, self.violation(p.workload, p.latency_s)), p.promise))
+        """Of each latency what is least too large, and of that what promises most; a little beyond the limit, since predictions err."""
+
+        def merit(proposal: Proposal) -> tuple[float, float]:
+            excess = self.violation(proposal.workload, proposal.latency_s, self.budget.of_size)
+            return -max(0.0, excess), proposal.promise
+
+        return elites(pool, HOPE * self.latency_limit, merit)
 
     def _draw(self, suggesters: Sequence[LevelSuggester]) -> list[Proposal]:
         policies = [self.suggest(suggester) for suggester in suggesters]

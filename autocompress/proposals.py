@@ -12,7 +12,7 @@ import heapq
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,8 @@ SCATTER = 0.2
 VARIED = 1.5
 """Dimensions that a variation changes, on average."""
 CELLS, KEPT_EACH = 64, 8
-TINY_SPAN = 1e-6
+"""Of a pool by latency: so many parts of equal ratio, and of each so many proposals."""
+LEAST_RANGE = 1.5
 LEAST_LEFT = 1e-3
 CLEARANCE = 1.05
 LARGEST_RANGE = 1e3
@@ -120,6 +121,11 @@ class Proposal:
     capacity: float
 
     @property
+    def known(self) -> tuple[float, ...]:
+        """Numbers in which two different networks hardly ever agree."""
+        return self.latency_s, self.inheritance, self.capacity, self.workload.weight_bytes
+
+    @property
     def promise(self) -> float:
         """What it starts from, times the root of what it can become: of networks that inherit alike the larger one learns more.
 
@@ -129,18 +135,23 @@ class Proposal:
 
 
 def elites(proposals: Sequence[Proposal], limit_s: float, merit: Callable[[Proposal], Any]) -> list[list[Proposal]]:
-    """The best of each of CELLS latencies (equal ratios from the fastest to `limit_s`), best first; empty cells are left out.
+    """The KEPT_EACH of most merit of each of CELLS latencies, best first; empty cells are left out.
 
-    A network no policy of which is within the limit has the fastest alone. Variations that come to the same parameters count once.
+    The cells are of equal ratio, from the fastest (which stays in any case) to `limit_s`; where nothing is as fast as that, or hardly, to
+    LEAST_RANGE times the fastest. Proposals that are alike in all that is known of them count once.
     """
     fastest = min(proposals, key=lambda p: p.latency_s)
-    span = max(TINY_SPAN, math.log(limit_s / fastest.latency_s)) if limit_s > fastest.latency_s else math.inf
-    cells: defaultdict[int, dict[tuple[Any, ...], Proposal]] = defaultdict(dict)
+    limit_s = max(limit_s, LEAST_RANGE * fastest.latency_s)
+    step = math.log(limit_s / fastest.latency_s) / CELLS
+    cells: defaultdict[int, dict[tuple[float, ...], Proposal]] = defaultdict(dict)
     for proposal in proposals:
-        if proposal.latency_s <= limit_s or proposal is fastest:
-            place = math.log(proposal.latency_s / fastest.latency_s) / span
-            cells[min(CELLS - 1, int(CELLS * place))].setdefault(tuple(proposal.params.items()), proposal)
-    return [heapq.nlargest(KEPT_EACH, cells[cell].values(), key=merit) for cell in sorted(cells)]
+        if proposal.latency_s <= limit_s:
+            cell = min(CELLS - 1, int(math.log(proposal.latency_s / fastest.latency_s) / step))
+            cells[cell].setdefault(proposal.known, proposal)
+    found = [heapq.nlargest(KEPT_EACH, cells[cell].values(), key=merit) for cell in sorted(cells)]
+    if fastest not in found[0]:
+        found[0].append(fastest)
+    return found
 
 
 def inheritance(students: Workloads, teacher: Workload) -> list[float]:
@@ -198,29 +209,47 @@ class Band:
         return max(members, key=lambda c: c.promise, default=None)
 
 
-def aims(known: Sequence[tuple[float, float]], fastest_s: float, slowest_s: float) -> Iterator[Band]:
+def aims(known: Sequence[tuple[float, float]], failed: Sequence[float], latencies: Sequence[float], limit_s: float) -> list[Band]:
     """Where the next of the first policies is worth most, the best aim first.
 
-    First the ends of the range; then the middle of the step between neighbours over which a front would gain most: by how much it is
-    faster (as logarithm) times by how much it is worse. As for who climbs (`schedule.promoted`), what lies below halfway between the
-    best and the worst score comes last. So policies gather where a user has to choose, and few are spent where quality has collapsed.
+    First the ends of the range; then the middle of the step between neighbours on the front over which it would gain most: by how much
+    faster (as logarithm) times by how much worse. As for who climbs (`schedule.promoted`), what lies below halfway between the best and
+    the worst score comes last. So policies gather where a user has to choose, and few are spent where quality has collapsed. Where one
+    failed already, or is on no front, the next is tried after all else.
 
     Args:
-        known: (latency in seconds, score, more is better) of what was trained.
-        fastest_s, slowest_s: the range of latencies of interest; at its slow end predictions may be over the budget.
+        known: (latency in seconds, score, more is better) of what was trained and is within the budget.
+        failed: predicted latencies of what was trained in vain: it failed, or was over the budget.
+        latencies: as predicted, of what may be trained next. limit_s: the slowest of interest; half a band below it is left out, since
+            there stands the unchanged network, and what is predicted there may be over the budget.
     """
-    fastest_s = max(fastest_s, slowest_s / LARGEST_RANGE)
-    ratio = max(LEAST_STEP, (slowest_s / fastest_s) ** (1 / END_BANDS))
-    inside = sorted((latency, score) for latency, score in known if latency <= slowest_s)
-    ends = Band(slowest_s / ratio**1.5, slowest_s / ratio**0.5), Band(0.0, fastest_s * ratio)
-    yield from (end for end in ends if not any(latency in end for latency, _ in inside))
-    least = halfway([score for _, score in inside]) if inside else 0.0
+    inside = sorted((latency, score) for latency, score in known if latency <= limit_s)
+    within = [latency for latency in (*latencies, *(latency for latency, _ in inside)) if latency <= limit_s]
+    if not within:
+        return []
+    fastest = max(min(within), limit_s / LARGEST_RANGE)
+    ratio = max(LEAST_STEP, (limit_s / fastest) ** (1 / END_BANDS))
+    slowest = min(limit_s / math.sqrt(ratio), CLEARANCE * max(within))
+    ends = Band(slowest / ratio, slowest), Band(0.0, min(fastest * ratio, limit_s))
+    open_ends = (not inside or inside[-1][0] <= ends[0].fastest, not inside or inside[0][0] > ends[1].slowest)
+    found = [*itertools.compress(ends, open_ends), *_steps(inside)]
+    tried = [*failed, *(latency for latency, _ in inside)]
+    return sorted(found, key=lambda band: sum(latency in band for latency in tried))
 
-    def worth(step: tuple[tuple[float, float], tuple[float, float]]) -> tuple[float, float, float]:
+
+def _steps(known: Sequence[tuple[float, float]]) -> list[Band]:
+    """The middles of the steps of the front of these (latency, score), fastest first; what is worth most first."""
+    front = [point for index, point in enumerate(known) if all(point[1] > score for _, score in known[:index])]
+    least = halfway([score for _, score in known]) if known else 0.0
+
+    def worth(step: tuple[tuple[float, float], tuple[float, float]]) -> tuple[float, float]:
         (fast, low), (slow, high) = step
         width = math.log(slow / fast)
-        return width * max(0.0, max(high, least) - max(low, least)), width * max(0.0, high - low), width
+        return width * max(0.0, high - max(low, least)), width * (high - low)
 
-    for (fast, _), (slow, _) in sorted(itertools.pairwise(inside), key=worth, reverse=True):
-        if slow >= LEAST_STEP * fast:
-            yield Band(fast ** (2 / 3) * slow ** (1 / 3), fast ** (1 / 3) * slow ** (2 / 3))
+    steps = sorted(itertools.pairwise(front), key=worth, reverse=True)
+    return [
+        Band(fast ** (2 / 3) * slow ** (1 / 3), fast ** (1 / 3) * slow ** (2 / 3))
+        for (fast, _), (slow, _) in steps
+        if slow >= LEAST_STEP * fast
+    ]

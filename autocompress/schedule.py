@@ -24,6 +24,8 @@ SHORT_RUNS = 12
 FULL_FACTOR = 9.0
 MOST_FULL_RUNS = 6
 TRIALS_A_FULL_RUN = 4
+OUTLIER = 8.0
+"""Times the distance of the median from the best score: what is worse is an accident, not the end of a range."""
 LEAST_COST = 0.25
 """Of the dearest step: a step has costs that no network is too small for."""
 WORST_MARGIN = 0.02
@@ -114,8 +116,13 @@ def full_seconds(left: float, costs: Sequence[float], short_each: float, trials:
 
 
 def halfway(scores: Sequence[float]) -> float:
-    """Between the best and the worst: what scores below it comes after all else. Unlike a median it does not move to where many are."""
-    return 0.5 * (min(scores) + max(scores))
+    """Between the best and the worst: what scores below it comes after all else. Unlike a median it does not move to where many are.
+
+    A score that is worse than the best by more than OUTLIER times as much as the median is counts as just so bad.
+    """
+    best = max(scores)
+    worst = max(min(scores), best - OUTLIER * (best - float(np.median(scores))))
+    return 0.5 * (best + worst)
 
 
 def promoted(outcomes: Sequence[Outcome], n: int, settled: Sequence[Outcome] = ()) -> list[Outcome]:

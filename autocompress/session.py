@@ -21,6 +21,7 @@ from autocompress.controller import Search
 from autocompress.data import Data
 from autocompress.devices.base import Device
 from autocompress.errors import AutocompressError, InfeasibleBudget, Terminated
+from autocompress.final import measure_front, score_test
 from autocompress.forecast import Forecast
 from autocompress.objective import Setting
 from autocompress.policy import Policy
@@ -226,8 +227,8 @@ def _phases(search_: Search) -> None:
     search_.ask_teacher()
     search_.short_rung(pool)
     search_.full_rung()
-    search_.measure_front()
-    search_.score_test()
+    measure_front(search_)
+    score_test(search_)
 
 
 def _finish(search_: Search) -> None:

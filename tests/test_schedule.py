@@ -77,6 +77,13 @@ def test_who_climbs_does_not_depend_on_where_many_were_tried():
     assert set(ids(promoted([*line, *crowd], 3))) & fast
 
 
+def test_one_score_that_is_beyond_all_others_does_not_move_halfway():
+    scores = [-0.3, -0.4, -0.45, -0.5, -0.6]
+    assert schedule.halfway(scores) == pytest.approx(-0.45)
+    assert schedule.halfway([*scores, -30.0]) > -1.5
+    assert schedule.halfway([0.5]) == 0.5
+
+
 def test_tiny_and_bad_networks_climb_last():
     tiny = [outcome(f"tiny{i}", 0.3 + i / 100, 1e-5) for i in range(4)]
     assert set(ids(promoted([*tiny, *FRONT], 4))) == {"a", "b", "c", "d"}

@@ -50,10 +50,7 @@ class FittedLatencyModel(LatencyModel):
         """Predicted seconds of each, as `predict` gives them one by one; many at once take hardly longer than one."""
         if not any(workloads.variants):
             return np.array([self._predict_whole(workload).value for workload in workloads])
-        known = dict(zip(CLASSES, self._scales, strict=False))
-        cost = self._scales[-1] * OPERATOR_COST_S
-        sums = workloads.total([lambda o: float(known[_class_of(o)] * self.table.estimate(o) + cost)])[0]
-        return np.maximum(LEAST_S, self.table.call_overhead + sums)
+        return np.maximum(LEAST_S, self.table.call_overhead + workloads.total([self._seconds])[0])
 
     def _predict_whole(self, workload: Workload) -> Prediction:
         """A network that could not be traced has no operators to add up: the measured one that is nearest in weight bytes, loosely."""
@@ -64,8 +61,12 @@ class FittedLatencyModel(LatencyModel):
         return Prediction(value=seconds, low=seconds / UNTRACED_SPREAD, high=seconds * UNTRACED_SPREAD)
 
     def explain(self, workload: Workload) -> list[tuple[str, float]]:
-        cost = self._scales[-1] * OPERATOR_COST_S
-        return [(o.name, self.table.estimate(o) * self._scales[CLASSES.index(_class_of(o))] + cost) for o in workload.operators]
+        return [(operator.name, self._seconds(operator)) for operator in workload.operators]
+
+    def _seconds(self, operator: Operator) -> float:
+        """What one operator takes inside a network."""
+        scale, cost = self._scales[CLASSES.index(_class_of(operator))], self._scales[-1] * OPERATOR_COST_S
+        return float(scale * self.table.estimate(operator) + cost)
 
     def fit(self, pairs: Sequence[tuple[Workload, float]]) -> None:
         """Fit the correction, and the interval from what each pair would have been predicted without itself."""

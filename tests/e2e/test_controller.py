@@ -12,6 +12,7 @@ from autocompress import study as journal
 from autocompress.content import front_of
 from autocompress.controller import Search
 from autocompress.errors import PolicyFailure
+from autocompress.final import measure_front, score_test
 from autocompress.forecast import Forecast
 from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.objective import untrained
@@ -69,7 +70,7 @@ def test_first_policies_are_the_best_of_where_the_next_is_worth_most(search, poo
     limit, known = search.forecast.latency_limit, []
     for position in range(4):
         promising = search._promising(pool, search._leading())
-        aim = next(aims(known, min(p.latency_s for p in promising), limit))
+        aim = aims(known, [], [p.latency_s for p in promising], limit)[0]
         _, policy = search._next(pool, PATIENCE)
         predicted = search.forecast.predict(policy).value
         assert predicted in aim
@@ -79,14 +80,30 @@ def test_first_policies_are_the_best_of_where_the_next_is_worth_most(search, poo
     assert known[1][0] < known[2][0] < known[0][0]
 
 
-def test_where_a_policy_failed_the_next_is_another(search, pool):
-    chosen = []
-    for attempt in range(2):
+@pytest.mark.parametrize("trouble", ["failed", "over the budget"])
+def test_where_a_policy_was_trained_in_vain_the_next_is_elsewhere(search, pool, trouble):
+    search.forecast.budget = Budget(latency_s=search.forecast.latency_limit)
+    predictions = []
+    for attempt in range(3):
         _, policy = search._next(pool, PATIENCE)
-        chosen.append(search.forecast.structure(policy))
-        failure = Failure(stage="train", reason="diverged")
-        trained(search, policy, 1.0, id=f"0000{attempt}", failure=failure)
-    assert len(set(chosen)) == 2
+        predicted = search.forecast.predict(policy)
+        predictions.append(predicted.value)
+        failure = Failure(stage="train", reason="diverged") if trouble == "failed" else None
+        trained(search, policy, 9.0, id=f"0000{attempt}", failure=failure, predicted_latency_s=predicted)
+    slow, fast, again = predictions
+    assert fast < 0.5 * slow < again, "the slow end, the fast end, and only then the slow end once more"
+
+
+def test_a_limit_on_size_leaves_the_range_of_what_it_allows(search, pool):
+    """The first policy is not the smallest of the space because the slow end of the latencies is out of reach."""
+    sizes = sorted(p.workload.weight_bytes for p in pool)
+    overhead = search.setting.baseline.size_bytes - search.forecast.original.weight_bytes
+    search.forecast.budget = Budget(size_bytes=sizes[len(sizes) // 3] + max(0, overhead))
+    promising = search._promising(pool, [])
+    latencies = sorted(p.latency_s for p in promising)
+    assert latencies[-1] < 0.9 * search.forecast.latency_limit
+    _, policy = search._next(pool, PATIENCE)
+    assert search.forecast.predict(policy).value > latencies[len(latencies) // 2]
 
 
 def test_after_the_first_policies_optuna_suggests(search, pool, monkeypatch):
@@ -180,7 +197,7 @@ def on_front(search, pool, n=3):
 def test_a_file_that_can_no_longer_be_measured_leaves_the_front_and_the_search_goes_on(search, pool):
     on_front(search, pool)
     with_device(search, Worn(measurement(1e-3), broken=("00001",)))
-    search.measure_front()
+    measure_front(search)
     failures = {o.id: o.failure for o in journal.outcomes(search.study) if o.failure is not None}
     assert {id: (f.stage, f.reason) for id, f in failures.items()} == {
         "00001": ("measure", "PolicyFailure: the runtime crashed with SIGSEGV")
@@ -198,7 +215,7 @@ def test_files_that_cannot_be_measured_together_are_measured_one_by_one(search, 
     on_front(search, pool)
     device = Small(measurement(7e-3))
     with_device(search, device)
-    search.measure_front()
+    measure_front(search)
     assert device.asked == [["baseline", f"0000{index}"] for index in range(3)]
     assert [(o.latency_s.median, o.failure) for o in journal.outcomes(search.study)] == [(7e-3, None)] * 3
     assert search.setting.baseline.latency_s.median == 7e-3
@@ -216,7 +233,7 @@ def test_the_less_time_is_left_the_shorter_the_front_is_measured(search, pool):
         search.clock = Clock.start(60.0, already=already)
         device = Hasty(measurement(1e-3))
         with_device(search, device)
-        search.measure_front()
+        measure_front(search)
         asked.append(device.asked[0])
     assert asked[0] == 1.5 > asked[1] > asked[2] == 0.3
 
@@ -227,7 +244,7 @@ def test_a_file_that_was_lost_comes_back_when_it_is_intact_and_else_its_policy_m
         search.setting.write(search.run / "models" / id, untrained(search.setting, proposal.policy), proposal.policy)
     (search.run / "models" / "00001" / "model.onnx").write_bytes(b"damaged")
     with_device(search, Worn(measurement(1e-3), broken=("00000", "00001", "00002")))
-    search.measure_front()
+    measure_front(search)
     assert front_of(search.outcomes(), search.budget) == []
     assert search.retry_failures() == 3
     assert [(o.id, o.failure) for o in journal.outcomes(search.study)] == [("00000", None)]
@@ -255,13 +272,13 @@ def test_what_misses_a_95th_percentile_when_it_is_measured_again_is_no_longer_wi
     search.task = Task(model="own:net", data="own:blobs", search_time="60s", budget=("p95=6ms",))
     search.forecast.budget = search.task.limits
     with_device(search, Worn(measurement(4e-3, p95=7e-3)))
-    search.measure_front()
+    measure_front(search)
     assert front_of(search.outcomes(), search.budget) == []
 
 
 def test_a_file_that_cannot_be_scored_on_the_test_set_leaves_the_front(search, pool):
     on_front(search, pool, 1)
-    search.score_test()
+    score_test(search)
     (lost,) = journal.outcomes(search.study)
     assert lost.failure.stage == "test"
     assert search.setting.baseline.test_score is not None
@@ -283,7 +300,7 @@ def test_a_score_is_told_in_percent_only_where_it_is_a_share(search, score, word
     search.progress = diary = Diary()
     latency = Measurement(median=1e-3, low=1e-3, high=1e-3, p95=1e-3, n=9)
     search.best = Outcome(id="00000", policy=Policy(), rung="short", val_score=score, latency_s=latency, artifact="a.onnx", size_bytes=9)
-    search._announce(search.best)
-    search._show("full training", 0, 1)
+    search.announce(search.best)
+    search.show("full training", 0, 1)
     assert diary.messages[0].startswith(f"policy 00000: {words} {score.name}, 1 ms, ")
     assert diary.best == f"{words} at 1 ms"

@@ -1,0 +1,95 @@
+"""The end of a search: its front is measured together once more, and scored on the test split for the first and only time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from autocompress import study as journal
+from autocompress.content import front_of
+from autocompress.data import Split, sample
+from autocompress.errors import PolicyFailure
+from autocompress.evaluate import score_artifact
+from autocompress.findings import Findings
+from autocompress.objective import fails_policy
+from autocompress.records import Measurement, Outcome, Score
+
+FINAL_SECONDS_EACH, LEAST_FINAL_SECONDS_EACH = 1.5, 0.3
+FINAL_SHARE = 0.6
+"""Of the time that is left at the end: for measuring the front; the test set and the report take the rest."""
+LEAST_TEST = 256
+
+
+def measure_front(search: Findings) -> None:
+    """Measure the front's files together, interleaved with the baseline; a point stays within the budget only if both times it was.
+
+    What leaves the budget may let points onto the front that were behind it, so that it is measured until all of it has been.
+    """
+    known: set[str] = set()
+    while front := [o for o in front_of(search.outcomes(), search.budget) if o.id not in known]:
+        if known and search.clock.elapsed > search.clock.total:
+            return
+        search.show("measuring the front", 0, len(front))
+        baseline, again = _measured_again(search, front)
+        if baseline is not None and not known:
+            search.setting = replace(search.setting, baseline=replace(search.setting.baseline, latency_s=baseline))
+            search.forecast.budget = search.task.limits.against(baseline)
+        for outcome, latency in again:
+            journal.record(search.study, outcome.model_copy(update={"latency_s": latency}))
+        known |= {o.id for o in front}
+
+
+def _measured_again(search: Findings, front: list[Outcome]) -> tuple[Measurement | None, list[tuple[Outcome, Measurement]]]:
+    """Latencies of the baseline and of these, all together; one by one where that fails, and what fails even so is lost."""
+    setting = search.setting
+    left = (search.clock.total - search.clock.elapsed) / (len(front) + 1)
+    seconds = max(LEAST_FINAL_SECONDS_EACH, min(FINAL_SECONDS_EACH, FINAL_SHARE * left))
+    paths = {o.id: search.run / (o.artifact or "") for o in front}
+    try:
+        baseline, *others = setting.device.measure([setting.baseline.path, *paths.values()], seconds_each=seconds)
+    except PolicyFailure:
+        baseline = None
+    else:
+        return baseline, list(zip(front, others, strict=True))
+    again: list[tuple[Outcome, Measurement]] = []
+    for outcome in front:
+        try:
+            baseline, latency = setting.device.measure([setting.baseline.path, paths[outcome.id]], seconds_each=seconds)
+        except PolicyFailure as error:
+            search.lose(outcome, error, "measure")
+        else:
+            again.append((outcome, latency))
+    return baseline, again
+
+
+def score_test(search: Findings) -> None:
+    """The one look at the test set: the baseline and the front that is reported, each once, resumed or not.
+
+    Where the whole of it would take longer than the search may, a part of it that is always the same.
+    """
+    setting, front = search.setting, front_of(search.outcomes(), search.budget)
+    left = max(0.0, search.clock.total - search.clock.elapsed)
+    slowness = 1 + sum(o.latency_s.median for o in front if o.latency_s) / setting.baseline.latency_s.median
+    affordable = int(left / max(1e-9, search.per_example_s * slowness))
+    wanted = search.study.user_attrs.get("test_examples") or min(len(setting.data.test), max(LEAST_TEST, affordable))
+    journal.remember(search.study, "test_examples", wanted)
+    test = sample(setting.data.test, wanted)
+    search.show("scoring the test set", 0, len(front) + 1)
+    known = search.study.user_attrs.get("original_test_score")
+    score = Score.model_validate(known) if known else score_artifact(setting.baseline.path, setting.data, test, setting.batch)
+    journal.remember(search.study, "original_test_score", score.model_dump(mode="json"))
+    search.setting = replace(setting, baseline=replace(setting.baseline, test_score=score))
+    for done, outcome in enumerate(front):
+        search.show("scoring the test set", done + 1, len(front) + 1)
+        if outcome.test_score is None:
+            _score_test_of(search, outcome, test)
+
+
+def _score_test_of(search: Findings, outcome: Outcome, test: Split) -> None:
+    try:
+        score = score_artifact(search.run / (outcome.artifact or ""), search.setting.data, test, search.setting.batch)
+    except Exception as error:
+        if not fails_policy(error):
+            raise
+        search.lose(outcome, error, "test")
+        return
+    journal.record(search.study, outcome.model_copy(update={"test_score": score}))

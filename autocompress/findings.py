@@ -1,0 +1,177 @@
+"""What a running search has found: its outcomes in the study, its front in RUN/front.json, and its user who is told."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from autocompress import study as journal
+from autocompress.compress.train import Tick
+from autocompress.content import entry, front_of, ladder_quality, prediction_quality, progress_point
+from autocompress.export import is_intact
+from autocompress.forecast import Forecast
+from autocompress.front import measured, pick
+from autocompress.objective import Setting, failure_of
+from autocompress.policy import Policy
+from autocompress.progress import Progress
+from autocompress.records import Budget, Outcome
+from autocompress.run_folder import write_atomically
+from autocompress.schedule import Clock
+from autocompress.task import Task
+from autocompress.units import format_duration, format_size
+from autocompress.view import format_score
+
+
+@dataclass
+class Findings:
+    """What a search has found so far, and the one door to its study; everything that must survive is there."""
+
+    task: Task
+    run: Path
+    study: optuna.Study
+    forecast: Forecast
+    clock: Clock
+    progress: Progress
+    points: list[dict[str, Any]]
+    best: Outcome | None = None
+    per_example_s: float = 0.0
+    """What the original's file takes to answer one example."""
+
+    @property
+    def setting(self) -> Setting:
+        return self.forecast.setting
+
+    @setting.setter
+    def setting(self, setting: Setting) -> None:
+        self.forecast.setting = setting
+
+    @property
+    def budget(self) -> Budget:
+        return self.forecast.budget
+
+    def outcomes(self) -> list[Outcome]:
+        """One outcome a policy: the most accurate file of it, whichever rung made it; a failure where there is none."""
+        kept: dict[str, Outcome] = {}
+        for outcome in journal.outcomes(self.study):
+            before = kept.get(outcome.policy.digest)
+            if before is None or gain(outcome) >= gain(before):
+                kept[outcome.policy.digest] = outcome
+        return list(kept.values())
+
+    def content(self) -> dict[str, Any]:
+        """What front.json holds now."""
+        baseline, results = self.setting.baseline, self.outcomes()
+        front = front_of(results, self.budget)
+        on_front = {o.id for o in front}
+        entries = [entry(o, baseline, self.budget, self._layers(o.policy), dominated=o.id not in on_front) for o in measured(results)]
+        every = journal.outcomes(self.study)
+        best = pick(results, self.budget)
+        return {
+            "schema": 1,
+            "task": self.task.model_dump(mode="json"),
+            "device": self.setting.device.name,
+            "environment": self.setting.device.environment(),
+            "budget": self.budget.model_dump(mode="json"),
+            "baseline": {
+                "val_score": _json(baseline.val_score),
+                "test_score": _json(baseline.test_score),
+                "latency_s": _json(baseline.latency_s),
+                "size_bytes": baseline.size_bytes,
+                "artifact": str(baseline.path.relative_to(self.run)),
+            },
+            "front": [e for e in sorted(entries, key=lambda e: e["latency_s"]["median"]) if e["id"] in on_front],
+            "points": entries,
+            "best": best.id if best is not None else None,
+            "progress": self.points,
+            "prediction": prediction_quality(every, self.forecast.structure) | {"held_out": self.forecast.model.held_out_error()},
+            "ladder": ladder_quality(
+                {o.policy.digest: o for o in every if o.rung == "short" and o.failure is None},
+                {o.policy.digest: o for o in every if o.rung == "full" and o.failure is None},
+            ),
+            "failures": [{"id": o.id, **o.failure.model_dump()} for o in every if o.failure is not None],
+            "trials": journal.count_trials(self.study),
+            "elapsed_s": self.clock.elapsed,
+        }
+
+    def _layers(self, policy: Policy) -> list[dict[str, Any]]:
+        """Every layer with its predicted seconds in the original and in the policy's student."""
+        forecast = self.forecast
+        before, after = (dict(forecast.model.explain(forecast.workload(p))) for p in (Policy(), policy))
+        return [
+            layer | {"teacher_latency_s": before.get(layer["name"]), "latency_s": after.get(layer["name"])}
+            for layer in self.setting.graph_of(policy).describe(policy)
+        ]
+
+    def keep(self, outcome: Outcome) -> None:
+        """Record what became of a policy, learn from it, and tell of it."""
+        journal.record(self.study, outcome)
+        self.best = pick(self.outcomes(), self.budget)
+        self.forecast.learn([outcome])
+        self.points.append(
+            progress_point(self.outcomes(), self.setting.baseline, self.budget, self.clock.elapsed, journal.count_trials(self.study))
+        )
+        journal.remember(self.study, "progress", self.points)
+        journal.remember(self.study, "elapsed_s", self.clock.elapsed)
+        self.write_front()
+        self.announce(outcome)
+
+    def write_front(self) -> None:
+        """Write RUN/front.json: after every policy, so that a killed search leaves a folder that can be shown and exported."""
+        write_atomically(self.run / "front.json", json.dumps(self.content(), indent=1))
+
+    def announce(self, outcome: Outcome) -> None:
+        """One line for the user."""
+        if outcome.failure is not None:
+            self.progress.message(f"policy {outcome.id} failed ({outcome.failure.stage}): {outcome.failure.reason}")
+        elif outcome.val_score is not None and outcome.latency_s is not None:
+            self.progress.message(
+                f"policy {outcome.id}: {format_score(outcome.val_score)} {outcome.val_score.name}, "
+                f"{format_duration(outcome.latency_s.median)}, {format_size(outcome.size_bytes)} ({outcome.policy.in_words()})"
+            )
+
+    def lose(self, outcome: Outcome, error: Exception, stage: str) -> None:
+        """Its file no longer works: it was damaged or taken away, or the runtime fails on it now."""
+        lost = outcome.model_copy(update={"failure": failure_of(error, stage)})
+        journal.record(self.study, lost)
+        self.announce(lost)
+
+    def retry_failures(self) -> int:
+        """What made policies fail may be mended by now; a file that was lost but is intact comes back. How many there were."""
+        failed = [o for o in journal.outcomes(self.study) if o.failure is not None]
+        for outcome in failed:
+            if outcome.artifact is not None and is_intact((self.run / outcome.artifact).parent):
+                journal.record(self.study, outcome.model_copy(update={"failure": None}))
+            else:
+                journal.forget(self.study, outcome)
+        return len(failed)
+
+    def recall(self) -> None:
+        """Take up what a resumed search knew."""
+        self.best = pick(self.outcomes(), self.budget)
+
+    # -- what the user sees ----------------------------------------------------------------------------------------
+
+    def percent(self, phase: str) -> Tick:
+        """Shows how much of a phase is done, given as share."""
+        return lambda done: self.show(phase, round(100 * done), 100)
+
+    def show(self, phase: str, done: int, total: int | None) -> None:
+        """Live progress: phase, best so far, time left."""
+        best, words = self.best, ""
+        if best is not None and best.val_score is not None and best.latency_s is not None:
+            words = f"{format_score(best.val_score)} at {format_duration(best.latency_s.median)}"
+        self.progress.update(phase=phase, done=done, total=total, best=words, seconds_left=self.clock.total - self.clock.elapsed)
+
+
+def gain(outcome: Outcome) -> float:
+    """Score on validation where more is better; below all others where there is none."""
+    return outcome.val_score.gain if outcome.val_score is not None and outcome.failure is None else -math.inf
+
+
+def _json(record: Any) -> Any:
+    return None if record is None else record.model_dump(mode="json")
