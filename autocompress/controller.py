@@ -156,11 +156,10 @@ class Search(Findings):
     def _leader(self, promising: list[Proposal]) -> Proposal | None:
         """What promises most where the next policy is worth most."""
         short = [o for o in journal.outcomes(self.study) if o.rung == "short"]
-        sound = [o for o in short if o.failure is None and feasible(o, self.budget)]
-        known = [(o.latency_s.median, gain(o)) for o in sound if o.latency_s is not None]
-        failed = [o.predicted_latency_s.value for o in short if o not in sound and o.predicted_latency_s is not None]
+        known = [(o.latency_s.median, gain(o)) for o in measured(short) if o.latency_s is not None and feasible(o, self.budget)]
+        tried = [o.predicted_latency_s.value for o in short if o.predicted_latency_s is not None]
         latencies = [p.latency_s for p in promising]
-        leaders = (band.leader(promising) for band in aims(known, failed, latencies, self.forecast.latency_limit))
+        leaders = (band.leader(promising) for band in aims(known, tried, latencies, self.forecast.latency_limit))
         return next((leader for leader in leaders if leader is not None), None)
 
     def _ask(self, pool: list[Proposal], leading: list[Proposal], patience_s: float) -> tuple[Trial, Policy]:

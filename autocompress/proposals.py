@@ -209,17 +209,17 @@ class Band:
         return max(members, key=lambda c: c.promise, default=None)
 
 
-def aims(known: Sequence[tuple[float, float]], failed: Sequence[float], latencies: Sequence[float], limit_s: float) -> list[Band]:
+def aims(known: Sequence[tuple[float, float]], tried: Sequence[float], latencies: Sequence[float], limit_s: float) -> list[Band]:
     """Where the next of the first policies is worth most, the best aim first.
 
     First the ends of the range; then the middle of the step between neighbours on the front over which it would gain most: by how much
     faster (as logarithm) times by how much worse. As for who climbs (`schedule.promoted`), what lies below halfway between the best and
     the worst score comes last. So policies gather where a user has to choose, and few are spent where quality has collapsed. Where one
-    failed already, or is on no front, the next is tried after all else.
+    was tried in vain (it failed, or was not what was predicted, or is on no front), the next is tried after all else.
 
     Args:
         known: (latency in seconds, score, more is better) of what was trained and is within the budget.
-        failed: predicted latencies of what was trained in vain: it failed, or was over the budget.
+        tried: predicted latencies of all that was trained, in vain or not.
         latencies: as predicted, of what may be trained next. limit_s: the slowest of interest; half a band below it is left out, since
             there stands the unchanged network, and what is predicted there may be over the budget.
     """
@@ -233,8 +233,7 @@ def aims(known: Sequence[tuple[float, float]], failed: Sequence[float], latencie
     ends = Band(slowest / ratio, slowest), Band(0.0, min(fastest * ratio, limit_s))
     open_ends = (not inside or inside[-1][0] <= ends[0].fastest, not inside or inside[0][0] > ends[1].slowest)
     found = [*itertools.compress(ends, open_ends), *_steps(inside)]
-    tried = [*failed, *(latency for latency, _ in inside)]
-    return sorted(found, key=lambda band: sum(latency in band for latency in tried))
+    return sorted(found, key=lambda band: sum(latency in band for latency in (*tried, *(latency for latency, _ in inside))))
 
 
 def _steps(known: Sequence[tuple[float, float]]) -> list[Band]:

@@ -94,8 +94,8 @@ latencies = st.lists(st.tuples(st.floats(1e-4, 1), st.floats(-3, 1)), max_size=1
 
 @settings(deadline=None)
 @given(latencies, st.lists(st.floats(1e-4, 1), max_size=9), st.lists(st.floats(1e-4, 1), max_size=9), st.floats(1e-4, 1))
-def test_aims_lie_within_the_limit(known, failed, predicted, limit):
-    found = aims(known, failed, predicted, limit)
+def test_aims_lie_within_the_limit(known, tried, predicted, limit):
+    found = aims(known, tried, predicted, limit)
     assert all(0 <= band.fastest < band.slowest <= limit for band in found)
     assert len(found) == len(set(found)) <= len(known) + 2
     assert found or not any(latency <= limit for latency in [*predicted, *(latency for latency, _ in known)]) or known
@@ -119,10 +119,13 @@ def test_where_the_slow_end_is_out_of_reach_the_range_ends_with_what_there_is():
     assert aims([(0.004, 0.9), (0.0011, 0.5)], [], (0.0012, 0.0039), 0.256)[0].slowest < 0.004
 
 
-def test_where_one_failed_the_next_is_tried_after_all_else():
+def test_where_one_was_tried_in_vain_the_next_is_tried_after_all_else():
     slow, fast = aims([], [], RANGE, 0.256)
     assert aims([], [0.15], RANGE, 0.256) == [fast, slow]
     assert aims([], [0.15, 0.0015, 0.0016], RANGE, 0.256) == [slow, fast]
+    slower = [(0.15, 0.9), (0.0025, 0.3)]  # than predicted: the fast end is still open
+    assert aims(slower, [0.15], RANGE, 0.256)[0] == fast
+    assert aims(slower, [0.15, 0.0015], RANGE, 0.256)[-1] == fast
     between = aims([(0.2, 0.9), (0.0011, 0.1)], [], RANGE, 0.256)[0]
     dominated = (math.sqrt(between.fastest * between.slowest), 0.05)
     first, *_, last = aims([(0.2, 0.9), (0.05, 0.8), dominated, (0.0011, 0.1)], [], RANGE, 0.256)

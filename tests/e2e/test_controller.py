@@ -70,7 +70,7 @@ def test_first_policies_are_the_best_of_where_the_next_is_worth_most(search, poo
     limit, known = search.forecast.latency_limit, []
     for position in range(4):
         promising = search._promising(pool, search._leading())
-        aim = aims(known, [], [p.latency_s for p in promising], limit)[0]
+        aim = aims(known, [latency for latency, _ in known], [p.latency_s for p in promising], limit)[0]
         _, policy = search._next(pool, PATIENCE)
         predicted = search.forecast.predict(policy).value
         assert predicted in aim
