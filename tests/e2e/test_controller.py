@@ -11,7 +11,7 @@ from tasks import SLOW_CALLS, Diary
 from autocompress import study as journal
 from autocompress.content import front_of
 from autocompress.controller import Search
-from autocompress.errors import PolicyFailure
+from autocompress.errors import InfeasibleBudget, PolicyFailure
 from autocompress.final import measure_front, score_test
 from autocompress.forecast import Forecast
 from autocompress.latency import FittedLatencyModel, OperatorTable
@@ -23,6 +23,7 @@ from autocompress.proposals import aims
 from autocompress.records import Budget, Failure, Measurement, Outcome, Score
 from autocompress.schedule import Clock, Division
 from autocompress.search_space import find_suggest
+from autocompress.session import _result
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
 
@@ -261,7 +262,7 @@ def test_the_unchanged_network_is_trained_only_where_its_bits_cost_accuracy(sear
         return Outcome(id=known["id"], policy=policy, rung="full", failure=Failure(stage="train", reason="not here"))
 
     monkeypatch.setattr("autocompress.controller.realise", realised)
-    monkeypatch.setattr(search, "_keep", lambda outcome: None)
+    monkeypatch.setattr(search, "keep", lambda outcome: None)
     search.full_rung()
     assert asked == ([("int8-full", "full")] if climbs else [])
 
@@ -304,3 +305,26 @@ def test_a_score_is_told_in_percent_only_where_it_is_a_share(search, score, word
     search.show("full training", 0, 1)
     assert diary.messages[0].startswith(f"policy 00000: {words} {score.name}, 1 ms, ")
     assert diary.best == f"{words} at 1 ms"
+
+
+@pytest.mark.parametrize(
+    ("classes", "score", "told"),
+    [(2, 0.5, True), (2, 0.6, False), (10, 0.14, True), (10, 0.3, False), (None, 0.0, False)],
+    ids=["coin", "two classes", "ten, guessing", "ten", "no classes"],
+)
+def test_an_original_that_hardly_beats_guessing_is_asked_for_its_weights(search, monkeypatch, classes, score, told):
+    search.progress = diary = Diary()
+    search.setting = replace(search.setting, data=replace(search.setting.data, classes=classes))
+    monkeypatch.setattr(
+        "autocompress.controller.score_baseline",
+        lambda setting: replace(setting, baseline=replace(setting.baseline, val_score=Score(value=score))),
+    )
+    search.score_original()
+    assert any("hardly more than guessing" in message for message in diary.messages) == told
+
+
+def test_a_search_in_which_nothing_could_be_measured_says_so(search):
+    search.task = search.task.model_copy(update={"budget": ("1us",)})
+    search.write_front()
+    with pytest.raises(InfeasibleBudget, match="no policy could be measured in time"):
+        _result(search)

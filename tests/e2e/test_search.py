@@ -315,6 +315,13 @@ def test_python_sets_what_the_command_line_sets(monkeypatch):
     assert (tasks[0].batch_size, tasks[0].learning_rate) == (32, 0.2)
 
 
+def test_a_result_exports_what_the_command_line_exports(monkeypatch, tmp_path):
+    asked = {}
+    monkeypatch.setattr("autocompress.deploy.export_run", lambda run, **options: asked.update(options))
+    SearchResult(tmp_path, {}).export("out", pick="00001", formats=("torch",), model="m.py:f", student="s.py:f")
+    assert asked == {"pick": "00001", "formats": ("torch",), "out": Path("out"), "model": "m.py:f", "student": "s.py:f"}
+
+
 def test_nothing_to_resume(net, data, tmp_path):
     with pytest.raises(UsageError, match="no search to resume"):
         run_search(task(), tmp_path / "run", resume=True, model=net, data=data, device=FakeDevice())
