@@ -35,8 +35,8 @@ from autocompress.schedule import (
     validation_seconds,
 )
 
-FIRST_POLICIES = 8
-"""Of the short runs: those that are chosen by prediction, before Optuna suggests."""
+FIRST_POLICIES = 10
+"""Of the short runs: those that are chosen by prediction. Optuna's samplers draw at random until they know about as many."""
 UNKNOWN_OVERHEAD_S = 5.0
 SAME_FAILURES = 3
 NUMBER = re.compile(r"\d+(\.\d+)?(e[-+]?\d+)?|\bnan\b|\binf\b")

@@ -11,6 +11,7 @@ from tasks import SLOW_CALLS, Diary
 from autocompress import study as journal
 from autocompress.content import front_of
 from autocompress.controller import Search
+from autocompress.data import SPLITS, Split
 from autocompress.errors import InfeasibleBudget, PolicyFailure
 from autocompress.final import measure_front, score_test
 from autocompress.forecast import Forecast
@@ -309,12 +310,14 @@ def test_a_score_is_told_in_percent_only_where_it_is_a_share(search, score, word
 
 @pytest.mark.parametrize(
     ("classes", "score", "told"),
-    [(2, 0.5, True), (2, 0.6, False), (10, 0.14, True), (10, 0.3, False), (None, 0.0, False)],
-    ids=["coin", "two classes", "ten, guessing", "ten", "no classes"],
+    [(2, 0.5, True), (2, 0.6, False), (4, 0.27, True), (4, 0.3, False)],
+    ids=["coin", "two classes", "four, guessing", "four"],
 )
 def test_an_original_that_hardly_beats_guessing_is_asked_for_its_weights(search, monkeypatch, classes, score, told):
     search.progress = diary = Diary()
-    search.setting = replace(search.setting, data=replace(search.setting.data, classes=classes))
+    data = search.setting.data
+    parts = {name: Split(part.inputs, part.targets % classes) for name in SPLITS for part in [getattr(data, name)]}
+    search.setting = replace(search.setting, data=replace(data, classes=classes, **parts))
     monkeypatch.setattr(
         "autocompress.controller.score_baseline",
         lambda setting: replace(setting, baseline=replace(setting.baseline, val_score=Score(value=score))),
@@ -324,7 +327,7 @@ def test_an_original_that_hardly_beats_guessing_is_asked_for_its_weights(search,
 
 
 def test_a_search_in_which_nothing_could_be_measured_says_so(search):
-    search.task = search.task.model_copy(update={"budget": ("1us",)})
+    search.task, search.run = search.task.model_copy(update={"budget": ("1us",)}), search.setting.models.parent
     search.write_front()
     with pytest.raises(InfeasibleBudget, match="no policy could be measured in time"):
         _result(search)
