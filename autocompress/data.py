@@ -53,7 +53,10 @@ class Split:
         self._index = index
         rows = len(self._array if index is None else index)
         if rows != len(self.targets):
-            raise UsageError(f"a split must hold as many targets as inputs, but got {rows} inputs and {len(self.targets)} targets")
+            raise UsageError(
+                f"a split must hold as many targets as inputs, but got {rows} inputs and {len(self.targets)} targets",
+                hint="give one target for each row of the inputs",
+            )
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -106,7 +109,10 @@ def _rows_of(values: Any, what: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError):
         rows = torch.tensor(0)
     if rows.dim() == 0:
-        raise UsageError(f"a split must hold arrays of numbers with a row for each example, but its {what} are {type(values).__name__}")
+        raise UsageError(
+            f"a split must hold arrays of numbers with a row for each example, but its {what} are {type(values).__name__}",
+            hint="give tensors or numpy arrays, one row an example",
+        )
     return rows
 
 
@@ -140,9 +146,15 @@ class Data:
     def __post_init__(self) -> None:
         for name in SPLITS:
             if len(getattr(self, name)) == 0:
-                raise UsageError(f"the {name} split must hold at least one input, but is empty")
+                raise UsageError(
+                    f"the {name} split must hold at least one input, but is empty",
+                    hint="give it examples that the other splits do not hold",
+                )
         if (self.loss is None) != (self.score is None):
-            raise UsageError("data with its own `loss` must bring its own `score`, and the other way round")
+            raise UsageError(
+                "data with its own `loss` must bring its own `score`, and the other way round",
+                hint="give both, or neither for classification",
+            )
         if self.loss is None:
             self._take_classes()
             self.require_labels()
@@ -315,16 +327,22 @@ def _channel_values(options: dict[str, str], key: str, default: tuple[float, ...
     try:
         values = tuple(float(part) for part in options[key].split(","))
     except ValueError:
-        raise UsageError(f"{key} must be numbers separated by commas, but got {options[key]!r}") from None
+        raise UsageError(
+            f"{key} must be numbers separated by commas, but got {options[key]!r}",
+            hint=f"for example {key}={','.join(f'{value:g}' for value in default)}",
+        ) from None
     if len(values) != len(default):
-        raise UsageError(f"{key} must hold {len(default)} numbers, one a channel, but got {options[key]!r}")
+        raise UsageError(
+            f"{key} must hold {len(default)} numbers, one a channel, but got {options[key]!r}",
+            hint=f"for example {key}={','.join(f'{value:g}' for value in default)}",
+        )
     return values
 
 
 def _flag(options: dict[str, str], key: str, default: bool) -> bool:
     value = options.get(key, str(default)).lower()
     if value not in ("true", "false"):
-        raise UsageError(f"{key} must be true or false, but got {options[key]!r}")
+        raise UsageError(f"{key} must be true or false, but got {options[key]!r}", hint=f"{key}=true or {key}=false")
     return value == "true"
 
 
@@ -386,9 +404,12 @@ def _image_folder(folder: Path, options: dict[str, str]) -> Data:
         raise UsageError(f"the image folder {str(folder)!r} does not exist", hint="give imagefolder:DIR, with one folder a class in it")
     text = options.get("size", "224")
     if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"size must be a whole number of pixels, but got {text!r}")
+        raise UsageError(f"size must be a whole number of pixels, but got {text!r}", hint="imagefolder:DIR?size=224")
     if options.get("channels", "3") not in ("1", "3"):
-        raise UsageError(f"channels must be 3 (colour) or 1 (grey), but got {options['channels']!r}")
+        raise UsageError(
+            f"channels must be 3 (colour) or 1 (grey), but got {options['channels']!r}",
+            hint="imagefolder:DIR?channels=1 for a model of grey images",
+        )
     size, channels = int(text), int(options.get("channels", "3"))
     if (folder / "train").is_dir():
         train, classes = decode_folder(folder / "train", size, channels)
@@ -408,7 +429,10 @@ def _held_out(folder: Path, size: int, channels: int, classes: list[str]) -> Spl
         return None
     arrays, found = decode_folder(folder, size, channels)
     if found != classes:
-        raise UsageError(f"{str(folder)!r} must hold the class folders of train ({classes[:5]}...), but got {found[:5]}...")
+        raise UsageError(
+            f"{str(folder)!r} must hold the class folders of train ({classes[:5]}...), but got {found[:5]}...",
+            hint="give each part one folder a class, with the same names in all",
+        )
     return Split(*arrays)
 
 
@@ -432,12 +456,18 @@ def _from_function(reference: str) -> Data:
         splits = [_as_split(part, reference) for part in made]
         train, val, test = splits if len(splits) == 3 else _fill_missing(splits[0], splits[1], None)
         return Data(train, val, test)
-    raise UsageError(f"{reference} must return autocompress.Data or (train, val, test) of (inputs, targets), but got {type(made).__name__}")
+    raise UsageError(
+        f"{reference} must return autocompress.Data or (train, val, test) of (inputs, targets), but got {type(made).__name__}",
+        hint="return autocompress.Data(train, val, test)",
+    )
 
 
 def _as_split(part: Any, reference: str) -> Split:
     if isinstance(part, Split):
         return part.with_classes(reference)
     if not isinstance(part, (tuple, list)) or len(part) != 2:
-        raise UsageError(f"each split of {reference} must be (inputs, targets) arrays, but got {type(part).__name__}")
+        raise UsageError(
+            f"each split of {reference} must be (inputs, targets) arrays, but got {type(part).__name__}",
+            hint="return three pairs: (train_x, train_y), (val_x, val_y), (test_x, test_y)",
+        )
     return Split(*part).with_classes(reference)

@@ -119,7 +119,10 @@ def _bundle_folder(run: Path, entry: Entry) -> Path:
     """The folder that holds an entry's artifact; only ever one inside the run."""
     artifact = (run / (entry.artifact or "")).resolve()
     if entry.artifact is None or not artifact.is_relative_to(run.resolve()):
-        raise RunFolderError(f"front.json must name a file inside {str(run)!r}, but policy {entry.id} has {entry.artifact!r}")
+        raise RunFolderError(
+            f"front.json must name a file inside {str(run)!r}, but policy {entry.id} has {entry.artifact!r}",
+            hint="the folder was changed by hand: search again, or take the front.json of the search",
+        )
     if not artifact.is_file():
         raise RunFolderError(f"{str(artifact)!r} was deleted", hint="pick another policy, or search again")
     return artifact.parent
@@ -139,7 +142,7 @@ def _require_free(out: Path) -> None:
     """
     with writing(out):
         if out.exists() and not out.is_dir():
-            raise UsageError(f"--out must be a folder, but {str(out)!r} is a file")
+            raise UsageError(f"--out must be a folder, but {str(out)!r} is a file", hint="name another folder")
         place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
             raise UsageError(f"--out {str(out)!r} cannot be written: {str(place)!r} takes no files", hint="choose another --out")

@@ -27,9 +27,12 @@ class AutocompressError(Exception):
 
 
 class UsageError(AutocompressError):
-    """Input that breaks a stated rule."""
+    """Input that breaks a stated rule; there is always a cure."""
 
     exit_code = 2
+
+    def __init__(self, message: str, *, hint: str) -> None:
+        super().__init__(message, hint=hint)
 
 
 class InfeasibleBudget(AutocompressError):

@@ -13,6 +13,7 @@ from textwrap import wrap
 from typing import Any
 
 from autocompress.axes import Axis, time_ticks
+from autocompress.records import Measurement
 from autocompress.units import format_duration, format_size
 from autocompress.view import Entry, ProgressPoint, Results, format_score, is_share
 
@@ -136,15 +137,7 @@ def _points(entries: Sequence[Entry], name: str, color: str, size: int, symbol: 
         "name": name,
         "x": [latency.median for latency in latencies],
         "y": [e.val_score.value for e in entries],
-        "error_x": {
-            "type": "data",
-            "visible": errors,
-            "array": [latency.high - latency.median for latency in latencies],
-            "arrayminus": [latency.median - latency.low for latency in latencies],
-            "color": color,
-            "thickness": 1.4,
-            "width": 4,
-        },
+        "error_x": _whiskers(latencies, color) | {"visible": errors},
         "marker": {
             "size": size,
             "color": color,
@@ -154,6 +147,18 @@ def _points(entries: Sequence[Entry], name: str, color: str, size: int, symbol: 
         "text": [hover(e) for e in entries],
         "customdata": [e.id for e in entries],
         "hovertemplate": "%{text}<extra></extra>",
+    }
+
+
+def _whiskers(latencies: Sequence[Measurement], color: str) -> Figure:
+    """The 95 % intervals of these medians."""
+    return {
+        "type": "data",
+        "array": [latency.high - latency.median for latency in latencies],
+        "arrayminus": [latency.median - latency.low for latency in latencies],
+        "color": color,
+        "thickness": 1.4,
+        "width": 4,
     }
 
 
@@ -202,6 +207,7 @@ def _original(results: Results) -> Figure:
         "name": "original",
         "x": [original.latency_s.median for _ in known],
         "y": [score.value for score in known],
+        "error_x": _whiskers([original.latency_s for _ in known], "$ink"),
         "marker": {"symbol": "star", "size": 17, "color": "$ink", "line": {"width": 1.5, "color": "$card"}},
         "text": [text],
         "hovertemplate": "%{text}<extra></extra>",

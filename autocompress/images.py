@@ -47,7 +47,10 @@ def decode_folder(folder: Path, size: int, channels: int = 3) -> tuple[tuple[Ten
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     files = [(p, i) for i, c in enumerate(classes) for p in sorted((folder / c).rglob("*")) if p.suffix.lower() in EXTENSIONS]
     if not files:
-        raise UsageError(f"{str(folder)!r} must hold one folder a class with images in it, but there is none")
+        raise UsageError(
+            f"{str(folder)!r} must hold one folder a class with images in it, but there is none",
+            hint="put the images of each class into a folder of its own, as DIR/cat/1.jpg",
+        )
     labels = torch.tensor([label for _, label in files], dtype=torch.long)
     return (torch.from_numpy(_decoded(folder, [path for path, _ in files], size, channels)), labels), classes
 

@@ -25,7 +25,10 @@ def load_model(reference: str, *, weights: Path | None = None, classes: int | No
     """
     name, options = parse_reference(reference)
     if options:
-        raise UsageError(f"a model reference takes no options, but got {reference!r}")
+        raise UsageError(
+            f"a model reference takes no options, but got {reference!r}",
+            hint="for options write a function that builds the model: --model file.py:function",
+        )
     if name.startswith("torchvision:"):
         model = _torchvision(name.removeprefix("torchvision:"), classes)
     elif name.startswith("timm:"):
@@ -98,7 +101,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
         if value.shape != own[key].shape:
             raise UsageError(
                 f"the weights {str(path)!r} do not fit the model: {key} must have shape {tuple(own[key].shape)}, "
-                f"but got {tuple(value.shape)}"
+                f"but got {tuple(value.shape)}",
+                hint="these are the weights of another model, or for another number of classes: give that model, or its own --weights",
             )
     model.load_state_dict(state, strict=False)
 
@@ -121,5 +125,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise UsageError(f"the weights {str(path)!r} must hold a state dict of tensors, but got {type(state).__name__}")
+        raise UsageError(
+            f"the weights {str(path)!r} must hold a state dict of tensors, but got {type(state).__name__}",
+            hint="save model.state_dict(); for a whole model use --model file.py:function",
+        )
     return state

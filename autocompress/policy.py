@@ -33,7 +33,9 @@ class Record(BaseModel):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            raise UsageError(f"not a valid {cls.__name__}: {explain(error)}") from None
+            raise UsageError(
+                f"not a valid {cls.__name__}: {explain(error)}", hint="mend this field; a valid policy.json stands beside every model"
+            ) from None
 
     @property
     def digest(self) -> str:

@@ -27,7 +27,9 @@ def parse_reference(reference: str) -> tuple[str, dict[str, str]]:
     """`"torchvision:CIFAR10?root=DIR"` -> `("torchvision:CIFAR10", {"root": "DIR"})`."""
     name, _, query = reference.partition("?")
     if not name:
-        raise UsageError(f"a reference must start with a name, but got {reference!r}")
+        raise UsageError(
+            f"a reference must start with a name, but got {reference!r}", hint="for example torchvision:resnet18 or file.py:function"
+        )
     return name, dict(parse_qsl(query.replace("+", "%2B"), keep_blank_values=True))  # a plus is itself, as in paths
 
 
@@ -103,7 +105,9 @@ def _import_file(path: Path) -> Any:
         spec.loader.exec_module(module)
     except USERS_ERRORS as error:
         del sys.modules[name]
-        raise UsageError(f"{str(path)!r} does not import: {type(error).__name__}: {error}") from error
+        raise UsageError(
+            f"{str(path)!r} does not import: {type(error).__name__}: {error}", hint=f"python {path} must run without an error"
+        ) from error
     return module
 
 

@@ -83,5 +83,8 @@ def read_front(run: Path) -> dict[str, object]:
     except (OSError, ValueError, RecursionError) as error:
         raise RunFolderError(f"{str(path)!r} is damaged: {error}", hint="resume the search: it writes the file again") from None
     if not isinstance(content, dict) or content.get("schema") != 1:
-        raise UsageError(f"{str(path)!r} must be of schema 1, but is {content.get('schema') if isinstance(content, dict) else None}")
+        raise UsageError(
+            f"{str(path)!r} must be of schema 1, but is {content.get('schema') if isinstance(content, dict) else None}",
+            hint="give a run of this version of autocompress",
+        )
     return content

@@ -126,9 +126,13 @@ def load_space(name: str) -> SpaceSpec:
     try:
         return SpaceSpec.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError:
-        raise UsageError(f"the search space {str(path)!r} cannot be read") from None
+        raise UsageError(
+            f"the search space {str(path)!r} cannot be read", hint="check the path; `default` and the other shipped spaces need none"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"the search space {str(path)!r} is not TOML: {error}") from None
+        raise UsageError(
+            f"the search space {str(path)!r} is not TOML: {error}", hint="start from a copy of search_spaces/default.toml"
+        ) from None
     except ValidationError as error:
         raise UsageError(
             f"the search space {str(path)!r} is not valid: {explain(error)}",
@@ -327,7 +331,10 @@ def find_suggest(space: str, graph: Graph, profile: DeviceProfile, *, reference:
     if names_function(space):
         function = call_function(space)
         if not callable(function):
-            raise UsageError(f"{space} must return a function suggest(trial) -> Policy, but got {type(function).__name__}")
+            raise UsageError(
+                f"{space} must return a function suggest(trial) -> Policy, but got {type(function).__name__}",
+                hint="`file.py:function` is called once, and returns the function that draws",
+            )
         return own_suggest(function, space)
     return SearchSpace.build(load_space(space), graph, profile, reference=reference).suggest
 

@@ -105,7 +105,9 @@ class Task(Record):
         try:
             task = cls.model_validate(values)
         except ValidationError as error:
-            raise UsageError(f"the task is not valid: {explain(error)}") from None
+            raise UsageError(
+                f"the task is not valid: {explain(error)}", hint="`autocompress search --help` says what each option takes"
+            ) from None
         _ = task.search_seconds
         return task
 
@@ -134,11 +136,13 @@ def _read(path: Path) -> dict[str, Any]:
         hint = "options such as --model need no file"
         raise UsageError(f"the task file {str(path)!r} cannot be read: {error.strerror}", hint=hint) from None
     except UnicodeDecodeError:
-        raise UsageError(f"the task file {str(path)!r} is not UTF-8 text") from None
+        raise UsageError(f"the task file {str(path)!r} is not UTF-8 text", hint="save it as UTF-8") from None
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"the task file {str(path)!r} is not TOML: {error}") from None
+        raise UsageError(
+            f"the task file {str(path)!r} is not TOML: {error}", hint='strings need quotes: model = "file.py:function"'
+        ) from None
     return {key: _expand(value, path) if isinstance(value, str) else value for key, value in values.items()}
 
 

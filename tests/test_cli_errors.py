@@ -46,6 +46,7 @@ def place(tmp_path, monkeypatch):
     Path("truncated.safetensors").write_bytes(b"\x10")
     torch.save(weights | {"1.weight": torch.zeros(10, 65)}, "wrong_shape.pt")
     torch.save(Payload(), "pickled.pt")
+    Path("truncated.onnx").write_bytes(b"\x08\x0a\x12")
     for name, content in (("empty", None), ("cut", FRONT.read_bytes()[:1000]), ("text", b"no json"), ("partial", b'{"schema": 1}')):
         Path(name).mkdir()
         if content is not None:
@@ -72,7 +73,7 @@ USAGE = [
     ("search --model own.py:ten --data imagefolder:absent --dry-run", "does not exist", "imagefolder:DIR"),
     ("search --model own.py:ten --data torchvision:CIFAR10?root=absent --dry-run", "CIFAR10 is not in 'absent'", "root=DIR"),
     ("search --device tpu --dry-run", "unknown device 'tpu'", "onnxruntime:cpu"),
-    ("search --device onnxruntime:cpu?threads=0 --dry-run", "threads must lie in", ""),
+    ("search --device onnxruntime:cpu?threads=0 --dry-run", "threads must lie in", "processors"),
     ("search --device onnxruntime:cpu?thread=1 --dry-run", "unknown option 'thread'", "threads"),
     (f"{OWN} --space defualt", "unknown search space", "did you mean default"),
     (f"{OWN} --space space.toml", "widht", "did you mean width"),
@@ -88,15 +89,15 @@ USAGE = [
     ("search --trials 0", "--trials", "--help"),
     ("search --batch many", "--batch", "--help"),
     ("search --batch-size 0", "--batch-size", "--help"),
-    ("search --learning-rate -1", "learning_rate", ""),
+    ("search --learning-rate -1", "learning_rate", "--help"),
     ("search key.toml", "unknown key 'modle'", "did you mean model"),
-    ("search broken.toml", "not TOML", ""),
+    ("search broken.toml", "not TOML", "quotes"),
     ("search absent.toml", "cannot be read", "--model"),
     (f"{OWN} --weights absent.pt", "does not exist", "safetensors"),
     (f"{OWN} --weights truncated.pt", "cannot be read", "state dict"),
     (f"{OWN} --weights truncated.safetensors", "cannot be read", "state dict"),
     (f"{OWN} --weights pickled.pt", "cannot be read", "file.py:function"),
-    (f"{OWN} --weights wrong_shape.pt", "must have shape (10, 64), but got (10, 65)", ""),
+    (f"{OWN} --weights wrong_shape.pt", "must have shape (10, 64), but got (10, 65)", "another number of classes"),
     ("search --data digits --model own.py:seven --dry-run", "7 outputs and the data 10 classes", ""),
     ("search --data digits --model own.py:seven --out run", "7 outputs and the data 10 classes", ""),
     ("search --data digits --model own.py:colour --dry-run", "must take inputs of shape (1, 1, 8, 8)", "belong together"),
@@ -114,8 +115,16 @@ USAGE = [
     ("explain fine nobody", "no measured policy has the id 'nobody'", "known"),
     ("export fine --format foo --out x", "unknown format 'foo'", "onnx"),
     ("export fine --format , --out x", "unknown format", "onnx"),
-    ("measure absent.onnx", "does not exist", ""),
+    ("measure absent.onnx", "does not exist", "ONNX file"),
     ("calibrate --time 0s", "greater than zero", "10ms"),
+    (f"{OWN} --student torchvision:resnet19", "unknown model torchvision:resnet19", "did you mean"),
+    (f"{OWN} --student own.py:seven", "7 outputs", ""),
+    (f"{OWN} --space absent.toml", "cannot be read", "default"),
+    ("apply own.py:ten --policy absent.json --out x", "cannot be read", ""),
+    ("apply own.py:ten --policy random:x --out x", "whole number", ""),
+    ("inspect own.py:absent", "no function 'absent'", "seven"),
+    ("measure own.py:absent", "no function 'absent'", "seven"),
+    ("measure truncated.onnx", "is not a valid ONNX model", "export it again"),
 ]
 STORAGE = [("show cut", "is damaged", "resume"), ("show text", "is damaged", "resume"), ("show partial", "baseline", "resume")]
 STORAGE += [("report cut", "is damaged", "resume"), ("explain partial best", "baseline", "resume")]
@@ -126,7 +135,7 @@ def require_explained(captured, message, hint):
     lines = [line for line in captured.err.splitlines() if line.startswith(("error: ", "hint: "))]
     assert lines[0].startswith("error: ") and message in lines[0]
     assert hint in "\n".join(lines)
-    assert len(lines) == 2 if hint else len(lines) <= 2
+    assert len(lines) == 2 and len(lines[1]) > len("hint: "), "every error names its cure"
     assert captured.out == ""
     assert "Traceback" not in captured.err
 

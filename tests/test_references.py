@@ -158,6 +158,6 @@ def test_a_file_that_failed_is_imported_again_once_mended(tmp_path):
 
 def test_the_functions_own_usage_error_passes(tmp_path):
     path = tmp_path / "own.py"
-    path.write_text("from autocompress.errors import UsageError\ndef f(): raise UsageError('mine')")
+    path.write_text("from autocompress.errors import UsageError\ndef f(): raise UsageError('mine', hint='')")
     with pytest.raises(UsageError, match=r"^mine$"):
         call_function(f"{path}:f")

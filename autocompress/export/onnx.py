@@ -250,12 +250,13 @@ def check_onnx(path: Path) -> onnx.ModelProto:
     onnx >= 1.21 refuses external data that leaves the file's folder. Raises UsageError for what is damaged or refused.
     """
     if not path.is_file():
-        raise UsageError(f"the file {str(path)!r} does not exist")
+        raise UsageError(f"the file {str(path)!r} does not exist", hint="give an ONNX file, or a model such as torchvision:resnet18")
     try:
         model = onnx.load(path)
         onnx.checker.check_model(str(path))
     except Exception as error:  # protobuf, checker and file system each raise their own kinds
         raise UsageError(
-            f"{str(path)!r} is not a valid ONNX model: {type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+            f"{str(path)!r} is not a valid ONNX model: {type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}",
+            hint="export it again; it may have been cut short, or its external data lie elsewhere",
         ) from None
     return model

@@ -46,7 +46,10 @@ def trace(model: nn.Module, example: tuple[Tensor, ...]) -> Traced:
         try:
             expected = duplicate(*example)
         except Exception as error:  # whatever the user's own code raises
-            raise UsageError(f"the model does not run on its example input: {type(error).__name__}: {error}") from None
+            raise UsageError(
+                f"the model does not run on its example input: {type(error).__name__}: {error}",
+                hint="model and data must belong together: does model(inputs[:1]) run on inputs of the data?",
+            ) from None
     fold_computed_weights(duplicate)
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         try:
