@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autocompress.data import Data, Split
+    from autocompress.deploy import recreate
     from autocompress.policy import DistillSpec, Policy, PruneSpec, QuantSpec, StudentSpec
     from autocompress.records import Budget, Measurement, Outcome, Score
     from autocompress.session import SearchResult, search
@@ -14,13 +15,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "Budget": "records", "Data": "data", "DistillSpec": "policy", "Measurement": "records", "Outcome": "records", "Policy": "policy",
     "PruneSpec": "policy", "QuantSpec": "policy", "Score": "records", "SearchResult": "session", "Split": "data",
-    "StudentSpec": "policy", "search": "session",
+    "StudentSpec": "policy", "recreate": "deploy", "search": "session",
 }  # fmt: skip
 
 __version__ = metadata.version("autocompress")
 __all__ = [
     "Budget", "Data", "DistillSpec", "Measurement", "Outcome", "Policy", "PruneSpec", "QuantSpec", "Score", "SearchResult", "Split",
-    "StudentSpec", "search",
+    "StudentSpec", "recreate", "search",
 ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ def calibrate(task: Task, seconds: float, progress: Progress) -> dict[str, Any]:
     """
 
     def tick(phase: str, done: int, total: int) -> None:
-        progress.update(phase=phase, done=done, total=total, best="", seconds_left=None)
+        progress.update(phase=phase, done=done, total=total, tried=0, best="", seconds_left=None)
 
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
         setting = prepare(task, Path(folder) / "run", load(task))

@@ -65,6 +65,7 @@ class Search(Findings):
     def propose(self) -> list[Proposal]:
         """Policies to begin with, and to fall back on; raises InfeasibleBudget when none can meet the budget."""
         seed = self.task.seed + len(self.study.get_trials(deepcopy=False))
+        self.show("choosing first policies")
         pool = self.forecast.pool(seed, pool_seconds(self.clock))
         if self.best is None:
             self.forecast.require_feasible(pool)
@@ -78,6 +79,7 @@ class Search(Findings):
         journal.remember(self.study, "val_examples", len(data.val))
         if len(data.val) < whole:
             self.progress.message(f"validating on {len(data.val)} of {whole} examples: all would take too much of the search's time")
+        self.show("scoring the original")
         started = time.monotonic()
         self.setting = score_baseline(self.setting)
         self.per_example_s = (time.monotonic() - started) / len(data.val)
@@ -142,6 +144,7 @@ class Search(Findings):
             return
         policy = Policy(quant=QuantSpec(bits=8, reduced_range=profile.reduced_range))
         predicted = self.forecast.predict(policy)
+        self.show("the unchanged network in int8")
         self.keep(realise(self.setting, policy, id="int8", rung="unchanged", deadline=time.monotonic(), predicted=predicted))
 
     def _next(self, pool: list[Proposal], patience_s: float) -> tuple[Trial, Policy]:

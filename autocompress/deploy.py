@@ -34,7 +34,7 @@ from autocompress.proposals import LevelSuggester
 from autocompress.records import Measurement
 from autocompress.run_folder import read_front, writing
 from autocompress.search_space import find_suggest
-from autocompress.task import Task
+from autocompress.task import OBJECT, Task
 from autocompress.units import format_duration, format_size
 from autocompress.view import Entry, Results, format_score
 
@@ -206,15 +206,17 @@ def _require_same(student: fx.GraphModule, path: Path, example: tuple[Tensor, ..
 
 
 def recreate(
-    bundle: Path, model: nn.Module | str | None = None, *, student: str | None = None, weights: Path | None = None
+    bundle: Path | str, model: nn.Module | str | None = None, *, student: str | None = None, weights: Path | None = None
 ) -> fx.GraphModule:
     """The student of a bundle, from its policy, its weights and the network that it was derived from.
 
     Args:
-        model: the teacher or its reference; None takes the manifest's, unless that is a user's function.
+        bundle: the folder that `export` wrote.
+        model: the teacher or its reference; None takes the manifest's, unless that is a user's function or was an object.
         student: reference of the architecture that students are derived from, where the policy names a user's function.
         weights: the teacher's weights, where `model` is a reference.
     """
+    bundle = Path(bundle)
     manifest = read_manifest(bundle)
     policy = Policy.from_json((bundle / "policy.json").read_bytes())
     other = policy.student.reference
@@ -232,6 +234,9 @@ def recreate(
 
 def require_harmless(reference: str, option: str) -> None:
     """Raises UsageError for a reference that runs a user's code and comes from a file, not from the command line."""
+    if reference.startswith(OBJECT):
+        cure = "give it: autocompress.recreate(folder, model), or result.export(out, formats=['torch'], model=model)"
+        raise UsageError(f"the model was an object of Python ({reference.removeprefix(OBJECT)}), which no file names", hint=cure)
     if not reference.startswith(("torchvision:", "timm:", "autocompress.")):
         raise UsageError(f"the model {reference!r} is code that this command does not run by itself", hint=f"name it: {option} {reference}")
 

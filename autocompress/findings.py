@@ -160,12 +160,13 @@ class Findings:
         """Shows how much of a phase is done, given as share."""
         return lambda done: self.show(phase, round(100 * done), 100)
 
-    def show(self, phase: str, done: int, total: int | None) -> None:
-        """Live progress: phase, best so far, time left."""
+    def show(self, phase: str, done: int = 0, total: int | None = None) -> None:
+        """Live progress: phase, policies tried, best so far, time left."""
         best, words = self.best, ""
         if best is not None and best.val_score is not None and best.latency_s is not None:
             words = f"{format_score(best.val_score)} at {format_duration(best.latency_s.median)}"
-        self.progress.update(phase=phase, done=done, total=total, best=words, seconds_left=self.clock.total - self.clock.elapsed)
+        left = self.clock.total - self.clock.elapsed
+        self.progress.update(phase=phase, done=done, total=total, tried=len(self.points), best=words, seconds_left=left)
 
 
 def gain(outcome: Outcome) -> float:

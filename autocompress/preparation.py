@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from autocompress.compress.arithmetic import best_training_device
 from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
-from autocompress.compress.train import TrainPlan, train
+from autocompress.compress.train import Tick, TrainPlan, train
 from autocompress.data import Data, load_data, sample
 from autocompress.demo import LEARNING_RATE, TEACHER_EPOCHS
 from autocompress.devices import open_device
@@ -29,10 +29,9 @@ from autocompress.graph.plain import own_copy
 from autocompress.models import load_model
 from autocompress.objective import Baseline, Setting, fails_policy
 from autocompress.policy import Policy
-from autocompress.progress import Progress
 from autocompress.run_folder import write_atomically
 from autocompress.search_space import load_space, names_function
-from autocompress.task import Task
+from autocompress.task import OBJECT, Task
 
 BASELINE = "baseline"
 TEACHER_WEIGHTS = "teacher.safetensors"
@@ -61,6 +60,12 @@ def load(
     Args:
         weights: see `kept_teacher`.
     """
+    for given, reference in ((model, task.model), (data, task.data)):
+        if given is None and reference.startswith(OBJECT):
+            raise UsageError(
+                f"the search was started from Python, with the object {reference.removeprefix(OBJECT)}, which no name stands for",
+                hint="go on from there: autocompress.search(model, data, ..., out=RUN, resume=True)",
+            )
     device = device or open_device(task.device)
     data = data or load_data(task.data)
     _require_target(task, data)
@@ -214,7 +219,7 @@ def limit_validation(setting: Setting, seconds: float, examples: int | None = No
     return replace(setting, data=replace(setting.data, val=sample(setting.data.val, examples)))
 
 
-def train_demo_teacher(setting: Setting, run: Path, seconds: float, progress: Progress) -> Setting:
+def train_demo_teacher(setting: Setting, run: Path, seconds: float, tick: Tick) -> Setting:
     """Train the demonstration's network, unless an interrupted search has done so; the setting with the trained teacher."""
     weights = run / TEACHER_WEIGHTS
     if weights.is_file():
@@ -222,10 +227,6 @@ def train_demo_teacher(setting: Setting, run: Path, seconds: float, progress: Pr
     model, data = setting.teacher.model, setting.data
     steps = TEACHER_EPOCHS * (len(data.train) // setting.batch_size)
     deadline = time.monotonic() + seconds
-
-    def tick(done: float) -> None:
-        progress.update(phase="training the demonstration teacher", done=round(100 * done), total=100, best="", seconds_left=None)
-
     torch.manual_seed(setting.seed)
     plan = TrainPlan(steps, deadline, LEARNING_RATE, setting.batch_size, seed=setting.seed)
     train(model, data, plan, tick=tick)

@@ -19,11 +19,12 @@ BAR_WIDTH = 24
 class Progress(Protocol):
     """What a search reports to while it runs. Used as a context manager; calls come from one thread."""
 
-    def update(self, *, phase: str, done: int, total: int | None, best: str, seconds_left: float | None) -> None:
+    def update(self, *, phase: str, done: int, total: int | None, tried: int, best: str, seconds_left: float | None) -> None:
         """The state now.
 
         Args:
             done, total: progress within the phase; total is None when it has no known end.
+            tried: how many policies were realised so far, failed ones included.
             best: the best policy within the budget so far, in words; empty while there is none.
             seconds_left: until the search ends; None when unknown.
         """
@@ -40,7 +41,7 @@ class Progress(Protocol):
 class SilentProgress:
     """Shows nothing."""
 
-    def update(self, *, phase: str, done: int, total: int | None, best: str, seconds_left: float | None) -> None:
+    def update(self, *, phase: str, done: int, total: int | None, tried: int, best: str, seconds_left: float | None) -> None:
         """Ignored."""
 
     def message(self, text: str) -> None:
@@ -66,12 +67,13 @@ class PlainProgress:
         self._phase = ""
         self._next = 0.0
 
-    def update(self, *, phase: str, done: int, total: int | None, best: str, seconds_left: float | None) -> None:
+    def update(self, *, phase: str, done: int, total: int | None, tried: int, best: str, seconds_left: float | None) -> None:
         now, kind = time.monotonic(), phase.partition(",")[0]
         if kind == self._phase and now < self._next:
             return
         self._phase, self._next = kind, now + self._interval_s
         parts = [phase + _fraction(done, total)]
+        parts += [f"{tried} tried"] if tried else []
         parts += [f"best so far {best}"] if best else []
         parts += [f"{_remaining(seconds_left)} left"] if seconds_left is not None else []
         self._write("; ".join(parts))
@@ -105,12 +107,12 @@ class RichProgress:
         self._console = console or Console(stderr=True, highlight=False)
         self._spinner = Spinner("dots", style="cyan")
         self._started = time.monotonic()
-        self._phase, self._done, self._total, self._best = "starting", 0, None, ""  # type: str, int, int | None, str
+        self._phase, self._done, self._total, self._tried, self._best = "starting", 0, None, 0, ""  # type: str, int, int | None, int, str
         self._ends: float | None = None
         self._live = Live(console=self._console, get_renderable=self.render, refresh_per_second=8, transient=True)  # renders at once
 
-    def update(self, *, phase: str, done: int, total: int | None, best: str, seconds_left: float | None) -> None:
-        self._phase, self._done, self._total = phase, done, total
+    def update(self, *, phase: str, done: int, total: int | None, tried: int, best: str, seconds_left: float | None) -> None:
+        self._phase, self._done, self._total, self._tried = phase, done, total, tried
         self._best = best or self._best
         self._ends = None if seconds_left is None else time.monotonic() + seconds_left
 
@@ -130,7 +132,8 @@ class RichProgress:
         bar = ProgressBar(total=self._total, completed=self._done, width=BAR_WIDTH) if self._total else Text("")
         count = _fraction(self._done, self._total).strip()
         first.add_row(self._spinner, Text(self._phase, style="bold"), bar, Text(count, style="dim"))
-        parts = [f"{format_duration(max(1.0, time.monotonic() - self._started))} elapsed"]
+        parts = [f"{self._tried} tried"] if self._tried else []
+        parts.append(f"{format_duration(max(1.0, time.monotonic() - self._started))} elapsed")
         if self._ends is not None:
             parts.append(f"{_remaining(self._ends - time.monotonic())} left")
         second = Text("  ")

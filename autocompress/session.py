@@ -34,7 +34,7 @@ from autocompress.run_folder import locked, read_front, write_atomically
 from autocompress.schedule import Clock
 from autocompress.search_space import Suggest, find_suggest, own_suggest
 from autocompress.tables import frame
-from autocompress.task import TASK_FILE, Task, load_task
+from autocompress.task import OBJECT, TASK_FILE, Task, load_task
 from autocompress.units import format_duration
 
 if TYPE_CHECKING:
@@ -129,8 +129,8 @@ def search(
     """
     values = {
         "budget": (budget,) if isinstance(budget, str) else tuple(budget),
-        "model": model if isinstance(model, str) else f"python:{type(model).__name__}",
-        "data": data if isinstance(data, str) else "python:Data",
+        "model": model if isinstance(model, str) else f"{OBJECT}{type(model).__name__}",
+        "data": data if isinstance(data, str) else f"{OBJECT}Data",
         "weights": str(weights) if weights is not None else None,
         "device": device,
         "batch": batch,
@@ -222,7 +222,8 @@ def _phases(search_: Search) -> None:
     search_.calibrate()
     pool = search_.propose()
     if task.is_demo:
-        search_.setting = train_demo_teacher(search_.setting, search_.run, DEMO_TEACHER_SHARE * clock.total, search_.progress)
+        tick = search_.percent("training the demonstration teacher")
+        search_.setting = train_demo_teacher(search_.setting, search_.run, DEMO_TEACHER_SHARE * clock.total, tick)
     search_.score_original()
     search_.ask_teacher()
     search_.short_rung(pool)

@@ -21,6 +21,8 @@ DEFAULT_DEVICE = "onnxruntime:cpu?threads=1"
 DEMO_MODEL = "autocompress.demo:teacher"
 DEMO_DATA = "digits"
 DATA_VARIABLE = "AUTOCOMPRESS_DATA"
+OBJECT = "python:"
+"""Begins the name of a model or data that was given as an object of Python: nothing can load it."""
 TASK_FILE = "task.toml"
 """What a search was asked for, in its run folder."""
 

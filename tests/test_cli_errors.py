@@ -209,6 +209,17 @@ def test_a_search_is_resumed_without_saying_its_task_again(run, capsys):
     require_explained(capsys.readouterr(), "another task: seed was 1, now 2", "--out")
 
 
+def test_a_search_of_objects_is_resumed_where_the_objects_are(place, capsys):
+    from autocompress.study import open_study
+
+    Path("objects").mkdir()
+    task = Task(model="python:Net", data="python:Data")
+    open_study(Path("objects"), task, resume=False)
+    Path("objects/task.toml").write_text(task.to_toml())
+    assert main(["search", "--quiet", "--resume", "--out", "objects"]) == 2
+    require_explained(capsys.readouterr(), "started from Python, with the object Net", "resume=True")
+
+
 def test_a_damaged_database(run, capsys):
     (run / "study.db").write_bytes(b"\x00" * 64 + (run / "study.db").read_bytes()[64:])
     before = (run / "study.db").read_bytes()

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import autocompress
 from autocompress import deploy
 from autocompress.cli import main
 from autocompress.compress.student import build_student
@@ -244,10 +245,18 @@ def recreate_from(bundle, reference):
     return recreate(bundle, student="other.py:net")
 
 
+def test_a_student_of_a_model_that_was_an_object_needs_the_object(run):
+    bundle = run / "models" / "00000"
+    update_manifest(bundle, {"model": "python:Net"})
+    with pytest.raises(UsageError, match=r"an object of Python \(Net\)") as caught:
+        recreate(bundle)
+    assert "recreate(folder, model)" in caught.value.hint
+
+
 def test_a_student_is_made_again_from_a_module(run):
     from autocompress.testing.models import tiny_resnet
 
-    student = recreate(run / "models" / "00000", tiny_resnet())
+    student = autocompress.recreate(str(run / "models" / "00000"), tiny_resnet())
     assert isinstance(student, nn.Module)
     assert not student.training
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from autocompress.progress import PlainProgress, RichProgress, SilentProgress, make_progress
 
 
-def update(progress, phase="short training", done=1, total=None, best="", seconds_left=None):
-    progress.update(phase=phase, done=done, total=total, best=best, seconds_left=seconds_left)
+def update(progress, phase="short training", done=1, total=None, tried=0, best="", seconds_left=None):
+    progress.update(phase=phase, done=done, total=total, tried=tried, best=best, seconds_left=seconds_left)
 
 
 @pytest.fixture
@@ -36,10 +36,10 @@ def test_plain_lines_come_at_a_new_phase_and_then_every_interval(clock):
     ]
 
 
-def test_a_plain_line_says_best_and_time_left():
+def test_a_plain_line_says_how_many_were_tried_the_best_and_time_left():
     stream = io.StringIO()
-    update(PlainProgress(stream), done=7, total=100, best="93 % at 9 ms", seconds_left=125.4)
-    assert stream.getvalue() == "short training 7 %; best so far 93 % at 9 ms; 2m 05s left\n"
+    update(PlainProgress(stream), done=7, total=100, tried=4, best="93 % at 9 ms", seconds_left=125.4)
+    assert stream.getvalue() == "short training 7 %; 4 tried; best so far 93 % at 9 ms; 2m 05s left\n"
 
 
 @pytest.mark.parametrize("seconds", [0.0, -3.0, 0.4])
@@ -75,13 +75,13 @@ def test_silence(capsys):
 def test_the_live_display_keeps_the_best_and_prints_names_as_they_are():
     console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
     with RichProgress(console) as progress:
-        update(progress, phase="full [x]", done=3, total=9, best="93 % at 9 ms", seconds_left=60)
-        update(progress, phase="full [x]", done=4, total=9, seconds_left=60)
+        update(progress, phase="full [x]", done=3, total=9, tried=5, best="93 % at 9 ms", seconds_left=60)
+        update(progress, phase="full [x]", done=4, total=9, tried=6, seconds_left=60)
         progress.message("policy [/red] failed")
         shown = Console(width=100, file=io.StringIO(), color_system=None)
         shown.print(progress.render())
     text = shown.file.getvalue()
-    assert "full [x]" in text and "4/9" in text and "best so far 93 % at 9 ms" in text and " left" in text
+    assert "full [x]" in text and "4/9" in text and "best so far 93 % at 9 ms" in text and " left" in text and "6 tried" in text
     assert "policy [/red] failed" in console.file.getvalue()
 
 

@@ -84,7 +84,7 @@ class Diary:
         self.messages: list[str] = []
         self.best = ""
 
-    def update(self, *, phase: str, done: int, total: int | None, best: str, seconds_left: float | None) -> None:
+    def update(self, *, phase: str, done: int, total: int | None, tried: int, best: str, seconds_left: float | None) -> None:
         self.best = best
         if not self.phases or self.phases[-1] != phase:
             self.phases.append(phase)
