@@ -35,8 +35,8 @@ from autocompress.schedule import (
     validation_seconds,
 )
 
-FIRST_POLICIES = 10
-"""Of the short runs: those that are chosen by prediction. Optuna's samplers draw at random until they know about as many."""
+FIRST_SHARE = 2 / 3
+"""Of the short runs: those whose policies are chosen by prediction, all with the usual distillation, before Optuna suggests."""
 UNKNOWN_OVERHEAD_S = 5.0
 SAME_FAILURES = 3
 NUMBER = re.compile(r"\d+(\.\d+)?(e[-+]?\d+)?|\bnan\b|\binf\b")
@@ -102,9 +102,10 @@ class Search(Findings):
         self._evaluate_unchanged()
         division = Division.of(self.clock.left, self._overhead())
         until = time.monotonic() + division.short_total
-        duplicates = 0
+        runs = min(division.short_total / division.short_each, self.task.trials or math.inf)
+        first, duplicates = math.ceil(FIRST_SHARE * runs), 0
         while self._room_for_short(until, division) and not self._stop() and not self._enough():
-            trial, policy = self._next(pool, ASK_SHARE * division.short_each)
+            trial, policy = self._next(first, pool, ASK_SHARE * division.short_each)
             twin = self._twin(policy)
             if twin is not None:
                 journal.tell_outcome(self.study, trial, twin, self._violation(twin))
@@ -147,10 +148,10 @@ class Search(Findings):
         self.show("the unchanged network in int8")
         self.keep(realise(self.setting, policy, id="int8", rung="unchanged", deadline=time.monotonic(), predicted=predicted))
 
-    def _next(self, pool: list[Proposal], patience_s: float) -> tuple[Trial, Policy]:
-        """What waits from an interrupted search; else some policies spread over the latencies; after these, what Optuna suggests."""
+    def _next(self, first: int, pool: list[Proposal], patience_s: float) -> tuple[Trial, Policy]:
+        """What waits from an interrupted search; else `first` policies spread over the latencies; after these, what Optuna suggests."""
         leading = self._leading()
-        if self._short_count() < FIRST_POLICIES and not journal.is_waiting(self.study):
+        if self._short_count() < first and not journal.is_waiting(self.study):
             leader = self._leader(self._promising(pool, leading))
             if leader is not None:
                 self.study.enqueue_trial(leader.params)

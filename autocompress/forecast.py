@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import heapq
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -249,8 +250,7 @@ class Forecast:
 
     def _infeasible(self, budget: Budget, policy: Policy, latency: Measurement, size_bytes: int) -> InfeasibleBudget:
         """With the smallest budget of this kind that works: a time, its 95th percentile, or a size."""
-        parts = sorted(self.model.explain(self.workload(policy)), key=lambda part: -part[1])[:3] if len(self.model.table) else []
-        binds = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in parts) if budget.size_bytes is None else ""
+        binds = self._binds(self.workload(policy)) if budget.size_bytes is None else ""
         if budget.size_bytes is not None:
             cure = format_size(CURE_MARGIN * size_bytes)
         elif budget.latency_s is None or (budget.p95_s is not None and latency.high <= budget.latency_s):
@@ -265,6 +265,13 @@ class Forecast:
             smallest_latency_s=latency.high,
             binds=binds,
         )
+
+    def _binds(self, workload: Workload) -> str:
+        """What takes most of the time: with seconds where operators have been measured, else by arithmetic."""
+        if len(self.model.table):
+            parts = heapq.nlargest(3, self.model.explain(workload), key=lambda part: part[1])
+            return ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in parts)
+        return ", ".join(operator.name for operator in heapq.nlargest(3, workload.operators, key=lambda operator: operator.macs))
 
 
 def _arithmetic(workload: Workload) -> int:

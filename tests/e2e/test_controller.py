@@ -29,7 +29,7 @@ from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
 
 TASK = Task(model="own:net", data="own:blobs", search_time="60s")
-PATIENCE = 5.0
+PATIENCE, FIRST = 5.0, 8
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_first_policies_are_the_best_of_where_the_next_is_worth_most(search, poo
     for position in range(4):
         promising = search._promising(pool, search._leading())
         aim = aims(known, [latency for latency, _ in known], [p.latency_s for p in promising], limit)[0]
-        _, policy = search._next(pool, PATIENCE)
+        _, policy = search._next(FIRST, pool, PATIENCE)
         predicted = search.forecast.predict(policy).value
         assert predicted in aim
         assert policy == aim.leader(promising).policy
@@ -87,7 +87,7 @@ def test_where_a_policy_was_trained_in_vain_the_next_is_elsewhere(search, pool, 
     search.forecast.budget = Budget(latency_s=search.forecast.latency_limit)
     predictions = []
     for attempt in range(3):
-        _, policy = search._next(pool, PATIENCE)
+        _, policy = search._next(FIRST, pool, PATIENCE)
         predicted = search.forecast.predict(policy)
         predictions.append(predicted.value)
         failure = Failure(stage="train", reason="diverged") if trouble == "failed" else None
@@ -104,21 +104,20 @@ def test_a_limit_on_size_leaves_the_range_of_what_it_allows(search, pool):
     promising = search._promising(pool, [])
     latencies = sorted(p.latency_s for p in promising)
     assert latencies[-1] < 0.9 * search.forecast.latency_limit
-    _, policy = search._next(pool, PATIENCE)
+    _, policy = search._next(FIRST, pool, PATIENCE)
     assert search.forecast.predict(policy).value > latencies[len(latencies) // 2]
 
 
 def test_after_the_first_policies_optuna_suggests(search, pool, monkeypatch):
-    monkeypatch.setattr("autocompress.controller.FIRST_POLICIES", 0)
     asked = []
     monkeypatch.setattr(search.study, "enqueue_trial", asked.append)
-    search._next(pool, PATIENCE)
+    search._next(0, pool, PATIENCE)
     assert not asked
 
 
 def test_what_waits_comes_before_the_first_policies(search, pool):
     search.study.enqueue_trial(pool[7].params)
-    _, policy = search._next(pool, PATIENCE)
+    _, policy = search._next(FIRST, pool, PATIENCE)
     assert policy == pool[7].policy
     assert not journal.is_waiting(search.study)
 
@@ -324,6 +323,17 @@ def test_an_original_that_hardly_beats_guessing_is_asked_for_its_weights(search,
     )
     search.score_original()
     assert any("hardly more than guessing" in message for message in diary.messages) == told
+
+
+def test_a_search_in_which_nothing_met_the_budget_says_how_fast_the_fastest_was(search, pool):
+    search.task = search.task.model_copy(update={"budget": ("1us",)})
+    search.forecast.budget, search.run = search.task.limits, search.setting.models.parent
+    trained(search, pool[0].policy, 2e-3)
+    trained(search, pool[1].policy, 1e-3, id="00001")
+    search.write_front()
+    with pytest.raises(InfeasibleBudget, match="the fastest policy took 1 ms") as caught:
+        _result(search)
+    assert caught.value.smallest_latency_s == 1e-3
 
 
 def test_a_search_in_which_nothing_could_be_measured_says_so(search):

@@ -50,6 +50,28 @@ def test_the_cure_of_a_budget_that_nothing_meets_is_of_its_kind_and_works(settin
     forecast(setting, cure[1], space=space).require_hope()
 
 
+def test_a_budget_just_out_of_reach_is_refused_once_the_device_is_known(setting):
+    found = forecast(setting)
+    found.calibrate(5.0, 0, lambda *_: None)
+    fastest = min(found.pool(0, 2.0), key=lambda p: p.latency_s)
+    seconds = FakeDevice(SLOW_CALLS).seconds_of(fastest.workload)
+    found.budget = Budget.parse(f"{0.8e6 * seconds:.4f}us")
+    found.require_hope()
+    with pytest.raises(InfeasibleBudget, match="no policy of the space meets the budget") as caught:
+        found.require_feasible(found.pool(0, 2.0))
+    assert caught.value.binds
+    assert f"the time goes to {caught.value.binds}" in caught.value.hint
+    found.budget = Budget.parse(re.search(r"--budget (\S+?)[;,]", caught.value.hint)[1])
+    found.require_feasible(found.pool(0, 2.0))
+
+
+def test_what_binds_is_said_before_anything_was_measured(setting):
+    with pytest.raises(InfeasibleBudget) as caught:
+        forecast(setting, "1us").require_hope()
+    layers = {layer.name for layer in setting.graphs[None].layers}
+    assert set(caught.value.binds.split(", ")) <= layers
+
+
 def test_a_size_is_judged_by_the_fewest_bits(setting):
     """Storage of 4 bits is smaller than int8, which is what runs fastest."""
     int8 = setting.baseline.size_bytes * 0.5

@@ -103,7 +103,7 @@ def finished(net, tmp_path_factory) -> Finished:
     device = FakeDevice(SLOW_CALLS, noise=0.01)
     run = tmp_path_factory.mktemp("search") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("autocompress.controller.FIRST_POLICIES", 1)  # the sampler suggests from the second policy on
+        patch.setattr("autocompress.controller.FIRST_SHARE", 0.01)  # the sampler suggests from the second policy on
         patch.setattr("autocompress.controller.Search._overhead", lambda self: 0.3)
         patch.setattr("autocompress.schedule.SHORT_SHARE", 0.7)
         started = time.monotonic()
