@@ -174,6 +174,8 @@ def hover(entry: Entry) -> str:
         f"{format_duration(latency.median)}, 95 % interval {format_duration(latency.low)} to {format_duration(latency.high)}",
         f"p95 {format_duration(latency.p95)}, {format_size(entry.size_bytes)}",
     ]
+    if entry.search_latency_s is not None:
+        lines.append(f"{format_duration(entry.search_latency_s.median)} when the search measured it for the first time")
     return "<br>".join([*lines, *(["over the budget"] if not entry.feasible else [])])
 
 

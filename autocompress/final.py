@@ -34,7 +34,8 @@ def measure_front(search: Findings) -> None:
             search.setting = replace(search.setting, baseline=replace(search.setting.baseline, latency_s=baseline))
             search.forecast.budget = search.task.limits.against(baseline)
         for outcome, latency in again:
-            journal.record(search.study, outcome.model_copy(update={"latency_s": latency}))
+            first = outcome.search_latency_s or outcome.latency_s
+            journal.record(search.study, outcome.model_copy(update={"latency_s": latency, "search_latency_s": first}))
         known |= {o.id for o in front}
 
 
@@ -73,6 +74,8 @@ def score_test(search: Findings) -> None:
     wanted = search.study.user_attrs.get("test_examples") or min(len(setting.data.test), max(LEAST_TEST, affordable))
     journal.remember(search.study, "test_examples", wanted)
     test = sample(setting.data.test, wanted)
+    if len(test) < len(setting.data.test):
+        search.progress.message(f"scoring {len(test)} of {len(setting.data.test)} test examples: all would take longer than the search may")
     search.show("scoring the test set", 0, len(front) + 1)
     known = search.study.user_attrs.get("original_test_score")
     score = Score.model_validate(known) if known else score_artifact(setting.baseline.path, setting.data, test, setting.batch)

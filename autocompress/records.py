@@ -214,7 +214,8 @@ class Failure(Record):
 class Outcome(Record):
     """One evaluated policy: a score and a measurement, or a failure; and the seconds that it cost, `training_s` of them for training.
 
-    A failure that names an artifact lost it: the file worked once.
+    A failure that names an artifact lost it: the file worked once. `search_latency_s` is what was measured first, where the file was
+    measured again together with the front.
     """
 
     id: str
@@ -223,6 +224,7 @@ class Outcome(Record):
     val_score: Score | None = None
     test_score: Score | None = None
     latency_s: Measurement | None = None
+    search_latency_s: Measurement | None = None
     predicted_latency_s: Prediction | None = None
     size_bytes: int = 0
     artifact: str | None = None

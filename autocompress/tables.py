@@ -128,7 +128,7 @@ def _why_not_faster(layer: LayerChange) -> str:
 
 
 FRAME_COLUMNS = (
-    "id", "val_score", "test_score", "latency_s", "latency_low_s", "latency_high_s", "p95_s", "predicted_latency_s",
+    "id", "val_score", "test_score", "latency_s", "latency_low_s", "latency_high_s", "p95_s", "search_latency_s", "predicted_latency_s",
     "size_bytes", "speedup", "feasible", "dominated", "best", "policy", "digest", "artifact",
 )  # fmt: skip
 
@@ -153,6 +153,7 @@ def _frame_row(entry: Entry) -> dict[str, Any]:
         "latency_low_s": latency.low,
         "latency_high_s": latency.high,
         "p95_s": latency.p95,
+        "search_latency_s": entry.search_latency_s.median if entry.search_latency_s else None,
         "predicted_latency_s": predicted.value if predicted else None,
         "size_bytes": entry.size_bytes,
         "speedup": entry.speedup,

@@ -48,6 +48,7 @@ class Entry(_Read):
     val_score: Score
     test_score: Score | None = None
     latency_s: Measurement
+    search_latency_s: Measurement | None = None
     predicted_latency_s: Prediction | None = None
     size_bytes: int
     speedup: float

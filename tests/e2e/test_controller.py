@@ -277,6 +277,27 @@ def test_what_misses_a_95th_percentile_when_it_is_measured_again_is_no_longer_wi
     assert front_of(search.outcomes(), search.budget) == []
 
 
+def test_what_was_measured_first_is_kept_beside_what_was_measured_last(search, pool):
+    trained(search, pool[0].policy, 5e-3)
+    with_device(search, Worn(measurement(4e-3)))
+    for _ in range(2):
+        measure_front(search)
+        (outcome,) = journal.outcomes(search.study)
+        assert (outcome.latency_s.median, outcome.search_latency_s.median) == (4e-3, 5e-3)
+
+
+def test_a_part_of_the_test_split_is_scored_where_time_is_short_and_it_is_said(search, pool, monkeypatch):
+    test = search.setting.data.test
+    monkeypatch.setattr("autocompress.final.LEAST_TEST", 8)
+    search.clock, search.per_example_s, search.progress = Clock.start(60.0, already=60.0), 1.0, Diary()
+    score_test(search)
+    assert search.progress.messages[0].startswith(f"scoring 8 of {len(test)} test examples")
+    assert search.setting.baseline.test_score.n == 8
+    search.clock = Clock.start(60.0)
+    score_test(search)
+    assert search.setting.baseline.test_score.n == 8, "the same part when the search is resumed"
+
+
 def test_a_file_that_cannot_be_scored_on_the_test_set_leaves_the_front(search, pool):
     on_front(search, pool, 1)
     score_test(search)

@@ -298,7 +298,7 @@ def test_a_resumed_search_loses_nothing_and_suggests_something_else(one_trial, n
     after = {outcome.id: outcome for outcome in journal.outcomes(journal_of(run))}
     assert len(after) > len(before)
     for id, outcome in before.items():
-        again = after[id].model_copy(update={"test_score": outcome.test_score, "latency_s": outcome.latency_s})
+        again = after[id].model_copy(update={name: getattr(outcome, name) for name in ("test_score", "latency_s", "search_latency_s")})
         assert again == outcome
     trials = trials_of(run)
     assert [trial.params for trial in trials[: len(params)]] == params
