@@ -1,0 +1,71 @@
+"""What the command line answers when a search cannot go on: one sentence, a cure, and the exit code that says which kind it is."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from tasks import SLOW_CALLS, BrokenDevice
+
+from autocompress import session
+from autocompress.cli import main
+from autocompress.errors import DeviceUnavailable
+from autocompress.testing.devices import FakeDevice
+
+run_search = session.run_search
+
+
+class Unplugged(FakeDevice):
+    """Gone when the search asks for it."""
+
+    def measure(self, paths, *, seconds_each=1.0):
+        raise DeviceUnavailable("the board does not answer", hint="plug it in")
+
+
+@pytest.fixture
+def search(net, data, tmp_path, monkeypatch):
+    """Runs `autocompress search` on a device; returns its exit code."""
+    monkeypatch.setattr("autocompress.schedule.SHORT_RUNS", 100)
+    monkeypatch.setattr("autocompress.controller.Search._overhead", lambda self: 0.2)
+    monkeypatch.setattr("autocompress.controller.Search.full_rung", lambda self: None)
+
+    def run(device, *options):
+        monkeypatch.setattr(session, "run_search", lambda *given, **named: run_search(*given, model=net, data=data, device=device, **named))
+        own = ["search", "--model", "own:net", "--data", "own:blobs", "--search-time", "30s", "--quiet", "--out", str(tmp_path / "run")]
+        return main([*own, *options])
+
+    return run
+
+
+def explained(capsys):
+    """(sentence, cure) of the one error that was told."""
+    told = capsys.readouterr()
+    assert "Traceback" not in told.err
+    (error,), (hint,) = (re.findall(rf"^{kind}: (.+)$", told.err, re.MULTILINE) for kind in ("error", "hint"))
+    return error, hint
+
+
+def test_3_a_budget_that_nothing_meets_and_the_folder_stays_free_for_one_that_works(search, capsys):
+    assert search(FakeDevice(SLOW_CALLS), "--budget", "1us") == 3
+    error, hint = explained(capsys)
+    assert "no policy of the space meets the budget" in error
+    cure = re.search(r"--budget ([\d.]+[mu]s)", hint)
+    assert cure, hint
+    assert search(FakeDevice(SLOW_CALLS), "--budget", "1us", "--json") == 3
+    told = json.loads(capsys.readouterr().out)
+    assert told["error"]["code"] == 3
+    assert told["error"]["smallest_latency_s"] > 1e-6
+    assert search(FakeDevice(SLOW_CALLS), "--budget", cure[1], "--trials", "1") == 0
+
+
+def test_4_a_device_that_is_gone(search, capsys):
+    assert search(Unplugged()) == 4
+    assert explained(capsys) == ("the board does not answer", "plug it in")
+
+
+def test_5_policies_that_keep_failing_for_one_reason(search, capsys):
+    assert search(BrokenDevice(None)) == 5
+    error, hint = explained(capsys)
+    assert "3 policies in a row failed to measure" in error
+    assert "--resume" in hint
