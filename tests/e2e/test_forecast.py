@@ -104,7 +104,7 @@ def best_within(pool, latency_s):
 def drawn_and_bred(monkeypatch):
     """The draws that a pool begins with, and the pool; of fixed work, whatever the machine does besides."""
     monkeypatch.setattr("autocompress.forecast.MOST_DRAWS", 1024)
-    monkeypatch.setattr("autocompress.forecast.GENERATIONS", 40)
+    monkeypatch.setattr("autocompress.forecast.GENERATIONS", 20)
 
     def make(found):
         found.calibrate(5.0, 0, lambda *_: None)
