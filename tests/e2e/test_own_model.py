@@ -24,7 +24,7 @@ def build():
 TASK = """
 model = "${HERE}/own.py:build"
 data = "imagefolder:${HERE}/photos?size=16"
-search_time = "15s"
+search_time = "40s"
 trials = 1
 """
 
