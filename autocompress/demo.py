@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WIDTHS = (64, 128, 256)
+WIDTHS = (64, 128, 192)
 BLOCKS = (3, 3, 3)
 TEACHER_EPOCHS = 12
 LEARNING_RATE = 0.05

@@ -27,6 +27,7 @@ class Unplugged(FakeDevice):
 def search(net, data, tmp_path, monkeypatch):
     """Runs `autocompress search` on a device; returns its exit code."""
     monkeypatch.setattr("autocompress.schedule.SHORT_RUNS", 100)
+    monkeypatch.setattr("autocompress.forecast.WHOLE_NETWORKS", 2)
     monkeypatch.setattr("autocompress.controller.Search._overhead", lambda self: 0.2)
     monkeypatch.setattr("autocompress.controller.Search.full_rung", lambda self: None)
 

@@ -103,7 +103,8 @@ def states(run: Path) -> list[str]:
 def require_kept(before: dict[str, Outcome], after: dict[str, Outcome]) -> None:
     """Everything is there as it was; only the final measurement and the test score may be added."""
     for id, outcome in before.items():
-        assert after[id].model_copy(update={"latency_s": outcome.latency_s, "test_score": outcome.test_score}) == outcome
+        added = {name: getattr(outcome, name) for name in ("latency_s", "search_latency_s", "test_score")}
+        assert after[id].model_copy(update=added) == outcome
 
 
 def require_clean(run: Path) -> None:
