@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from autocompress.view import Results
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,3 +25,15 @@ def data_sets() -> Path:
     if not (folder / "cifar10").is_dir():
         pytest.skip(f"no data sets in {folder} (set AUTOCOMPRESS_DATA)")
     return folder
+
+
+@pytest.fixture
+def content() -> dict[str, Any]:
+    """A front.json that has one of everything: what reports and tables are made of."""
+    return dict(json.loads((Path(__file__).parent / "fixtures" / "front.json").read_text(encoding="utf-8")))
+
+
+@pytest.fixture
+def results(content: dict[str, Any]) -> Results:
+    """The same, read."""
+    return Results.read(content)

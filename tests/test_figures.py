@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
 from autocompress.figures import layers_figure, pareto_figure, prediction_figure, progress_figure
 from autocompress.report import write_report
 from autocompress.view import Results
-
-
-@pytest.fixture
-def content():
-    return json.loads((Path(__file__).parent / "fixtures" / "front.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture
-def results(content):
-    return Results.read(content)
 
 
 def traces(figure):

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import json
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 
@@ -12,11 +10,6 @@ from autocompress.plots import pareto_png
 from autocompress.report import write_report
 
 EVIL = "<script>alert(1)</script>"
-
-
-@pytest.fixture
-def content():
-    return json.loads((Path(__file__).parent / "fixtures" / "front.json").read_text(encoding="utf-8"))
 
 
 class Page(HTMLParser):

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,16 +13,6 @@ from autocompress.records import Score
 from autocompress.tables import FRAME_COLUMNS, frame, front_table, layer_table, note, summary
 from autocompress.terminal import rendered
 from autocompress.view import LayerChange, Results, caveats, details, format_score, headline, score_interval
-
-
-@pytest.fixture
-def content():
-    return json.loads((Path(__file__).parent / "fixtures" / "front.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture
-def results(content):
-    return Results.read(content)
 
 
 def without_best(content):
