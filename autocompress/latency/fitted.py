@@ -43,7 +43,7 @@ class FittedLatencyModel(LatencyModel):
     def predict(self, workload: Workload) -> Prediction:
         if not workload.operators:
             return self._predict_whole(workload)
-        value = max(LEAST_S, self.table.call_overhead + float(self._features(workload) @ self._scales))
+        value = max(LEAST_S, self.table.call_overhead + sum(map(self._seconds, workload.operators)))
         return Prediction(value=value, low=value / (1 + self._spread), high=value * (1 + self._spread))
 
     def values(self, workloads: Workloads) -> NDArray[np.float64]:
