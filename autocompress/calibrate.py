@@ -25,6 +25,6 @@ def calibrate(task: Task, seconds: float, progress: Progress) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
         setting = prepare(task, Path(folder) / "run", load(task))
         suggest = find_suggest(task.space, setting.graphs[task.student], setting.device.profile, reference=task.student)
-        forecast = Forecast.start(setting, suggest, task.limits.against(setting.baseline.latency_s))
+        forecast = Forecast.start(setting, suggest, task.limits)
         forecast.calibrate(seconds, task.seed, tick)
     return {"device": setting.device.name, "networks": len(forecast.networks), "held_out": forecast.model.held_out_error()}

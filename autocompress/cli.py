@@ -8,20 +8,17 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from autocompress import options
-from autocompress.errors import AutocompressError, InfeasibleBudget, UsageError
+from autocompress.errors import AutocompressError, InfeasibleBudget, UsageError, one_line
 from autocompress.terminal import complain, emit, emit_json, emit_record, report_error, terminal_width
 
 if TYPE_CHECKING:
     from autocompress.task import Task
-
-FORMATS = ("onnx", "openvino", "torch")
 
 ParseError: type[Exception] = typer.BadParameter.__mro__[1]
 """click's UsageError. Typer carries its own copy of click in some versions, so the class has no stable address."""
@@ -81,8 +78,9 @@ def search(
     if dry_run:
         _dry_run(task, json)
     else:
-        run = out or Path(f"run-{datetime.now():%Y%m%d-%H%M%S}")
-        _search(task, run, resume=resume, quiet=quiet, json=json)
+        from autocompress.run_folder import new_run
+
+        _search(task, out or new_run(), resume=resume, quiet=quiet, json=json)
 
 
 def _dry_run(task: Task, json: bool) -> None:
@@ -117,12 +115,6 @@ def _how_to_resume(run: Path) -> str:
     return f"what is finished is kept; continue with: autocompress search {task} --out {run} --resume" if task.is_file() else ""
 
 
-def _content(run: Path) -> dict[str, Any]:
-    from autocompress.run_folder import read_front
-
-    return dict(read_front(run.parent if run.name == "front.json" and run.is_file() else run))
-
-
 @app.command()
 def show(*, run: options.RunFolder, json: options.Json = False) -> None:
     """Show the front as a table, and what is best under the budget."""
@@ -130,10 +122,11 @@ def show(*, run: options.RunFolder, json: options.Json = False) -> None:
 
 
 def _show(run: Path, *, json: bool) -> None:
+    from autocompress.run_folder import read_front
     from autocompress.tables import front_table, summary
     from autocompress.view import Results
 
-    content = _content(run)
+    content = read_front(run)
     results = Results.read(content)
     if json:
         emit_json(content)
@@ -145,10 +138,10 @@ def _show(run: Path, *, json: bool) -> None:
 @app.command()
 def report(*, run: options.RunFolder, open_: options.Open = False, json: options.Json = False) -> None:
     """Write RUN/report.html (one offline file) and RUN/pareto.png."""
-    content = _content(run)
     from autocompress.report import write_report
+    from autocompress.run_folder import read_front
 
-    write_report(content, run)
+    write_report(read_front(run), run)
     page, picture = run / "report.html", run / "pareto.png"
     emit_json({"report": str(page), "pareto": str(picture)}) if json else emit(f"{page}\n{picture}")
     if open_:
@@ -169,13 +162,10 @@ def export(
     json: options.Json = False,
 ) -> None:
     """Write one policy as the files that ship, checked and measured again."""
-    from autocompress.references import nearest
+    from autocompress.references import require_formats
 
     formats = tuple(part.strip() for part in format_.split(",") if part.strip())
-    unknown = [name for name in formats if name not in FORMATS]
-    if unknown or not formats:
-        name = unknown[0] if unknown else format_
-        raise UsageError(f"unknown format {name!r}", hint=nearest(name, FORMATS))
+    require_formats(formats)
     from autocompress.deploy import export_run
 
     exported = export_run(run, pick=pick, formats=formats, out=out, model=model, student=student)
@@ -203,18 +193,21 @@ def measure(
     device: options.Device = options.DEFAULT_DEVICE,
     weights: options.Weights = None,
     data: options.Data = None,
-    batch: options.Batch = 1,
+    batch: options.OwnBatch = None,
     json: options.Json = False,
 ) -> None:
     """Measure the latency of an ONNX file or a model: median, interval, p95."""
     if what.endswith(".onnx"):
         from autocompress.deploy import measure_file
 
+        given = [name for name, value in (("--weights", weights), ("--data", data), ("--batch", batch)) if value is not None]
+        if given:
+            raise UsageError(f"{given[0]} is for models, but {what!r} is a file that has its own", hint=f"leave {given[0]} out")
         found = measure_file(Path(what), device=device)
     else:
         from autocompress.deploy import measure_reference
 
-        found = measure_reference(what, device=device, weights=weights, data=data, batch=batch)
+        found = measure_reference(what, device=device, weights=weights, data=data, batch=batch or 1)
     if json:
         emit_json({"device": device, "what": what, "latency_s": found.model_dump(mode="json")})
     else:
@@ -269,10 +262,11 @@ def inspect(
 @app.command()
 def explain(*, run: options.RunFolder, policy: options.PolicyId = "best", json: options.Json = False) -> None:
     """Show what a policy does to each layer, its predicted time before and after, and why it is not faster."""
+    from autocompress.run_folder import read_front
     from autocompress.tables import layer_table, note
     from autocompress.view import Results
 
-    entry = Results.read(_content(run)).pick(policy)
+    entry = Results.read(read_front(run)).pick(policy)
     if json:
         layers = [layer.model_dump(mode="json") | {"note": note(layer)} for layer in entry.layers]
         emit_json({"id": entry.id, "policy": entry.words, "speedup": entry.speedup, "layers": layers})
@@ -349,9 +343,12 @@ def _failed(error: BaseException, as_json: bool) -> int:
     elif isinstance(error, ParseError):
         text = str(getattr(error, "format_message", lambda: error)()).rstrip(".")
         known = UsageError(text, hint="autocompress --help, or --help after a command")
+    elif isinstance(error, OSError) and error.filename is not None:
+        known = UsageError(f"{str(error.filename)!r} cannot be used: {error.strerror}", hint="check the path, and who may read it")
     else:
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        known = AutocompressError(f"unexpected {what}", hint="this is a bug: please report it with the traceback that --debug shows")
+        known = AutocompressError(
+            f"unexpected {one_line(error)}", hint="this is a bug: please report it with the traceback that --debug shows"
+        )
     report_error(known, as_json=as_json)
     return known.exit_code
 

@@ -12,13 +12,13 @@ from autocompress.front import hypervolume, measured, pareto_front
 from autocompress.graph import Structure
 from autocompress.objective import Baseline
 from autocompress.policy import Policy
+from autocompress.ranks import rank_correlation
 from autocompress.records import Budget, Outcome
-from autocompress.schedule import rank_correlation
 
 
 def feasible(outcome: Outcome, budget: Budget) -> bool:
-    """Whether the outcome's artifact was measured within the budget."""
-    return outcome.latency_s is not None and budget.allows(outcome.latency_s, outcome.size_bytes)
+    """Whether the outcome's artifact was measured within the budget, and is still there."""
+    return outcome.failure is None and outcome.latency_s is not None and budget.allows(outcome.latency_s, outcome.size_bytes)
 
 
 def entry(outcome: Outcome, baseline: Baseline, budget: Budget, layers: list[dict[str, Any]], *, dominated: bool) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def entry(outcome: Outcome, baseline: Baseline, budget: Budget, layers: list[dic
 
 def prediction_quality(outcomes: Sequence[Outcome], structure: Callable[[Policy], Structure]) -> dict[str, Any]:
     """Predicted against measured latency of all measured structures, as predicted before they were measured for the first time."""
-    first = {structure(o.policy): o for o in reversed(measured(list(outcomes)))}.values()
+    first = {structure(o.policy): o for o in reversed(measured(outcomes))}.values()
     pairs = [(o.predicted_latency_s.value, o.latency_s.median) for o in first if o.predicted_latency_s and o.latency_s]
     errors = [abs(predicted / actual - 1) for predicted, actual in pairs]
     return {
@@ -61,8 +61,8 @@ def progress_point(outcomes: Sequence[Outcome], baseline: Baseline, budget: Budg
 
     The reference is the original's latency and a score of 0; for scores below 0, twice the original's.
     """
-    points = [(o.val_score.gain, o.latency_s.median) for o in measured(list(outcomes)) if o.val_score and o.latency_s]
-    within = [o.val_score.value for o in measured(list(outcomes)) if o.val_score and feasible(o, budget)]
+    points = [(o.val_score.gain, o.latency_s.median) for o in measured(outcomes) if o.val_score and o.latency_s]
+    within = [o.val_score.value for o in measured(outcomes) if o.val_score and feasible(o, budget)]
     worst = min(0.0, 2.0 * baseline.val_score.gain) if baseline.val_score is not None else 0.0
     return {
         "elapsed_s": elapsed_s,
@@ -74,5 +74,5 @@ def progress_point(outcomes: Sequence[Outcome], baseline: Baseline, budget: Budg
 
 def front_of(outcomes: Sequence[Outcome], budget: Budget) -> list[Outcome]:
     """The front of what was measured within the budget; without a budget everything is within it."""
-    within = [o for o in measured(list(outcomes)) if feasible(o, budget)]
+    within = [o for o in measured(outcomes) if feasible(o, budget)]
     return pareto_front(within)

@@ -10,6 +10,7 @@ import math
 import re
 import statistics
 import time
+from dataclasses import replace
 
 from optuna.trial import Trial
 
@@ -20,7 +21,7 @@ from autocompress.findings import Findings, gain
 from autocompress.front import measured
 from autocompress.objective import realise
 from autocompress.policy import Policy, QuantSpec
-from autocompress.preparation import limit_validation, score_baseline
+from autocompress.preparation import limit_validation, score_original
 from autocompress.proposals import Proposal, aims, outclassed
 from autocompress.records import Outcome
 from autocompress.schedule import (
@@ -34,6 +35,7 @@ from autocompress.schedule import (
     teacher_seconds,
     validation_seconds,
 )
+from autocompress.search_space import fitted
 
 FIRST_SHARE = 2 / 3
 """Of the short runs: those whose policies are chosen by prediction, all with the usual distillation, before Optuna suggests."""
@@ -81,11 +83,11 @@ class Search(Findings):
             self.progress.message(f"validating on {len(data.val)} of {whole} examples: all would take too much of the search's time")
         self.show("scoring the original")
         started = time.monotonic()
-        self.setting = score_baseline(self.setting)
+        score = score_original(self.setting)
+        self.keep_original(replace(self.setting.baseline, val_score=score))
         self.per_example_s = (time.monotonic() - started) / len(data.val)
-        score = self.setting.baseline.val_score
         guess = 1 / data.classes if data.classes else 0.0
-        if data.classes and score is not None and score.value < guess + GUESSING * (1 - guess):
+        if data.score is None and score.value < guess + GUESSING * (1 - guess):
             self.progress.message(
                 f"the original scores {100 * score.value:.1f} %, hardly more than guessing: give its trained weights (--weights FILE)"
             )
@@ -143,7 +145,7 @@ class Search(Findings):
         profile = self.setting.device.profile
         if 8 not in profile.bits or any(o.rung == "unchanged" for o in journal.outcomes(self.study)):
             return
-        policy = Policy(quant=QuantSpec(bits=8, reduced_range=profile.reduced_range))
+        policy = fitted(Policy(quant=QuantSpec(bits=8)), profile)
         predicted = self.forecast.predict(policy)
         self.show("the unchanged network in int8")
         self.keep(realise(self.setting, policy, id="int8", rung="unchanged", deadline=time.monotonic(), predicted=predicted))
@@ -293,7 +295,8 @@ class Search(Findings):
             return True
         if self.task.target_accuracy is None or self.best is None or self.best.val_score is None:
             return False
-        return self.best.val_score.value >= self.task.target_accuracy
+        score, target = self.best.val_score, self.task.target_accuracy
+        return score.gain >= score.model_copy(update={"value": target}).gain
 
     def _enough(self) -> bool:
         return self.task.trials is not None and self._short_count() >= self.task.trials

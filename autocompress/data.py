@@ -12,13 +12,13 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from autocompress.errors import UsageError
+from autocompress.errors import UsageError, one_line
 from autocompress.references import DATA_ROOT, call_function, parse_reference
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -77,6 +77,12 @@ class Split:
         """Shape of one input, without the batch."""
         return tuple(self._array.shape[1:])
 
+    @property
+    def form(self) -> str:
+        """Shape and type of an input, in words; floating point of any precision is one type, since models see float32."""
+        kind = "floating point" if self._array.is_floating_point() else str(self._array.dtype).removeprefix("torch.")
+        return f"{self.input_shape} {kind}"
+
     def rows(self, index: Tensor) -> Tensor:
         """The inputs at `index`, as they are stored."""
         return self._array[index if self._index is None else self._index[index]]
@@ -128,7 +134,9 @@ class Data:
         flip: whether a mirrored input is as good as the original.
         shift: largest shift in pixels of the augmentation (0: none).
         loss: loss(outputs, targets) -> scalar; None: cross-entropy.
-        score: score(outputs, targets) -> float over a whole split, larger is better; None: accuracy.
+        score: score(outputs, targets) -> float over a whole split; None: accuracy.
+        score_name: what reports call the score; None: the function's own name.
+        score_direction: whether larger scores are better, or smaller ones.
     """
 
     train: Split
@@ -141,7 +149,8 @@ class Data:
     shift: int = 0
     loss: Loss | None = None
     score: ScoreFunction | None = None
-    score_name: str = "accuracy"
+    score_name: str | None = None
+    score_direction: Literal["maximize", "minimize"] = "maximize"
 
     def __post_init__(self) -> None:
         for name in SPLITS:
@@ -150,6 +159,7 @@ class Data:
                     f"the {name} split must hold at least one input, but is empty",
                     hint="give it examples that the other splits do not hold",
                 )
+        self._require_one_form()
         if (self.loss is None) != (self.score is None):
             raise UsageError(
                 "data with its own `loss` must bring its own `score`, and the other way round",
@@ -158,6 +168,15 @@ class Data:
         if self.loss is None:
             self._take_classes()
             self.require_labels()
+
+    def _require_one_form(self) -> None:
+        forms = {name: getattr(self, name).form for name in SPLITS}
+        other = next((name for name in SPLITS if forms[name] != forms["train"]), None)
+        if other is not None:
+            raise UsageError(
+                f"the splits must hold inputs of one shape and type, but train has {forms['train']} and {other} {forms[other]}",
+                hint="prepare the inputs of all splits alike",
+            )
 
     def _take_classes(self) -> None:
         """Targets in int64, and how many classes they name."""
@@ -182,6 +201,14 @@ class Data:
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input, without the batch."""
         return self.train.input_shape
+
+    @property
+    def scored_by(self) -> str:
+        """The name of the score."""
+        if self.score_name is not None or self.score is None:
+            return self.score_name or "accuracy"
+        name = getattr(self.score, "__name__", "score")
+        return name if name.isidentifier() else "score"  # a lambda has none
 
     @property
     def digest(self) -> str:
@@ -381,8 +408,10 @@ def _torchvision(name: str, options: dict[str, str]) -> Data:
     root = Path(options.get("root", DATA_ROOT)).expanduser()
     try:
         train, test = dataset(str(root), train=True), dataset(str(root), train=False)
-    except (RuntimeError, OSError) as error:
-        raise UsageError(f"{name} is not in {str(root)!r}", hint=f"name its folder: torchvision:{name}?root=DIR ({error})") from None
+    except Exception as error:  # of files that are cut off torchvision's readers raise many kinds
+        raise UsageError(
+            f"{name} cannot be read from {str(root)!r}: {one_line(error)}", hint=f"name its folder: torchvision:{name}?root=DIR"
+        ) from None
     whole = _array_split(train)
     rest, val = stratified(whole.targets, VAL_FRACTION)
     splits = (whole[rest], whole[val], _array_split(test))

@@ -15,6 +15,14 @@ The message of each is one sentence that names the rule and the value, `hint` is
 from __future__ import annotations
 
 
+def one_line(error: BaseException) -> str:
+    """`"ValueError: the first line of its message"`; of our own errors the message alone."""
+    if isinstance(error, AutocompressError):
+        return error.message
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 class AutocompressError(Exception):
     """Base of all errors raised on purpose; `exit_code` is what the command line returns."""
 

@@ -13,6 +13,7 @@ from textwrap import wrap
 from typing import Any
 
 from autocompress.axes import Axis, time_ticks
+from autocompress.policy import bits_name
 from autocompress.records import Measurement
 from autocompress.units import format_duration, format_size
 from autocompress.view import Entry, ProgressPoint, Results, format_score, is_share
@@ -239,11 +240,6 @@ def _budget_marks(results: Results, axis: Axis) -> tuple[list[Figure], list[Figu
 
 
 # -- one policy, the search, the predictions --------------------------------------------------------------------------
-
-
-def bits_name(bits: int) -> str:
-    """What a number of bits means to a person."""
-    return {8: "int8", 32: "float32", 16: "16 bits, stored"}.get(bits, f"{bits} bits, stored")
 
 
 _BITS_COLOR = {32: "$float", 16: "$half", 8: "$accent"}

@@ -7,16 +7,19 @@ from dataclasses import replace
 from autocompress import study as journal
 from autocompress.content import front_of
 from autocompress.data import Split, sample
-from autocompress.errors import PolicyFailure
+from autocompress.errors import PolicyFailure, one_line
 from autocompress.evaluate import score_artifact
 from autocompress.findings import Findings
 from autocompress.objective import fails_policy
-from autocompress.records import Measurement, Outcome, Score
+from autocompress.records import Measurement, Outcome
+from autocompress.schedule import FEWEST_EXAMPLES
 
 FINAL_SECONDS_EACH, LEAST_FINAL_SECONDS_EACH = 1.5, 0.3
 FINAL_SHARE = 0.6
 """Of the time that is left at the end: for measuring the front; the test set and the report take the rest."""
 LEAST_TEST = 256
+MOST_OVERTIME = 0.05
+"""Of the search's time: what so many test examples may take beyond it; of slower models there are fewer, but FEWEST_EXAMPLES."""
 
 
 def measure_front(search: Findings) -> None:
@@ -26,13 +29,12 @@ def measure_front(search: Findings) -> None:
     """
     known: set[str] = set()
     while front := [o for o in front_of(search.outcomes(), search.budget) if o.id not in known]:
-        if known and search.clock.elapsed > search.clock.total:
+        if known and search.clock.until_end < 0:
             return
         search.show("measuring the front", 0, len(front))
         baseline, again = _measured_again(search, front)
         if baseline is not None and not known:
-            search.setting = replace(search.setting, baseline=replace(search.setting.baseline, latency_s=baseline))
-            search.forecast.budget = search.task.limits.against(baseline)
+            search.keep_original(replace(search.setting.baseline, latency_s=baseline))
         for outcome, latency in again:
             first = outcome.search_latency_s or outcome.latency_s
             journal.record(search.study, outcome.model_copy(update={"latency_s": latency, "search_latency_s": first}))
@@ -42,7 +44,7 @@ def measure_front(search: Findings) -> None:
 def _measured_again(search: Findings, front: list[Outcome]) -> tuple[Measurement | None, list[tuple[Outcome, Measurement]]]:
     """Latencies of the baseline and of these, all together; one by one where that fails, and what fails even so is lost."""
     setting = search.setting
-    left = (search.clock.total - search.clock.elapsed) / (len(front) + 1)
+    left = search.clock.until_end / (len(front) + 1)
     seconds = max(LEAST_FINAL_SECONDS_EACH, min(FINAL_SECONDS_EACH, FINAL_SHARE * left))
     paths = {o.id: search.run / (o.artifact or "") for o in front}
     try:
@@ -68,19 +70,26 @@ def score_test(search: Findings) -> None:
     Where the whole of it would take longer than the search may, a part of it that is always the same.
     """
     setting, front = search.setting, front_of(search.outcomes(), search.budget)
-    left = max(0.0, search.clock.total - search.clock.elapsed)
+    left = max(0.0, search.clock.until_end)
     slowness = 1 + sum(o.latency_s.median for o in front if o.latency_s) / setting.baseline.latency_s.median
-    affordable = int(left / max(1e-9, search.per_example_s * slowness))
-    wanted = search.study.user_attrs.get("test_examples") or min(len(setting.data.test), max(LEAST_TEST, affordable))
+    per_example_s = max(1e-9, search.per_example_s * slowness)
+    least = min(LEAST_TEST, int(MOST_OVERTIME * search.clock.total / per_example_s))
+    affordable = max(FEWEST_EXAMPLES, least, int(left / per_example_s))
+    wanted = search.study.user_attrs.get("test_examples") or min(len(setting.data.test), affordable)
     journal.remember(search.study, "test_examples", wanted)
     test = sample(setting.data.test, wanted)
     if len(test) < len(setting.data.test):
         search.progress.message(f"scoring {len(test)} of {len(setting.data.test)} test examples: all would take longer than the search may")
     search.show("scoring the test set", 0, len(front) + 1)
-    known = search.study.user_attrs.get("original_test_score")
-    score = Score.model_validate(known) if known else score_artifact(setting.baseline.path, setting.data, test, setting.batch)
-    journal.remember(search.study, "original_test_score", score.model_dump(mode="json"))
-    search.setting = replace(setting, baseline=replace(setting.baseline, test_score=score))
+    if setting.baseline.test_score is None:
+        try:
+            score = score_artifact(setting.device, setting.baseline.path, setting.data, test, setting.batch)
+        except Exception as error:  # the original has answered the validation split: something is wrong with these examples
+            if not fails_policy(error):
+                raise
+            search.progress.message(f"the test split cannot be scored, so there are no test scores: {one_line(error)}")
+            return
+        search.keep_original(replace(setting.baseline, test_score=score))
     for done, outcome in enumerate(front):
         search.show("scoring the test set", done + 1, len(front) + 1)
         if outcome.test_score is None:
@@ -89,7 +98,8 @@ def score_test(search: Findings) -> None:
 
 def _score_test_of(search: Findings, outcome: Outcome, test: Split) -> None:
     try:
-        score = score_artifact(search.run / (outcome.artifact or ""), search.setting.data, test, search.setting.batch)
+        setting = search.setting
+        score = score_artifact(setting.device, search.run / (outcome.artifact or ""), setting.data, test, setting.batch)
     except Exception as error:
         if not fails_policy(error):
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,14 @@ import optuna
 
 from autocompress import study as journal
 from autocompress.compress.train import Tick
-from autocompress.content import entry, front_of, ladder_quality, prediction_quality, progress_point
+from autocompress.content import entry, feasible, front_of, ladder_quality, prediction_quality, progress_point
 from autocompress.export import is_intact
 from autocompress.forecast import Forecast
 from autocompress.front import measured, pick
-from autocompress.objective import Setting, failure_of
+from autocompress.objective import Baseline, Setting, failure_of
 from autocompress.policy import Policy
 from autocompress.progress import Progress
-from autocompress.records import Budget, Outcome
+from autocompress.records import Budget, Measurement, Outcome, Score
 from autocompress.run_folder import write_atomically
 from autocompress.schedule import Clock
 from autocompress.task import Task
@@ -55,11 +55,15 @@ class Findings:
         return self.forecast.budget
 
     def outcomes(self) -> list[Outcome]:
-        """One outcome a policy: the most accurate file of it, whichever rung made it; a failure where there is none."""
+        """One outcome a policy: of its files within the budget, else of all, the most accurate; a failure where there is none."""
+
+        def worth(outcome: Outcome) -> tuple[bool, float]:
+            return feasible(outcome, self.budget), gain(outcome)
+
         kept: dict[str, Outcome] = {}
         for outcome in journal.outcomes(self.study):
             before = kept.get(outcome.policy.digest)
-            if before is None or gain(outcome) >= gain(before):
+            if before is None or worth(outcome) >= worth(before):
                 kept[outcome.policy.digest] = outcome
         return list(kept.values())
 
@@ -122,7 +126,7 @@ class Findings:
 
     def write_front(self) -> None:
         """Write RUN/front.json: after every policy, so that a killed search leaves a folder that can be shown and exported."""
-        write_atomically(self.run / "front.json", json.dumps(self.content(), indent=1))
+        write_atomically(self.run / "front.json", json.dumps(self.content(), indent=1, allow_nan=False))
 
     def announce(self, outcome: Outcome) -> None:
         """One line for the user."""
@@ -150,8 +154,20 @@ class Findings:
                 journal.forget(self.study, outcome)
         return len(failed)
 
+    def keep_original(self, baseline: Baseline) -> None:
+        """What is known of the original by now, for good: a resumed search begins with it."""
+        self.setting = replace(self.setting, baseline=baseline)
+        known = {"latency_s": baseline.latency_s, "val_score": baseline.val_score, "test_score": baseline.test_score}
+        journal.remember(self.study, "original", {name: _json(record) for name, record in known.items()})
+
     def recall(self) -> None:
-        """Take up what a resumed search knew."""
+        """Take up what a resumed search knew; speed-ups stay relative to the latency that was measured beside the others."""
+        baseline, known = self.setting.baseline, self.study.user_attrs.get("original")
+        if known is not None:
+            val_score, test_score = (Score.model_validate(s) if s is not None else None for s in (known["val_score"], known["test_score"]))
+            latency_s = Measurement.model_validate(known["latency_s"])
+            baseline = replace(baseline, latency_s=latency_s, val_score=val_score, test_score=test_score)
+        self.keep_original(baseline)
         self.best = pick(self.outcomes(), self.budget)
 
     # -- what the user sees ----------------------------------------------------------------------------------------
@@ -165,7 +181,7 @@ class Findings:
         best, words = self.best, ""
         if best is not None and best.val_score is not None and best.latency_s is not None:
             words = f"{format_score(best.val_score)} at {format_duration(best.latency_s.median)}"
-        left = self.clock.total - self.clock.elapsed
+        left = self.clock.until_end
         self.progress.update(phase=phase, done=done, total=total, tried=len(self.points), best=words, seconds_left=left)
 
 

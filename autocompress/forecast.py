@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import heapq
 import itertools
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -34,27 +36,49 @@ MOST_WEIGHT_BYTES = 2**31 - 2**27
 HOPE = 1.5
 """Kernels are staircases, so the smallest policy need not be the fastest: within this factor of the budget the search looks closer."""
 
+FASTEST = 6
+"""Networks that are measured before a budget is refused that the last of them misses by less than predictions are off."""
+
 Tick = Callable[[str, int, int], None]
 """Called with a phase, and how much of it is done out of how much."""
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """What a policy's structure takes on the device, and in a file."""
+
+    policy: Policy
+    latency_s: Measurement
+    size_bytes: int
+
+    def violation(self, budget: Budget, hope: float = 1.0) -> float:
+        """Relative excess over the budget, were it `hope` times as fast."""
+        return budget.violation(self.latency_s.high / hope, self.size_bytes, self.latency_s.p95 / hope)
 
 
 @dataclass
 class Forecast:
     """Predictions for the policies of one search; every network that is measured makes them better.
 
+    limits: the budget as it was asked for, perhaps relative to the original's latency.
     networks: workload and measured seconds by the structure of a policy: what the latency model is fitted on.
     """
 
     setting: Setting
     suggest: Suggest
-    budget: Budget
+    limits: Budget
     model: FittedLatencyModel
     networks: dict[Structure, tuple[Workload, float]] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, setting: Setting, suggest: Suggest, budget: Budget) -> Self:
+    def start(cls, setting: Setting, suggest: Suggest, limits: Budget) -> Self:
         """With what was measured on this device before."""
-        return cls(setting, suggest, budget, FittedLatencyModel(OperatorTable.for_device(setting.device)))
+        return cls(setting, suggest, limits, FittedLatencyModel(OperatorTable.for_device(setting.device)))
+
+    @property
+    def budget(self) -> Budget:
+        """The limits, against the original's latency as it is known now."""
+        return self.limits.against(self.setting.baseline.latency_s)
 
     @functools.cached_property
     def original(self) -> Workload:
@@ -194,25 +218,25 @@ class Forecast:
             if time.monotonic() > until and done >= LEAST_NETWORKS:
                 break
             tick("measuring whole networks", done, len(chosen))
-            self._measure_untrained(policy, f"calibration-{done}")
+            self._measure_untrained(policy)
         self.learn([])
 
     def _note(self, policy: Policy, seconds: float) -> None:
         self.networks[self.structure(policy)] = (self.workload(policy), seconds)
 
-    def _measure_untrained(self, policy: Policy, name: str) -> tuple[Measurement, int] | None:
-        """Measured latency and file size of the policy's structure; None when it cannot be built."""
-        folder = self.setting.models.parent / "calibration" / name
-        try:
-            student = untrained(self.setting, policy)
-            artifact = self.setting.write(folder, student, policy)
-            latency = self.setting.device.measure([folder / artifact.path], seconds_each=0.3)[0]
-        except Exception as error:
-            if not fails_policy(error):
-                raise
-            return None
+    def _measure_untrained(self, policy: Policy) -> Untrained | None:
+        """What the policy's structure takes; None when it cannot be built."""
+        with tempfile.TemporaryDirectory(prefix="untrained-", dir=self.setting.models) as name:
+            folder = Path(name)
+            try:
+                manifest = self.setting.write(folder, untrained(self.setting, policy), policy)
+                latency = self.setting.device.measure([folder / manifest.artifact], seconds_each=0.3)[0]
+            except Exception as error:
+                if not fails_policy(error):
+                    raise
+                return None
         self._note(policy, latency.median)
-        return latency, artifact.size_bytes
+        return Untrained(policy, latency, manifest.size_bytes)
 
     # -- whether the budget can be met -----------------------------------------------------------------------------
 
@@ -225,9 +249,9 @@ class Forecast:
             if budget == Budget():
                 continue
             policy = self._least(end, cost)
-            found = self._measure_untrained(policy, "smallest")
-            if found is not None and budget.violation(found[0].high / HOPE, found[1], found[0].p95 / HOPE) > 0:
-                raise self._infeasible(budget, policy, *found)
+            found = self._measure_untrained(policy)
+            if found is not None and found.violation(budget, HOPE) > 0:
+                raise self._infeasible(budget, found)
 
     def _least(self, end: Policy, cost: Callable[[Workload], int]) -> Policy:
         """Which costs least: the end of the space, or one of a few draws. The end is a guess from names; own spaces may have others."""
@@ -236,20 +260,34 @@ class Forecast:
         return min((end, *drawn), key=lambda policy: cost(self.workload(policy)))
 
     def require_feasible(self, pool: Sequence[Proposal]) -> None:
-        """Raises InfeasibleBudget unless some policy can meet the limits on time; the fastest is measured before it says so."""
-        drawn = min(pool, key=lambda p: p.latency_s).policy
-        policy = min((drawn, fastest(self.suggest)), key=lambda p: self.predict(p).value)
-        budget, workload = self.budget.of_time, self.workload(policy)
-        if self.violation(workload, self.model.predict(workload).low, budget) <= 0:
-            return
-        found = self._measure_untrained(policy, "fastest")
-        self.learn([])
-        if found is None or budget.violation(found[0].high, found[1], found[0].p95) <= 0:
-            return
-        raise self._infeasible(budget, policy, *found)
+        """Raises InfeasibleBudget unless some policy can meet the limits on time.
 
-    def _infeasible(self, budget: Budget, policy: Policy, latency: Measurement, size_bytes: int) -> InfeasibleBudget:
+        Where that is open by prediction, those that are predicted to be fastest are measured, up to FASTEST of them, until one is within
+        the limits or no other can be.
+        """
+        budget, measured = self.budget.of_time, list[Untrained]()
+        waiting = [self.proposal(fastest(self.suggest), {}), *pool]
+        for _ in range(FASTEST):
+            nearest = min(waiting, key=lambda p: self.model.predict(p.workload).value)
+            predicted = self.model.predict(nearest.workload)
+            if self.violation(nearest.workload, predicted.high, budget) <= 0:
+                return
+            if measured and self.violation(nearest.workload, predicted.low, budget) > 0:
+                break
+            found = self._measure_untrained(nearest.policy)
+            if found is not None and found.violation(budget) <= 0:
+                return
+            measured += [found] if found is not None else []
+            self.learn([])
+            waiting = [p for p in waiting if p.known != nearest.known]
+            if not waiting:
+                break
+        if measured:
+            raise self._infeasible(budget, min(measured, key=lambda found: found.violation(budget)))
+
+    def _infeasible(self, budget: Budget, found: Untrained) -> InfeasibleBudget:
         """With the smallest budget of this kind that works: a time, its 95th percentile, or a size."""
+        policy, latency, size_bytes = found.policy, found.latency_s, found.size_bytes
         binds = self._binds(self.workload(policy)) if budget.size_bytes is None else ""
         if budget.size_bytes is not None:
             cure = format_size(CURE_MARGIN * size_bytes)

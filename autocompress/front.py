@@ -5,6 +5,8 @@ A point is (gain, cost): gain is better when larger (accuracy), cost when smalle
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -55,12 +57,12 @@ def _point(outcome: Outcome) -> tuple[float, float]:
     return outcome.val_score.gain, outcome.latency_s.median
 
 
-def measured(outcomes: list[Outcome]) -> list[Outcome]:
+def measured(outcomes: Iterable[Outcome]) -> list[Outcome]:
     """The outcomes that became an artifact with a score and a measurement."""
     return [o for o in outcomes if o.failure is None and o.val_score and o.latency_s and o.artifact]
 
 
-def pareto_front(outcomes: list[Outcome]) -> list[Outcome]:
+def pareto_front(outcomes: Iterable[Outcome]) -> list[Outcome]:
     """The non-dominated outcomes by validation score and measured median latency, fastest first."""
     candidates = measured(outcomes)
     if not candidates:
@@ -70,7 +72,7 @@ def pareto_front(outcomes: list[Outcome]) -> list[Outcome]:
     return sorted(front, key=lambda o: _point(o)[1])
 
 
-def pick(outcomes: list[Outcome], budget: Budget) -> Outcome | None:
+def pick(outcomes: Iterable[Outcome], budget: Budget) -> Outcome | None:
     """The most accurate outcome within the budget (the faster of two equals), or None."""
     within = [o for o in measured(outcomes) if o.latency_s and budget.allows(o.latency_s, o.size_bytes)]
     return max(within, key=lambda o: (_point(o)[0], -_point(o)[1]), default=None)

@@ -19,19 +19,21 @@ from torch import Tensor, fx
 
 from autocompress.compress.student import build_student, shared_features
 from autocompress.compress.teacher import Teacher
-from autocompress.compress.train import Lesson, Tick, TrainPlan, quantizes, train_quantized
+from autocompress.compress.train import CALIBRATION_INPUTS, Lesson, Tick, TrainPlan, quantizes, train_quantized
 from autocompress.data import Data
 from autocompress.devices.base import Device
 from autocompress.devices.timing import MOST_DRIFT
-from autocompress.errors import AutocompressError, PolicyFailure
+from autocompress.errors import AutocompressError, PolicyFailure, one_line
 from autocompress.evaluate import full_batches, run_artifact, score_outputs
-from autocompress.export import Parity, check_parity, weights_bytes, write_bundle
+from autocompress.export import Manifest, Parity, check_parity, weights_bytes, write_bundle
 from autocompress.graph import Graph, Structure
 from autocompress.graph.nodes import follows_batch
 from autocompress.policy import Policy
-from autocompress.records import Artifact, Failure, Measurement, Outcome, Prediction, Rung, Score
+from autocompress.records import Failure, Measurement, Outcome, Prediction, Rung, Score
 from autocompress.run_folder import write_atomically
+from autocompress.schedule import FEWEST_EXAMPLES
 
+CALIBRATION_S = 20.0
 FLOAT_WEIGHTS = "float.safetensors"
 DRIFT_RETRIES = 3
 DRIFT_PAUSE_S = 2.0
@@ -57,7 +59,7 @@ class Setting:
         graphs: traced networks by `StudentSpec.reference`; None is the teacher's own.
         example: one batch of inputs at the deployment batch, as the model takes it.
         models: folder of the bundles, one folder an id.
-        beside: seconds that the baseline took beside each policy, in order; grows as the search measures.
+        beside: seconds that the baseline took, first alone and then beside each policy; grows as the search measures.
     """
 
     data: Data
@@ -77,13 +79,19 @@ class Setting:
     def batch(self) -> int:
         return len(self.example)
 
+    @property
+    def calibration(self) -> int:
+        """Inputs that int8 ranges are fitted to: fewer of a slow model, since every int8 network runs them."""
+        affordable = int(CALIBRATION_S * self.batch / self.baseline.latency_s.median)
+        return min(CALIBRATION_INPUTS, max(FEWEST_EXAMPLES, affordable))
+
     def graph_of(self, policy: Policy) -> Graph:
         return self.graphs[policy.student.reference]
 
     def structure(self, policy: Policy) -> Structure:
         return self.graph_of(policy).structure(policy)
 
-    def write(self, folder: Path, student: fx.GraphModule, policy: Policy) -> Artifact:
+    def write(self, folder: Path, student: fx.GraphModule, policy: Policy) -> Manifest:
         """Export a student of this search as a bundle."""
         return write_bundle(folder, student, policy, (self.example,), model=self.model_reference, classes=self.data.classes, seed=self.seed)
 
@@ -91,7 +99,7 @@ class Setting:
 def untrained(setting: Setting, policy: Policy) -> fx.GraphModule:
     """The student's structure with calibrated quantizers: as fast as the trained one, without its accuracy."""
     student = build_student(setting.graph_of(policy), policy)
-    plan = TrainPlan(steps=0, batch_size=setting.batch_size)
+    plan = TrainPlan(steps=0, calibration=setting.calibration)
     return train_quantized(student, policy.quant, setting.data, plan)
 
 
@@ -128,8 +136,8 @@ def realise(
         student = _trained(setting, student, policy, id, rung, deadline, continues, tick)
         training_s = time.monotonic() - begun
         stage = "export"
-        artifact = setting.write(setting.models / id, student, policy)
-        path = setting.models / id / artifact.path
+        manifest = setting.write(setting.models / id, student, policy)
+        path = setting.models / id / manifest.artifact
         stage = "check"
         outputs, _ = check_artifact(setting, student, path, policy)
         score = score_outputs(outputs, setting.data.val.targets, setting.data)
@@ -143,8 +151,8 @@ def realise(
         **known,
         val_score=score,
         latency_s=latency,
-        size_bytes=artifact.size_bytes,
-        artifact=f"models/{id}/{artifact.path}",
+        size_bytes=manifest.size_bytes,
+        artifact=f"models/{id}/{manifest.artifact}",
         seconds=time.monotonic() - started,
         training_s=training_s,
     )
@@ -171,6 +179,7 @@ def _trained(
         learning_rate=setting.learning_rate,
         batch_size=setting.batch_size,
         seed=setting.seed,
+        calibration=setting.calibration,
         quant_fraction=TrainPlan.quant_fraction if reshaped else 1.0,
     )
     classifies = setting.data.loss is None  # a loss of one's own has a unit of its own, beside which features have no known weight
@@ -194,7 +203,7 @@ def _continue_from(student: fx.GraphModule, path: Path) -> None:
 
 def check_artifact(setting: Setting, student: fx.GraphModule, path: Path, policy: Policy) -> tuple[Tensor, Parity]:
     """Outputs of the exported file on the validation split. Raises PolicyFailure unless they are the student's."""
-    outputs = run_artifact(path, setting.data, setting.data.val, setting.batch)
+    outputs = run_artifact(setting.device, path, setting.data, setting.data.val, setting.batch)
     layers = [layer.name for layer in setting.graph_of(policy).layers]
     decisions = setting.data.classes is not None
     return outputs, check_parity(_answers(student, setting), outputs, policy.quant, layers, decisions=decisions)
@@ -207,7 +216,7 @@ def measure_beside_baseline(setting: Setting, path: Path) -> Measurement:
     last times, so that one odd measurement is outvoted, whether it was the first or not.
     """
     for attempt in range(DRIFT_RETRIES):
-        reference = statistics.median([setting.baseline.latency_s.median, *setting.beside][-LATELY:])
+        reference = statistics.median(setting.beside[-LATELY:] or [setting.baseline.latency_s.median])
         baseline, latency = setting.device.measure([setting.baseline.path, path])
         setting.beside.append(baseline.median)
         drift = baseline.median / reference - 1
@@ -223,7 +232,7 @@ def measure_beside_baseline(setting: Setting, path: Path) -> Measurement:
 def _answers(student: fx.GraphModule, setting: Setting) -> Tensor:
     if any(follows_batch(module) for module in student.modules()):  # then the file's batches give other answers than larger ones
         full = full_batches(setting.data, setting.data.val, setting.batch)
-        return torch.cat([student(torch.from_numpy(inputs)).float()[:count] for inputs, count in full])
+        return torch.cat([student(torch.from_numpy(inputs)).float() for inputs in full])[: len(setting.data.val)]
     batches = setting.data.batches(setting.data.val, setting.batch_size)
     return torch.cat([student(inputs).float() for inputs, _ in batches])
 
@@ -235,9 +244,4 @@ def fails_policy(error: Exception) -> bool:
 
 def failure_of(error: Exception, stage: str) -> Failure:
     """What a search keeps of an error that `fails_policy`."""
-    return Failure.model_validate({"stage": stage, "reason": _one_line(error)})
-
-
-def _one_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    return Failure.model_validate({"stage": stage, "reason": one_line(error)})

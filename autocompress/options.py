@@ -12,7 +12,13 @@ MODEL, LIMITS, OUTPUT = "Model and data", "Limits", "Output"
 
 _REFERENCE = "torchvision:resnet18, timm:NAME, package.module:function or file.py:function"
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a search.")]
+
+def _run_of(path: Path) -> Path:
+    """The run that a path means: its folder, or the file of results in it."""
+    return path.parent if path.name == "front.json" else path
+
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", callback=_run_of, help="Folder of a search.")]
 Reference = Annotated[str, typer.Argument(metavar="REF", help=f"{_REFERENCE}.")]
 FileOrReference = Annotated[str, typer.Argument(metavar="FILE|REF", help=f"An ONNX file, or {_REFERENCE}.")]
 PolicyId = Annotated[str, typer.Argument(metavar="ID", help="Id of a policy, or best.")]

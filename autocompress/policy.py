@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -53,6 +54,11 @@ def explain(error: ValidationError) -> str:
 
 def _sorted_mapping(value: dict[str, Any]) -> dict[str, Any]:
     return dict(sorted(value.items()))
+
+
+def bits_name(bits: int) -> str:
+    """What a number of bits means to a person: only int8 and float32 have kernels."""
+    return {8: "int8", 32: "float32"}.get(bits, f"{bits}-bit storage")
 
 
 Ratio = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -169,9 +175,9 @@ class Policy(Record):
         ratios = [ratio for ratio in self.prune.ratios.values() if ratio]
         if ratios:
             parts.append(f"{len(ratios)} groups pruned by {100 * sum(ratios) / len(ratios):.0f} % on average")
-        exceptions = {bits for bits in self.quant.layers.values() if bits != self.quant.bits}
-        bits = f"int{self.quant.bits}" if self.quant.bits < 32 else "float32"
-        parts.append(bits + (f" with {len(self.quant.layers)} layers in {sorted(exceptions)} bits" if exceptions else ""))
+        others = Counter(bits for bits in self.quant.layers.values() if bits != self.quant.bits)
+        exceptions = ", ".join(f"{count} layers {bits_name(bits)}" for bits, count in sorted(others.items()))
+        parts.append(bits_name(self.quant.bits) + (f" ({exceptions})" if exceptions else ""))
         distill = self.distill
         parts.append(f"T={distill.temperature:.2g}, alpha={distill.alpha:.2g}, features={distill.features:.2g}")
         return "; ".join(parts)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from autocompress.compress.arithmetic import best_training_device
@@ -21,21 +20,24 @@ from autocompress.data import Data, load_data, sample
 from autocompress.demo import LEARNING_RATE, TEACHER_EPOCHS
 from autocompress.devices import open_device
 from autocompress.devices.base import Device
-from autocompress.errors import PolicyFailure, UsageError
+from autocompress.errors import UsageError, one_line
 from autocompress.evaluate import score_artifact
 from autocompress.export import weights_bytes, write_bundle
 from autocompress.graph import Graph
 from autocompress.graph.plain import own_copy
-from autocompress.models import load_model
+from autocompress.models import load_model, load_weights
 from autocompress.objective import Baseline, Setting, fails_policy
 from autocompress.policy import Policy
+from autocompress.records import Score
 from autocompress.run_folder import write_atomically
+from autocompress.schedule import FEWEST_EXAMPLES
 from autocompress.search_space import load_space, names_function
 from autocompress.task import OBJECT, Task
 
 BASELINE = "baseline"
 TEACHER_WEIGHTS = "teacher.safetensors"
-LEAST_VALIDATION = 256
+LEAST_VALIDATION, MOST_SHARE = 256, 5.0
+"""Of validation examples there are at least so many, unless they take so many times the seconds that they should."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def load(
     example = data.example(task.batch)
     require_fit(teacher, data, example, task.model)
     if weights is not None:
-        teacher.load_state_dict(load_file(weights))
+        load_weights(teacher, weights)
     graphs: dict[str | None, Graph] = {None: Graph.trace(teacher, (example,))}
     if student is not None and task.student is not None:
         require_fit(student, data, example, task.student)
@@ -108,18 +110,20 @@ def _digest(network: nn.Module) -> str:
 
 
 def prepare(task: Task, run: Path, loaded: Loaded) -> Setting:
-    """Everything that a search needs, with the baseline's latency measured (its score comes from `score_baseline`).
+    """Everything that a search needs, with the baseline's latency measured (its score comes from `score_original`).
 
     Raises UsageError when the model does not run on the device as it is.
     """
     graph, models = loaded.graphs[None], run / "models"
     models.mkdir(parents=True, exist_ok=True)
+    baseline = _baseline(graph, loaded.device, models, loaded.example, task.model)
     return Setting(
         data=loaded.data,
         teacher=Teacher(loaded.teacher.to(best_training_device()), loaded.data, classifier=graph.classifier, seed=task.seed),
         graphs=loaded.graphs,
         device=loaded.device,
-        baseline=_baseline(graph, loaded.device, models, loaded.example, task.model),
+        baseline=baseline,
+        beside=[baseline.latency_s.median],
         example=loaded.example,
         models=models,
         model_reference=task.model,
@@ -140,25 +144,10 @@ def _loaded(task: Task, data: Data) -> nn.Module:
     return load_model(task.model, weights=Path(task.weights) if task.weights else None, classes=data.classes)
 
 
-@torch.inference_mode()
 def require_fit(model: nn.Module, data: Data, example: Tensor, reference: str) -> None:
-    """Raises UsageError unless the model runs on the data and has an output for each class."""
-    was_training = model.training
-    try:
-        outputs = model.eval()(example)
-    except Exception as error:  # whatever the user's own code raises
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UsageError(
-            f"{reference} must take inputs of shape {tuple(example.shape)}, but raised {what}",
-            hint="check that the data and the model belong together (channels, size)",
-        ) from None
-    finally:
-        model.train(was_training)
-    if not isinstance(outputs, Tensor) or outputs.dim() < 1 or len(outputs) != len(example):
-        raise UsageError(
-            f"a model must return one tensor with a row for each input, but {reference} returned {_shape(outputs)}",
-            hint="wrap it in a module that returns what your loss and score read",
-        )
+    """Raises UsageError unless the model runs on the data, at any batch, and has an output for each class."""
+    outputs = _outputs(model, example, reference, "check that the data and the model belong together (channels, size)")
+    _outputs(model, torch.cat([example, example]), reference, "training uses other batches: write x.flatten(1), not x.view(1, -1)")
     if data.classes is None:
         return
     if outputs.dim() != 2:
@@ -175,6 +164,25 @@ def require_fit(model: nn.Module, data: Data, example: Tensor, reference: str) -
     data.require_labels()
 
 
+@torch.inference_mode()
+def _outputs(model: nn.Module, inputs: Tensor, reference: str, hint: str) -> Tensor:
+    """What the model makes of the inputs in eval mode. Raises UsageError with this hint unless that is a tensor with a row for each."""
+    was_training = model.training
+    try:
+        outputs = model.eval()(inputs)
+    except Exception as error:  # whatever the user's own code raises
+        rule = f"{reference} must take inputs of shape {tuple(inputs.shape)}, but raised {one_line(error)}"
+        raise UsageError(rule, hint=hint) from None
+    finally:
+        model.train(was_training)
+    if not isinstance(outputs, Tensor) or outputs.dim() < 1 or len(outputs) != len(inputs):
+        raise UsageError(
+            f"a model must return one tensor with a row for each input, but for {len(inputs)} {reference} returned {_shape(outputs)}",
+            hint="wrap it in a module that returns what your loss and score read",
+        )
+    return outputs
+
+
 def _shape(outputs: object) -> str:
     return str(tuple(outputs.shape)) if isinstance(outputs, Tensor) else type(outputs).__name__
 
@@ -182,9 +190,9 @@ def _shape(outputs: object) -> str:
 def _baseline(graph: Graph, device: Device, models: Path, example: Tensor, reference: str) -> Baseline:
     with _about_the_model(reference):
         student = build_student(graph, Policy())
-        artifact = write_bundle(models / BASELINE, student.eval(), Policy(), (example,), model=reference)
-        path = models / BASELINE / artifact.path
-        return Baseline(path=path, latency_s=device.measure([path])[0], size_bytes=artifact.size_bytes)
+        manifest = write_bundle(models / BASELINE, student.eval(), Policy(), (example,), model=reference)
+        path = models / BASELINE / manifest.artifact
+        return Baseline(path=path, latency_s=device.measure([path])[0], size_bytes=manifest.size_bytes)
 
 
 @contextlib.contextmanager
@@ -195,18 +203,16 @@ def _about_the_model(reference: str) -> Iterator[None]:
     except Exception as error:
         if not fails_policy(error):
             raise
-        what = error.message if isinstance(error, PolicyFailure) else f"{type(error).__name__}: {error}".splitlines()[0]
         raise UsageError(
-            f"{reference} must run on the device as it is, before anything is compressed, but: {what}",
+            f"{reference} must run on the device as it is, before anything is compressed, but: {one_line(error)}",
             hint="look at what `autocompress inspect` says of it; weights that are NaN and operators that ONNX lacks are the usual reasons",
         ) from None
 
 
-def score_baseline(setting: Setting) -> Setting:
-    """The setting with the baseline's validation score, taken from its exported file."""
+def score_original(setting: Setting) -> Score:
+    """The original's validation score, taken from its exported file. Raises UsageError where it has none."""
     with _about_the_model(setting.model_reference):
-        score = score_artifact(setting.baseline.path, setting.data, setting.data.val, setting.batch)
-    return replace(setting, baseline=replace(setting.baseline, val_score=score))
+        return score_artifact(setting.device, setting.baseline.path, setting.data, setting.data.val, setting.batch)
 
 
 def limit_validation(setting: Setting, seconds: float, examples: int | None = None) -> Setting:
@@ -215,7 +221,8 @@ def limit_validation(setting: Setting, seconds: float, examples: int | None = No
     Every policy of a search is scored on them: a large split run at the deployment batch would leave no time to train.
     """
     if examples is None:
-        examples = max(LEAST_VALIDATION, int(seconds * setting.batch / setting.baseline.latency_s.median))
+        affordable = seconds * setting.batch / setting.baseline.latency_s.median
+        examples = max(FEWEST_EXAMPLES, int(affordable), min(LEAST_VALIDATION, int(MOST_SHARE * affordable)))
     return replace(setting, data=replace(setting.data, val=sample(setting.data.val, examples)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TextIO, final
 
@@ -85,7 +86,7 @@ class PlainProgress:
         # A log that can no longer be written is no reason to lose a search.
         try:
             print(line, file=self._stream, flush=True)
-        except (BrokenPipeError, ValueError):
+        except (OSError, ValueError):
             self._next = float("inf")
 
     def __enter__(self) -> Self:
@@ -119,7 +120,8 @@ class RichProgress:
     def message(self, text: str) -> None:
         from rich.text import Text
 
-        self._console.print(Text(text))
+        with suppress(OSError):  # the terminal is gone
+            self._console.print(Text(text))
 
     def render(self) -> RenderableType:
         """What is on the screen now."""
@@ -143,11 +145,13 @@ class RichProgress:
 
     def __enter__(self) -> Self:
         self._started = time.monotonic()
-        self._live.start()
+        with suppress(OSError):
+            self._live.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._live.stop()
+        with suppress(OSError):
+            self._live.stop()
 
 
 def make_progress(quiet: bool = False) -> Progress:

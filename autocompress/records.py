@@ -193,17 +193,6 @@ class Budget(Record):
         return ", ".join(limits) or "none"
 
 
-class Artifact(Record):
-    """A file that ships: what a device measures."""
-
-    path: str
-    format: Literal["onnx", "openvino", "torch"] = "onnx"
-    size_bytes: int
-    policy_digest: str
-    inputs: dict[str, Shape]
-    sha256: str
-
-
 class Failure(Record):
     """Why a policy did not become an artifact, or lost it."""
 

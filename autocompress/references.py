@@ -10,13 +10,15 @@ import difflib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 from autocompress.errors import UsageError
 
+FORMATS = ("onnx", "openvino", "torch")
+"""What an export can write."""
 DATA_ROOT = "data"
 """Where `torchvision:NAME` data lies unless its `root` says otherwise."""
 USERS_ERRORS = (Exception, SystemExit)
@@ -64,6 +66,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean {' or '.join(close)}?"
     return f"known: {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"
+
+
+def require_formats(formats: Sequence[str]) -> None:
+    """Raises UsageError unless each is one of FORMATS."""
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats or isinstance(formats, str):
+        name = formats if isinstance(formats, str) else next(iter(unknown), "")
+        raise UsageError(f"the formats of an export must be some of {', '.join(FORMATS)}, but got {name!r}", hint=nearest(name, FORMATS))
 
 
 def call_function(reference: str) -> Any:

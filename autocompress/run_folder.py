@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import fcntl
 import json
 import os
@@ -10,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from autocompress.errors import RunFolderError, UsageError
 
@@ -73,7 +75,12 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
-def read_front(run: Path) -> dict[str, object]:
+def new_run() -> Path:
+    """A folder in the current one that is named by the time."""
+    return Path(f"run-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+
+
+def read_front(run: Path) -> dict[str, Any]:
     """The content of RUN/front.json. Raises UsageError when there is none, RunFolderError when it is damaged."""
     path = run / "front.json"
     if not path.is_file():

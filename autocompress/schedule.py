@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from autocompress.front import hypervolume, measured
 from autocompress.records import Outcome
 
+FEWEST_EXAMPLES = 32
+"""Fewer say nothing of a model, however slow it is."""
 CALIBRATION_SHARE = 0.08
 CALIBRATION_CAP_S = 120.0
 POOL_SHARE = 0.02
@@ -50,9 +51,14 @@ class Clock:
         return time.monotonic() - self.started
 
     @property
+    def until_end(self) -> float:
+        """Seconds until the promise ends; negative beyond it."""
+        return self.total - self.elapsed
+
+    @property
     def left(self) -> float:
         """Until the reserve begins; never negative."""
-        return max(0.0, self.total - self.reserve - self.elapsed)
+        return max(0.0, self.until_end - self.reserve)
 
     def with_reserve(self, seconds: float) -> Clock:
         return Clock(self.started, self.total, min(seconds, 0.3 * self.total))
@@ -133,7 +139,7 @@ def promoted(outcomes: Sequence[Outcome], n: int, settled: Sequence[Outcome] = (
     The reference is halfway between the best and the worst score first: whoever has a budget wants accuracy within it, and networks
     that are tiny and bad would dominate a large area of a plot that nobody looks at. They come last, spread by the whole area.
     """
-    candidates, beside = measured(list(outcomes)), measured(list(settled))
+    candidates, beside = measured(outcomes), measured(settled)
     if not candidates:
         return []
     points = {o.id: _log_point(o) for o in [*candidates, *beside]}
@@ -157,10 +163,3 @@ def promoted(outcomes: Sequence[Outcome], n: int, settled: Sequence[Outcome] = (
 def _log_point(outcome: Outcome) -> tuple[float, float]:
     assert outcome.val_score is not None and outcome.latency_s is not None
     return outcome.val_score.gain, float(np.log(outcome.latency_s.median))
-
-
-def rank_correlation(below: Sequence[float], above: Sequence[float]) -> float | None:
-    """Spearman's rho between two rungs; None below three pairs or when one side is constant."""
-    if len(below) < 3 or len(set(below)) < 2 or len(set(above)) < 2:
-        return None
-    return float(spearmanr(below, above).statistic)

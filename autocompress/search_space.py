@@ -6,17 +6,18 @@ device's profile cuts them (bits that have kernels). A space is also any callabl
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
 from autocompress.devices.base import DeviceProfile
-from autocompress.errors import AutocompressError, UsageError
+from autocompress.errors import AutocompressError, UsageError, one_line
 from autocompress.graph import Graph
 from autocompress.policy import (
     KERNEL_BITS,
@@ -43,6 +44,7 @@ class Suggester(Protocol):
 
 
 Suggest = Callable[[Suggester], Policy]
+Number = TypeVar("Number", int, float)
 
 
 class Range(Record):
@@ -197,8 +199,7 @@ class SearchSpace:
     spec: SpaceSpec
     stages: tuple[Stage, ...]
     bits: tuple[int, ...]
-    reduced_range: bool
-    multiple: int = 1
+    profile: DeviceProfile
     reference: str | None = None
 
     @classmethod
@@ -207,17 +208,18 @@ class SearchSpace:
         wanted = spec.quant.bits if spec.quant is not None else (32,)
         keep_storage = spec.quant is not None and spec.quant.storage
         bits = tuple(b for b in sorted(set(wanted)) if b in profile.bits or (keep_storage and b in STORAGE_BITS))
-        return cls(spec, stages_of(graph), bits or (32,), profile.reduced_range, profile.channel_multiple, reference)
+        return cls(spec, stages_of(graph), bits or (32,), profile, reference)
 
     def suggest(self, suggester: Suggester) -> Policy:
         """Draw one policy."""
         drop = self._drops(suggester)
-        return Policy(
-            student=StudentSpec(reference=self.reference, widths=self._widths(suggester), drop=drop, multiple=self.multiple),
+        policy = Policy(
+            student=StudentSpec(reference=self.reference, widths=self._widths(suggester), drop=drop),
             prune=PruneSpec(ratios=self._ratios(suggester)),
             quant=self._quant(suggester),
             distill=self._distill(suggester),
         )
+        return fitted(policy, self.profile)
 
     def _drops(self, suggester: Suggester) -> tuple[str, ...]:
         if self.spec.depth is None:
@@ -238,53 +240,34 @@ class SearchSpace:
         space = self.spec.width
         if space is None:
             return {}
-        if space.per == "model":
-            width = space.suggest(suggester, "width")
-            return {group: width for stage in self.stages for group in _groups(stage)}
-        if space.per == "group":
-            return {g: space.suggest(suggester, f"width:{g}") for stage in self.stages for g in _groups(stage)}
-        return {
-            group: width
-            for stage in self.stages
-            if _groups(stage)
-            for width in [space.suggest(suggester, f"width:{stage.name}")]
-            for group in _groups(stage)
-        }
+        return self._shared("width", space.per, _groups, lambda name: space.suggest(suggester, name))
 
     def _ratios(self, suggester: Suggester) -> dict[str, float]:
         space = self.spec.prune
         if space is None:
             return {}
-        if space.per == "model":
-            ratio = space.suggest(suggester, "prune")
-            return {group: ratio for stage in self.stages for group in stage.inner}
-        if space.per == "group":
-            return {g: space.suggest(suggester, f"prune:{g}") for stage in self.stages for g in stage.inner}
-        return {
-            group: ratio
-            for stage in self.stages
-            if stage.inner
-            for ratio in [space.suggest(suggester, f"prune:{stage.name}")]
-            for group in stage.inner
-        }
+        return self._shared("prune", space.per, lambda stage: stage.inner, lambda name: space.suggest(suggester, name))
 
     def _quant(self, suggester: Suggester) -> QuantSpec:
         def choose(name: str) -> int:
             return self.bits[0] if len(self.bits) == 1 else suggester.suggest_categorical(name, list(self.bits))
 
         per = self.spec.quant.per if self.spec.quant is not None else "model"
-        if per == "model":
-            bits = choose("bits")
-            return QuantSpec(bits=bits, reduced_range=bits == 8 and self.reduced_range)
-        layers: dict[str, int] = {}
-        for stage in self.stages:
-            if per == "layer":
-                layers |= {layer: choose(f"bits:{layer}") for layer in stage.layers}
-            elif stage.layers:
-                layers |= dict.fromkeys(stage.layers, choose(f"bits:{stage.name}"))
+        layers = self._shared("bits", per, lambda stage: stage.layers, choose)
         common = Counter(layers.values()).most_common(1)[0][0] if layers else 32
-        exceptions = {layer: bits for layer, bits in layers.items() if bits != common}
-        return QuantSpec(bits=common, layers=exceptions, reduced_range=8 in layers.values() and self.reduced_range)
+        return QuantSpec(bits=common, layers={layer: bits for layer, bits in layers.items() if bits != common})
+
+    def _shared(self, kind: str, per: str, members: Callable[[Stage], Sequence[str]], draw: Callable[[str], Number]) -> dict[str, Number]:
+        """A value for each member of each stage: one for the whole model, one a stage, or one each, as `per` says."""
+        drawn: dict[str, Number] = {}
+        values: dict[str, Number] = {}
+        for stage in self.stages:
+            for member in members(stage):
+                name = {"model": kind, "stage": f"{kind}:{stage.name}"}.get(per, f"{kind}:{member}")
+                if name not in drawn:
+                    drawn[name] = draw(name)
+                values[member] = drawn[name]
+        return values
 
     def _distill(self, suggester: Suggester) -> DistillSpec:
         ranges = {name: getattr(self.spec.distill, name) for name in DistillSpace.model_fields}
@@ -327,7 +310,7 @@ def names_function(space: str) -> bool:
 
 
 def find_suggest(space: str, graph: Graph, profile: DeviceProfile, *, reference: str | None = None) -> Suggest:
-    """How policies are drawn: from a shipped or own TOML space, or by the function that `file.py:function` returns."""
+    """How policies are drawn: from a shipped or own TOML space, or by the function that `file.py:function` returns; cut to the device."""
     if names_function(space):
         function = call_function(space)
         if not callable(function):
@@ -335,12 +318,28 @@ def find_suggest(space: str, graph: Graph, profile: DeviceProfile, *, reference:
                 f"{space} must return a function suggest(trial) -> Policy, but got {type(function).__name__}",
                 hint="`file.py:function` is called once, and returns the function that draws",
             )
-        return own_suggest(function, space)
+        return own_suggest(function, space, profile)
     return SearchSpace.build(load_space(space), graph, profile, reference=reference).suggest
 
 
-def own_suggest(function: Callable[[Suggester], Any], name: str) -> Suggest:
-    """A user's function as a space. Whatever it raises becomes a UsageError that names it; Optuna's own errors, of its storage, pass."""
+def fitted(policy: Policy, profile: DeviceProfile) -> Policy:
+    """The policy as the device runs it: channels in multiples that suit its kernels, int8 weights in a range that it does not saturate."""
+    student, quant = policy.student, policy.quant
+    multiple = math.lcm(student.multiple, profile.channel_multiple)
+    in_int8 = 8 in (quant.bits, *quant.layers.values())
+    return policy.model_copy(
+        update={
+            "student": student.model_copy(update={"multiple": multiple}),
+            "quant": quant.model_copy(update={"reduced_range": quant.reduced_range or (in_int8 and profile.reduced_range)}),
+        }
+    )
+
+
+def own_suggest(function: Callable[[Suggester], Any], name: str, profile: DeviceProfile) -> Suggest:
+    """A user's function as a space, cut to the device.
+
+    Whatever it raises becomes a UsageError that names it; Optuna's own errors, of its storage, pass.
+    """
 
     def suggest(suggester: Suggester) -> Policy:
         try:
@@ -348,13 +347,12 @@ def own_suggest(function: Callable[[Suggester], Any], name: str) -> Suggest:
         except Exception as error:
             if isinstance(error, AutocompressError) or type(error).__module__.startswith("optuna."):
                 raise
-            what = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UsageError(f"the space {name} raised {what}", hint="--debug shows where") from error
+            raise UsageError(f"the space {name} raised {one_line(error)}", hint="--debug shows where") from error
         if not isinstance(policy, Policy):
             raise UsageError(
                 f"the space {name} must draw a Policy, but drew {type(policy).__name__}", hint="return autocompress.Policy(...)"
             )
-        return policy
+        return fitted(policy, profile)
 
     return suggest
 

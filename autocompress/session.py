@@ -20,7 +20,7 @@ from autocompress import study as journal
 from autocompress.controller import Search
 from autocompress.data import Data
 from autocompress.devices.base import Device
-from autocompress.errors import AutocompressError, InfeasibleBudget, Terminated
+from autocompress.errors import AutocompressError, InfeasibleBudget, Terminated, TooManyFailures
 from autocompress.final import measure_front, score_test
 from autocompress.forecast import Forecast
 from autocompress.objective import Setting
@@ -30,11 +30,11 @@ from autocompress.progress import Progress, SilentProgress
 from autocompress.proposals import LevelSuggester
 from autocompress.records import Budget
 from autocompress.report import write_report
-from autocompress.run_folder import locked, read_front, write_atomically
+from autocompress.run_folder import locked, new_run, read_front, write_atomically
 from autocompress.schedule import Clock
 from autocompress.search_space import Suggest, find_suggest, own_suggest
 from autocompress.tables import frame
-from autocompress.task import OBJECT, TASK_FILE, Task, load_task
+from autocompress.task import DEFAULT_DEVICE, OBJECT, TASK_FILE, Task, load_task
 from autocompress.units import format_duration
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 
     from autocompress.deploy import Exported
 
-DEMO_TEACHER_SHARE = 0.25
+DEMO_TEACHER_SHARE = 0.4
+"""At most: a quick machine trains it to the end in less, and all else is worthless on a slow one where it has not learned."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class SearchResult:
     @classmethod
     def load(cls, run: Path | str) -> SearchResult:
         """Read the result of a run folder."""
-        return cls(Path(run), dict(read_front(Path(run))))
+        return cls(Path(run), read_front(Path(run)))
 
     @property
     def best(self) -> str | None:
@@ -95,14 +96,14 @@ class SearchResult:
 
 
 def search(
-    model: nn.Module | str,
-    data: Data | str,
+    model: nn.Module | str | None = None,
+    data: Data | str | None = None,
     *,
     budget: str | tuple[str, ...] = (),
-    out: Path | str = "run",
-    device: str = "onnxruntime:cpu?threads=1",
-    batch: int = 1,
-    search_time: str = "30m",
+    out: Path | str | None = None,
+    device: str = DEFAULT_DEVICE,
+    batch: int | None = None,
+    search_time: str | None = None,
     trials: int | None = None,
     target_accuracy: float | None = None,
     space: str = "default",
@@ -116,12 +117,15 @@ def search(
     sampler: BaseSampler | None = None,
     progress: Progress | None = None,
 ) -> SearchResult:
-    """Search the compressed models of `model` that meet `budget`; nothing that the command line can do is missing here.
+    """Search the compressed models of `model` that meet `budget`, as `autocompress search` does; without a model, of the demonstration.
 
     Args:
         model: a module (never changed) or a reference such as `"torchvision:resnet18"`.
         data: `autocompress.Data` or a reference such as `"imagefolder:DIR"`.
         budget: `"10ms"`, `"0.5x"`, `"4MB"`, `"p95=10ms"`, or several; empty for the whole front.
+        batch: inputs a call of the deployed model; 1, of the demonstration 32.
+        search_time: how long all of it may take; `"30m"`, of the demonstration `"4m"`.
+        out: the run folder; by default a new one, named by the time.
         suggest: draws a policy from an Optuna trial, instead of a named space.
         sampler: any Optuna sampler that handles two objectives.
 
@@ -129,8 +133,8 @@ def search(
     """
     values = {
         "budget": (budget,) if isinstance(budget, str) else tuple(budget),
-        "model": model if isinstance(model, str) else f"{OBJECT}{type(model).__name__}",
-        "data": data if isinstance(data, str) else f"{OBJECT}Data",
+        "model": _named(model),
+        "data": _named(data),
         "weights": str(weights) if weights is not None else None,
         "device": device,
         "batch": batch,
@@ -144,8 +148,8 @@ def search(
         "seed": seed,
     }
     return run_search(
-        Task.create(values),
-        Path(out),
+        load_task(None, values),
+        Path(out) if out is not None else new_run(),
         resume=resume,
         progress=progress,
         sampler=sampler,
@@ -153,6 +157,11 @@ def search(
         model=model if isinstance(model, nn.Module) else None,
         data=data if isinstance(data, Data) else None,
     )
+
+
+def _named(given: nn.Module | Data | str | None) -> str | None:
+    """How a task file names what was given: a reference by itself, an object of Python by its class."""
+    return given if given is None or isinstance(given, str) else f"{OBJECT}{type(given).__name__}"
 
 
 def run_search(
@@ -204,19 +213,19 @@ def _forget_teacher(run: Path) -> None:
 
 def _assemble(task: Task, run: Path, setting: Setting, study: Any, clock: Clock, progress: Progress, suggest: Suggest | None) -> Search:
     graph, profile = setting.graphs[task.student], setting.device.profile
-    named = own_suggest(suggest, "`suggest`") if suggest else find_suggest(task.space, graph, profile, reference=task.student)
-    forecast = Forecast.start(setting, named, task.limits.against(setting.baseline.latency_s))
+    named = own_suggest(suggest, "`suggest`", profile) if suggest else find_suggest(task.space, graph, profile, reference=task.student)
+    forecast = Forecast.start(setting, named, task.limits)
     return Search(task, run, study, forecast, clock, progress, points=list(study.user_attrs.get("progress", [])))
 
 
 def _phases(search_: Search) -> None:
     task, clock = search_.task, search_.clock
+    search_.recall()
     lost = journal.retire_lost_trials(search_.study)
     if lost:
         search_.progress.message(f"{lost} interrupted trial(s) will be repeated")
     if failed := search_.retry_failures():
         search_.progress.message(f"{failed} failed policies may be tried again")
-    search_.recall()
     if search_.best is None:
         search_.forecast.require_hope()
     search_.calibrate()
@@ -224,6 +233,7 @@ def _phases(search_: Search) -> None:
     if task.is_demo:
         tick = search_.percent("training the demonstration teacher")
         search_.setting = train_demo_teacher(search_.setting, search_.run, DEMO_TEACHER_SHARE * clock.total, tick)
+        search_.keep_original(search_.setting.baseline)
     search_.score_original()
     search_.ask_teacher()
     search_.short_rung(pool)
@@ -242,9 +252,15 @@ def _finish(search_: Search) -> None:
 
 def _result(search_: Search) -> SearchResult:
     result = SearchResult.load(search_.run)
+    points, failures = result.content["points"], result.content["failures"]
+    if failures and not points:
+        raise TooManyFailures(
+            f"no policy became a file that works; the first failed to {failures[0]['stage']}: {failures[0]['reason']}",
+            hint="mend that, then --resume",
+        )
     if result.best is None and search_.task.budget:
-        fastest = min((e["latency_s"]["high"] for e in result.content["points"]), default=float("nan"))
-        told = f"the fastest policy took {format_duration(fastest)}" if result.content["points"] else "no policy could be measured in time"
+        fastest = min((e["latency_s"]["high"] for e in points), default=float("nan"))
+        told = f"the fastest policy took {format_duration(fastest)}" if points else "no policy could be measured in time"
         raise InfeasibleBudget(
             f"the search ended and nothing meets the budget ({search_.budget.in_words()}): {told}",
             hint=f"what was measured is in {search_.run}; search longer (--search-time), or allow more",

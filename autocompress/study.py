@@ -18,7 +18,7 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.engine import URL
 
-from autocompress.errors import RunFolderError, UsageError
+from autocompress.errors import RunFolderError, UsageError, one_line
 from autocompress.policy import Policy
 from autocompress.records import Outcome
 from autocompress.run_folder import LOCK
@@ -80,8 +80,9 @@ def writing(run: Path) -> Iterator[None]:
     try:
         yield
     except optuna.exceptions.StorageInternalError as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
-        raise RunFolderError(f"{str(run / DATABASE)!r} cannot be written: {cause}", hint="free space, then --resume") from None
+        raise RunFolderError(
+            f"{str(run / DATABASE)!r} cannot be written: {one_line(error.__cause__ or error)}", hint="free space, then --resume"
+        ) from None
 
 
 def default_sampler(seed: int, trials_so_far: int) -> BaseSampler:
@@ -152,12 +153,11 @@ def _require_same_task(study: optuna.Study, task: Task, run: Path) -> None:
         return
     before = Task.create({key: tuple(value) if isinstance(value, list) else value for key, value in known.items()})
     before, task = before.absolute(), task.absolute()  # an earlier version kept paths as they were given
-    if before.fingerprint == task.fingerprint:
+    changed = before.difference(task)
+    if changed is None:
         return
-    old, new = before.model_dump(), task.model_dump()
-    changed = [key for key in old if old[key] != new[key] and key not in ("search_time", "trials", "target_accuracy")]
     raise UsageError(
-        f"{str(run)!r} holds the search of another task: {changed[0]} was {old[changed[0]]!r}, now {new[changed[0]]!r}",
+        f"{str(run)!r} holds the search of another task: {changed} was {getattr(before, changed)!r}, now {getattr(task, changed)!r}",
         hint="resume with the same task, or choose another --out",
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from autocompress.policy import bits_name
 from autocompress.units import format_duration, format_size
 from autocompress.view import Entry, LayerChange, Results, caveats, details, format_score, headline
 
@@ -110,7 +111,7 @@ def note(layer: LayerChange) -> str:
     if layer.bits == 8:
         changes.append("int8")
     elif layer.bits != 32:
-        changes.append(f"{layer.bits}-bit storage, computed in float32")
+        changes.append(f"{bits_name(layer.bits)}, computed in float32")
     before, after = layer.teacher_latency_s, layer.latency_s
     if before is not None and after is not None and after >= 0.97 * before:
         changes.append(_why_not_faster(layer))

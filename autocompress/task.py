@@ -73,11 +73,10 @@ class Task(Record):
     def is_demo(self) -> bool:
         return self.model == DEMO_MODEL
 
-    @property
-    def fingerprint(self) -> str:
-        """Equal for tasks whose trials may share a run folder: everything but how long to search."""
-        free = {"search_time": "30m", "trials": None, "target_accuracy": None}
-        return self.model_copy(update=free).digest
+    def difference(self, other: Task) -> str | None:
+        """The first field in which another task differs, so that their policies cannot share a run folder; how long to search is free."""
+        fields = (name for name in Task.model_fields if name not in ("search_time", "trials", "target_accuracy"))
+        return next((name for name in fields if getattr(self, name) != getattr(other, name)), None)
 
     def absolute(self) -> Self:
         """The same task with paths from the root of the disk, so that it can be resumed in another folder.

@@ -122,5 +122,5 @@ def complain(*lines: str) -> None:
         for line in lines:
             if line:
                 print(line, file=sys.stderr, flush=True)
-    except (BrokenPipeError, ValueError):
+    except (OSError, ValueError):
         return

@@ -139,7 +139,7 @@ def row(name: str, what: str, path: Path, data: Data, times: list[Measurement], 
     ratios = sorted(b.median / t.median for b, t in zip(base, times, strict=True))
     return {
         "name": name, "what": what, "file": path.name, "size_bytes": path.stat().st_size,
-        "test_accuracy": score_artifact(path, data, data.test, 1).value,
+        "test_accuracy": score_artifact(open_device(DEVICE), path, data, data.test, 1).value,
         "speedup": ratios[len(ratios) // 2], "speedup_low": ratios[0], "speedup_high": ratios[-1],
         "latency_s": sorted(t.median for t in times)[len(times) // 2],
         "latency_high_s": max(t.high for t in times), "noisy_rounds": sum(t.noisy for t in times),

@@ -71,7 +71,7 @@ USAGE = [
     (f"{OWN} --space own.py:no_policy", "own.py:no_policy must draw a Policy, but drew int", "Policy"),
     ("search --model own.py:ten --data digit --dry-run", "unknown data 'digit'", "digits"),
     ("search --model own.py:ten --data imagefolder:absent --dry-run", "does not exist", "imagefolder:DIR"),
-    ("search --model own.py:ten --data torchvision:CIFAR10?root=absent --dry-run", "CIFAR10 is not in 'absent'", "root=DIR"),
+    ("search --model own.py:ten --data torchvision:CIFAR10?root=absent --dry-run", "CIFAR10 cannot be read from 'absent'", "root=DIR"),
     ("search --device tpu --dry-run", "unknown device 'tpu'", "onnxruntime:cpu"),
     ("search --device onnxruntime:cpu?threads=0 --dry-run", "threads must lie in", "processors"),
     ("search --device onnxruntime:cpu?thread=1 --dry-run", "unknown option 'thread'", "threads"),
@@ -113,8 +113,8 @@ USAGE = [
     ("show empty", "no front.json", "--out"),
     ("report empty", "no front.json", "--out"),
     ("explain fine nobody", "no measured policy has the id 'nobody'", "known"),
-    ("export fine --format foo --out x", "unknown format 'foo'", "onnx"),
-    ("export fine --format , --out x", "unknown format", "onnx"),
+    ("export fine --format foo --out x", "must be some of onnx, openvino, torch, but got 'foo'", "known"),
+    ("export fine --format , --out x", "must be some of onnx, openvino, torch", "known"),
     ("measure absent.onnx", "does not exist", "ONNX file"),
     ("calibrate --time 0s", "greater than zero", "10ms"),
     (f"{OWN} --student torchvision:resnet19", "unknown model torchvision:resnet19", "did you mean"),
@@ -125,6 +125,9 @@ USAGE = [
     ("inspect own.py:absent", "no function 'absent'", "seven"),
     ("measure own.py:absent", "no function 'absent'", "seven"),
     ("measure truncated.onnx", "is not a valid ONNX model", "export it again"),
+    ("measure truncated.onnx --batch 8", "--batch is for models", "leave --batch out"),
+    (f"show {300 * 'x'}", "cannot be used: File name too long", "check the path"),
+    (f"search --model {300 * 'x'}.py:net --data digits --dry-run", "cannot be used: File name too long", "check the path"),
 ]
 STORAGE = [("show cut", "is damaged", "resume"), ("show text", "is damaged", "resume"), ("show partial", "baseline", "resume")]
 STORAGE += [("report cut", "is damaged", "resume"), ("explain partial best", "baseline", "resume")]
@@ -232,7 +235,7 @@ def test_a_bug_asks_for_a_report_and_debug_shows_where(place, capsys, monkeypatc
     def fail(run):
         raise ZeroDivisionError("inside")
 
-    monkeypatch.setattr("autocompress.cli._content", fail)
+    monkeypatch.setattr("autocompress.run_folder.read_front", fail)
     assert main(["show", "fine"]) == 1
     require_explained(capsys.readouterr(), "unexpected ZeroDivisionError: inside", "--debug")
     assert main(["--debug", "show", "fine"]) == 1
@@ -243,6 +246,6 @@ def test_ctrl_c_is_130(place, capsys, monkeypatch):
     def interrupt(run):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("autocompress.cli._content", interrupt)
+    monkeypatch.setattr("autocompress.run_folder.read_front", interrupt)
     assert main(["show", "fine"]) == 130
     assert capsys.readouterr() == ("", "")

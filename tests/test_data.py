@@ -123,7 +123,8 @@ def test_calibration_inputs_are_the_same_for_every_caller():
 
 def test_of_huge_inputs_fewer_are_drawn(monkeypatch):
     data = images()
-    huge = replace(data, train=Split(torch.zeros(1, 1, 1, 1).expand(600, 3, 1024, 1024), torch.arange(600) % 4))
+    train = Split(torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(600, 3, 1024, 1024), torch.arange(600) % 4)
+    huge = replace(data, train=train, val=train, test=train)
     assert huge.at_most(512, 2**30) == 85
     assert huge.at_most(512, 1) == 1
     assert data.at_most(512, 2**30) == 512
@@ -187,11 +188,11 @@ ZEROS = torch.zeros(6, dtype=torch.long)
     ],
 )
 def test_targets_that_are_no_classes_are_refused(targets, message, hint):
-    data = images()
+    data, pixels = images(), torch.zeros(6, 3, 6, 5, dtype=torch.uint8)
     with pytest.raises(UsageError, match=message) as caught:
-        replace(data, val=Split(torch.zeros(6, 3, 6, 5), targets))
+        replace(data, val=Split(pixels, targets))
     assert hint in caught.value.hint
-    own = replace(data, val=Split(torch.zeros(6, 3, 6, 5), targets), loss=F.cross_entropy, score=lambda outputs, targets: 0.0)
+    own = replace(data, val=Split(pixels, targets), loss=F.cross_entropy, score=lambda outputs, targets: 0.0)
     assert torch.equal(own.val.targets, targets), "a loss of one's own takes what it likes"
 
 
@@ -419,7 +420,7 @@ def test_what_a_function_must_not_return(source, name, message):
         ("digit", "unknown data"),
         ("digits?size=3", "unknown option 'size'"),
         ("own.py:f?size=3", "unknown option 'size'"),
-        ("torchvision:CIFAR10?root=/absent", "is not in '/absent'"),
+        ("torchvision:CIFAR10?root=/absent", "CIFAR10 cannot be read from '/absent'"),
         ("torchvision:CIFAR12", "unknown data set"),
         ("torchvision:os", "unknown data set"),
         ("torchvision:CIFAR10?rooot=x", "unknown option 'rooot'"),
@@ -480,3 +481,17 @@ def test_a_mistyped_flag_is_refused(tmp_path):
             Image.new("RGB", (8, 8)).save(tmp_path / name / f"{index}.png")
     with pytest.raises(UsageError, match="flip must be true or false, but got 'ture'"):
         load_data(f"imagefolder:{tmp_path}?size=8&flip=ture")
+
+
+@pytest.mark.parametrize("other", [torch.zeros(4, 3, 9, 8), torch.zeros(4, 3, 8, 8, dtype=torch.uint8)], ids=["shape", "type"])
+@pytest.mark.parametrize("name", ["val", "test"])
+def test_all_splits_hold_inputs_of_one_form(name, other):
+    targets = torch.arange(4) % 2
+    parts = {part: Split(torch.zeros(4, 3, 8, 8), targets) for part in ("train", "val", "test")} | {name: Split(other, targets)}
+    with pytest.raises(UsageError, match=f"train has .* and {name} "):
+        Data(**parts)
+
+
+def test_floating_point_of_several_precisions_is_one_form():
+    targets = torch.arange(4) % 2
+    Data(Split(torch.zeros(4, 3), targets), Split(torch.zeros(4, 3, dtype=torch.float64), targets), Split(np.zeros((4, 3), "f2"), targets))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import autocompress
@@ -15,16 +15,20 @@ from autocompress.compress.student import build_student
 from autocompress.data import Data, Split
 from autocompress.deploy import apply_policy, export_run, measure_reference, recreate
 from autocompress.errors import PolicyFailure, RunFolderError, UsageError
-from autocompress.evaluate import run_file
 from autocompress.export import read_manifest, update_manifest, write_bundle
 from autocompress.graph import Graph
 from autocompress.policy import Policy, PruneSpec, StudentSpec
 from autocompress.preparation import load, prepare
+from autocompress.search_space import fitted
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
 
 MODEL = "autocompress.testing.models:tiny_resnet"
 EXAMPLE = (torch.randn(1, 3, 16, 16),)
+
+
+def answers(path, inputs):
+    return torch.from_numpy(FakeDevice().run(path, [inputs.numpy()]))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,7 +68,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch):
-    monkeypatch.setattr(deploy, "RANDOM_INPUTS", 64)
+    monkeypatch.setattr(deploy, "RANDOM_INPUTS", 8)  # of 224 x 224 pixels
     for module in ("deploy", "preparation"):
         monkeypatch.setattr(f"autocompress.{module}.open_device", lambda name: FakeDevice())
 
@@ -107,7 +111,7 @@ def test_a_torch_program_computes_the_same(run, tmp_path):
     program = torch.export.load(out / "model.pt2").module()
     x = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
-        torch.testing.assert_close(program(x), run_file(out / "model.onnx", [x.numpy()]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(program(x), answers(out / "model.onnx", x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_student_of_another_teacher_is_not_passed_off_as_the_same(run, tmp_path):
@@ -126,7 +130,7 @@ def test_a_student_of_another_teacher_is_not_passed_off_as_the_same(run, tmp_pat
             continue
         x = torch.randn(1, 3, 16, 16)
         program = torch.export.load(out / "model.pt2").module()
-        torch.testing.assert_close(program(x).detach(), run_file(out / "model.onnx", [x.numpy()]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(program(x).detach(), answers(out / "model.onnx", x), rtol=1e-4, atol=1e-5)
     assert refused
 
 
@@ -234,7 +238,8 @@ def test_a_student_of_another_architecture_is_made_again_as_it_was(tmp_path):
     again = recreate(tmp_path / "bundle")
     assert torch.equal(again(images.inputs), student(images.inputs))
     update_manifest(tmp_path / "bundle", {"seed": 8})
-    assert not torch.equal(recreate(tmp_path / "bundle")(images.inputs), student(images.inputs))
+    with pytest.raises(UsageError, match="must answer as the file does"):
+        recreate(tmp_path / "bundle")
     with pytest.raises(UsageError, match="code that this command does not run"):
         recreate_from(tmp_path / "bundle", "own.py:net")
 
@@ -256,9 +261,62 @@ def test_a_student_of_a_model_that_was_an_object_needs_the_object(run):
 def test_a_student_is_made_again_from_a_module(run):
     from autocompress.testing.models import tiny_resnet
 
-    student = autocompress.recreate(str(run / "models" / "00000"), tiny_resnet())
+    teacher = tiny_resnet()
+    teacher.load_state_dict(load_file(run / "teacher.safetensors"))
+    student = autocompress.recreate(str(run / "models" / "00000"), teacher)
     assert isinstance(student, nn.Module)
     assert not student.training
+
+
+def test_the_teachers_weights_are_those_that_are_named(run):
+    bundle = run / "models" / "00000"
+    assert isinstance(autocompress.recreate(bundle, MODEL, weights=str(run / "teacher.safetensors")), nn.Module)
+    with pytest.raises(UsageError, match="does not exist"):
+        autocompress.recreate(bundle, MODEL, weights=run / "teacher.safetensor")
+
+
+@pytest.mark.parametrize("formats", [("onnx", "openvno"), (), "openvino"], ids=["mistyped", "none", "a string"])
+def test_formats_are_checked_from_python_too(run, tmp_path, formats):
+    with pytest.raises(UsageError, match="must be some of onnx, openvino, torch"):
+        export_run(run, out=tmp_path / "out", formats=formats)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", "policy.json", "model.onnx"])
+@pytest.mark.parametrize("damage", ["cut", "deleted"])
+def test_no_damaged_bundle_is_exported(run, tmp_path, name, damage):
+    path = run / "models" / "00000" / name
+    path.write_bytes(path.read_bytes()[:-5]) if damage == "cut" else path.unlink()
+    with pytest.raises(RunFolderError, match=name.replace(".", r"\.")):
+        export_run(run, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_cut_off_are_named(run):
+    path = run / "models" / "00000" / "student.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(RunFolderError, match="cannot be read: SafetensorError"):
+        recreate(run / "models" / "00000", MODEL, weights=run / "teacher.safetensors")
+
+
+class Words(nn.Module):
+    """Whole numbers in, classes out."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(7, 16), nn.Linear(16, 3)
+
+    def forward(self, words):
+        return self.head(self.table(words).mean(1))
+
+
+def test_a_model_of_whole_numbers_is_made_again(tmp_path):
+    words = torch.randint(0, 7, (4, 5))
+    teacher = Words().eval()
+    student = build_student(Graph.trace(teacher, (words,)), Policy())
+    manifest = write_bundle(tmp_path, student.eval(), Policy(), (words,), model="own:words")
+    assert [(known.shape, known.dtype) for known in manifest.inputs.values()] == [((4, 5), "int64")]
+    torch.testing.assert_close(recreate(tmp_path, teacher)(words), teacher(words))
 
 
 @pytest.mark.parametrize(
@@ -279,9 +337,10 @@ def splits(): return [(torch.randn(32, 3, 16, 16), torch.arange(32) % 10)] * 3
 
 def test_a_policy_file_is_applied_to_data(tmp_path):
     (tmp_path / "own.py").write_text(SPLITS)
-    (tmp_path / "policy.json").write_text(Policy(quant={"bits": 8}).to_json())
+    policy = fitted(Policy(quant={"bits": 8}), FakeDevice().profile)
+    (tmp_path / "policy.json").write_text(policy.to_json())
     told = apply_policy(MODEL, policy=str(tmp_path / "policy.json"), data=f"{tmp_path / 'own.py'}:splits", out=tmp_path / "out", batch=8)
-    assert told["digest"] == Policy(quant={"bits": 8}).digest
+    assert told["digest"] == policy.digest
     assert told["speedup"] > 1
     assert read_manifest(tmp_path / "out").val_score.n == 32
 

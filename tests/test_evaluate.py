@@ -9,6 +9,7 @@ from torch import nn
 from autocompress.data import Data, Split
 from autocompress.errors import PolicyFailure
 from autocompress.evaluate import score_model, score_outputs
+from autocompress.view import is_share
 
 SPLIT = Split(torch.eye(4), torch.tensor([0, 1, 2, 0]))
 DATA = Data(SPLIT, SPLIT, SPLIT, classes=4)
@@ -37,3 +38,22 @@ def test_outputs_that_are_not_finite_fail_the_policy(bad):
 def test_a_live_model_is_scored_in_eval_mode_whatever_the_batch(batch):
     model = nn.Sequential(nn.Dropout(0.99), nn.Identity()).train()
     assert score_model(model, DATA, SPLIT, batch_size=batch).value == 0.75
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_score_that_is_no_number_fails_the_policy(value):
+    own = Data(SPLIT, SPLIT, SPLIT, loss=nn.functional.cross_entropy, score=lambda y, t: value)
+    with pytest.raises(PolicyFailure, match="the score of a model must be finite"):
+        score_outputs(torch.eye(4), SPLIT.targets, own)
+
+
+def test_a_score_of_ones_own_has_its_own_name_and_direction():
+    def mean_error(outputs, targets):
+        return 0.5
+
+    own = Data(SPLIT, SPLIT, SPLIT, loss=nn.functional.cross_entropy, score=mean_error, score_direction="minimize")
+    score = score_outputs(torch.eye(4), SPLIT.targets, own)
+    assert (score.name, score.direction, score.gain) == ("mean_error", "minimize", -0.5)
+    assert not is_share(score)
+    unnamed = Data(SPLIT, SPLIT, SPLIT, loss=nn.functional.cross_entropy, score=lambda y, t: 0.5)
+    assert unnamed.scored_by == "score"

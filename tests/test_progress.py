@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import time
 
@@ -92,3 +93,16 @@ def test_what_suits_stderr(monkeypatch, quiet, terminal):
     monkeypatch.setattr("sys.stderr", stream)
     expected = SilentProgress if quiet else RichProgress if terminal else PlainProgress
     assert isinstance(make_progress(quiet), expected)
+
+
+class FullDisk(io.StringIO):
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_log_or_terminal_that_cannot_be_written_does_not_end_a_search():
+    plain = PlainProgress(FullDisk())
+    plain.message("one")
+    plain.update(phase="a", done=0, total=None, tried=0, best="", seconds_left=None)
+    with RichProgress(Console(file=FullDisk(), force_terminal=True)) as live:
+        live.message("one")

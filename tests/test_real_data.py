@@ -16,6 +16,7 @@ from autocompress.export import write_bundle
 from autocompress.graph import Graph
 from autocompress.models import load_model
 from autocompress.policy import Policy, QuantSpec
+from autocompress.testing.devices import FakeDevice
 
 pytestmark = pytest.mark.data
 REPOSITORY = Path(__file__).parents[1]
@@ -50,8 +51,9 @@ def test_int8_without_training_keeps_the_accuracy_of_resnet56(resnet56: Graph, c
     for bits in (32, 8):
         policy = Policy(quant=QuantSpec(bits=bits))
         student = train_quantized(build_student(resnet56, Policy()), policy.quant, cifar, TrainPlan(steps=0))
-        artifact = write_bundle(tmp_path / str(bits), student, policy, (cifar.example(1),), model="resnet56")
-        scores[bits] = score_outputs(run_artifact(tmp_path / str(bits) / artifact.path, cifar, test, 1), test.targets, cifar).value
+        manifest = write_bundle(tmp_path / str(bits), student, policy, (cifar.example(1),), model="resnet56")
+        outputs = run_artifact(FakeDevice(), tmp_path / str(bits) / manifest.artifact, cifar, test, 1)
+        scores[bits] = score_outputs(outputs, test.targets, cifar).value
     assert scores[32] > 0.92
     assert scores[8] > scores[32] - 0.01
 

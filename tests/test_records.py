@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from autocompress.errors import UsageError
 from autocompress.policy import Policy
-from autocompress.records import Artifact, Budget, Failure, Measurement, Operator, Outcome, Prediction, Score, Workload
+from autocompress.records import Budget, Failure, Measurement, Operator, Outcome, Prediction, Score, Workload
 
 LATENCY = Measurement(median=0.008, low=0.0079, high=0.009, p95=0.012, n=100)
 CONV = Operator(name="c", kind="conv", inputs=((2, 6, 8, 8),), output=(2, 4, 4, 4), kernel=(3, 3), stride=(2, 2), groups=2, params=112)
@@ -19,7 +19,6 @@ RECORDS = [
     Prediction(value=0.1, low=0.05, high=0.2),
     Score(value=0.5, direction="minimize", n=7),
     Budget(latency_s=0.01, size_bytes=5),
-    Artifact(path="model.onnx", size_bytes=1, policy_digest="0" * 16, inputs={"x": (1, 3)}, sha256="0" * 64),
     Outcome(id="0", policy=Policy(), rung="full", val_score=Score(value=0.5), latency_s=LATENCY, artifact="a.onnx"),
     Outcome(id="1", policy=Policy(), rung="short", failure=Failure(stage="train", reason="diverged")),
 ]

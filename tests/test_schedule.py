@@ -9,8 +9,9 @@ import pytest
 from autocompress import schedule
 from autocompress.front import hypervolume
 from autocompress.policy import DistillSpec, Policy
+from autocompress.ranks import rank_correlation
 from autocompress.records import Failure, Measurement, Outcome, Score
-from autocompress.schedule import Clock, Division, calibration_seconds, full_runs, full_seconds, promoted, rank_correlation
+from autocompress.schedule import Clock, Division, calibration_seconds, full_runs, full_seconds, promoted
 
 
 def outcome(id, score, latency_s, **changes):

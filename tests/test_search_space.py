@@ -8,7 +8,7 @@ import torch
 from autocompress.devices.base import DeviceProfile
 from autocompress.errors import RunFolderError, UsageError
 from autocompress.graph import Graph
-from autocompress.policy import Policy, StudentSpec
+from autocompress.policy import Policy, QuantSpec, StudentSpec
 from autocompress.proposals import LevelSuggester
 from autocompress.search_space import (
     SearchSpace,
@@ -205,7 +205,7 @@ def test_errors_of_ours_and_of_optunas_storage_pass_through_a_space():
             raise error
 
         with pytest.raises(type(error)):
-            own_suggest(fail, "own")(LevelSuggester(np.random.default_rng(0)))
+            own_suggest(fail, "own", INT8)(LevelSuggester(np.random.default_rng(0)))
 
 
 @pytest.mark.parametrize("reference", [None, "m:f"])
@@ -217,3 +217,15 @@ def test_the_space_of_a_student_names_its_reference(graph, reference):
 def test_an_empty_spec_draws_the_default_policy(graph):
     space = SearchSpace.build(SpaceSpec(name="x"), graph, INT8)
     assert space.suggest(LevelSuggester(np.random.default_rng(0))) == Policy(student=StudentSpec(multiple=INT8.channel_multiple))
+
+
+def test_what_a_function_draws_is_cut_to_the_device():
+    profile = INT8.model_copy(update={"channel_multiple": 8})
+    drawn = {
+        "mixed": Policy(quant=QuantSpec(bits=32, layers={"a": 8})),
+        "float": Policy(quant=QuantSpec(bits=32)),
+        "own": Policy(student=StudentSpec(multiple=12), quant=QuantSpec(bits=8)),
+    }
+    cut = {name: own_suggest(lambda _, policy=policy: policy, name, profile)(None) for name, policy in drawn.items()}
+    assert [policy.quant.reduced_range for policy in cut.values()] == [True, False, True]
+    assert [policy.student.multiple for policy in cut.values()] == [8, 8, 24]

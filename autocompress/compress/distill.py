@@ -39,7 +39,11 @@ def observe(model: nn.Module, inputs: Tensor, layer: str | None) -> Answers:
     if layer is None:
         return Answers(model(inputs))
     seen: list[Tensor] = []
-    handle = model.get_submodule(layer).register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+
+    def note(_: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        seen.append(arguments[0] if arguments else named["input"])
+
+    handle = model.get_submodule(layer).register_forward_pre_hook(note, with_kwargs=True)
     try:
         outputs = model(inputs)
     finally:

@@ -28,7 +28,7 @@ REDUCED_MAX = 64
 """vpmaddubsw adds two products of uint8 and int8 in 16 bits: 2 * 255 * 64 is the most that fits."""
 UINT8_MAX = 255
 SAMPLES = 32_768
-"""Values of a tensor that its range is fitted to."""
+"""Values of a tensor that its range is fitted to, from eight batches."""
 CLIP_FRACTIONS = tuple(0.3 + 0.02 * step for step in range(36))
 TINY = 1e-8
 MOVERS = ("reshape", "identity", "slice", "pad", "maxpool")
@@ -162,9 +162,9 @@ def _squared_errors(values: Tensor, low: float, high: float, fractions: Tensor) 
 
 
 def _sample(x: Tensor) -> Tensor:
-    """At most SAMPLES / 8 values of a batch, evenly spaced, with the extremes."""
+    """At most SAMPLES / 8 values of a batch, evenly spaced, and the extremes."""
     flat = x.flatten()
-    step = (flat.numel() // (SAMPLES // 8)) | 1  # odd, so that it does not fall on the same column of every row
+    step = -(-flat.numel() // (SAMPLES // 8)) | 1  # odd, so that it does not fall on the same column of every row
     return torch.cat([flat[::step], flat.min().view(1), flat.max().view(1)])
 
 

@@ -32,7 +32,7 @@ WEIGHT_DECAY = 5e-4
 SGD_SHARE = 0.5
 MUON_SHARE = 0.2
 MUON_DECAY = 5e-3
-CALIBRATION_IMAGES = 512
+CALIBRATION_INPUTS, CALIBRATION_BATCH = 512, 64
 FEATURE_SCALE = 25.0
 """Weight of the difference of features beside the loss of answers, which is T^2 times a divergence: 16 times at the default T = 4 only."""
 
@@ -49,6 +49,7 @@ class TrainPlan:
         deadline: `time.monotonic()` value at which training must have ended; the schedule follows the clock if that is sooner.
         learning_rate: scale of all peaks: SGD runs at SGD_SHARE of it, Muon at MUON_SHARE.
         quant_fraction: share of the steps at the end that run through fake quantization.
+        calibration: inputs that int8 ranges are fitted to.
     """
 
     steps: int
@@ -56,6 +57,7 @@ class TrainPlan:
     learning_rate: float = 0.1
     batch_size: int = 128
     quant_fraction: float = 0.1
+    calibration: int = CALIBRATION_INPUTS
     seed: int = 0
 
 
@@ -104,7 +106,7 @@ def train_quantized(
     if not rounds:
         return student.eval()
     quantized = fake_quantize(student.eval(), quant)
-    calibrate(quantized, data.calibration(CALIBRATION_IMAGES, plan.batch_size))
+    calibrate(quantized, data.calibration(plan.calibration, CALIBRATION_BATCH))
     if plan.steps:
         _run(quantized, data, plan, steps, until=1.0, lesson=lesson, tick=tick)
     return settle_biases(quantized.eval())

@@ -1,10 +1,12 @@
-"""Device: a runtime on a machine that measures exported files."""
+"""Device: a runtime on a machine that runs exported files and measures them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from autocompress.policy import Record
 from autocompress.records import Measurement
@@ -32,6 +34,13 @@ class Device(ABC):
     profile: DeviceProfile
 
     @abstractmethod
+    def run(self, path: Path, batches: Iterable[np.ndarray]) -> np.ndarray:
+        """First output of a file for each batch of inputs, one below the other; batches are of the size that the file takes.
+
+        With the threads that it is measured with. Raises PolicyFailure when the runtime cannot run the file, crashes or hangs.
+        """
+
+    @abstractmethod
     def measure(self, paths: Sequence[Path], *, seconds_each: float = 1.0) -> list[Measurement]:
         """Measure files interleaved, so that drift of the machine meets all of them; one Measurement a file, in order.
 
@@ -40,7 +49,7 @@ class Device(ABC):
 
     @abstractmethod
     def measure_many(self, models: Sequence[bytes], *, seconds_each: float = 0.02) -> list[float | None]:
-        """Median seconds of many small models, quickly and one after the other; None for those that do not run, or not in time."""
+        """Median seconds of many small ONNX models, one after the other and quickly; None for those that do not run, or not in time."""
 
     @abstractmethod
     def environment(self) -> dict[str, str]:

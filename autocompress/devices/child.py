@@ -1,6 +1,7 @@
-"""The process that runs a model: reads one JSON request from stdin, writes one JSON answer to stdout.
+"""The process that runs a model: reads a line of JSON from stdin, a request, and answers on stdout.
 
-Imports NumPy and ONNX Runtime only, so that a crash, a leak or a hang of the runtime stays here. Ends when its parent does.
+A request to measure is answered by one JSON object; a request to run by an array of outputs for every array of inputs that follows it.
+Nothing of torch is imported, and a crash, a leak or a hang of the runtime stays here. Ends when its parent does.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from autocompress.devices.frames import read_array, write_array
+from autocompress.errors import one_line
+
 WARM_UP_CAP_S = 2.0
 STABLE = 0.02
 SAMPLES_A_ROUND = 5
@@ -33,15 +37,19 @@ TYPES = {"float": np.float32, "float16": np.float16, "double": np.float64, "int6
          "uint8": np.uint8, "int8": np.int8, "bool": np.bool_}  # fmt: skip
 
 
+def _session(model: str | bytes, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
 class Runner:
     """One session with random inputs of its declared types and shapes; free dimensions are 1."""
 
     def __init__(self, model: str | bytes, threads: int) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4
-        self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self.session = _session(model, threads)
         generator = np.random.default_rng(0)
         self.feeds = {value.name: _random(value, generator) for value in self.session.get_inputs()}
         self.calls = 1
@@ -101,7 +109,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
             runners.append(Runner(path, request["threads"]))
             firsts.append(runners[-1].warm_up(WARM_UP_CAP_S))
         except Exception as error:
-            return {"error": _one_line(error), "index": index}
+            return {"error": one_line(error), "index": index}
     rounds = _interleaved(runners, request["seconds_each"], request["fewest_rounds"], hard_end)
     if not all(rounds):
         slowest = int(np.argmax(firsts))
@@ -125,11 +133,6 @@ def _interleaved(runners: list[Runner], seconds_each: float, fewest: int, hard_e
     return rounds
 
 
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
 def measure_many(request: dict[str, Any]) -> dict[str, Any]:
     """Median seconds of each small model; null for those that the runtime refuses, or that there is no time for."""
     medians: list[float | None] = []
@@ -150,6 +153,14 @@ def measure_many(request: dict[str, Any]) -> dict[str, Any]:
     return {"medians": medians}
 
 
+def run(path: str, threads: int) -> None:
+    """Arrays of shape batches x inputs from stdin, of batches x outputs to stdout, until stdin ends."""
+    session = _session(path, threads)
+    name = session.get_inputs()[0].name
+    while (batches := read_array(sys.stdin.buffer)) is not None:
+        write_array(sys.stdout.buffer, np.stack([session.run(None, {name: inputs})[0] for inputs in batches]))
+
+
 def pin(threads: int) -> None:
     """Stay on the last CPUs that this process may use; the first serves most interrupts. Not every system can pin."""
     with contextlib.suppress(AttributeError, OSError):
@@ -161,8 +172,11 @@ def main() -> None:
     """Answer one request."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    request = json.load(sys.stdin)
+    request = json.loads(sys.stdin.buffer.readline())
     if os.getppid() != request["parent"]:  # the parent died before it could be tied to this process
+        return
+    if request["kind"] == "run":
+        run(request["path"], request["threads"])
         return
     pin(request["threads"])
     answer = measure(request) if request["kind"] == "measure" else measure_many(request)

@@ -11,22 +11,33 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, fx
 
-from autocompress.errors import AutocompressError, RunFolderError, UsageError
+from autocompress.errors import AutocompressError, RunFolderError, UsageError, one_line
 from autocompress.export.onnx import onnx_bytes
 from autocompress.export.weights import weights_bytes
 from autocompress.policy import Policy, Record
-from autocompress.records import Artifact, Measurement, Prediction, Score, Shape
+from autocompress.records import Measurement, Prediction, Score, Shape
 from autocompress.run_folder import write_atomically, writing
 
 MODEL, STUDENT, POLICY, MANIFEST = "model.onnx", "student.safetensors", "policy.json", "manifest.json"
 LIBRARIES = ("autocompress", "torch", "onnx", "onnxruntime", "numpy", "optuna")
 
 
+class Input(Record):
+    """One input of a model, the batch included; `dtype` as torch calls it."""
+
+    shape: Shape
+    dtype: str
+
+
 class Manifest(Record):
-    """What an artifact is, where it comes from, what was measured of it, on what and when."""
+    """What an artifact is, where it comes from, what was measured of it, on what and when.
+
+    sha256: of each file that belongs to it, by name.
+    """
 
     schema_version: Literal[1] = Field(1, alias="schema")
     model: str
@@ -34,9 +45,9 @@ class Manifest(Record):
     seed: int = 0
     policy_digest: str
     artifact: str = MODEL
-    artifact_sha256: str
+    sha256: dict[str, str]
     size_bytes: int
-    inputs: dict[str, Shape]
+    inputs: dict[str, Input]
     outputs: tuple[str, ...] = ("output",)
     batch: int
     created_at: str
@@ -75,8 +86,8 @@ def write_bundle(
     model: str,
     classes: int | None = None,
     seed: int = 0,
-) -> Artifact:
-    """Export a student. Raises PolicyFailure when the exporter fails, RunFolderError when the disk does.
+) -> Manifest:
+    """Export a student; the file is `manifest.artifact`. Raises PolicyFailure when the exporter fails, RunFolderError when the disk does.
 
     Args:
         student: quantized and calibrated as the policy says, in eval mode; not changed.
@@ -84,23 +95,24 @@ def write_bundle(
         model: reference of the teacher. classes: how many it tells apart; None for other tasks.
         seed: of the weights that a network without a weights file had; which channels a student keeps follows from them.
     """
-    payload = onnx_bytes(student, policy.quant, example)
     names = [node.name for node in student.graph.nodes if node.op == "placeholder"]
-    artifact = Artifact(
-        path=MODEL, size_bytes=len(payload), policy_digest=policy.digest, sha256=hashlib.sha256(payload).hexdigest(),
-        inputs={name: tuple(value.shape) for name, value in zip(names, example, strict=False)},
-    )  # fmt: skip
+    files = {POLICY: policy.to_json().encode(), STUDENT: weights_bytes(student), MODEL: onnx_bytes(student, policy.quant, example)}
     manifest = Manifest(
-        model=model, classes=classes, seed=seed, policy_digest=policy.digest, artifact_sha256=artifact.sha256,
-        size_bytes=artifact.size_bytes, inputs=artifact.inputs, batch=len(example[0]), created_at=now(), environment=library_versions(),
+        model=model, classes=classes, seed=seed, policy_digest=policy.digest,
+        sha256={name: hashlib.sha256(content).hexdigest() for name, content in files.items()}, size_bytes=len(files[MODEL]),
+        inputs={name: _input(value) for name, value in zip(names, example, strict=False)},
+        batch=len(example[0]), created_at=now(), environment=library_versions(),
     )  # fmt: skip
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / POLICY, policy.to_json())
-    write_atomically(folder / STUDENT, weights_bytes(student))
-    write_atomically(folder / MODEL, payload)
+    for name, content in files.items():
+        write_atomically(folder / name, content)
     write_atomically(folder / MANIFEST, manifest.to_json())
-    return artifact
+    return manifest
+
+
+def _input(value: Tensor) -> Input:
+    return Input(shape=tuple(value.shape), dtype=str(value.dtype).removeprefix("torch."))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -121,11 +133,12 @@ def update_manifest(folder: Path, changes: Mapping[str, Any]) -> Manifest:
 def verify_bundle(folder: Path) -> Manifest:
     """The manifest of a bundle whose files are what they were when it was written. Raises RunFolderError otherwise."""
     manifest = read_manifest(folder)
-    path = folder / manifest.artifact
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != manifest.artifact_sha256:
-        raise RunFolderError(
-            f"{str(path)!r} is missing or is not the file that was measured", hint="resume the search, or pick another policy"
-        )
+    for name, digest in manifest.sha256.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            raise RunFolderError(
+                f"{str(path)!r} is missing or is not the file that was measured", hint="resume the search, or pick another policy"
+            )
     return manifest
 
 
@@ -141,13 +154,18 @@ def is_intact(folder: Path) -> bool:
 def load_student(folder: Path, student: fx.GraphModule) -> fx.GraphModule:
     """Load a bundle's weights into a student that was built and quantized by the bundle's policy.
 
-    Raises UsageError when they are of another shape: the student was built from another teacher.
+    Raises UsageError when they are of another shape (the student was built from another teacher), RunFolderError when they are damaged.
     """
+    path = folder / STUDENT
     try:
-        student.load_state_dict(load_file(folder / STUDENT))
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RunFolderError(f"{str(path)!r} cannot be read: {one_line(error)}", hint="export the policy again") from None
+    try:
+        student.load_state_dict(state)
     except RuntimeError as error:
         raise UsageError(
-            f"the weights of {str(folder / STUDENT)!r} do not fit the student of this teacher: {str(error).splitlines()[-1].strip()}",
+            f"the weights of {str(path)!r} do not fit the student of this teacher: {str(error).splitlines()[-1].strip()}",
             hint="give the teacher that the search had: --model REF",
         ) from None
     return student.eval()

@@ -22,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
 from autocompress.compress.quantize import TINY, UINT8_MAX, ActivationQuantizer, RoundedConv, RoundedLinear, largest_int
-from autocompress.errors import PolicyFailure, UsageError
+from autocompress.errors import PolicyFailure, UsageError, one_line
 from autocompress.export.fold import fold_norms, plain_weights
 from autocompress.policy import QuantSpec
 
@@ -71,7 +71,7 @@ def _export(module: fx.GraphModule, example: tuple[Tensor, ...]) -> onnx.ModelPr
                 module, example, dynamo=True, opset_version=OPSET, input_names=names[: len(example)], verbose=False, optimize=True
             )
         except Exception as error:  # the exporter raises many kinds
-            raise PolicyFailure(f"the exporter failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}") from error
+            raise PolicyFailure(f"the exporter failed: {one_line(error):.200}") from error
     assert program is not None
     model = program.model_proto
     if not any(entry.domain in ("", "ai.onnx") and entry.version >= OPSET for entry in model.opset_import):
@@ -256,7 +256,7 @@ def check_onnx(path: Path) -> onnx.ModelProto:
         onnx.checker.check_model(str(path))
     except Exception as error:  # protobuf, checker and file system each raise their own kinds
         raise UsageError(
-            f"{str(path)!r} is not a valid ONNX model: {type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}",
+            f"{str(path)!r} is not a valid ONNX model: {one_line(error):.160}",
             hint="export it again; it may have been cut short, or its external data lie elsewhere",
         ) from None
     return model

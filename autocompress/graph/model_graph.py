@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from autocompress.errors import UsageError
+from autocompress.errors import UsageError, one_line
 from autocompress.graph.blocks import Branch, drop, find_branches
 from autocompress.graph.channels import Channels, Layout, Role, frozen_roots, group_ids, propagate
 from autocompress.graph.importance import channel_scores
 from autocompress.graph.nodes import is_layer, is_norm, kind_of, leaves, module_of
 from autocompress.graph.resize import Groups, Roots, Selection, run_ends
-from autocompress.graph.trace import OPAQUE, trace
+from autocompress.graph.trace import OPAQUE, trace, untraced
 from autocompress.graph.workloads import Arithmetic, Population, Workloads, packed_bytes
 from autocompress.policy import Policy
 from autocompress.records import Workload
@@ -123,7 +123,11 @@ class Graph:
     def trace(cls, model: nn.Module, example: tuple[Tensor, ...]) -> Graph:
         """Trace a model on a batch of example inputs. Raises UsageError when the model does not run on it."""
         traced = trace(model, example)
-        return cls(traced.module, example, traced.reason)
+        try:
+            return cls(traced.module, example, traced.reason)
+        except Exception as error:  # a network of a kind that the analysis has not met: a bug of ours, and no reason to refuse it
+            whole = untraced(model, example, f"its operators cannot be analysed: {one_line(error)}")
+            return cls(whole.module, example, whole.reason)
 
     # -- what a policy makes of the network -----------------------------------------------------------------------
 

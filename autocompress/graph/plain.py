@@ -15,15 +15,25 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from autocompress.errors import UsageError, one_line
+
 
 def own_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode on the CPU; the model stays where it is and as it is.
 
     What a hook has computed belongs to the graph of autograd, which cannot be copied: the copy gets its value.
+    Raises UsageError for a model that holds what cannot be copied, such as a lock or an open file.
     """
     kept = (value for module in model.modules() for value in (*vars(module).values(), *module._buffers.values()))
     computed = [value for value in kept if isinstance(value, Tensor) and not value.is_leaf]
-    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed}).cpu().eval()
+    try:
+        duplicate = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+    except Exception as error:  # whatever the user's own attributes raise
+        raise UsageError(
+            f"a model must be one that copy.deepcopy can copy, but it raised {one_line(error)}",
+            hint="make what cannot be copied (locks, files, generators) where it is used, not as attributes of modules",
+        ) from None
+    return duplicate.cpu().eval()
 
 
 def fold_computed_weights(model: nn.Module) -> None:

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from autocompress.errors import UsageError
+from autocompress.errors import UsageError, one_line
 from autocompress.graph.nodes import annotate_kinds, is_leaf
 from autocompress.graph.plain import fold_computed_weights, own_copy
 
 OPAQUE = "model"
 TOLERANCE = 1e-4
+FIRST = ("input", "tensors")
+"""How torch calls the first argument of a module or function of one or several tensors."""
 VIEWS = {"view": "reshape", "view_as": "reshape_as"}
 """Training keeps images channels last, and no view flattens such a map: the operator that copies where it must stands in."""
 
@@ -57,9 +59,17 @@ def trace(model: nn.Module, example: tuple[Tensor, ...]) -> Traced:
             if not _same(module(*example), expected):
                 return _opaque(duplicate, example, "the traced network computes something else")
         except Exception as error:  # torch.fx raises many kinds, and runs the user's own code
-            return _opaque(duplicate, example, f"torch.fx cannot trace it: {_first_line(error)}")
+            return _opaque(duplicate, example, f"torch.fx cannot trace it: {one_line(error)}")
         annotate_shapes(module, example)
         return Traced(module)
+
+
+def untraced(model: nn.Module, example: tuple[Tensor, ...], reason: str) -> Traced:
+    """A copy of the model as an opaque graph."""
+    duplicate = own_copy(model)
+    fold_computed_weights(duplicate)
+    with torch.inference_mode():
+        return _opaque(duplicate, example, reason)
 
 
 def _symbolic(model: nn.Module) -> fx.GraphModule:
@@ -71,9 +81,13 @@ def _symbolic(model: nn.Module) -> fx.GraphModule:
 
 
 def _normalise(module: fx.GraphModule) -> None:
-    """Out-of-place operators only, so that blocks can be removed without aliasing; no identities."""
+    """Out-of-place operators only, so that blocks can be removed without aliasing; no identities; what is read comes by position."""
     swaps = {operator.iadd: operator.add, operator.imul: operator.mul}
     for node in list(module.graph.nodes):
+        named = next((name for name in FIRST if name in node.kwargs), None)
+        if named is not None and not node.args:
+            node.args = (node.kwargs[named],)
+            node.kwargs = {name: value for name, value in node.kwargs.items() if name != named}
         if node.op == "call_function" and node.target in swaps:
             node.target = swaps[node.target]
         if node.op == "call_method" and node.target in ("add_", "mul_", "relu_"):
@@ -120,11 +134,6 @@ def _same(outputs: Any, expected: Any) -> bool:
     if isinstance(expected, (tuple, list)):
         return len(outputs) == len(expected) and all(_same(a, b) for a, b in zip(outputs, expected, strict=True))
     return bool(outputs == expected)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 class _Shapes(fx.Interpreter):

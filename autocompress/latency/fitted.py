@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
-from scipy.stats import spearmanr
 
 from autocompress.graph import Workloads
 from autocompress.latency.base import LatencyModel
 from autocompress.latency.table import OperatorTable
+from autocompress.ranks import rank_correlation
 from autocompress.records import Operator, Prediction, Workload
 
 CLASSES = ("conv8", "conv32", "other")
@@ -93,8 +93,8 @@ class FittedLatencyModel(LatencyModel):
         if not self._errors:
             return {"median_error": None, "spearman": None, "n": 0}
         predicted, measured = (np.array(side) for side in zip(*self._errors, strict=True))
-        rho = float(spearmanr(predicted, measured).statistic) if len(predicted) > 2 else None
-        return {"median_error": float(np.median(np.abs(predicted / measured - 1))), "spearman": rho, "n": len(predicted)}
+        error = float(np.median(np.abs(predicted / measured - 1)))
+        return {"median_error": error, "spearman": rank_correlation(predicted.tolist(), measured.tolist()), "n": len(predicted)}
 
     def _features(self, workload: Workload) -> NDArray[np.float64]:
         sums = dict.fromkeys(CLASSES, 0.0)

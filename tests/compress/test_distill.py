@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from autocompress.compress.distill import Answers, SharedFeatures, distillation_loss, feature_loss, observe, soft_loss
 from autocompress.policy import DistillSpec
@@ -95,3 +96,16 @@ def test_observing_returns_outputs_and_inputs_of_the_layer_and_leaves_no_trace()
     assert torch.equal(seen.features, model[:2](x))
     assert observe(model, x, None).features is None
     assert not model[2]._forward_pre_hooks
+
+
+def test_a_layer_that_is_called_by_keyword_is_observed_too():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(input=2 * x)
+
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(observe(Net(), x, "head").features, 2 * x)

@@ -177,8 +177,8 @@ def test_ranges_are_fitted_to_batches_that_are_drawn_one_by_one(monkeypatch):
     monkeypatch.setattr(Data, "prepare", lambda self, inputs: drawn.append(len(inputs)) or prepare(self, inputs))
     split = Split(torch.randn(10, 3, 32, 32), torch.arange(10))
     graph = Graph.trace(tiny_resnet().eval(), (split.inputs[:1],))
-    plan = TrainPlan(steps=0, batch_size=4)
-    train_quantized(build_student(graph, Policy()), QuantSpec(bits=8), Data(split, split, split), plan)
+    monkeypatch.setattr("autocompress.compress.train.CALIBRATION_BATCH", 4)
+    train_quantized(build_student(graph, Policy()), QuantSpec(bits=8), Data(split, split, split), TrainPlan(steps=0))
     assert drawn == [4, 4, 2]
 
 

@@ -10,6 +10,7 @@ from autocompress.compress.muon import Muon
 from autocompress.compress.student import build_student
 from autocompress.compress.train import TrainPlan, train, train_quantized
 from autocompress.data import Data, Split
+from autocompress.devices import processor
 from autocompress.export import compare, onnx_bytes
 from autocompress.graph import Graph
 from autocompress.policy import Policy, QuantSpec, StudentSpec
@@ -62,7 +63,7 @@ def test_a_network_that_flattens_by_view_is_trained(data, branches):
 
 @pytest.mark.parametrize("branches", [False, True], ids=["traced", "opaque"])
 def test_a_network_that_flattens_by_view_is_trained_in_int8_and_exported(data, branches):
-    quant = QuantSpec(bits=8)
+    quant = QuantSpec(bits=8, reduced_range=processor.int8_saturates(processor.flags()))
     student = train_quantized(
         student_of(LeNet(branches=branches), data), quant, data, TrainPlan(steps=4, batch_size=16, quant_fraction=0.5)
     )
@@ -102,7 +103,7 @@ def test_a_loss_of_ones_own_may_take_views_of_maps(data):
 @pytest.mark.parametrize("width", [1.0, 0.5])
 def test_all_of_a_frozen_teachers_student_learns(data, width):
     teacher = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4)
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4)
     )
     teacher.requires_grad_(False)
     student = student_of(teacher, data, Policy(student=StudentSpec(width=width)))

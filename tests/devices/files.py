@@ -11,7 +11,7 @@ def linear_model(n=16, inputs=None):
         [helper.make_node("MatMul", ["x", "weight"], ["y"])],
         "tiny",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, inputs or [1, n])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, n])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [(inputs or [1])[0], n])],
         [weight],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)

@@ -82,17 +82,54 @@ def test_a_file_that_does_not_run_is_a_policy_failure_that_names_it(device, tiny
 @pytest.fixture
 def child(monkeypatch):
     """Replace the child's program."""
-    run = subprocess.run
+    return lambda program: monkeypatch.setattr(module, "COMMAND", (sys.executable, "-c", program))
 
-    def replace(program):
-        monkeypatch.setattr(module.subprocess, "run", lambda _, **options: run([sys.executable, "-c", program], **options))
 
-    return replace
+@pytest.mark.parametrize("at_once_s", [0.0, 10.0], ids=["one by one", "many at once"])
+def test_outputs_are_those_of_the_runtime_in_the_order_of_the_inputs(device, tmp_path, monkeypatch, at_once_s):
+    monkeypatch.setattr(module, "AT_ONCE_S", at_once_s)
+    onnx.save(linear_model(4, inputs=[2, 4]), tmp_path / "two.onnx")
+    batches = [np.random.default_rng(seed).standard_normal((2, 4), dtype=np.float32) for seed in range(9)]
+    np.testing.assert_array_equal(device.run(tmp_path / "two.onnx", iter(batches)), np.concatenate(batches))
+
+
+@pytest.mark.parametrize("content", [b"", b"not an onnx file", failing_at_run_time()])
+def test_a_file_that_cannot_be_run_is_a_policy_failure_that_names_it(device, tmp_path, content):
+    (tmp_path / "broken.onnx").write_bytes(content)
+    with pytest.raises(PolicyFailure, match=r"cannot run broken\.onnx"):
+        device.run(tmp_path / "broken.onnx", [np.zeros((1, 3), np.float32)])
+
+
+CRASH = "import os, signal, resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); os.kill(os.getpid(), signal.{})"
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGSEGV"])
+def test_a_crash_while_it_runs_a_file_is_a_policy_failure(device, tiny, child, name):
+    child(CRASH.format(name))
+    with pytest.raises(PolicyFailure, match=name):
+        device.run(tiny, [np.zeros((1, 16), np.float32)])
+
+
+def test_a_hang_while_it_runs_a_file_is_a_policy_failure(device, tiny, child, monkeypatch):
+    child("import time; time.sleep(60)")
+    monkeypatch.setattr(module, "TIMEOUT_S", 0.5)
+    with pytest.raises(PolicyFailure, match="must answer within"):
+        device.run(tiny, [np.zeros((1, 16), np.float32)])
+
+
+def test_a_caller_that_stops_leaves_no_process(device, tiny):
+    def batches():
+        yield np.zeros((1, 16), np.float32)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        device.run(tiny, batches())
+    assert not [p for p in psutil.Process().children() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGSEGV", "SIGILL"])
 def test_a_crash_is_a_policy_failure_with_the_signals_name(device, tiny, child, name):
-    child(f"import os, signal, resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); os.kill(os.getpid(), signal.{name})")
+    child(CRASH.format(name))
     with pytest.raises(PolicyFailure, match=name):
         device.measure([tiny])
 

@@ -22,7 +22,7 @@ from autocompress.units import parse_duration
 
 BUNDLE = {"model.onnx", "student.safetensors", "policy.json", "manifest.json"}
 BUDGET_S = 10e-3
-SEARCH_TIME = "60s"
+SEARCH_TIME = "180s"
 
 
 @pytest.fixture(scope="session")
@@ -108,7 +108,7 @@ def test_the_report_is_one_offline_file(demo, capsys):
     run, _ = demo
     (run / "report.html").unlink()
     (run / "pareto.png").unlink()
-    told = answered_json(capsys, "report", str(run))
+    told = answered_json(capsys, "report", str(run / "front.json"))  # the file of results means its folder
     text = Path(told["report"]).read_text(encoding="utf-8")
     assert not [reference for reference in _Page(text).references if not reference.startswith(("#", "data:"))]
     assert re.search(r"plotly\.js v\d", text)
@@ -205,7 +205,7 @@ def test_a_file_is_measured_as_the_search_measured_it(shipped, capsys):
 
 
 def test_one_policy_without_a_search(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("autocompress.deploy.RANDOM_INPUTS", 64)
+    monkeypatch.setattr("autocompress.deploy.RANDOM_INPUTS", 8)
     told = answered_json(capsys, "apply", "torchvision:resnet18", "--policy", "random:1", "--out", str(tmp_path / "out"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == BUNDLE
     manifest = Manifest.from_json((tmp_path / "out" / "manifest.json").read_bytes())

@@ -55,13 +55,13 @@ def test_a_budget_just_out_of_reach_is_refused_once_the_device_is_known(setting)
     found.calibrate(5.0, 0, lambda *_: None)
     fastest = min(found.pool(0, 2.0), key=lambda p: p.latency_s)
     seconds = FakeDevice(SLOW_CALLS).seconds_of(fastest.workload)
-    found.budget = Budget.parse(f"{0.8e6 * seconds:.4f}us")
+    found.limits = Budget.parse(f"{0.8e6 * seconds:.4f}us")
     found.require_hope()
     with pytest.raises(InfeasibleBudget, match="no policy of the space meets the budget") as caught:
         found.require_feasible(found.pool(0, 2.0))
     assert caught.value.binds
     assert f"the time goes to {caught.value.binds}" in caught.value.hint
-    found.budget = Budget.parse(re.search(r"--budget (\S+?)[;,]", caught.value.hint)[1])
+    found.limits = Budget.parse(re.search(r"--budget (\S+?)[;,]", caught.value.hint)[1])
     found.require_feasible(found.pool(0, 2.0))
 
 
@@ -207,3 +207,18 @@ def test_a_network_that_cannot_be_traced_is_searched_all_the_same(data, tmp_path
     )
     assert [entry["id"] for entry in result.content["points"]]
     assert all(entry["latency_s"]["median"] > 0 for entry in result.content["points"])
+
+
+def test_a_budget_that_the_interval_of_a_prediction_straddles_is_decided_by_measuring(setting):
+    """Else a search would train for an hour what cannot meet its budget."""
+    found = forecast(setting)
+    found.calibrate(5.0, 0, lambda *_: None)
+    pool = found.pool(0, 2.0)
+    fastest = min(FakeDevice(SLOW_CALLS).seconds_of(proposal.workload) for proposal in pool)
+    found.model._spread = 0.5
+    found.model.fit = lambda pairs: None  # as on a restless machine: measuring does not make it surer
+    found.limits = Budget(latency_s=0.9 * fastest)
+    with pytest.raises(InfeasibleBudget):
+        found.require_feasible(pool)
+    found.limits = Budget(latency_s=1.1 * fastest)
+    found.require_feasible(pool)

@@ -18,7 +18,7 @@ from autocompress.data import Data, Split
 from autocompress.errors import DeviceUnavailable, UsageError
 from autocompress.objective import FLOAT_WEIGHTS, realise
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
-from autocompress.preparation import limit_validation, load, prepare, score_baseline
+from autocompress.preparation import limit_validation, load, prepare, score_original
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
 
@@ -62,7 +62,7 @@ def test_weights_that_are_not_numbers_are_the_models_fault(net, data, tmp_path):
     broken = copy.deepcopy(net)
     nn.init.constant_(broken.head.weight, float("nan"))
     with pytest.raises(UsageError, match=r"own:net must run on the device as it is.*finite"):
-        score_baseline(ready(broken, data, tmp_path / "run"))
+        score_original(ready(broken, data, tmp_path / "run"))
 
 
 def test_a_device_that_cannot_run_the_original_says_so(net, data, tmp_path):
@@ -84,7 +84,7 @@ def test_a_score_of_ones_own_that_raises_is_a_failure_too(net, data, tmp_path):
 
     own = replace(data, loss=nn.functional.cross_entropy, score=score)
     outcome = realised(ready(net, own, tmp_path / "run"))
-    assert outcome.failure.reason == "PolicyFailure: the score function raised ValueError: bins must increase"
+    assert outcome.failure.reason == "the score function raised ValueError: bins must increase"
 
 
 def test_a_student_of_a_task_with_its_own_loss_is_trained(net, data, tmp_path):
@@ -136,8 +136,12 @@ def test_validation_is_cut_to_the_time_that_there_is_and_the_cut_is_kept(net, da
     many = replace(data, val=Split(data.train.inputs.repeat(8, 1, 1, 1), data.train.targets.repeat(8)))
     setting = ready(net, many, tmp_path / "run")
     assert limit_validation(setting, seconds=1e6).data.val is many.val
-    short = limit_validation(setting, seconds=1e-6).data.val
-    assert len(short) == 256
+    call = setting.baseline.latency_s.median
+    assert len(limit_validation(setting, seconds=300.5 * call).data.val) == 300
+    short = limit_validation(setting, seconds=100 * call).data.val
+    assert len(short) == 256, "with fewer there is little to tell policies apart by"
+    assert len(limit_validation(setting, seconds=10.1 * call).data.val) == 50, "unless the model is slow"
+    assert len(limit_validation(setting, seconds=call).data.val) == 32
     again = limit_validation(setting, seconds=1e6, examples=len(short)).data.val
     assert torch.equal(again.inputs, short.inputs)
 
@@ -224,3 +228,13 @@ def test_a_network_whose_weights_are_computed_is_compressed(data, tmp_path, way)
     assert outcome.failure is None
     assert own.training and all(torch.equal(before[key], value) for key, value in own.state_dict().items())
     assert own.b.conv1.weight.shape == (16, 8, 3, 3), "computed as before"
+
+
+def test_a_model_that_takes_one_batch_size_only_is_refused(data, tmp_path):
+    class Flat(Net):
+        def forward(self, x):
+            return super().forward(x.view(1, 3, 8, 8))
+
+    with pytest.raises(UsageError, match=r"must take inputs of shape \(2, 3, 8, 8\)") as caught:
+        ready(Flat().eval(), data, tmp_path / "run")
+    assert "x.flatten(1)" in caught.value.hint

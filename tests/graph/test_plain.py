@@ -1,6 +1,7 @@
 """Weights that are computed at every call: folded into the copy, never in the user's own model."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn.utils import weight_norm as old_weight_norm
 
 from autocompress.compress.quantize import calibrate, fake_quantize
 from autocompress.compress.student import build_student
+from autocompress.errors import UsageError
 from autocompress.graph import Graph
 from autocompress.graph.plain import own_copy
 from autocompress.policy import Policy, QuantSpec, StudentSpec
@@ -103,3 +105,10 @@ def test_a_buffer_that_is_parametrized_stays_a_buffer():
     assert {name for name, _ in graph.module.named_parameters()} == {"1.weight", "1.bias"}
     with torch.no_grad():
         assert torch.allclose(graph.module(INPUTS), model.eval()(INPUTS), atol=1e-6)
+
+
+def test_a_model_that_cannot_be_copied_is_refused_by_name():
+    model = nn.Linear(2, 2)
+    model.lock = threading.Lock()
+    with pytest.raises(UsageError, match=r"copy\.deepcopy can copy, but it raised TypeError"):
+        own_copy(model)

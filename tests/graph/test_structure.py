@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from autocompress.compress.student import build_student
 from autocompress.graph import Graph
@@ -71,3 +72,35 @@ def test_a_network_that_is_widened_and_pruned_to_its_size_inherits_all(graph):
     assert kept(2.0, 0.5) == kept(3.0, 0.5) == pytest.approx(1.0)
     assert kept(1.0, 0.5) < 0.9
     assert kept(0.5, 0.0) == kept(1.0, 0.5)
+
+
+class ByKeyword(nn.Module):
+    """Two branches that are joined, and a head: every operator is given its tensors by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 6, 1), nn.Linear(10, 2)
+
+    def forward(self, x):
+        joined = torch.cat(tensors=[self.left(input=x), self.right(input=x)], dim=1)
+        return self.head(input=joined.mean((2, 3)))
+
+
+def test_arguments_by_keyword_are_understood():
+    graph = Graph.trace(ByKeyword(), (torch.randn(1, 3, 4, 4),))
+    assert not graph.opaque_reason
+    assert sorted(group.size for group in graph.groups if group.prunable) == [4, 6]
+    assert graph.classifier == "head"
+
+
+def test_a_network_whose_analysis_fails_is_taken_as_a_whole(monkeypatch):
+    def fail(module):
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr("autocompress.graph.model_graph.propagate", fail)
+    model, x = ByKeyword().eval(), torch.randn(1, 3, 4, 4)
+    graph = Graph.trace(model, (x,))
+    assert "IndexError: list index out of range" in graph.opaque_reason
+    assert not graph.groups
+    assert len(graph.layers) == 3
+    torch.testing.assert_close(graph.module(x), model(x))
