@@ -151,6 +151,8 @@ def _outputs(path: Path, request: dict[str, Any], batches: Iterable[np.ndarray])
                     at_once *= 2 if time.monotonic() - begun < AT_ONCE_S else 1
             finally:
                 child.kill()
+                with contextlib.suppress(BrokenPipeError):  # what it has not read
+                    child.stdin.close()  # type: ignore[union-attr]
 
 
 def _answer(child: subprocess.Popen[bytes], line: bytes, inputs: np.ndarray) -> np.ndarray | None:

@@ -93,11 +93,12 @@ def test_outputs_are_those_of_the_runtime_in_the_order_of_the_inputs(device, tmp
     np.testing.assert_array_equal(device.run(tmp_path / "two.onnx", iter(batches)), np.concatenate(batches))
 
 
+@pytest.mark.parametrize("rows", [1, 100_000], ids=["small", "more than a pipe holds"])
 @pytest.mark.parametrize("content", [b"", b"not an onnx file", failing_at_run_time()])
-def test_a_file_that_cannot_be_run_is_a_policy_failure_that_names_it(device, tmp_path, content):
+def test_a_file_that_cannot_be_run_is_a_policy_failure_that_names_it(device, tmp_path, content, rows):
     (tmp_path / "broken.onnx").write_bytes(content)
     with pytest.raises(PolicyFailure, match=r"cannot run broken\.onnx"):
-        device.run(tmp_path / "broken.onnx", [np.zeros((1, 3), np.float32)])
+        device.run(tmp_path / "broken.onnx", [np.zeros((rows, 3), np.float32)])
 
 
 CRASH = "import os, signal, resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); os.kill(os.getpid(), signal.{})"
