@@ -46,6 +46,8 @@ ASK_SHARE = 0.1
 """Of a short run's time: how long suggestions are ruled out before a random draw takes their place."""
 MOST_RULED_OUT = 150
 """Suggestions in a row that prediction rules out before a random draw takes their place."""
+MOST_MEASURED = 8
+"""Of the policies that promise most: how many are measured in search of one that is within the budget."""
 COLLAPSED = 0.5
 """Share of the original's score that a network has to lose before its training counts as failed."""
 WORTH_TRAINING = 0.005
@@ -154,10 +156,18 @@ class Search(Findings):
         """What waits from an interrupted search; else `first` policies spread over the latencies; after these, what Optuna suggests."""
         leading = self._leading()
         if self._short_count() < first and not journal.is_waiting(self.study):
-            leader = self._leader(self._promising(pool, leading))
+            leader = self._leader_within_budget(pool, leading)
             if leader is not None:
                 self.study.enqueue_trial(leader.params)
         return self._ask(pool, leading, patience_s)
+
+    def _leader_within_budget(self, pool: list[Proposal], leading: list[Proposal]) -> Proposal | None:
+        """The next of the first policies; those that measuring rules out teach the forecast, which then names others."""
+        for _ in range(MOST_MEASURED):
+            leader = self._leader(self._promising(pool, leading))
+            if leader is None or self.forecast.excess(leader) <= 0:
+                return leader
+        return None
 
     def _leader(self, promising: list[Proposal]) -> Proposal | None:
         """What promises most where the next policy is worth most."""
@@ -169,7 +179,8 @@ class Search(Findings):
         return next((leader for leader in leaders if leader is not None), None)
 
     def _ask(self, pool: list[Proposal], leading: list[Proposal], patience_s: float) -> tuple[Trial, Policy]:
-        """The next policy that prediction does not rule out; what it rules out on the way costs milliseconds and is told.
+        """The next policy that prediction does not rule out; what it rules out on the way costs milliseconds (seconds where it has to be
+        measured) and is told.
 
         Ruled out is what is over the budget, and what a network that was trained already beats in latency, size and inheritance at once.
         """
@@ -179,8 +190,9 @@ class Search(Findings):
                 break
             trial = self.study.ask()
             proposal = forecast.proposal(forecast.suggest(trial), trial.params)
-            over_budget = forecast.violation(proposal.workload, forecast.model.predict(proposal.workload).low)
             shortfall = outclassed(proposal, leading)
+            predicted = forecast.model.predict(proposal.workload)
+            over_budget = forecast.excess(proposal) if shortfall <= 0 else forecast.violation(proposal.workload, predicted.low)
             if over_budget <= 0 and shortfall <= 0:
                 return trial, proposal.policy
             journal.tell_ruled_out(self.study, trial, proposal.policy, proposal.latency_s, over_budget=over_budget, outclassed=shortfall)

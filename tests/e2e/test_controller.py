@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from autocompress.controller import Search
 from autocompress.data import SPLITS, Split
 from autocompress.errors import InfeasibleBudget, PolicyFailure, TooManyFailures
 from autocompress.final import measure_front, score_test
-from autocompress.forecast import Forecast
+from autocompress.forecast import Forecast, Untrained
 from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.objective import untrained
 from autocompress.policy import Policy, QuantSpec
@@ -405,3 +406,32 @@ def test_a_search_in_which_all_failed_says_why(search, pool):
     search.write_front()
     with pytest.raises(TooManyFailures, match="the first failed to export: the exporter failed"):
         _result(search)
+
+
+def test_a_policy_whose_prediction_straddles_the_budget_is_measured_before_it_is_trained(search, pool, monkeypatch):
+    """Else the minutes of its training are lost where it turns out to be over the budget."""
+    found, device = search.forecast, FakeDevice(SLOW_CALLS)
+    found.networks, found.model = {}, replace_spread(found.model, 0.5)
+    leader = max(pool, key=lambda p: p.latency_s)
+    truth = device.seconds_of(leader.workload)
+    measured = []
+    monkeypatch.setattr(found, "_measure_untrained", lambda policy: measured.append(policy) or Untrained(policy, measurement(truth), 9))
+    for limit, over in ((0.9 * truth, True), (1.1 * truth, False)):
+        found.limits = Budget(latency_s=limit)
+        assert (found.excess(leader) > 0) is over
+    assert measured == [leader.policy] * 2
+    for limit in (0.1 * truth, 10 * truth):
+        found.limits = Budget(latency_s=limit)
+        found.excess(leader)
+    assert len(measured) == 2, "where the prediction is clear nothing is measured"
+    found.networks[found.structure(leader.policy)] = (leader.workload, truth)
+    found.limits = Budget(latency_s=0.99 * truth)
+    assert found.excess(leader) > 0 and len(measured) == 2, "what was measured is not measured again"
+    assert leader.policy not in [p.policy for p in found.again(pool)]
+
+
+def replace_spread(model, spread):
+    other = copy.copy(model)
+    other._spread = spread
+    other.fit = lambda pairs: None
+    return other
