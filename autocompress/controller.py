@@ -191,8 +191,7 @@ class Search(Findings):
             trial = self.study.ask()
             proposal = forecast.proposal(forecast.suggest(trial), trial.params)
             shortfall = outclassed(proposal, leading)
-            predicted = forecast.model.predict(proposal.workload)
-            over_budget = forecast.excess(proposal) if shortfall <= 0 else forecast.violation(proposal.workload, predicted.low)
+            over_budget = forecast.excess(proposal, measuring=shortfall <= 0)
             if over_budget <= 0 and shortfall <= 0:
                 return trial, proposal.policy
             journal.tell_ruled_out(self.study, trial, proposal.policy, proposal.latency_s, over_budget=over_budget, outclassed=shortfall)

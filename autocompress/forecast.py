@@ -194,17 +194,17 @@ class Forecast:
         now = [replace(p, latency_s=self._measured(p.policy) or self.model.predict(p.workload).value) for p in pool]
         return [p for p in now if self.violation(p.workload, p.latency_s) <= 0]
 
-    def excess(self, proposal: Proposal) -> float:
+    def excess(self, proposal: Proposal, *, measuring: bool = True) -> float:
         """Relative excess of a policy over the budget; where its prediction leaves that open, the untrained network is measured.
 
-        That takes seconds, and training what turns out to be over the budget takes minutes.
+        That takes seconds, and training what turns out to be over the budget takes minutes. Not `measuring`: the least that it may be.
         """
         known = self._measured(proposal.policy)
         if known is not None:
             return self.violation(proposal.workload, known)
         predicted = self.model.predict(proposal.workload)
         least = self.violation(proposal.workload, predicted.low)
-        if least > 0 or self.violation(proposal.workload, predicted.high) <= 0:
+        if not measuring or least > 0 or self.violation(proposal.workload, predicted.high) <= 0:
             return least
         found = self._measure_untrained(proposal.policy)
         self.learn([])

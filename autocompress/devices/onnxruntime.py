@@ -138,6 +138,7 @@ def _outputs(path: Path, request: dict[str, Any], batches: Iterable[np.ndarray])
     waiting, at_once, line = iter(batches), 1, _line(request).encode()
     with tempfile.TemporaryFile() as complaints:
         child = subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, env=_environment())
+        assert child.stdin is not None
         with child:
             try:
                 while inputs := list(itertools.islice(waiting, at_once)):
@@ -152,7 +153,7 @@ def _outputs(path: Path, request: dict[str, Any], batches: Iterable[np.ndarray])
             finally:
                 child.kill()
                 with contextlib.suppress(BrokenPipeError):  # what it has not read
-                    child.stdin.close()  # type: ignore[union-attr]
+                    child.stdin.close()
 
 
 def _answer(child: subprocess.Popen[bytes], line: bytes, inputs: np.ndarray) -> np.ndarray | None:
