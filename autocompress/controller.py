@@ -14,7 +14,6 @@ from dataclasses import replace
 
 from optuna.trial import Trial
 
-from autocompress import study as journal
 from autocompress.content import feasible
 from autocompress.errors import TooManyFailures
 from autocompress.findings import Findings, gain
@@ -64,11 +63,11 @@ class Search(Findings):
     def calibrate(self) -> None:
         """Learn to predict latency, for a share of the time, and from what a resumed search had measured."""
         self.forecast.calibrate(calibration_seconds(self.clock), self.task.seed, self.show)
-        self.forecast.learn(measured(journal.outcomes(self.study)))
+        self.forecast.learn(measured(self.journal.outcomes))
 
     def propose(self) -> list[Proposal]:
         """Policies to begin with, and to fall back on; raises InfeasibleBudget when none can meet the budget."""
-        seed = self.task.seed + len(self.study.get_trials(deepcopy=False))
+        seed = self.task.seed + self.journal.asked
         self.show("choosing first policies")
         pool = self.forecast.pool(seed, pool_seconds(self.clock))
         if self.best is None:
@@ -78,9 +77,9 @@ class Search(Findings):
     def score_original(self) -> None:
         """The original's validation score; how many examples validate a policy, and how much time the end of the search needs."""
         whole = len(self.setting.data.val)
-        self.setting = limit_validation(self.setting, validation_seconds(self.clock), self.study.user_attrs.get("val_examples"))
+        self.setting = limit_validation(self.setting, validation_seconds(self.clock), self.journal.noted("val_examples"))
         data = self.setting.data
-        journal.remember(self.study, "val_examples", len(data.val))
+        self.journal.note("val_examples", len(data.val))
         if len(data.val) < whole:
             self.progress.message(f"validating on {len(data.val)} of {whole} examples: all would take too much of the search's time")
         self.show("scoring the original")
@@ -112,7 +111,7 @@ class Search(Findings):
             trial, policy = self._next(first, pool, ASK_SHARE * division.short_each)
             twin = self._twin(policy)
             if twin is not None:
-                journal.tell_outcome(self.study, trial, twin, self._violation(twin))
+                self.journal.tell_outcome(trial, twin, self._violation(twin))
                 duplicates += 1
                 if duplicates >= 50:
                     self.progress.message("the search space is exhausted: every suggestion was evaluated before")
@@ -130,12 +129,12 @@ class Search(Findings):
 
     def _climbers(self) -> list[Outcome]:
         """Short runs within the budget; training longer changes no latency."""
-        return [o for o in journal.outcomes(self.study) if o.rung == "short" and feasible(o, self.budget)]
+        return [o for o in self.journal.outcomes if o.rung == "short" and feasible(o, self.budget)]
 
     def _hurt_by_bits(self) -> list[Outcome]:
         """The unchanged network in int8 where calibrating alone costs accuracy: training through the bits may win that back."""
         least = self._gain_without(WORTH_TRAINING)
-        return [o for o in journal.outcomes(self.study) if o.rung == "unchanged" and feasible(o, self.budget) and gain(o) < least]
+        return [o for o in self.journal.outcomes if o.rung == "unchanged" and feasible(o, self.budget) and gain(o) < least]
 
     def _gain_without(self, share: float) -> float:
         """What is left of the original's validation score when it loses this share of it."""
@@ -145,7 +144,7 @@ class Search(Findings):
     def _evaluate_unchanged(self) -> None:
         """The teacher itself in int8, where the device has kernels for it: a free point, and the reference of every search."""
         profile = self.setting.device.profile
-        if 8 not in profile.bits or any(o.rung == "unchanged" for o in journal.outcomes(self.study)):
+        if 8 not in profile.bits or any(o.rung == "unchanged" for o in self.journal.outcomes):
             return
         policy = fitted(Policy(quant=QuantSpec(bits=8)), profile)
         predicted = self.forecast.predict(policy)
@@ -155,10 +154,10 @@ class Search(Findings):
     def _next(self, first: int, pool: list[Proposal], patience_s: float) -> tuple[Trial, Policy]:
         """What waits from an interrupted search; else `first` policies spread over the latencies; after these, what Optuna suggests."""
         leading = self._leading()
-        if self._short_count() < first and not journal.is_waiting(self.study):
+        if self._short_count() < first and not self.journal.is_waiting:
             leader = self._leader_within_budget(pool, leading)
             if leader is not None:
-                self.study.enqueue_trial(leader.params)
+                self.journal.study.enqueue_trial(leader.params)
         return self._ask(pool, leading, patience_s)
 
     def _leader_within_budget(self, pool: list[Proposal], leading: list[Proposal]) -> Proposal | None:
@@ -171,7 +170,7 @@ class Search(Findings):
 
     def _leader(self, promising: list[Proposal]) -> Proposal | None:
         """What promises most where the next policy is worth most."""
-        short = [o for o in journal.outcomes(self.study) if o.rung == "short"]
+        short = [o for o in self.journal.outcomes if o.rung == "short"]
         known = [(o.latency_s.median, gain(o)) for o in measured(short) if o.latency_s is not None and feasible(o, self.budget)]
         tried = [o.predicted_latency_s.value for o in short if o.predicted_latency_s is not None]
         latencies = [p.latency_s for p in promising]
@@ -188,31 +187,31 @@ class Search(Findings):
         for _ in range(MOST_RULED_OUT):
             if time.monotonic() > until:
                 break
-            trial = self.study.ask()
+            trial = self.journal.study.ask()
             proposal = forecast.proposal(forecast.suggest(trial), trial.params)
             shortfall = outclassed(proposal, leading)
             over_budget = forecast.excess(proposal, measuring=shortfall <= 0)
             if over_budget <= 0 and shortfall <= 0:
                 return trial, proposal.policy
-            journal.tell_ruled_out(self.study, trial, proposal.policy, proposal.latency_s, over_budget=over_budget, outclassed=shortfall)
-        self.study.enqueue_trial(self._fallback(pool, leading).params)
-        trial = self.study.ask()
+            self.journal.tell_ruled_out(trial, proposal.policy, proposal.latency_s, over_budget=over_budget, outclassed=shortfall)
+        self.journal.study.enqueue_trial(self._fallback(pool, leading).params)
+        trial = self.journal.study.ask()
         return trial, forecast.suggest(trial)
 
     def _fallback(self, pool: list[Proposal], leading: list[Proposal]) -> Proposal:
         """A draw that is promising and new, where there is one; else one within the budget; the fastest when none is."""
         choices = self._promising(pool, leading) or self.forecast.again(pool)
-        return choices[journal.count_trials(self.study) % len(choices)] if choices else min(pool, key=lambda p: p.latency_s)
+        return choices[self.journal.finished % len(choices)] if choices else min(pool, key=lambda p: p.latency_s)
 
     def _promising(self, pool: list[Proposal], leading: list[Proposal]) -> list[Proposal]:
         """Of the pool, with latencies as predicted by now: within the budget, not evaluated before and not outclassed."""
-        known = {self.forecast.structure(o.policy) for o in journal.outcomes(self.study)}
+        known = {self.forecast.structure(o.policy) for o in self.journal.outcomes}
         return [p for p in self.forecast.again(pool) if self.forecast.structure(p.policy) not in known and outclassed(p, leading) <= 0]
 
     def _leading(self) -> list[Proposal]:
         """Networks that may rule out others: within the budget, and with a score that says that their training has not gone wrong."""
         least = self._gain_without(COLLAPSED)
-        sound = [o for o in measured(journal.outcomes(self.study)) if feasible(o, self.budget) and gain(o) >= least]
+        sound = [o for o in measured(self.journal.outcomes) if feasible(o, self.budget) and gain(o) >= least]
         return [self.forecast.proposal(o.policy, {}) for o in sound]
 
     def _evaluate(self, trial: Trial, policy: Policy, id: str, deadline: float) -> None:
@@ -228,15 +227,15 @@ class Search(Findings):
                 tick=self.percent(name),
             )
         except BaseException:
-            journal.abandon(self.study, trial)
+            self.journal.abandon(trial)
             raise
         self.keep(outcome)
-        journal.tell_outcome(self.study, trial, outcome, self._violation(outcome))
+        self.journal.tell_outcome(trial, outcome, self._violation(outcome))
         self._require_progress()
 
     def full_rung(self) -> None:
         """Continue the leading policies until the time is used."""
-        done = {o.policy.digest for o in journal.outcomes(self.study) if o.rung == "full"}
+        done = {o.policy.digest for o in self.journal.outcomes if o.rung == "full"}
         candidates = [o for o in [*self._climbers(), *self._hurt_by_bits()] if o.policy.digest not in done]
         each = Division.of(self.clock.total, self._overhead()).short_each
         trials = self.task.trials
@@ -277,7 +276,7 @@ class Search(Findings):
 
         Reasons that differ in their numbers only (the step at which training diverged) are one.
         """
-        last = [o for o in journal.outcomes(self.study) if o.rung == "short"][-SAME_FAILURES:]
+        last = [o for o in self.journal.outcomes if o.rung == "short"][-SAME_FAILURES:]
         failures = [o.failure for o in last if o.failure is not None]
         if len(failures) == SAME_FAILURES and len({(f.stage, NUMBER.sub("N", f.reason)) for f in failures}) == 1:
             stage, reason = failures[-1].stage, failures[-1].reason
@@ -285,7 +284,7 @@ class Search(Findings):
 
     def _twin(self, policy: Policy) -> Outcome | None:
         structure = self.forecast.structure(policy)
-        alike = (o for o in journal.outcomes(self.study) if o.policy.distill == policy.distill)
+        alike = (o for o in self.journal.outcomes if o.policy.distill == policy.distill)
         return next((o for o in alike if self.forecast.structure(o.policy) == structure), None)
 
     def _violation(self, outcome: Outcome) -> float:
@@ -294,11 +293,11 @@ class Search(Findings):
         return self.budget.violation(outcome.latency_s.high, outcome.size_bytes, outcome.latency_s.p95)
 
     def _short_count(self) -> int:
-        return sum(o.rung == "short" for o in journal.outcomes(self.study))
+        return sum(o.rung == "short" for o in self.journal.outcomes)
 
     def _overhead(self) -> float:
         """Seconds that a policy costs beside training, as a rule: where the machine was restless, measuring took longer."""
-        spent = [o.seconds - o.training_s for o in measured(journal.outcomes(self.study))]
+        spent = [o.seconds - o.training_s for o in measured(self.journal.outcomes)]
         return statistics.median_low(spent) if spent else UNKNOWN_OVERHEAD_S
 
     def _stop(self) -> bool:

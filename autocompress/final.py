@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from autocompress import study as journal
 from autocompress.content import front_of
 from autocompress.data import Split, sample
 from autocompress.errors import PolicyFailure, one_line
@@ -37,7 +36,7 @@ def measure_front(search: Findings) -> None:
             search.keep_original(replace(search.setting.baseline, latency_s=baseline))
         for outcome, latency in again:
             first = outcome.search_latency_s or outcome.latency_s
-            journal.record(search.study, outcome.model_copy(update={"latency_s": latency, "search_latency_s": first}))
+            search.journal.record(outcome.model_copy(update={"latency_s": latency, "search_latency_s": first}))
         known |= {o.id for o in front}
 
 
@@ -75,8 +74,8 @@ def score_test(search: Findings) -> None:
     per_example_s = max(1e-9, search.per_example_s * slowness)
     least = min(LEAST_TEST, int(MOST_OVERTIME * search.clock.total / per_example_s))
     affordable = max(FEWEST_EXAMPLES, least, int(left / per_example_s))
-    wanted = search.study.user_attrs.get("test_examples") or min(len(setting.data.test), affordable)
-    journal.remember(search.study, "test_examples", wanted)
+    wanted = search.journal.noted("test_examples") or min(len(setting.data.test), affordable)
+    search.journal.note("test_examples", wanted)
     test = sample(setting.data.test, wanted)
     if len(test) < len(setting.data.test):
         search.progress.message(f"scoring {len(test)} of {len(setting.data.test)} test examples: all would take longer than the search may")
@@ -105,4 +104,4 @@ def _score_test_of(search: Findings, outcome: Outcome, test: Split) -> None:
             raise
         search.lose(outcome, error, "test")
         return
-    journal.record(search.study, outcome.model_copy(update={"test_score": score}))
+    search.journal.record(outcome.model_copy(update={"test_score": score}))

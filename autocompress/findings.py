@@ -1,4 +1,4 @@
-"""What a running search has found: its outcomes in the study, its front in RUN/front.json, and its user who is told."""
+"""What a running search has found: its outcomes in the journal, its front in RUN/front.json, and its user who is told."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import optuna
-
-from autocompress import study as journal
 from autocompress.compress.train import Tick
 from autocompress.content import entry, feasible, front_of, ladder_quality, prediction_quality, progress_point
 from autocompress.export import is_intact
 from autocompress.forecast import Forecast
 from autocompress.front import measured, pick
+from autocompress.journal import Journal
 from autocompress.objective import Baseline, Setting, failure_of
 from autocompress.policy import Policy
 from autocompress.progress import Progress
@@ -29,11 +27,11 @@ from autocompress.view import format_score
 
 @dataclass
 class Findings:
-    """What a search has found so far, and the one door to its study; everything that must survive is there."""
+    """What a search has found so far, and what must survive of it, in the journal."""
 
     task: Task
     run: Path
-    study: optuna.Study
+    journal: Journal
     forecast: Forecast
     clock: Clock
     progress: Progress
@@ -61,7 +59,7 @@ class Findings:
             return feasible(outcome, self.budget), gain(outcome)
 
         kept: dict[str, Outcome] = {}
-        for outcome in journal.outcomes(self.study):
+        for outcome in self.journal.outcomes:
             before = kept.get(outcome.policy.digest)
             if before is None or worth(outcome) >= worth(before):
                 kept[outcome.policy.digest] = outcome
@@ -73,7 +71,7 @@ class Findings:
         front = front_of(results, self.budget)
         on_front = {o.id for o in front}
         entries = [entry(o, baseline, self.budget, self._layers(o.policy), dominated=o.id not in on_front) for o in measured(results)]
-        every = journal.outcomes(self.study)
+        every = self.journal.outcomes
         best = pick(results, self.budget)
         return {
             "schema": 1,
@@ -98,7 +96,7 @@ class Findings:
                 {o.policy.digest: o for o in every if o.rung == "full" and o.failure is None},
             ),
             "failures": [{"id": o.id, **o.failure.model_dump()} for o in every if o.failure is not None],
-            "trials": journal.count_trials(self.study),
+            "trials": self.journal.finished,
             "elapsed_s": self.clock.elapsed,
         }
 
@@ -113,14 +111,12 @@ class Findings:
 
     def keep(self, outcome: Outcome) -> None:
         """Record what became of a policy, learn from it, and tell of it."""
-        journal.record(self.study, outcome)
+        self.journal.record(outcome)
         self.best = pick(self.outcomes(), self.budget)
         self.forecast.learn([outcome])
-        self.points.append(
-            progress_point(self.outcomes(), self.setting.baseline, self.budget, self.clock.elapsed, journal.count_trials(self.study))
-        )
-        journal.remember(self.study, "progress", self.points)
-        journal.remember(self.study, "elapsed_s", self.clock.elapsed)
+        self.points.append(progress_point(self.outcomes(), self.setting.baseline, self.budget, self.clock.elapsed, self.journal.finished))
+        self.journal.note("progress", self.points)
+        self.journal.note("elapsed_s", self.clock.elapsed)
         self.write_front()
         self.announce(outcome)
 
@@ -141,28 +137,28 @@ class Findings:
     def lose(self, outcome: Outcome, error: Exception, stage: str) -> None:
         """Its file no longer works: it was damaged or taken away, or the runtime fails on it now."""
         lost = outcome.model_copy(update={"failure": failure_of(error, stage)})
-        journal.record(self.study, lost)
+        self.journal.record(lost)
         self.announce(lost)
 
     def retry_failures(self) -> int:
         """What made policies fail may be mended by now; a file that was lost but is intact comes back. How many there were."""
-        failed = [o for o in journal.outcomes(self.study) if o.failure is not None]
+        failed = [o for o in self.journal.outcomes if o.failure is not None]
         for outcome in failed:
             if outcome.artifact is not None and is_intact((self.run / outcome.artifact).parent):
-                journal.record(self.study, outcome.model_copy(update={"failure": None}))
+                self.journal.record(outcome.model_copy(update={"failure": None}))
             else:
-                journal.forget(self.study, outcome)
+                self.journal.forget(outcome)
         return len(failed)
 
     def keep_original(self, baseline: Baseline) -> None:
         """What is known of the original by now, for good: a resumed search begins with it."""
         self.setting = replace(self.setting, baseline=baseline)
         known = {"latency_s": baseline.latency_s, "val_score": baseline.val_score, "test_score": baseline.test_score}
-        journal.remember(self.study, "original", {name: _json(record) for name, record in known.items()})
+        self.journal.note("original", {name: _json(record) for name, record in known.items()})
 
     def recall(self) -> None:
         """Take up what a resumed search knew; speed-ups stay relative to the latency that was measured beside the others."""
-        baseline, known = self.setting.baseline, self.study.user_attrs.get("original")
+        baseline, known = self.setting.baseline, self.journal.noted("original")
         if known is not None:
             val_score, test_score = (Score.model_validate(s) if s is not None else None for s in (known["val_score"], known["test_score"]))
             latency_s = Measurement.model_validate(known["latency_s"])

@@ -16,13 +16,13 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from autocompress import study as journal
 from autocompress.controller import Search
 from autocompress.data import Data
 from autocompress.devices.base import Device
 from autocompress.errors import AutocompressError, InfeasibleBudget, Terminated, TooManyFailures
 from autocompress.final import measure_front, score_test
 from autocompress.forecast import Forecast
+from autocompress.journal import Journal
 from autocompress.objective import Setting
 from autocompress.policy import Policy
 from autocompress.preparation import TEACHER_WEIGHTS, contents, kept_teacher, load, prepare, train_demo_teacher
@@ -33,6 +33,7 @@ from autocompress.report import write_report
 from autocompress.run_folder import locked, new_run, read_front, write_atomically
 from autocompress.schedule import Clock
 from autocompress.search_space import Suggest, find_suggest, own_suggest
+from autocompress.study import open_journal, require_own, require_same_contents, writing
 from autocompress.tables import frame
 from autocompress.task import DEFAULT_DEVICE, OBJECT, TASK_FILE, Task, load_task
 from autocompress.units import format_duration
@@ -179,23 +180,23 @@ def run_search(
     """Run one search in the folder `run` and return what it found; what is finished survives any interruption."""
     task, clock = task.absolute(), Clock.start(task.search_seconds)
     progress = progress or SilentProgress()
-    journal.require_own(run, resume=resume)
+    require_own(run, resume=resume)
     fresh = not run.exists()
-    with locked(run), _terminated_by_signal(), journal.writing(run):
-        study = journal.open_study(run, task, resume=resume, sampler=sampler)
+    with locked(run), _terminated_by_signal(), writing(run):
+        journal = open_journal(run, task, resume=resume, sampler=sampler)
         if not resume:
             _forget_teacher(run)
-        clock = Clock.start(task.search_seconds, already=clock.elapsed + study.user_attrs.get("elapsed_s", 0.0))
+        clock = Clock.start(task.search_seconds, already=clock.elapsed + (journal.noted("elapsed_s") or 0.0))
         try:
             loaded = load(task, model=model, data=data, device=device, weights=kept_teacher(task, run))
-            journal.require_same_contents(study, run, contents(task, loaded))
+            require_same_contents(journal, run, contents(task, loaded))
             setting = prepare(task, run, loaded)
         except BaseException:
             if fresh:
                 shutil.rmtree(run, ignore_errors=True)
             raise
         write_atomically(run / TASK_FILE, task.to_toml())
-        search_ = _assemble(task, run, setting, study, clock, progress, suggest)
+        search_ = _assemble(task, run, setting, journal, clock, progress, suggest)
         try:
             _phases(search_)
         finally:
@@ -211,17 +212,19 @@ def _forget_teacher(run: Path) -> None:
             (run / TEACHER_WEIGHTS).unlink(missing_ok=True)
 
 
-def _assemble(task: Task, run: Path, setting: Setting, study: Any, clock: Clock, progress: Progress, suggest: Suggest | None) -> Search:
+def _assemble(
+    task: Task, run: Path, setting: Setting, journal: Journal, clock: Clock, progress: Progress, suggest: Suggest | None
+) -> Search:
     graph, profile = setting.graphs[task.student], setting.device.profile
     named = own_suggest(suggest, "`suggest`", profile) if suggest else find_suggest(task.space, graph, profile, reference=task.student)
     forecast = Forecast.start(setting, named, task.limits)
-    return Search(task, run, study, forecast, clock, progress, points=list(study.user_attrs.get("progress", [])))
+    return Search(task, run, journal, forecast, clock, progress, points=list(journal.noted("progress") or []))
 
 
 def _phases(search_: Search) -> None:
     task, clock = search_.task, search_.clock
     search_.recall()
-    lost = journal.retire_lost_trials(search_.study)
+    lost = search_.journal.retire_lost_trials()
     if lost:
         search_.progress.message(f"{lost} interrupted trial(s) will be repeated")
     if failed := search_.retry_failures():
@@ -244,8 +247,8 @@ def _phases(search_: Search) -> None:
 
 def _finish(search_: Search) -> None:
     """Write what there is, however the search ended."""
-    journal.retire_lost_trials(search_.study)
-    journal.remember(search_.study, "elapsed_s", search_.clock.elapsed)
+    search_.journal.retire_lost_trials()
+    search_.journal.note("elapsed_s", search_.clock.elapsed)
     search_.write_front()
     write_report(search_.content(), search_.run)
 

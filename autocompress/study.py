@@ -1,8 +1,4 @@
-"""Optuna's side of a search: storage, sampler, what is told of a policy. Nothing else opens or fills a study.
-
-The study in RUN/study.db is the journal of the search. A trial is one policy with its parameters; what became of it at each rung is an
-Outcome in the study's attributes, written in the same database, so that a killed search loses nothing that was finished.
-"""
+"""Opens RUN/study.db, the database of a search's journal, and refuses what it must not touch. Nothing else opens it."""
 
 from __future__ import annotations
 
@@ -11,16 +7,13 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler, TPESampler
-from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.engine import URL
 
 from autocompress.errors import RunFolderError, UsageError, one_line
-from autocompress.policy import Policy
-from autocompress.records import Outcome
+from autocompress.journal import Journal
 from autocompress.run_folder import LOCK
 from autocompress.task import Task
 
@@ -28,9 +21,6 @@ STUDY = "autocompress"
 DATABASE = "study.db"
 SUFFIXES = ("", "-journal", "-wal", "-shm")
 """SQLite keeps up to three more files beside a database."""
-OUTCOME = "outcome:"
-MAX_RETRIES = 2
-RULED_OUT_SCORE = 0.0
 
 
 def require_own(run: Path, *, resume: bool) -> None:
@@ -56,7 +46,7 @@ def _nothing_to_resume(run: Path) -> UsageError:
     return UsageError(f"there is no search to resume in {str(run)!r}", hint="leave --resume out to start one")
 
 
-def open_study(run: Path, task: Task, *, resume: bool, sampler: BaseSampler | None = None) -> optuna.Study:
+def open_journal(run: Path, task: Task, *, resume: bool, sampler: BaseSampler | None = None) -> Journal:
     """Create or reopen RUN/study.db.
 
     Raises UsageError when the folder holds a search and `resume` is not given, or holds another task's search;
@@ -71,7 +61,7 @@ def open_study(run: Path, task: Task, *, resume: bool, sampler: BaseSampler | No
     study = optuna.create_study(study_name=STUDY, storage=_storage(path), directions=["maximize", "minimize"], load_if_exists=True)
     _require_same_task(study, task, run)
     study.sampler = sampler or default_sampler(task.seed, len(study.get_trials(deepcopy=False)))
-    return study
+    return Journal(study)
 
 
 @contextmanager
@@ -115,7 +105,7 @@ def _forget_empty(path: Path) -> bool:
         try:
             study = optuna.load_study(study_name=STUDY, storage=storage)
             ours = "task" in study.user_attrs or not study.get_trials(deepcopy=False)
-            empty = ours and not outcomes(study)
+            empty = ours and not Journal(study).outcomes
         finally:
             storage.engine.dispose()
     except ValueError:  # of another version of ours
@@ -162,15 +152,15 @@ def _require_same_task(study: optuna.Study, task: Task, run: Path) -> None:
     )
 
 
-def require_same_contents(study: optuna.Study, run: Path, contents: dict[str, str]) -> None:
+def require_same_contents(journal: Journal, run: Path, contents: dict[str, str]) -> None:
     """Raises UsageError where a name of the task has come to stand for something else since the search began.
 
     Args:
         contents: digest by what it is of.
     """
-    known = study.user_attrs.get("contents")
+    known = journal.noted("contents")
     if known is None:
-        study.set_user_attr("contents", contents)
+        journal.note("contents", contents)
         return
     changed = [what for what in contents if known.get(what) != contents[what]]
     if changed:
@@ -178,77 +168,3 @@ def require_same_contents(study: optuna.Study, run: Path, contents: dict[str, st
             f"{str(run)!r} holds the search of another task: the content of its {changed[0]} has changed since it began",
             hint=f"resume with the {changed[0]} as it was, or choose another --out",
         )
-
-
-def retire_lost_trials(study: optuna.Study) -> int:
-    """Fail the trials that a killed search left running and queue their policies again, at most twice; how many there were."""
-    lost = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    for trial in lost:
-        study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-        _queue_again(study, trial)
-    return len(lost)
-
-
-def _queue_again(study: optuna.Study, trial: Trial | FrozenTrial) -> None:
-    retries = int(trial.user_attrs.get("retries", 0))
-    if retries < MAX_RETRIES and trial.params:
-        study.enqueue_trial(dict(trial.params), user_attrs={"retries": retries + 1})
-
-
-def record(study: optuna.Study, outcome: Outcome) -> None:
-    """Keep an outcome for good."""
-    study.set_user_attr(OUTCOME + outcome.id, json.loads(outcome.model_dump_json(by_alias=True)))
-
-
-def outcomes(study: optuna.Study) -> list[Outcome]:
-    """All outcomes so far, in the order of their ids."""
-    kept = {key: value for key, value in study.user_attrs.items() if key.startswith(OUTCOME) and value is not None}
-    return [Outcome.model_validate_json(json.dumps(kept[key])) for key in sorted(kept)]
-
-
-def forget(study: optuna.Study, outcome: Outcome) -> None:
-    """Take an outcome back: its policy may be tried again."""
-    study.set_user_attr(OUTCOME + outcome.id, None)
-
-
-def remember(study: optuna.Study, key: str, value: Any) -> None:
-    """Keep a JSON value beside the trials."""
-    study.set_user_attr(key, value)
-
-
-def tell_ruled_out(study: optuna.Study, trial: Trial, policy: Policy, latency_s: float, *, over_budget: float, outclassed: float) -> None:
-    """A policy that prediction rules out: complete, with a constraint violated, so that the sampler learns from it."""
-    trial.set_user_attr("policy", policy.digest)
-    trial.set_constraint("budget", over_budget)
-    trial.set_constraint("outclassed", outclassed)
-    study.tell(trial, [RULED_OUT_SCORE, latency_s])
-
-
-def tell_outcome(study: optuna.Study, trial: Trial, outcome: Outcome, violation: float) -> None:
-    """The result of a policy that was realised; a failure teaches the sampler nothing about latency or accuracy."""
-    trial.set_user_attr("policy", outcome.policy.digest)
-    trial.set_user_attr("outcome", outcome.id)
-    if outcome.failure is not None or outcome.val_score is None or outcome.latency_s is None:
-        trial.set_user_attr("failure", outcome.failure.reason if outcome.failure else "no score")
-        study.tell(trial, state=TrialState.FAIL)
-        return
-    trial.set_constraint("budget", violation)
-    trial.set_constraint("outclassed", 0.0)
-    study.tell(trial, [outcome.val_score.gain, outcome.latency_s.median])
-
-
-def abandon(study: optuna.Study, trial: Trial) -> None:
-    """A trial that was interrupted: its policy waits for --resume."""
-    if not study.get_trials(deepcopy=False)[trial.number].state.is_finished():
-        study.tell(trial, state=TrialState.FAIL)
-        _queue_again(study, trial)
-
-
-def is_waiting(study: optuna.Study) -> bool:
-    """Whether a policy is queued: one that was interrupted comes again before anything new."""
-    return bool(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
-
-
-def count_trials(study: optuna.Study) -> int:
-    """Finished trials, ruled-out ones included."""
-    return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)))

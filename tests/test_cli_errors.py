@@ -180,11 +180,11 @@ def test_a_run_folder_in_use(place, capsys):
 @pytest.fixture
 def run(place):
     """A folder that holds a search of another task."""
-    from autocompress.study import open_study, record
+    from autocompress.study import open_journal
 
     Path("run").mkdir()
-    study = open_study(Path("run"), Task(model="own.py:ten", data="digits", seed=1), resume=False)
-    record(study, Outcome(id="int8", policy=Policy(), rung="unchanged", val_score=Score(value=0.5)))
+    journal = open_journal(Path("run"), Task(model="own.py:ten", data="digits", seed=1), resume=False)
+    journal.record(Outcome(id="int8", policy=Policy(), rung="unchanged", val_score=Score(value=0.5)))
     return Path("run")
 
 
@@ -213,11 +213,11 @@ def test_a_search_is_resumed_without_saying_its_task_again(run, capsys):
 
 
 def test_a_search_of_objects_is_resumed_where_the_objects_are(place, capsys):
-    from autocompress.study import open_study
+    from autocompress.study import open_journal
 
     Path("objects").mkdir()
     task = Task(model="python:Net", data="python:Data")
-    open_study(Path("objects"), task, resume=False)
+    open_journal(Path("objects"), task, resume=False)
     Path("objects/task.toml").write_text(task.to_toml())
     assert main(["search", "--quiet", "--resume", "--out", "objects"]) == 2
     require_explained(capsys.readouterr(), "started from Python, with the object Net", "resume=True")

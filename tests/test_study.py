@@ -9,8 +9,9 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from autocompress import study as journal
+from autocompress import study as studies
 from autocompress.errors import RunFolderError, UsageError
+from autocompress.journal import MAX_RETRIES, OUTCOME, RULED_OUT_SCORE
 from autocompress.policy import Policy, QuantSpec
 from autocompress.records import Failure, Measurement, Outcome, Score
 from autocompress.task import Task
@@ -26,105 +27,105 @@ def outcome(id, **changes):
 
 
 @pytest.fixture
-def study(tmp_path):
-    return journal.open_study(tmp_path, TASK, resume=False)
+def journal(tmp_path):
+    return studies.open_journal(tmp_path, TASK, resume=False)
 
 
-def ask(study):
-    trial = study.ask()
+def ask(journal):
+    trial = journal.study.ask()
     trial.suggest_int("bits", 2, 8)
     return trial
 
 
 def again(run, task=TASK, **options):
-    return journal.open_study(run, task, resume=True, **options)
+    return studies.open_journal(run, task, resume=True, **options)
 
 
-def test_outcomes_come_back_as_they_were_in_another_process(study, tmp_path):
+def test_outcomes_come_back_as_they_were_in_another_process(journal, tmp_path):
     kept = [outcome("00001"), outcome("00000"), outcome("int8", failure=Failure(stage="train", reason="diverged"), artifact=None)]
     for one in kept:
-        journal.record(study, one)
-    assert journal.outcomes(again(tmp_path)) == sorted(kept, key=lambda o: o.id)
-    journal.record(study, outcome("00001", test_score=Score(value=0.25)))
-    found = {o.id: o for o in journal.outcomes(again(tmp_path))}
+        journal.record(one)
+    assert again(tmp_path).outcomes == sorted(kept, key=lambda o: o.id)
+    journal.record(outcome("00001", test_score=Score(value=0.25)))
+    found = {o.id: o for o in again(tmp_path).outcomes}
     assert len(found) == 3, "recording again replaces"
     assert found["00001"].test_score == Score(value=0.25)
 
 
-def test_other_values_are_no_outcomes(study, tmp_path):
-    journal.remember(study, "elapsed_s", 3.5)
-    assert journal.outcomes(study) == []
-    assert again(tmp_path).user_attrs["elapsed_s"] == 3.5
+def test_other_values_are_no_outcomes(journal, tmp_path):
+    journal.note("elapsed_s", 3.5)
+    assert journal.outcomes == []
+    assert again(tmp_path).noted("elapsed_s") == 3.5
 
 
-def test_what_was_realised_is_told_with_its_constraint(study):
-    trial = ask(study)
-    journal.tell_outcome(study, trial, outcome("00000"), -0.1)
-    told = study.trials[0]
+def test_what_was_realised_is_told_with_its_constraint(journal):
+    trial = ask(journal)
+    journal.tell_outcome(trial, outcome("00000"), -0.1)
+    told = journal.study.trials[0]
     assert told.state is TrialState.COMPLETE
     assert told.values == [0.5, 0.008]
     assert told.constraints == {"budget": -0.1, "outclassed": 0.0}
     assert told.user_attrs["policy"] == INT8.digest
 
 
-def test_a_loss_is_told_with_its_sign_turned(study):
-    journal.tell_outcome(study, ask(study), outcome("00000", val_score=Score(name="loss", value=2.0, direction="minimize")), -0.1)
-    assert study.trials[0].values == [-2.0, 0.008]
+def test_a_loss_is_told_with_its_sign_turned(journal):
+    journal.tell_outcome(ask(journal), outcome("00000", val_score=Score(name="loss", value=2.0, direction="minimize")), -0.1)
+    assert journal.study.trials[0].values == [-2.0, 0.008]
 
 
-def test_a_failure_fails_its_trial(study):
+def test_a_failure_fails_its_trial(journal):
     failed = outcome("00000", failure=Failure(stage="train", reason="diverged"), artifact=None, val_score=None, latency_s=None)
-    journal.tell_outcome(study, ask(study), failed, 1.0)
-    assert study.trials[0].state is TrialState.FAIL
-    assert study.trials[0].user_attrs["failure"] == "diverged"
+    journal.tell_outcome(ask(journal), failed, 1.0)
+    assert journal.study.trials[0].state is TrialState.FAIL
+    assert journal.study.trials[0].user_attrs["failure"] == "diverged"
 
 
 @pytest.mark.parametrize(("over_budget", "outclassed"), [(1.0, 0.0), (-0.5, 0.2)])
-def test_what_is_ruled_out_is_complete_and_violates_a_constraint(study, over_budget, outclassed):
-    journal.tell_ruled_out(study, ask(study), INT8, 0.02, over_budget=over_budget, outclassed=outclassed)
-    told = study.trials[0]
-    assert (told.state, told.values) == (TrialState.COMPLETE, [journal.RULED_OUT_SCORE, 0.02])
+def test_what_is_ruled_out_is_complete_and_violates_a_constraint(journal, over_budget, outclassed):
+    journal.tell_ruled_out(ask(journal), INT8, 0.02, over_budget=over_budget, outclassed=outclassed)
+    told = journal.study.trials[0]
+    assert (told.state, told.values) == (TrialState.COMPLETE, [RULED_OUT_SCORE, 0.02])
     assert told.constraints == {"budget": over_budget, "outclassed": outclassed}
     assert "outcome" not in told.user_attrs
-    assert journal.count_trials(study) == 1
-    assert study.best_trials == [], "what violates a constraint is never on Optuna's front"
+    assert journal.finished == 1
+    assert journal.study.best_trials == [], "what violates a constraint is never on Optuna's front"
 
 
-def test_a_lost_trial_is_failed_and_its_policy_comes_again_twice_at_most(study, tmp_path):
-    params = ask(study).params
-    for attempt in range(1 + journal.MAX_RETRIES):
+def test_a_lost_trial_is_failed_and_its_policy_comes_again_twice_at_most(journal, tmp_path):
+    params = ask(journal).params
+    for attempt in range(1 + MAX_RETRIES):
         reopened = again(tmp_path)
-        assert journal.retire_lost_trials(reopened) == 1
-        assert not reopened.get_trials(states=(TrialState.RUNNING,))
-        queued = reopened.get_trials(states=(TrialState.WAITING,))
-        assert len(queued) == (1 if attempt < journal.MAX_RETRIES else 0)
+        assert reopened.retire_lost_trials() == 1
+        assert not reopened.study.get_trials(states=(TrialState.RUNNING,))
+        queued = reopened.study.get_trials(states=(TrialState.WAITING,))
+        assert len(queued) == (1 if attempt < MAX_RETRIES else 0)
         if queued:
             trial = ask(reopened)
             assert trial.params == params
             assert trial.user_attrs["retries"] == attempt + 1
-    assert journal.retire_lost_trials(again(tmp_path)) == 0
+    assert again(tmp_path).retire_lost_trials() == 0
 
 
-def test_a_lost_trial_that_had_drawn_nothing_is_only_failed(study):
-    study.ask()
-    assert journal.retire_lost_trials(study) == 1
-    assert [trial.state for trial in study.trials] == [TrialState.FAIL]
+def test_a_lost_trial_that_had_drawn_nothing_is_only_failed(journal):
+    journal.study.ask()
+    assert journal.retire_lost_trials() == 1
+    assert [trial.state for trial in journal.study.trials] == [TrialState.FAIL]
 
 
-def test_an_abandoned_trial_is_failed_once_and_its_policy_waits(study):
-    trial = ask(study)
-    journal.abandon(study, trial)
-    journal.abandon(study, trial)
-    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.WAITING]
-    assert ask(study).params == trial.params
+def test_an_abandoned_trial_is_failed_once_and_its_policy_waits(journal):
+    trial = ask(journal)
+    journal.abandon(trial)
+    journal.abandon(trial)
+    assert [t.state for t in journal.study.trials] == [TrialState.FAIL, TrialState.WAITING]
+    assert ask(journal).params == trial.params
 
 
-def test_the_same_seed_does_not_repeat_suggestions_after_a_resume(study, tmp_path):
-    first = [ask(study).params for _ in range(6)]
-    for trial in study.trials:
-        study.tell(trial.number, state=TrialState.FAIL)
+def test_the_same_seed_does_not_repeat_suggestions_after_a_resume(journal, tmp_path):
+    first = [ask(journal).params for _ in range(6)]
+    for trial in journal.study.trials:
+        journal.study.tell(trial.number, state=TrialState.FAIL)
     assert [ask(again(tmp_path)).params for _ in range(6)] != first
-    other = journal.open_study(tmp_path_of(tmp_path), TASK, resume=False)
+    other = studies.open_journal(tmp_path_of(tmp_path), TASK, resume=False)
     assert [ask(other).params for _ in range(6)] == first, "a fresh search with the same seed is the same"
 
 
@@ -135,11 +136,11 @@ def tmp_path_of(path):
 
 def test_any_sampler_can_be_given(tmp_path):
     sampler = optuna.samplers.RandomSampler(seed=0)
-    assert journal.open_study(tmp_path, TASK, resume=False, sampler=sampler).sampler is sampler
+    assert studies.open_journal(tmp_path, TASK, resume=False, sampler=sampler).study.sampler is sampler
 
 
 @pytest.mark.parametrize("changes", [{"search_time": "2h"}, {"trials": 7}, {"target_accuracy": 0.9}])
-def test_how_long_to_search_may_change_on_resume(study, tmp_path, changes):
+def test_how_long_to_search_may_change_on_resume(journal, tmp_path, changes):
     again(tmp_path, TASK.model_copy(update=changes))
 
 
@@ -152,7 +153,7 @@ def test_how_long_to_search_may_change_on_resume(study, tmp_path, changes):
         ({"space": "prune"}, "space was 'default', now 'prune'"),
     ],
 )
-def test_another_task_is_refused_with_what_differs(study, tmp_path, changes, what):
+def test_another_task_is_refused_with_what_differs(journal, tmp_path, changes, what):
     with pytest.raises(UsageError, match=what):
         again(tmp_path, TASK.model_copy(update=changes))
 
@@ -164,7 +165,7 @@ def test_a_search_is_resumed_from_its_folder_and_from_another(tmp_path, monkeypa
     for begun in (given, absolute):
         run = tmp_path / ("absolute" if begun != given else "as given")
         run.mkdir()
-        journal.open_study(run, begun, resume=False)
+        studies.open_journal(run, begun, resume=False)
         again(run, given)
         again(run, absolute)
     monkeypatch.chdir("/")
@@ -173,25 +174,25 @@ def test_a_search_is_resumed_from_its_folder_and_from_another(tmp_path, monkeypa
         again(run, given)
 
 
-def test_a_name_that_stands_for_something_else_by_now_is_refused(study, tmp_path):
+def test_a_name_that_stands_for_something_else_by_now_is_refused(journal, tmp_path):
     began = {"data": "a", "model": "b"}
-    journal.require_same_contents(study, tmp_path, began)
-    journal.require_same_contents(again(tmp_path), tmp_path, began)
+    studies.require_same_contents(journal, tmp_path, began)
+    studies.require_same_contents(again(tmp_path), tmp_path, began)
     with pytest.raises(UsageError, match="the content of its model has changed"):
-        journal.require_same_contents(again(tmp_path), tmp_path, began | {"model": "c"})
+        studies.require_same_contents(again(tmp_path), tmp_path, began | {"model": "c"})
 
 
-def test_an_existing_search_is_not_overwritten_and_an_absent_one_not_resumed(study, tmp_path):
-    journal.record(study, outcome("00000"))
+def test_an_existing_search_is_not_overwritten_and_an_absent_one_not_resumed(journal, tmp_path):
+    journal.record(outcome("00000"))
     with pytest.raises(UsageError, match="already holds a search"):
-        journal.open_study(tmp_path, TASK, resume=False)
+        studies.open_journal(tmp_path, TASK, resume=False)
     with pytest.raises(UsageError, match="no search to resume"):
         again(tmp_path / "absent")
 
 
 @pytest.mark.parametrize("damage", [lambda b: b"\0" * 64 + b[64:], lambda b: b"no database at all" * 100])
-def test_a_damaged_database_is_named_and_left_alone(study, tmp_path, damage):
-    path = tmp_path / journal.DATABASE
+def test_a_damaged_database_is_named_and_left_alone(journal, tmp_path, damage):
+    path = tmp_path / studies.DATABASE
     path.write_bytes(damage(path.read_bytes()))
     before = path.read_bytes()
     with pytest.raises(RunFolderError, match=r"study\.db' is damaged"):
@@ -203,27 +204,27 @@ def test_a_damaged_database_is_named_and_left_alone(study, tmp_path, damage):
 def test_a_run_folder_may_have_any_name(tmp_path, name):
     run = tmp_path / name
     run.mkdir()
-    journal.record(journal.open_study(run, TASK, resume=False), outcome("00000"))
-    assert [o.id for o in journal.outcomes(again(run))] == ["00000"]
+    studies.open_journal(run, TASK, resume=False).record(outcome("00000"))
+    assert [o.id for o in again(run).outcomes] == ["00000"]
     assert [path.name for path in tmp_path.iterdir()] == [name]
-    assert [path.name for path in run.iterdir()] == [journal.DATABASE]
-    journal.require_own(run, resume=True)
+    assert [path.name for path in run.iterdir()] == [studies.DATABASE]
+    studies.require_own(run, resume=True)
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_database_of_another_optuna_is_named_and_left_alone(study, tmp_path, resume):
-    path = tmp_path / journal.DATABASE
+def test_a_database_of_another_optuna_is_named_and_left_alone(journal, tmp_path, resume):
+    path = tmp_path / studies.DATABASE
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = 'v99.0.0.a'")
     before = path.read_bytes()
     with pytest.raises(RunFolderError, match="cannot be read: The runtime optuna version") as caught:
-        journal.open_study(tmp_path, TASK, resume=resume)
+        studies.open_journal(tmp_path, TASK, resume=resume)
     assert "--out" in caught.value.hint
     assert path.read_bytes() == before
 
 
-def test_a_database_that_cannot_be_written_is_the_folder_s_fault(study, tmp_path):
-    with pytest.raises(RunFolderError, match=r"study\.db' cannot be written: OSError: disk full") as caught, journal.writing(tmp_path):
+def test_a_database_that_cannot_be_written_is_the_folder_s_fault(journal, tmp_path):
+    with pytest.raises(RunFolderError, match=r"study\.db' cannot be written: OSError: disk full") as caught, studies.writing(tmp_path):
         raise optuna.exceptions.StorageInternalError("An exception is raised during the commit.") from OSError("disk full")
     assert "--resume" in caught.value.hint
 
@@ -239,36 +240,36 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_search_that_was_killed_while_it_wrote_goes_on(study, tmp_path):
-    journal.record(study, outcome("00000"))
-    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / journal.DATABASE)], check=False)
+def test_a_search_that_was_killed_while_it_wrote_goes_on(journal, tmp_path):
+    journal.record(outcome("00000"))
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / studies.DATABASE)], check=False)
     assert (tmp_path / "study.db-journal").stat().st_size > 0
-    journal.require_own(tmp_path, resume=True)
-    assert [o.id for o in journal.outcomes(again(tmp_path))] == ["00000"]
+    studies.require_own(tmp_path, resume=True)
+    assert [o.id for o in again(tmp_path).outcomes] == ["00000"]
 
 
-def test_an_outcome_can_be_forgotten_and_nothing_else_is(study, tmp_path):
-    journal.record(study, outcome("00000"))
-    journal.record(study, outcome("00001"))
-    journal.forget(study, outcome("00001"))
-    assert [o.id for o in journal.outcomes(again(tmp_path))] == ["00000"]
+def test_an_outcome_can_be_forgotten_and_nothing_else_is(journal, tmp_path):
+    journal.record(outcome("00000"))
+    journal.record(outcome("00001"))
+    journal.forget(outcome("00001"))
+    assert [o.id for o in again(tmp_path).outcomes] == ["00000"]
 
 
-def test_a_search_that_had_evaluated_nothing_makes_room_for_another(study, tmp_path):
+def test_a_search_that_had_evaluated_nothing_makes_room_for_another(journal, tmp_path):
     """As after a budget that nothing can meet."""
     other = Task(model="own:net", data="own:data", budget=("20ms",))
-    begun = journal.open_study(tmp_path, other, resume=False)
-    assert begun.user_attrs["task"]["budget"] == ["20ms"]
-    assert begun.trials == []
+    begun = studies.open_journal(tmp_path, other, resume=False)
+    assert begun.noted("task")["budget"] == ["20ms"]
+    assert begun.study.trials == []
 
 
-def test_a_copy_of_the_database_is_left_alone_and_another_versions_study_is_no_empty_one(study, tmp_path):
+def test_a_copy_of_the_database_is_left_alone_and_another_versions_study_is_no_empty_one(journal, tmp_path):
     (tmp_path / "study.db.bak").write_text("a copy")
-    study.set_user_attr(journal.OUTCOME + "00000", {"of": "a later version"})
+    journal.study.set_user_attr(OUTCOME + "00000", {"of": "a later version"})
     with pytest.raises(UsageError, match="already holds a search"):
-        journal.open_study(tmp_path, TASK, resume=False)
-    study.set_user_attr(journal.OUTCOME + "00000", None)
-    journal.open_study(tmp_path, TASK, resume=False)
+        studies.open_journal(tmp_path, TASK, resume=False)
+    journal.study.set_user_attr(OUTCOME + "00000", None)
+    studies.open_journal(tmp_path, TASK, resume=False)
     assert (tmp_path / "study.db.bak").read_text() == "a copy"
 
 
@@ -278,59 +279,59 @@ def test_a_folder_of_other_files_is_refused(tmp_path, name, resume):
     (tmp_path / name).write_text("mine")
     (tmp_path / ".lock").write_text("")
     with pytest.raises(UsageError, match="no search to resume" if resume else f"holds other files, such as .{name}"):
-        journal.require_own(tmp_path, resume=resume)
+        studies.require_own(tmp_path, resume=resume)
 
 
-def test_folders_of_our_own_may_be_searched_in(study, tmp_path):
+def test_folders_of_our_own_may_be_searched_in(journal, tmp_path):
     (tmp_path / "report.html").write_text("of a search")
-    journal.require_own(tmp_path, resume=False)
-    journal.require_own(tmp_path, resume=True)
-    journal.require_own(tmp_path / "absent", resume=False)
+    studies.require_own(tmp_path, resume=False)
+    studies.require_own(tmp_path, resume=True)
+    studies.require_own(tmp_path / "absent", resume=False)
     begun = tmp_path_of(tmp_path)
     (begun / ".lock").write_text("process 1 on here")
-    (begun / journal.DATABASE).write_bytes(b"")
-    journal.require_own(begun, resume=False)
-    assert journal.open_study(begun, TASK, resume=False).trials == []
+    (begun / studies.DATABASE).write_bytes(b"")
+    studies.require_own(begun, resume=False)
+    assert studies.open_journal(begun, TASK, resume=False).study.trials == []
 
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_database_of_others_is_left_alone(tmp_path, resume):
-    path = tmp_path / journal.DATABASE
+    path = tmp_path / studies.DATABASE
     optuna.create_study(study_name="mine", storage=f"sqlite:///{path}")
     before = path.read_bytes()
-    for open_ in (journal.require_own, lambda run, resume: journal.open_study(run, TASK, resume=resume)):
+    for open_ in (studies.require_own, lambda run, resume: studies.open_journal(run, TASK, resume=resume)):
         with pytest.raises(UsageError):
             open_(tmp_path, resume=resume)
     assert path.read_bytes() == before
 
 
 def test_a_database_that_is_none_of_optunas_is_left_alone(tmp_path):
-    path = tmp_path / journal.DATABASE
+    path = tmp_path / studies.DATABASE
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("CREATE TABLE songs (title TEXT)")
     before = path.read_bytes()
     with pytest.raises(UsageError, match="holds other files"):
-        journal.require_own(tmp_path, resume=False)
+        studies.require_own(tmp_path, resume=False)
     with pytest.raises(UsageError):
-        journal.open_study(tmp_path, TASK, resume=False)
+        studies.open_journal(tmp_path, TASK, resume=False)
     assert path.read_bytes() == before
 
 
-def test_an_empty_search_beside_another_study_is_not_removed(study, tmp_path):
-    optuna.create_study(study_name="mine", storage=f"sqlite:///{tmp_path / journal.DATABASE}")
+def test_an_empty_search_beside_another_study_is_not_removed(journal, tmp_path):
+    optuna.create_study(study_name="mine", storage=f"sqlite:///{tmp_path / studies.DATABASE}")
     with pytest.raises(UsageError, match="already holds a search"):
-        journal.open_study(tmp_path, TASK, resume=False)
+        studies.open_journal(tmp_path, TASK, resume=False)
 
 
 def test_a_study_of_somebody_elses_that_is_called_as_ours_is_not_removed(tmp_path):
-    storage = f"sqlite:///{tmp_path / journal.DATABASE}"
-    optuna.create_study(study_name=journal.STUDY, storage=storage).add_trial(optuna.trial.create_trial(value=1.0))
+    storage = f"sqlite:///{tmp_path / studies.DATABASE}"
+    optuna.create_study(study_name=studies.STUDY, storage=storage).add_trial(optuna.trial.create_trial(value=1.0))
     with pytest.raises(UsageError, match="already holds a search"):
-        journal.open_study(tmp_path, TASK, resume=False)
-    assert len(optuna.load_study(study_name=journal.STUDY, storage=storage).trials) == 1
+        studies.open_journal(tmp_path, TASK, resume=False)
+    assert len(optuna.load_study(study_name=studies.STUDY, storage=storage).trials) == 1
 
 
-def test_what_waits_is_known(study):
-    assert not journal.is_waiting(study)
-    study.enqueue_trial({"bits": 4})
-    assert journal.is_waiting(study)
+def test_what_waits_is_known(journal):
+    assert not journal.is_waiting
+    journal.study.enqueue_trial({"bits": 4})
+    assert journal.is_waiting

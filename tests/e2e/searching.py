@@ -12,8 +12,9 @@ import sys
 import torch
 from tasks import SLOW_CALLS, blobs, export_faster, trained_net
 
-from autocompress import cli, forecast, schedule, session, study
+from autocompress import cli, forecast, schedule, session
 from autocompress.controller import Search
+from autocompress.journal import Journal
 from autocompress.testing.devices import FakeDevice
 
 
@@ -21,7 +22,7 @@ def main() -> int:
     torch.set_num_threads(1)
     export_faster()
     data = blobs()
-    net, run, record = trained_net(data), session.run_search, study.record
+    net, run, record = trained_net(data), session.run_search, Journal.record
     full_after = int(os.environ.get("FULL_AFTER", "1000"))
     recorded = []
 
@@ -35,7 +36,7 @@ def main() -> int:
         recorded.append(outcome.id)
         print("outcome", outcome.id, flush=True)
 
-    session.run_search, study.record = run_here, tell
+    session.run_search, Journal.record = run_here, tell
     Search._overhead = lambda self: 0.2
     schedule.SHORT_SHARE, forecast.WHOLE_NETWORKS = 0.8, 2
     own = ["search", "--model", "own:net", "--data", "own:blobs", "--search-time", "180s", "--out", sys.argv[1], *sys.argv[2:]]

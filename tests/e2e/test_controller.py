@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 from tasks import SLOW_CALLS, Diary
 
-from autocompress import study as journal
 from autocompress.content import front_of
 from autocompress.controller import Search
 from autocompress.data import SPLITS, Split
@@ -26,6 +25,7 @@ from autocompress.records import Budget, Failure, Measurement, Outcome, Score
 from autocompress.schedule import FEWEST_EXAMPLES, Clock, Division
 from autocompress.search_space import find_suggest
 from autocompress.session import _result
+from autocompress.study import open_journal
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
 
@@ -50,8 +50,8 @@ def pool(forecast):
 
 @pytest.fixture
 def search(forecast, tmp_path):
-    study = journal.open_study(tmp_path, TASK, resume=False)
-    return Search(TASK, tmp_path, study, replace(forecast), Clock.start(60.0), SilentProgress(), points=[])
+    journal = open_journal(tmp_path, TASK, resume=False)
+    return Search(TASK, tmp_path, journal, replace(forecast), Clock.start(60.0), SilentProgress(), points=[])
 
 
 def measurement(seconds, p95=None):
@@ -61,11 +61,11 @@ def measurement(seconds, p95=None):
 def trained(search, policy, latency_s, score=0.8, id="00000", **changes):
     latency = measurement(latency_s)
     made = Outcome(id=id, policy=policy, rung="short", val_score=Score(value=score), latency_s=latency, artifact="a.onnx", size_bytes=9)
-    journal.record(search.study, made.model_copy(update=changes))
+    search.journal.record(made.model_copy(update=changes))
 
 
 def structures(search):
-    return {search.forecast.structure(o.policy) for o in journal.outcomes(search.study)}
+    return {search.forecast.structure(o.policy) for o in search.journal.outcomes}
 
 
 def test_first_policies_are_the_best_of_where_the_next_is_worth_most(search, pool):
@@ -111,16 +111,16 @@ def test_a_limit_on_size_leaves_the_range_of_what_it_allows(search, pool):
 
 def test_after_the_first_policies_optuna_suggests(search, pool, monkeypatch):
     asked = []
-    monkeypatch.setattr(search.study, "enqueue_trial", asked.append)
+    monkeypatch.setattr(search.journal.study, "enqueue_trial", asked.append)
     search._next(0, pool, PATIENCE)
     assert not asked
 
 
 def test_what_waits_comes_before_the_first_policies(search, pool):
-    search.study.enqueue_trial(pool[7].params)
+    search.journal.study.enqueue_trial(pool[7].params)
     _, policy = search._next(FIRST, pool, PATIENCE)
     assert policy == pool[7].policy
-    assert not journal.is_waiting(search.study)
+    assert not search.journal.is_waiting
 
 
 @pytest.mark.parametrize(("score", "rules_out"), [(0.85, True), (0.1, False)], ids=["sound", "collapsed"])
@@ -134,7 +134,7 @@ def test_a_network_rules_out_others_only_when_its_own_training_went_well(search,
         leading = [replace(leading[0], latency_s=0.0)]
     for _ in range(12):
         search._ask(pool, leading, PATIENCE)
-    told = [t for t in search.study.trials if t.constraints]
+    told = [t for t in search.journal.study.trials if t.constraints]
     assert all(t.constraints["outclassed"] > 0 >= t.constraints["budget"] for t in told)
     assert bool(told) is rules_out
 
@@ -200,7 +200,7 @@ def test_a_file_that_can_no_longer_be_measured_leaves_the_front_and_the_search_g
     on_front(search, pool)
     with_device(search, Worn(measurement(1e-3), broken=("00001",)))
     measure_front(search)
-    failures = {o.id: o.failure for o in journal.outcomes(search.study) if o.failure is not None}
+    failures = {o.id: o.failure for o in search.journal.outcomes if o.failure is not None}
     assert {id: (f.stage, f.reason) for id, f in failures.items()} == {"00001": ("measure", "the runtime crashed with SIGSEGV")}
     assert [o.id for o in front_of(search.outcomes(), search.budget)] == ["00002"], "all take the same time now"
 
@@ -217,7 +217,7 @@ def test_files_that_cannot_be_measured_together_are_measured_one_by_one(search, 
     with_device(search, device)
     measure_front(search)
     assert device.asked == [["baseline", f"0000{index}"] for index in range(3)]
-    assert [(o.latency_s.median, o.failure) for o in journal.outcomes(search.study)] == [(7e-3, None)] * 3
+    assert [(o.latency_s.median, o.failure) for o in search.journal.outcomes] == [(7e-3, None)] * 3
     assert search.setting.baseline.latency_s.median == 7e-3
 
 
@@ -247,7 +247,7 @@ def test_a_file_that_was_lost_comes_back_when_it_is_intact_and_else_its_policy_m
     measure_front(search)
     assert front_of(search.outcomes(), search.budget) == []
     assert search.retry_failures() == 3
-    assert [(o.id, o.failure) for o in journal.outcomes(search.study)] == [("00000", None)]
+    assert [(o.id, o.failure) for o in search.journal.outcomes] == [("00000", None)]
     assert search.retry_failures() == 0
 
 
@@ -281,7 +281,7 @@ def test_what_was_measured_first_is_kept_beside_what_was_measured_last(search, p
     with_device(search, Worn(measurement(4e-3)))
     for _ in range(2):
         measure_front(search)
-        (outcome,) = journal.outcomes(search.study)
+        (outcome,) = search.journal.outcomes
         assert (outcome.latency_s.median, outcome.search_latency_s.median) == (4e-3, 5e-3)
 
 
@@ -305,7 +305,7 @@ def test_a_model_that_is_no_slower_than_usual_has_a_test_score_of_some_worth_eve
 def test_a_file_that_cannot_be_scored_on_the_test_set_leaves_the_front(search, pool):
     on_front(search, pool, 1)
     score_test(search)
-    (lost,) = journal.outcomes(search.study)
+    (lost,) = search.journal.outcomes
     assert lost.failure.stage == "test"
     assert search.setting.baseline.test_score is not None
 
@@ -379,7 +379,7 @@ def test_a_resumed_search_knows_the_original_as_it_was_measured_beside_the_other
     found = {"latency_s": measurement(3.0), "val_score": Score(value=0.8), "test_score": Score(value=0.7)}
     search.keep_original(replace(search.setting.baseline, **found))
     half = replace(forecast, limits=Budget(relative=0.5))
-    again = Search(TASK, search.run, search.study, half, search.clock, SilentProgress(), points=[])
+    again = Search(TASK, search.run, search.journal, half, search.clock, SilentProgress(), points=[])
     again.recall()
     known = again.setting.baseline
     assert (known.latency_s.median, known.val_score.value, known.test_score.value) == (3.0, 0.8, 0.7)
@@ -401,7 +401,7 @@ def test_a_test_split_that_cannot_be_scored_costs_the_test_scores_only(search, p
 
 def test_a_search_in_which_all_failed_says_why(search, pool):
     failure = Failure(stage="export", reason="the exporter failed")
-    journal.record(search.study, Outcome(id="00000", policy=pool[0].policy, rung="short", failure=failure))
+    search.journal.record(Outcome(id="00000", policy=pool[0].policy, rung="short", failure=failure))
     search.run = search.setting.models.parent
     search.write_front()
     with pytest.raises(TooManyFailures, match="the first failed to export: the exporter failed"):

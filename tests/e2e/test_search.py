@@ -15,13 +15,14 @@ from optuna.trial import TrialState
 from tasks import SLOW_CALLS, BrokenDevice, Diary, Net, blobs
 
 import autocompress
-from autocompress import study as journal
 from autocompress.data import Split
 from autocompress.errors import InfeasibleBudget, TooManyFailures, UsageError
 from autocompress.front import non_dominated
+from autocompress.journal import Journal
 from autocompress.policy import Policy, PruneSpec, QuantSpec
 from autocompress.records import Budget, Measurement
 from autocompress.session import SearchResult, run_search
+from autocompress.study import DATABASE, STUDY
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
 
@@ -39,11 +40,11 @@ def task(**changes) -> Task:
 
 
 def trials_of(run: Path) -> list[optuna.trial.FrozenTrial]:
-    return journal_of(run).get_trials(deepcopy=False)
+    return journal_of(run).study.get_trials(deepcopy=False)
 
 
-def journal_of(run: Path) -> optuna.Study:
-    return optuna.load_study(study_name=journal.STUDY, storage=f"sqlite:///{run / journal.DATABASE}")
+def journal_of(run: Path) -> Journal:
+    return Journal(optuna.load_study(study_name=STUDY, storage=f"sqlite:///{run / DATABASE}"))
 
 
 def strict(path: Path) -> dict:
@@ -231,7 +232,7 @@ def test_what_prediction_rules_out_is_told_and_never_built(finished):
     trials = trials_of(finished.run)
     ruled_out = [t for t in trials if t.state is TrialState.COMPLETE and "outcome" not in t.user_attrs]
     assert ruled_out, "a budget of 0.6x rules something out"
-    known = {outcome.id for outcome in journal.outcomes(journal_of(finished.run))}
+    known = {outcome.id for outcome in journal_of(finished.run).outcomes}
     for trial in ruled_out:
         assert trial.values[0] == 0.0
         assert trial.values[1] > 0
@@ -251,7 +252,7 @@ def violation(trial: optuna.trial.FrozenTrial) -> float:
 
 
 def test_short_and_full_training_both_happened(finished):
-    rungs = {outcome.rung for outcome in journal.outcomes(journal_of(finished.run))}
+    rungs = {outcome.rung for outcome in journal_of(finished.run).outcomes}
     assert rungs == {"unchanged", "short", "full"}
     digests = [entry["digest"] for entry in finished.result.content["points"]]
     assert len(digests) == len(set(digests)), "one point a policy"
@@ -273,7 +274,7 @@ def one_trial(net, data, tmp_path_factory):
 
 def test_a_number_of_trials_stops_early_whatever_the_sampler(one_trial):
     run, result = one_trial
-    outcomes = journal.outcomes(journal_of(run))
+    outcomes = journal_of(run).outcomes
     assert [outcome.rung for outcome in outcomes].count("short") == 1
     assert result.content["elapsed_s"] < 30
     assert result.content["front"]
@@ -285,7 +286,7 @@ def test_the_best_of_a_few_trials_is_trained_to_the_end(net, data, tmp_path, mon
     monkeypatch.setattr("autocompress.schedule.FULL_FACTOR", 4.0)
     monkeypatch.setattr("autocompress.controller.Search._overhead", lambda self: 0.2)
     result = run_search(task(trials=2), tmp_path / "run", model=net, data=data, device=FakeDevice(SLOW_CALLS))
-    outcomes = journal.outcomes(journal_of(tmp_path / "run"))
+    outcomes = journal_of(tmp_path / "run").outcomes
     assert [outcome.rung for outcome in outcomes].count("short") == 2
     assert [outcome.rung for outcome in outcomes].count("full") == 1
     assert result.content["elapsed_s"] < 40, "the limit on trials ends it, not the time"
@@ -293,7 +294,7 @@ def test_the_best_of_a_few_trials_is_trained_to_the_end(net, data, tmp_path, mon
 
 def test_a_resumed_search_loses_nothing_and_suggests_something_else(one_trial, net, data, brisk):
     run, _ = one_trial
-    before = {outcome.id: outcome for outcome in journal.outcomes(journal_of(run))}
+    before = {outcome.id: outcome for outcome in journal_of(run).outcomes}
     params = [trial.params for trial in trials_of(run) if trial.state.is_finished()]
     progress = strict(run / "front.json")["progress"]
     with pytest.raises(UsageError, match="already holds a search"):
@@ -307,7 +308,7 @@ def test_a_resumed_search_loses_nothing_and_suggests_something_else(one_trial, n
         run_search(task(trials=2), run, resume=True, model=net, data=blobs(n=255), device=FakeDevice(SLOW_CALLS))
     assert (run / "models" / "baseline" / "model.onnx").read_bytes() == baseline
     result = run_search(task(trials=2), run, resume=True, model=net, data=data, device=FakeDevice(SLOW_CALLS))
-    after = {outcome.id: outcome for outcome in journal.outcomes(journal_of(run))}
+    after = {outcome.id: outcome for outcome in journal_of(run).outcomes}
     assert len(after) > len(before)
     for id, outcome in before.items():
         again = after[id].model_copy(update={name: getattr(outcome, name) for name in ("test_score", "latency_s", "search_latency_s")})
@@ -343,7 +344,7 @@ def test_nothing_to_resume(net, data, tmp_path):
 def test_a_target_accuracy_stops_early(net, data, tmp_path):
     result = run_search(task(target_accuracy=0.3), tmp_path / "run", model=net, data=data, device=FakeDevice())
     assert result.best == "int8"
-    assert [outcome.id for outcome in journal.outcomes(journal_of(tmp_path / "run"))] == ["int8"]
+    assert [outcome.id for outcome in journal_of(tmp_path / "run").outcomes] == ["int8"]
     assert result.content["elapsed_s"] < 30
 
 
@@ -361,7 +362,7 @@ def test_two_policies_are_evaluated_once_each_and_the_space_is_exhausted(net, da
     diary, run = Diary(), tmp_path / "run"
     result = autocompress.search(net, data, out=run, search_time="60s", suggest=suggest, progress=diary)
     assert any("exhausted" in message for message in diary.messages)
-    known = journal.outcomes(journal_of(run))
+    known = journal_of(run).outcomes
     assert sorted(outcome.rung for outcome in known) == ["short", "unchanged"]
     trials = [trial for trial in trials_of(run) if trial.state is TrialState.COMPLETE]
     assert len(trials) > 50
@@ -385,7 +386,7 @@ def test_a_budget_that_nothing_meets_is_refused_in_seconds_with_the_smallest_tha
 def test_a_policy_that_the_device_cannot_run_is_a_failure_and_the_search_goes_on(net, data, tmp_path, brisk):
     run, device = tmp_path / "run", BrokenDevice(["00000"])
     result = run_search(task(trials=2), run, model=net, data=data, device=device)
-    outcomes = {outcome.id: outcome for outcome in journal.outcomes(journal_of(run))}
+    outcomes = {outcome.id: outcome for outcome in journal_of(run).outcomes}
     assert (outcomes["00000"].failure.stage, outcomes["00000"].failure.reason) == ("measure", "the device is on fire")
     assert outcomes["00001"].failure is None
     assert trials_of(run)[0].state is TrialState.FAIL
