@@ -34,7 +34,7 @@ from autocompress.proposals import LevelSuggester
 from autocompress.records import Measurement
 from autocompress.references import require_formats
 from autocompress.run_folder import read_front, writing
-from autocompress.search_space import find_suggest
+from autocompress.search_space import find_suggest, unsaturated
 from autocompress.task import DEFAULT_DEVICE, OBJECT, Task
 from autocompress.units import format_duration, format_size
 from autocompress.view import Entry, Results, format_score
@@ -263,7 +263,8 @@ def apply_policy(
     """Compress, export and check one policy without training; int8 ranges come from the data, or from random inputs without it.
 
     Args:
-        policy: a policy file, or `random:SEED` for one drawn from `space`.
+        policy: a policy file, whose int8 weights are kept in a range that the device computes with exactly; or `random:SEED` for one drawn
+            from `space`.
         student: reference of another architecture to derive the student from; a policy file that names a user's function needs it too.
 
     Returns what was built and measured, for people. Raises UsageError, also when the policy cannot become an artifact.
@@ -281,7 +282,7 @@ def apply_policy(
     refused = _refused(f"the policy {policy!r} cannot become a file that runs")
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder, refused, _whole(out) as made:
         setting = prepare(task, Path(folder), load(task, data=loaded))
-        chosen = given or _draw(task, seed, setting)
+        chosen = unsaturated(given, setting.device.profile) if given else _draw(task, seed, setting)
         compressed = untrained(setting, chosen)
         path = made / setting.write(made, compressed, chosen).artifact
         outputs, parity = check_artifact(setting, compressed, path, chosen)

@@ -80,7 +80,7 @@ class StudentSpec(Record):
     width: Width = 1.0
     widths: dict[str, Width] = {}
     drop: tuple[str, ...] = ()
-    multiple: Annotated[int, Field(ge=1, le=256)] = 1
+    multiple: Annotated[int, Field(ge=1)] = 1
 
     _sort_widths = field_validator("widths")(_sorted_mapping)
 

@@ -324,15 +324,16 @@ def find_suggest(space: str, graph: Graph, profile: DeviceProfile, *, reference:
 
 def fitted(policy: Policy, profile: DeviceProfile) -> Policy:
     """The policy as the device runs it: channels in multiples that suit its kernels, int8 weights in a range that it does not saturate."""
-    student, quant = policy.student, policy.quant
-    multiple = math.lcm(student.multiple, profile.channel_multiple)
+    multiple = math.lcm(policy.student.multiple, profile.channel_multiple)
+    return unsaturated(policy.model_copy(update={"student": policy.student.model_copy(update={"multiple": multiple})}), profile)
+
+
+def unsaturated(policy: Policy, profile: DeviceProfile) -> Policy:
+    """The same student, its int8 weights in a range that the device computes with exactly."""
+    quant = policy.quant
     in_int8 = 8 in (quant.bits, *quant.layers.values())
-    return policy.model_copy(
-        update={
-            "student": student.model_copy(update={"multiple": multiple}),
-            "quant": quant.model_copy(update={"reduced_range": quant.reduced_range or (in_int8 and profile.reduced_range)}),
-        }
-    )
+    reduced = quant.reduced_range or (in_int8 and profile.reduced_range)
+    return policy.model_copy(update={"quant": quant.model_copy(update={"reduced_range": reduced})})
 
 
 def own_suggest(function: Callable[[Suggester], Any], name: str, profile: DeviceProfile) -> Suggest:

@@ -17,9 +17,8 @@ from autocompress.deploy import apply_policy, export_run, measure_reference, rec
 from autocompress.errors import PolicyFailure, RunFolderError, UsageError
 from autocompress.export import read_manifest, update_manifest, write_bundle
 from autocompress.graph import Graph
-from autocompress.policy import Policy, PruneSpec, StudentSpec
+from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import load, prepare
-from autocompress.search_space import fitted
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
 
@@ -335,10 +334,14 @@ def splits(): return [(torch.randn(32, 3, 16, 16), torch.arange(32) % 10)] * 3
 """
 
 
-def test_a_policy_file_is_applied_to_data(tmp_path):
+@pytest.mark.parametrize("saturates", [False, True])
+def test_a_policy_file_is_applied_to_data_in_a_range_that_the_device_does_not_saturate(tmp_path, monkeypatch, saturates):
+    device = FakeDevice()
+    device.profile = device.profile.model_copy(update={"reduced_range": saturates or device.profile.reduced_range})
+    monkeypatch.setattr("autocompress.preparation.open_device", lambda name: device)
     (tmp_path / "own.py").write_text(SPLITS)
-    policy = fitted(Policy(quant={"bits": 8}), FakeDevice().profile)
-    (tmp_path / "policy.json").write_text(policy.to_json())
+    (tmp_path / "policy.json").write_text(Policy(quant={"bits": 8}).to_json())
+    policy = Policy(quant=QuantSpec(bits=8, reduced_range=device.profile.reduced_range))
     told = apply_policy(MODEL, policy=str(tmp_path / "policy.json"), data=f"{tmp_path / 'own.py'}:splits", out=tmp_path / "out", batch=8)
     assert told["digest"] == policy.digest
     assert told["speedup"] > 1

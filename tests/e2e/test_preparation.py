@@ -19,6 +19,7 @@ from autocompress.errors import DeviceUnavailable, UsageError
 from autocompress.objective import FLOAT_WEIGHTS, realise
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import limit_validation, load, prepare, score_original
+from autocompress.search_space import unsaturated
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
 
@@ -193,8 +194,9 @@ class Tied(Net):
 
 
 def test_a_network_with_tied_weights_is_compressed(data, tmp_path):
-    policy = Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}), quant=QuantSpec(bits=8))
+    torch.manual_seed(0)
     setting = ready(Tied().eval(), data, tmp_path / "run")
+    policy = unsaturated(Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}), quant=QuantSpec(bits=8)), setting.device.profile)
     outcome = realise(setting, policy, id="00000", rung="short", deadline=time.monotonic() + 1.0, predicted=None)
     assert outcome.failure is None
     weights = load_file(setting.models / "00000" / FLOAT_WEIGHTS)
@@ -223,7 +225,7 @@ def test_a_network_whose_weights_are_computed_is_compressed(data, tmp_path, way)
     own(data.example(4))
     before = copy.deepcopy(own.state_dict())
     setting = ready(own, data, tmp_path / "run")
-    policy = Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}), quant=QuantSpec(bits=8))
+    policy = unsaturated(Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}), quant=QuantSpec(bits=8)), FakeDevice().profile)
     outcome = realise(setting, policy, id="00000", rung="short", deadline=time.monotonic() + 1.0, predicted=None)
     assert outcome.failure is None
     assert own.training and all(torch.equal(before[key], value) for key, value in own.state_dict().items())
