@@ -225,9 +225,12 @@ class Data:
         return self.prepare(self.train.rows(torch.arange(batch) % len(self.train)))
 
     def prepare(self, inputs: Tensor) -> Tensor:
-        """What the model sees: images normalised, floating point in float32; whole numbers but uint8 stay as they are."""
+        """What the model sees: images normalised, floating point in float32; whole numbers but uint8 stay as they are.
+
+        A copy, since a network may change its inputs in place.
+        """
         if inputs.dtype != torch.uint8:
-            return inputs.float() if inputs.is_floating_point() else inputs
+            return inputs.to(torch.float32 if inputs.is_floating_point() else inputs.dtype, copy=True)
         x = inputs.float().div_(255)
         if self.mean is None or self.std is None:
             return x

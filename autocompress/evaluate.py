@@ -61,6 +61,12 @@ def full_batches(data: Data, split: Split, batch: int) -> Iterator[np.ndarray]:
         yield full.numpy()
 
 
+@torch.inference_mode()
+def model_answers(model: nn.Module, data: Data, split: Split, batch: int) -> Tensor:
+    """What `run_artifact` answers of the split, from the model itself."""
+    return torch.cat([model(torch.from_numpy(inputs)).float() for inputs in full_batches(data, split, batch)])[: len(split)]
+
+
 def score_artifact(device: Device, path: Path, data: Data, split: Split, batch: int) -> Score:
     """Score the file that ships, run by the runtime that will run it."""
     return score_outputs(run_artifact(device, path, data, split, batch), split.targets, data)

@@ -263,22 +263,26 @@ class Forecast:
 
     def require_hope(self) -> None:
         """Before anything is calibrated: raises InfeasibleBudget when the ends of the space are far over a limit. Takes seconds."""
-        for budget, end, cost in (
+        generator = np.random.default_rng(self.setting.seed)
+        drawn = [self.suggest(LevelSuggester(generator)) for _ in range(DRAWS)]  # the ends are a guess from names: own spaces have others
+        for budget, ends, cost in (
             (self.budget.of_time, fastest(self.suggest), _arithmetic),
-            (self.budget.of_size, smallest(self.suggest), _weight_bytes),
+            (self.budget.of_size, [smallest(self.suggest)], _weight_bytes),
         ):
             if budget == Budget():
                 continue
-            policy = self._least(end, cost)
-            found = self._measure_untrained(policy)
-            if found is not None and found.violation(budget, HOPE) > 0:
-                raise self._infeasible(budget, found)
+            least = min([*ends, *drawn], key=lambda policy: cost(self.workload(policy)))
+            self._require_one_within(budget, [least, *ends])
 
-    def _least(self, end: Policy, cost: Callable[[Workload], int]) -> Policy:
-        """Which costs least: the end of the space, or one of a few draws. The end is a guess from names; own spaces may have others."""
-        generator = np.random.default_rng(self.setting.seed)
-        drawn = [self.suggest(LevelSuggester(generator)) for _ in range(DRAWS)]
-        return min((end, *drawn), key=lambda policy: cost(self.workload(policy)))
+    def _require_one_within(self, budget: Budget, policies: Sequence[Policy]) -> None:
+        """Raises InfeasibleBudget when all of these are far over the limits, with the nearest of them."""
+        measured = list[Untrained]()
+        for policy in {policy.digest: policy for policy in policies}.values():
+            found = self._measure_untrained(policy)
+            if found is None or found.violation(budget, HOPE) <= 0:
+                return
+            measured.append(found)
+        raise self._infeasible(budget, min(measured, key=lambda found: found.violation(budget)))
 
     def require_feasible(self, pool: Sequence[Proposal]) -> None:
         """Raises InfeasibleBudget unless some policy can meet the limits on time.
@@ -287,7 +291,7 @@ class Forecast:
         the limits or no other can be.
         """
         budget, measured = self.budget.of_time, list[Untrained]()
-        waiting = [self.proposal(fastest(self.suggest), {}), *pool]
+        waiting = [*(self.proposal(policy, {}) for policy in fastest(self.suggest)), *pool]
         for _ in range(FASTEST):
             nearest = min(waiting, key=lambda p: self.model.predict(p.workload).value)
             predicted = self.model.predict(nearest.workload)

@@ -24,7 +24,7 @@ from autocompress.data import Data
 from autocompress.devices.base import Device
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import AutocompressError, PolicyFailure, one_line
-from autocompress.evaluate import full_batches, run_artifact, score_outputs
+from autocompress.evaluate import model_answers, run_artifact, score_outputs
 from autocompress.export import Manifest, Parity, check_parity, weights_bytes, write_bundle
 from autocompress.graph import Graph, Structure
 from autocompress.graph.nodes import follows_batch
@@ -231,8 +231,7 @@ def measure_beside_baseline(setting: Setting, path: Path) -> Measurement:
 @torch.inference_mode()
 def _answers(student: fx.GraphModule, setting: Setting) -> Tensor:
     if any(follows_batch(module) for module in student.modules()):  # then the file's batches give other answers than larger ones
-        full = full_batches(setting.data, setting.data.val, setting.batch)
-        return torch.cat([student(torch.from_numpy(inputs)).float() for inputs in full])[: len(setting.data.val)]
+        return model_answers(student, setting.data, setting.data.val, setting.batch)
     batches = setting.data.batches(setting.data.val, setting.batch_size)
     return torch.cat([student(inputs).float() for inputs, _ in batches])
 

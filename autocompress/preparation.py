@@ -20,14 +20,14 @@ from autocompress.data import Data, load_data, sample
 from autocompress.demo import LEARNING_RATE, TEACHER_EPOCHS
 from autocompress.devices import open_device
 from autocompress.devices.base import Device
-from autocompress.errors import UsageError, one_line
-from autocompress.evaluate import score_artifact
-from autocompress.export import weights_bytes, write_bundle
+from autocompress.errors import PolicyFailure, UsageError, one_line
+from autocompress.evaluate import model_answers, run_artifact, score_artifact
+from autocompress.export import check_parity, weights_bytes, write_bundle
 from autocompress.graph import Graph
 from autocompress.graph.plain import own_copy
 from autocompress.models import load_model, load_weights
 from autocompress.objective import Baseline, Setting, fails_policy
-from autocompress.policy import Policy
+from autocompress.policy import Policy, QuantSpec
 from autocompress.records import Score
 from autocompress.run_folder import write_atomically
 from autocompress.schedule import FEWEST_EXAMPLES
@@ -36,6 +36,8 @@ from autocompress.task import OBJECT, Task
 
 BASELINE = "baseline"
 TEACHER_WEIGHTS = "teacher.safetensors"
+PARITY_EXAMPLES = 16
+"""Validation examples on which the original's file is compared with the model."""
 LEAST_VALIDATION, MOST_SHARE = 256, 5.0
 """Of validation examples there are at least so many, unless they take so many times the seconds that they should."""
 
@@ -116,7 +118,7 @@ def prepare(task: Task, run: Path, loaded: Loaded) -> Setting:
     """
     graph, models = loaded.graphs[None], run / "models"
     models.mkdir(parents=True, exist_ok=True)
-    baseline = _baseline(graph, loaded.device, models, loaded.example, task.model)
+    baseline = _baseline(graph, loaded.teacher, loaded.data, loaded.device, models, loaded.example, task.model)
     return Setting(
         data=loaded.data,
         teacher=Teacher(loaded.teacher.to(best_training_device()), loaded.data, classifier=graph.classifier, seed=task.seed),
@@ -169,7 +171,7 @@ def _outputs(model: nn.Module, inputs: Tensor, reference: str, hint: str) -> Ten
     """What the model makes of the inputs in eval mode. Raises UsageError with this hint unless that is a tensor with a row for each."""
     was_training = model.training
     try:
-        outputs = model.eval()(inputs)
+        outputs = model.eval()(inputs.clone())  # which it may change in place
     except Exception as error:  # whatever the user's own code raises
         rule = f"{reference} must take inputs of shape {tuple(inputs.shape)}, but raised {one_line(error)}"
         raise UsageError(rule, hint=hint) from None
@@ -187,12 +189,22 @@ def _shape(outputs: object) -> str:
     return str(tuple(outputs.shape)) if isinstance(outputs, Tensor) else type(outputs).__name__
 
 
-def _baseline(graph: Graph, device: Device, models: Path, example: Tensor, reference: str) -> Baseline:
+def _baseline(graph: Graph, model: nn.Module, data: Data, device: Device, models: Path, example: Tensor, reference: str) -> Baseline:
     with _about_the_model(reference):
         student = build_student(graph, Policy())
         manifest = write_bundle(models / BASELINE, student.eval(), Policy(), (example,), model=reference)
         path = models / BASELINE / manifest.artifact
+        few, batch = sample(data.val, PARITY_EXAMPLES), len(example)
+        actual = run_artifact(device, path, data, few, batch)
+        _require_same(model_answers(model, data, few, batch), actual)
         return Baseline(path=path, latency_s=device.measure([path])[0], size_bytes=manifest.size_bytes)
+
+
+def _require_same(expected: Tensor, actual: Tensor) -> None:
+    """Raises PolicyFailure unless the file computes what the model itself does: all that follows is compared with the file."""
+    if not torch.isfinite(expected).all():
+        raise PolicyFailure("its own outputs are not finite")
+    check_parity(expected, actual, QuantSpec(), ())
 
 
 @contextlib.contextmanager
@@ -239,7 +251,7 @@ def train_demo_teacher(setting: Setting, run: Path, seconds: float, tick: Tick) 
     train(model, data, plan, tick=tick)
     write_atomically(weights, weights_bytes(model))
     graph = Graph.trace(model.cpu(), (setting.example,))
-    baseline = _baseline(graph, setting.device, setting.models, setting.example, setting.model_reference)
+    baseline = _baseline(graph, model, data, setting.device, setting.models, setting.example, setting.model_reference)
     return replace(
         setting,
         teacher=Teacher(model.to(best_training_device()), data, classifier=graph.classifier, seed=setting.seed),

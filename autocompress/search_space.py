@@ -287,9 +287,9 @@ def spread(total: int, keep: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _Smallest:
-    """A suggester that always takes the small end: the highest ratio, and of bits the fewest, or those that run fastest."""
+    """A suggester that always takes the small end: the highest ratio, and these bits where they can be had, else the fewest."""
 
-    fewest_bits: bool
+    bits: int | None
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
         return low
@@ -298,8 +298,8 @@ class _Smallest:
         return high if name.startswith("prune") else low
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        if 8 in choices and not self.fewest_bits:
-            return 8
+        if self.bits in choices:
+            return self.bits
         numbers = [choice for choice in choices if isinstance(choice, (int, float))]
         return min(numbers) if len(numbers) == len(choices) else choices[-1]
 
@@ -358,11 +358,11 @@ def own_suggest(function: Callable[[Suggester], Any], name: str, profile: Device
     return suggest
 
 
-def fastest(suggest: Suggest) -> Policy:
-    """The policy at the fast end of every dimension: the best guess at the one with the lowest latency."""
-    return suggest(_Smallest(fewest_bits=False))
+def fastest(suggest: Suggest) -> list[Policy]:
+    """The policies at the fast end of every dimension, in each kind of arithmetic: int8 is slower than float32 on some devices."""
+    return list({policy.digest: policy for policy in (suggest(_Smallest(bits)) for bits in KERNEL_BITS)}.values())
 
 
 def smallest(suggest: Suggest) -> Policy:
     """The policy at the small end of every dimension: the best guess at the one with the smallest file."""
-    return suggest(_Smallest(fewest_bits=True))
+    return suggest(_Smallest(None))

@@ -108,7 +108,7 @@ class Teacher:
     def _answer(self, inputs: Tensor) -> Answers:
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         with fast_arithmetic(device):
-            said = observe(self.model, inputs.to(device), self._classifier)
+            said = observe(self.model, inputs.to(device, copy=True), self._classifier)  # it may change them in place
         return Answers(said.outputs.float().cpu(), said.features.float().cpu() if said.features is not None else None)
 
 

@@ -21,6 +21,9 @@ OPAQUE = "model"
 TOLERANCE = 1e-4
 FIRST = ("input", "tensors")
 """How torch calls the first argument of a module or function of one or several tensors."""
+OUT_OF_PLACE = {
+    operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul, operator.itruediv: operator.truediv,
+}  # fmt: skip
 VIEWS = {"view": "reshape", "view_as": "reshape_as"}
 """Training keeps images channels last, and no view flattens such a map: the operator that copies where it must stands in."""
 
@@ -46,7 +49,7 @@ def trace(model: nn.Module, example: tuple[Tensor, ...]) -> Traced:
     duplicate = own_copy(model)
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         try:
-            expected = duplicate(*example)
+            expected = duplicate(*_copies(example))
         except Exception as error:  # whatever the user's own code raises
             raise UsageError(
                 f"the model does not run on its example input: {type(error).__name__}: {error}",
@@ -55,8 +58,8 @@ def trace(model: nn.Module, example: tuple[Tensor, ...]) -> Traced:
     fold_computed_weights(duplicate)
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         try:
-            module = _symbolic(duplicate)
-            if not _same(module(*example), expected):
+            module = _symbolic(own_copy(duplicate))  # which changes modules that the traced network shares with what was traced
+            if not _same(module(*_copies(example)), expected):
                 return _opaque(duplicate, example, "the traced network computes something else")
         except Exception as error:  # torch.fx raises many kinds, and runs the user's own code
             return _opaque(duplicate, example, f"torch.fx cannot trace it: {one_line(error)}")
@@ -72,6 +75,11 @@ def untraced(model: nn.Module, example: tuple[Tensor, ...], reason: str) -> Trac
         return _opaque(duplicate, example, reason)
 
 
+def _copies(example: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A network may change its inputs in place."""
+    return tuple(tensor.clone() for tensor in example)
+
+
 def _symbolic(model: nn.Module) -> fx.GraphModule:
     module = fx.GraphModule(model, _Tracer().trace(model))
     _normalise(module)
@@ -82,26 +90,48 @@ def _symbolic(model: nn.Module) -> fx.GraphModule:
 
 def _normalise(module: fx.GraphModule) -> None:
     """Out-of-place operators only, so that blocks can be removed without aliasing; no identities; what is read comes by position."""
-    swaps = {operator.iadd: operator.add, operator.imul: operator.mul}
-    for node in list(module.graph.nodes):
+    order = {node: position for position, node in enumerate(module.graph.nodes)}
+    overwriting = {name for name, leaf in module.named_modules() if getattr(leaf, "inplace", False)}
+    for name in overwriting:
+        module.get_submodule(name).inplace = False  # type: ignore[assignment]
+    for node in order:
         named = next((name for name in FIRST if name in node.kwargs), None)
         if named is not None and not node.args:
             node.args = (node.kwargs[named],)
             node.kwargs = {name: value for name, value in node.kwargs.items() if name != named}
-        if node.op == "call_function" and node.target in swaps:
-            node.target = swaps[node.target]
-        if node.op == "call_method" and node.target in ("add_", "mul_", "relu_"):
-            node.target = str(node.target)[:-1]
+        if _put_out_of_place(node) or (node.op == "call_module" and node.target in overwriting):
+            _read_instead(node, order)
         if node.op == "call_method" and node.target in VIEWS and not _views_other_bits(node):
             node.target = VIEWS[str(node.target)]
         if node.op == "call_module" and type(module.get_submodule(str(node.target))) is nn.Identity:
             node.replace_all_uses_with(node.all_input_nodes[0])
             module.graph.erase_node(node)
-    for leaf in module.modules():
-        if hasattr(leaf, "inplace"):
-            leaf.inplace = False  # type: ignore[assignment]
     module.delete_all_unused_submodules()
     annotate_kinds(module)
+
+
+def _put_out_of_place(node: fx.Node) -> bool:
+    """Let a function or method that overwrites its first input return its result only; whether it was one."""
+    target = node.target
+    if node.op == "call_function" and target in OUT_OF_PLACE:
+        node.target = OUT_OF_PLACE[target]
+    elif node.op == "call_function" and node.kwargs.get("inplace"):
+        node.kwargs = {**node.kwargs, "inplace": False}
+    elif node.op == "call_method" and str(target).endswith("_") and callable(getattr(Tensor, str(target)[:-1], None)):
+        node.target = str(target)[:-1]
+    else:
+        return False
+    return True
+
+
+def _read_instead(node: fx.Node, order: dict[fx.Node, int]) -> None:
+    """What would read the overwritten input after the node reads its result. (Other views of the same memory are found by comparing.)"""
+    overwritten = node.args[0]
+    if not isinstance(overwritten, fx.Node):
+        return
+    for reader in list(overwritten.users):
+        if order[reader] > order[node]:
+            reader.replace_input_with(overwritten, node)
 
 
 def _views_other_bits(node: fx.Node) -> bool:
@@ -149,4 +179,4 @@ class _Shapes(fx.Interpreter):
 def annotate_shapes(module: fx.GraphModule, example: tuple[Tensor, ...]) -> None:
     """Write `meta["shape"]` of every tensor node by running the example."""
     with torch.random.fork_rng(devices=[]):
-        _Shapes(module).run(*example)
+        _Shapes(module).run(*_copies(example))

@@ -18,7 +18,7 @@ from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import load, prepare
 from autocompress.proposals import CELLS, KEPT_EACH, LevelSuggester, Variation
 from autocompress.records import Budget, Workload
-from autocompress.search_space import find_suggest
+from autocompress.search_space import fastest, find_suggest
 from autocompress.session import run_search
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
@@ -90,6 +90,21 @@ def test_a_space_whose_names_do_not_say_which_end_is_fast_is_not_refused(setting
     budget = 0.95 * slow / HOPE
     assert fast < 0.8 * budget
     forecast(setting, f"{1e6 * budget:.3f}us", suggest=lambda trial: cut(trial.suggest_float("cut", 0.0, 0.9))).require_hope()
+
+
+def test_a_budget_that_only_float32_meets_is_not_refused_where_int8_is_slower(net, data, tmp_path):
+    """As on processors without instructions for int8, and for networks of many small operators anywhere."""
+    costs = SLOW_CALLS.model_copy(update={"mac_int8": 10 * SLOW_CALLS.mac})
+    setting = prepare(TASK, tmp_path / "run", load(TASK, model=net, data=data, device=FakeDevice(costs)))
+    in_int8, in_float = (setting.device.seconds_of(setting.graphs[None].workload(p)) for p in fastest(forecast(setting).suggest))
+    assert in_int8 > 3 * in_float
+    found = forecast(setting, f"{1.05e6 * in_float:.3f}us")
+    found.require_hope()
+    found.calibrate(2.0, 0, lambda *_: None)
+    found.require_feasible(found.pool(0, 1.0))
+    with pytest.raises(InfeasibleBudget) as caught:
+        forecast(setting, "1us").require_hope()
+    assert in_float <= caught.value.smallest_latency_s < 1.1 * in_float
 
 
 def test_without_a_budget_nothing_is_refused(setting):

@@ -185,6 +185,24 @@ def test_a_measurement_is_noisy_where_the_original_beside_it_does_not_settle(net
     assert ("baseline beside it" in latency.noise_reason) is noisy
 
 
+class Moody(Net):
+    """Answers something else each time."""
+
+    def forward(self, x):
+        return super().forward(x + torch.randn_like(x))
+
+
+class Blind(Net):
+    def forward(self, x):
+        return super().forward(x) * float("nan")
+
+
+@pytest.mark.parametrize(("kind", "says"), [(Moody, "float32 outputs must agree"), (Blind, "its own outputs are not finite")])
+def test_the_originals_file_must_compute_what_the_model_does(data, tmp_path, kind, says):
+    with pytest.raises(UsageError, match=f"must run on the device as it is.*{says}"):
+        ready(kind().eval(), data, tmp_path / "run")
+
+
 class Tied(Net):
     """Two convolutions with one weight."""
 
