@@ -96,7 +96,6 @@ def _search(task: Task, run: Path, *, resume: bool, quiet: bool, json: bool) -> 
 
     try:
         with make_progress(quiet) as progress:
-            progress.message(f"searching in {run}")
             run_search(task, run, resume=resume, progress=progress)
     except InfeasibleBudget:
         if not json and (run / "front.json").is_file():

@@ -72,7 +72,13 @@ def progress_point(outcomes: Sequence[Outcome], baseline: Baseline, budget: Budg
     }
 
 
-def front_of(outcomes: Sequence[Outcome], budget: Budget) -> list[Outcome]:
-    """The front of what was measured within the budget; without a budget everything is within it."""
-    within = [o for o in measured(outcomes) if feasible(o, budget)]
-    return pareto_front(within)
+def front_of(outcomes: Sequence[Outcome], budget: Budget, baseline: Baseline) -> list[Outcome]:
+    """The front of what was measured within the budget, fastest first; without a budget everything is within it.
+
+    What the original itself beats, where it is within the budget, is worth nothing to anybody.
+    """
+    front = pareto_front(o for o in measured(outcomes) if feasible(o, budget))
+    if baseline.val_score is None or not budget.allows(baseline.latency_s, baseline.size_bytes):
+        return front
+    score, latency = baseline.val_score.gain, baseline.latency_s.median
+    return [o for o in front if o.val_score and o.latency_s and (o.val_score.gain > score or o.latency_s.median < latency)]

@@ -147,7 +147,7 @@ class Search(Findings):
         if 8 not in profile.bits or any(o.rung == "unchanged" for o in self.journal.outcomes):
             return
         policy = fitted(Policy(quant=QuantSpec(bits=8)), profile)
-        predicted = self.forecast.predict(policy)
+        predicted = self.forecast.foretell(policy)
         self.show("the unchanged network in int8")
         self.keep(realise(self.setting, policy, id="int8", rung="unchanged", deadline=time.monotonic(), predicted=predicted))
 
@@ -223,7 +223,7 @@ class Search(Findings):
                 id=id,
                 rung="short",
                 deadline=deadline,
-                predicted=self.forecast.predict(policy),
+                predicted=self.forecast.foretell(policy),
                 tick=self.percent(name),
             )
         except BaseException:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SPLIT_SEED = 20240
 SPLITS = ("train", "val", "test")
+FINITE_ROWS = 4096
+"""Inputs that are looked at together for values that are not finite."""
 FLOAT_BYTES = 4
 DIGEST_INPUTS = 8
 CALIBRATION_BYTES = 2**30
@@ -36,6 +38,8 @@ SMALL_VAL_FRACTION = 0.2
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 ScoreFunction = Callable[[Tensor, Tensor], float]
+Splits = Sequence[Any]
+"""Two or three of `Split` or (inputs, targets): train, validation, test."""
 
 
 class Split:
@@ -160,6 +164,7 @@ class Data:
                     hint="give it examples that the other splits do not hold",
                 )
         self._require_one_form()
+        self._require_finite()
         if (self.loss is None) != (self.score is None):
             raise UsageError(
                 "data with its own `loss` must bring its own `score`, and the other way round",
@@ -177,6 +182,14 @@ class Data:
                 f"the splits must hold inputs of one shape and type, but train has {forms['train']} and {other} {forms[other]}",
                 hint="prepare the inputs of all splits alike",
             )
+
+    def _require_finite(self) -> None:
+        for name in SPLITS:
+            inputs = getattr(self, name).inputs
+            if inputs.is_floating_point() and not all(bool(torch.isfinite(part).all()) for part in inputs.split(FINITE_ROWS)):
+                raise UsageError(
+                    f"inputs must be finite, but some of {name} are NaN or infinite", hint="fill in or leave out such examples"
+                )
 
     def _take_classes(self) -> None:
         """Targets in int64, and how many classes they name."""
@@ -328,7 +341,7 @@ def load_data(reference: str) -> Data:
         return _image_folder(Path(name.removeprefix("imagefolder:")), options)
     if ":" in name:
         _known_options(options, set(), name)
-        return _from_function(name)
+        return as_data(call_function(name), f"what {name} returns")
     raise UsageError(
         f"unknown data {reference!r}",
         hint="use digits, torchvision:NAME?root=DIR, imagefolder:DIR or file.py:function",
@@ -480,8 +493,8 @@ def _fill_missing(train: Split, val: Split | None, test: Split | None) -> tuple[
     return train, val, test
 
 
-def _from_function(reference: str) -> Data:
-    made = call_function(reference)
+def as_data(made: Any, reference: str) -> Data:
+    """Data, or two or three splits, as a user's function returns them or Python gives them. Raises UsageError for anything else."""
     if isinstance(made, Data):
         return made
     if isinstance(made, (tuple, list)) and len(made) in (2, 3):
@@ -489,8 +502,8 @@ def _from_function(reference: str) -> Data:
         train, val, test = splits if len(splits) == 3 else _fill_missing(splits[0], splits[1], None)
         return Data(train, val, test)
     raise UsageError(
-        f"{reference} must return autocompress.Data or (train, val, test) of (inputs, targets), but got {type(made).__name__}",
-        hint="return autocompress.Data(train, val, test)",
+        f"{reference} must be autocompress.Data or (train, val, test) of (inputs, targets), but is {type(made).__name__}",
+        hint="make it autocompress.Data(train, val, test)",
     )
 
 

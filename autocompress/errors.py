@@ -14,12 +14,17 @@ The message of each is one sentence that names the rule and the value, `hint` is
 
 from __future__ import annotations
 
+import re
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+"""What torch colours its messages with, for terminals."""
+
 
 def one_line(error: BaseException) -> str:
     """`"ValueError: the first line of its message"`; of our own errors the message alone."""
     if isinstance(error, AutocompressError):
         return error.message
-    lines = str(error).strip().splitlines()
+    lines = COLOUR.sub("", str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 

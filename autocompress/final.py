@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from autocompress.content import front_of
 from autocompress.data import Split, sample
 from autocompress.errors import PolicyFailure, one_line
 from autocompress.evaluate import score_artifact
@@ -27,7 +26,7 @@ def measure_front(search: Findings) -> None:
     What leaves the budget may let points onto the front that were behind it, so that it is measured until all of it has been.
     """
     known: set[str] = set()
-    while front := [o for o in front_of(search.outcomes(), search.budget) if o.id not in known]:
+    while front := [o for o in search.front() if o.id not in known]:
         if known and search.clock.until_end < 0:
             return
         search.show("measuring the front", 0, len(front))
@@ -68,7 +67,7 @@ def score_test(search: Findings) -> None:
 
     Where the whole of it would take longer than the search may, a part of it that is always the same.
     """
-    setting, front = search.setting, front_of(search.outcomes(), search.budget)
+    setting, front = search.setting, search.front()
     left = max(0.0, search.clock.until_end)
     slowness = 1 + sum(o.latency_s.median for o in front if o.latency_s) / setting.baseline.latency_s.median
     per_example_s = max(1e-9, search.per_example_s * slowness)

@@ -65,14 +65,17 @@ class Findings:
                 kept[outcome.policy.digest] = outcome
         return list(kept.values())
 
+    def front(self) -> list[Outcome]:
+        """What is worth having by now, fastest and least accurate first."""
+        return front_of(self.outcomes(), self.budget, self.setting.baseline)
+
     def content(self) -> dict[str, Any]:
         """What front.json holds now."""
         baseline, results = self.setting.baseline, self.outcomes()
-        front = front_of(results, self.budget)
+        front = self.front()
         on_front = {o.id for o in front}
         entries = [entry(o, baseline, self.budget, self._layers(o.policy), dominated=o.id not in on_front) for o in measured(results)]
         every = self.journal.outcomes
-        best = pick(results, self.budget)
         return {
             "schema": 1,
             "task": self.task.model_dump(mode="json"),
@@ -88,7 +91,7 @@ class Findings:
             },
             "front": [e for e in sorted(entries, key=lambda e: e["latency_s"]["median"]) if e["id"] in on_front],
             "points": entries,
-            "best": best.id if best is not None else None,
+            "best": front[-1].id if front else None,
             "progress": self.points,
             "prediction": prediction_quality(every, self.forecast.structure) | {"held_out": self.forecast.model.held_out_error()},
             "ladder": ladder_quality(

@@ -17,7 +17,7 @@ import numpy as np
 from autocompress.errors import InfeasibleBudget, UsageError
 from autocompress.graph import Graph, Structure
 from autocompress.latency import FittedLatencyModel, OperatorTable
-from autocompress.objective import Setting, fails_policy, untrained
+from autocompress.objective import UNTRAINED, Setting, fails_policy, untrained
 from autocompress.policy import Policy
 from autocompress.proposals import LevelSuggester, Proposal, Variation, capacity, elites, inheritance
 from autocompress.records import Budget, Measurement, Outcome, Prediction, Workload
@@ -69,6 +69,7 @@ class Forecast:
     limits: Budget
     model: FittedLatencyModel
     networks: dict[Structure, tuple[Workload, float]] = field(default_factory=dict)
+    _foretold: dict[Structure, Prediction] = field(default_factory=dict)
 
     @classmethod
     def start(cls, setting: Setting, suggest: Suggest, limits: Budget) -> Self:
@@ -243,11 +244,18 @@ class Forecast:
         self.learn([])
 
     def _note(self, policy: Policy, seconds: float) -> None:
-        self.networks[self.structure(policy)] = (self.workload(policy), seconds)
+        structure = self.structure(policy)
+        if structure not in self.networks and len(self.model.table):
+            self._foretold[structure] = self.predict(policy)
+        self.networks[structure] = (self.workload(policy), seconds)
+
+    def foretell(self, policy: Policy) -> Prediction:
+        """As it was predicted before its network was first measured: what prediction is judged by."""
+        return self._foretold.get(self.structure(policy)) or self.predict(policy)
 
     def _measure_untrained(self, policy: Policy) -> Untrained | None:
         """What the policy's structure takes; None when it cannot be built."""
-        with tempfile.TemporaryDirectory(prefix="untrained-", dir=self.setting.models) as name:
+        with tempfile.TemporaryDirectory(prefix=UNTRAINED, dir=self.setting.models) as name:
             folder = Path(name)
             try:
                 manifest = self.setting.write(folder, untrained(self.setting, policy), policy)

@@ -41,15 +41,21 @@ def cache_folder() -> Path:
 def decode_folder(folder: Path, size: int, channels: int = 3) -> tuple[tuple[Tensor, Tensor], list[str]]:
     """((images n x channels x size x size uint8, labels n), class names in order) of `folder/CLASS/*.jpg`.
 
-    Images are resized and cropped in the middle; `channels` is 3 (colour) or 1 (grey). Raises UsageError for an empty folder or a broken
-    image, RunFolderError when the disk of the cache is too small.
+    Images are resized and cropped in the middle; `channels` is 3 (colour) or 1 (grey). Hidden folders are none of the classes. Raises
+    UsageError for an empty folder, a class without images or a broken image, RunFolderError when the disk of the cache is too small.
     """
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     files = [(p, i) for i, c in enumerate(classes) for p in sorted((folder / c).rglob("*")) if p.suffix.lower() in EXTENSIONS]
     if not files:
         raise UsageError(
             f"{str(folder)!r} must hold one folder a class with images in it, but there is none",
             hint="put the images of each class into a folder of its own, as DIR/cat/1.jpg",
+        )
+    empty = sorted(set(range(len(classes))) - {label for _, label in files})
+    if empty:
+        raise UsageError(
+            f"each folder of {str(folder)!r} must hold images of its class, but {classes[empty[0]]!r} holds none",
+            hint=f"remove it, or add images (files that end in {', '.join(sorted(EXTENSIONS))})",
         )
     labels = torch.tensor([label for _, label in files], dtype=torch.long)
     return (torch.from_numpy(_decoded(folder, [path for path, _ in files], size, channels)), labels), classes

@@ -40,6 +40,10 @@ DRIFT_PAUSE_S = 2.0
 LATELY = 7
 
 
+UNTRAINED = "untrained-"
+"""How the folders of networks begin that are only measured, and removed at once."""
+
+
 @dataclass(frozen=True)
 class Baseline:
     """The user's own model, exported in float32 and measured: what every speed-up is relative to."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from autocompress.export import check_parity, weights_bytes, write_bundle
 from autocompress.graph import Graph
 from autocompress.graph.plain import own_copy
 from autocompress.models import load_model, load_weights
-from autocompress.objective import Baseline, Setting, fails_policy
+from autocompress.objective import UNTRAINED, Baseline, Setting, fails_policy
 from autocompress.policy import Policy, QuantSpec
 from autocompress.records import Score
 from autocompress.run_folder import write_atomically
@@ -75,7 +76,7 @@ def load(
     _require_target(task, data)
     with torch.random.fork_rng(devices=[]):  # the same network in every process, where it has no weights of its own
         torch.manual_seed(task.seed)
-        teacher = own_copy(model) if model is not None else _loaded(task, data)
+        teacher = _own(model, task) if model is not None else _loaded(task, data)
         torch.manual_seed(task.seed)
         student = load_model(task.student, classes=data.classes) if task.student is not None else None
     example = data.example(task.batch)
@@ -118,6 +119,8 @@ def prepare(task: Task, run: Path, loaded: Loaded) -> Setting:
     """
     graph, models = loaded.graphs[None], run / "models"
     models.mkdir(parents=True, exist_ok=True)
+    for left in models.glob(f"{UNTRAINED}*"):  # by a search that was killed
+        shutil.rmtree(left, ignore_errors=True)
     baseline = _baseline(graph, loaded.teacher, loaded.data, loaded.device, models, loaded.example, task.model)
     return Setting(
         data=loaded.data,
@@ -142,8 +145,29 @@ def _require_target(task: Task, data: Data) -> None:
         raise UsageError(f"target_accuracy must lie in (0, 1], but got {target}", hint="write 95 % as 0.95")
 
 
+def _own(model: nn.Module, task: Task) -> nn.Module:
+    """A copy of an object of Python, with the weights of the task where it names some."""
+    require_float(model, task.model)
+    teacher = own_copy(model)
+    if task.weights:
+        load_weights(teacher, Path(task.weights))
+    return teacher
+
+
+def require_float(model: nn.Module, reference: str) -> None:
+    """Raises UsageError for a network that was quantized already: its weights are packed, and cannot be trained."""
+    packed = next((name for name, module in model.named_modules() if "quantized" in type(module).__module__.split(".")), None)
+    if packed is not None:
+        raise UsageError(
+            f"a model must be in floating point, but {packed or 'all'} of {reference} is quantized",
+            hint="give the model as it was before: the search quantizes it",
+        )
+
+
 def _loaded(task: Task, data: Data) -> nn.Module:
-    return load_model(task.model, weights=Path(task.weights) if task.weights else None, classes=data.classes)
+    model = load_model(task.model, weights=Path(task.weights) if task.weights else None, classes=data.classes)
+    require_float(model, task.model)
+    return model
 
 
 def require_fit(model: nn.Module, data: Data, example: Tensor, reference: str) -> None:
@@ -173,6 +197,8 @@ def _outputs(model: nn.Module, inputs: Tensor, reference: str, hint: str) -> Ten
     try:
         outputs = model.eval()(inputs.clone())  # which it may change in place
     except Exception as error:  # whatever the user's own code raises
+        kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+        hint = f"its weights are {kinds.pop()}: give model.float()" if kinds else hint
         rule = f"{reference} must take inputs of shape {tuple(inputs.shape)}, but raised {one_line(error)}"
         raise UsageError(rule, hint=hint) from None
     finally:
@@ -180,7 +206,7 @@ def _outputs(model: nn.Module, inputs: Tensor, reference: str, hint: str) -> Ten
     if not isinstance(outputs, Tensor) or outputs.dim() < 1 or len(outputs) != len(inputs):
         raise UsageError(
             f"a model must return one tensor with a row for each input, but for {len(inputs)} {reference} returned {_shape(outputs)}",
-            hint="wrap it in a module that returns what your loss and score read",
+            hint=hint if isinstance(outputs, Tensor) else "wrap it in a module that returns what your loss and score read",
         )
     return outputs
 
@@ -239,7 +265,10 @@ def limit_validation(setting: Setting, seconds: float, examples: int | None = No
 
 
 def train_demo_teacher(setting: Setting, run: Path, seconds: float, tick: Tick) -> Setting:
-    """Train the demonstration's network, unless an interrupted search has done so; the setting with the trained teacher."""
+    """Train the demonstration's network, unless an interrupted search has done so; the setting with the trained teacher.
+
+    One that the clock cut short serves this search only: who resumes it with more time gets a better one.
+    """
     weights = run / TEACHER_WEIGHTS
     if weights.is_file():
         return setting
@@ -249,7 +278,8 @@ def train_demo_teacher(setting: Setting, run: Path, seconds: float, tick: Tick) 
     torch.manual_seed(setting.seed)
     plan = TrainPlan(steps, deadline, LEARNING_RATE, setting.batch_size, seed=setting.seed)
     train(model, data, plan, tick=tick)
-    write_atomically(weights, weights_bytes(model))
+    if time.monotonic() < deadline:
+        write_atomically(weights, weights_bytes(model))
     graph = Graph.trace(model.cpu(), (setting.example,))
     baseline = _baseline(graph, model, data, setting.device, setting.models, setting.example, setting.model_reference)
     return replace(

@@ -107,6 +107,15 @@ class Score(Record):
         return self.value if self.direction == "maximize" else -self.value
 
 
+def _budget_duration(text: str) -> float:
+    try:
+        return parse_duration(text)
+    except UsageError as error:
+        raise UsageError(
+            error.message.replace("duration", "budget"), hint="write 10ms, 500us, 0.5x (of the baseline), 4MB or p95=10ms"
+        ) from None
+
+
 class Budget(Record):
     """Limits on the product. `latency` bounds the upper end of the median's 95 % interval.
 
@@ -126,14 +135,15 @@ class Budget(Record):
         for part in parts:
             key, value = cls._parse_one(part)
             if key in limits:
-                raise UsageError(f"the budget limits {key} twice: {', '.join(parts)}", hint="give each limit once")
+                what = {"latency_s": "latency", "p95_s": "p95", "size_bytes": "size", "relative": "relative latency"}[key]
+                raise UsageError(f"the budget limits {what} twice: {', '.join(parts)}", hint="give each limit once")
             limits[key] = value
         return cls.model_validate(limits)
 
     @staticmethod
     def _parse_one(part: str) -> tuple[str, float]:
         if part.startswith("p95="):
-            return "p95_s", parse_duration(part.removeprefix("p95="))
+            return "p95_s", _budget_duration(part.removeprefix("p95="))
         if is_size(part):
             return "size_bytes", parse_size(part)
         if part.endswith("x"):
@@ -147,12 +157,7 @@ class Budget(Record):
                     hint="0.5x means half of the measured baseline",
                 )
             return "relative", factor
-        try:
-            return "latency_s", parse_duration(part)
-        except UsageError as error:
-            raise UsageError(
-                error.message.replace("duration", "budget"), hint="write 10ms, 500us, 0.5x (of the baseline), 4MB or p95=10ms"
-            ) from None
+        return "latency_s", _budget_duration(part)
 
     def against(self, baseline: Measurement) -> Budget:
         """The same budget with `relative` turned into seconds of this baseline's median."""

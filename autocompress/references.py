@@ -61,7 +61,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """`"did you mean x?"` for a mistyped name, or the first known names."""
     known = list(known)
     if not known:
-        return ""
+        return "there is none here that could be named"
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if close:
         return f"did you mean {' or '.join(close)}?"

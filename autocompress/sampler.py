@@ -10,8 +10,8 @@ good points as one cloud; a front is many places at once, each with its own trad
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,13 +33,15 @@ Flags = NDArray[np.bool_]
 
 STARTUP = 12
 """Random trials before anything is modelled."""
-MOST_POINTS = 256
+MOST_POINTS = 200
 """Of the trials, those nearest to the front are modelled: the cost of a process grows with their cube."""
 REFIT_GROWTH = 1.02
 """The processes are fitted again when there are so many times as many trials; until then they only take up what is new."""
-RANDOM, MUTANTS = 200, 300
-CLIMBS, CLIMBERS, CHILDREN = 3, 10, 100
+RANDOM, MUTANTS = 300, 700
+CLIMBS, CLIMBERS, CHILDREN = 3, 10, 150
 """Rounds in which the best so many candidates are varied into so many children."""
+LIGHT, LEAST_SHARE = 30_000, 0.35
+"""Points times coordinates up to which there are so many candidates; of heavier models they are fewer, down to this share."""
 CROSSED = 0.15
 """Share of dimensions that a mutant takes from a second parent."""
 NEARBY = 0.1
@@ -163,10 +165,8 @@ class Memory:
         self._signs = np.array([1.0 if direction == StudyDirection.MAXIMIZE else -1.0 for direction in study.directions])
         self._trials: list[FrozenTrial] = []
         self._read: set[int] = set()
-        self._rows: list[Array] = []
-        self._values: list[Array] = []
-        self._violations: list[float] = []
         self._space = Space({})
+        self.evidence = Evidence(np.zeros((0, 0)), np.zeros((0, 2)), np.zeros(0))
 
     def read(self, study: Study) -> Space:
         """Take up what is new; the dimensions that all complete trials have in common."""
@@ -176,16 +176,21 @@ class Memory:
             shared = {name: d for name, d in shared.items() if not d.single() and trial.distributions.get(name) == d}
         self._trials += new
         self._read |= {trial.number for trial in new}
+        known = self.evidence
         if shared != self._space.distributions:
-            self._space, self._rows = Space(shared), []
-        self._rows += [self._space.encode(trial.params) for trial in self._trials[len(self._rows) :]]
-        self._values += [np.array(trial.values) * self._signs for trial in new]
-        self._violations += [max(trial.constraints.values(), default=0.0) for trial in new]
+            self._space = Space(shared)
+            known = replace(known, rows=self._rows(self._trials[: len(self._trials) - len(new)]))
+        if new:
+            self.evidence = Evidence(
+                np.concatenate([known.rows, self._rows(new)]),
+                np.concatenate([known.values, np.array([trial.values for trial in new]) * self._signs]),
+                np.concatenate([known.violation, [max(trial.constraints.values(), default=0.0) for trial in new]]),
+            )
         return self._space
 
-    @property
-    def evidence(self) -> Evidence:
-        return Evidence(np.array(self._rows), np.array(self._values), np.array(self._violations))
+    def _rows(self, trials: Sequence[FrozenTrial]) -> Array:
+        rows = [self._space.encode(trial.params) for trial in trials]
+        return np.array(rows).reshape(len(trials), len(self._space.distributions))
 
 
 class FrontSampler(BaseSampler):  # type: ignore[misc]  # Optuna has no types
@@ -231,7 +236,10 @@ class FrontSampler(BaseSampler):  # type: ignore[misc]  # Optuna has no types
         """The row of codes that promises most, of candidates that are not known."""
         known = {row.tobytes() for row in evidence.rows}
         worth, leaders = self._worth(evidence)
-        candidates = np.concatenate([self._space.draw(RANDOM, self._generator), self._space.mutants(leaders, MUTANTS, self._generator)])
+        weight = min(MOST_POINTS, len(evidence.rows)) * len(self._space.owners)
+        share = max(LEAST_SHARE, min(1.0, LIGHT / weight))
+        drawn, bred = self._space.draw(int(share * RANDOM), self._generator), int(share * MUTANTS)
+        candidates = np.concatenate([drawn, self._space.mutants(leaders, bred, self._generator)])
         best, gains = candidates[:0], np.zeros(0)
         for _ in range(1 + CLIMBS):
             fresh = {row.tobytes(): row for row in candidates if row.tobytes() not in known}
@@ -241,7 +249,7 @@ class FrontSampler(BaseSampler):  # type: ignore[misc]  # Optuna has no types
                 best, gains = np.concatenate([best, rows]), np.concatenate([gains, worth(self._space.points(rows))])
                 order = np.argsort(-gains)[:CLIMBERS]
                 best, gains = best[order], gains[order]
-            candidates = self._space.mutants(best if len(best) else candidates, CHILDREN, self._generator)
+            candidates = self._space.mutants(best if len(best) else candidates, int(share * CHILDREN), self._generator)
         return best[0] if len(best) else candidates[0]
 
     def _worth(self, evidence: Evidence) -> tuple[Callable[[Array], Array], Array]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import FrameType, NoneType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,9 +17,9 @@ import pandas as pd
 from torch import nn
 
 from autocompress.controller import Search
-from autocompress.data import Data
+from autocompress.data import Data, Splits, as_data
 from autocompress.devices.base import Device
-from autocompress.errors import AutocompressError, InfeasibleBudget, Terminated, TooManyFailures
+from autocompress.errors import AutocompressError, InfeasibleBudget, Terminated, TooManyFailures, UsageError
 from autocompress.final import measure_front, score_test
 from autocompress.forecast import Forecast
 from autocompress.journal import Journal
@@ -98,9 +98,9 @@ class SearchResult:
 
 def search(
     model: nn.Module | str | None = None,
-    data: Data | str | None = None,
+    data: Data | Splits | str | None = None,
     *,
-    budget: str | tuple[str, ...] = (),
+    budget: str | Sequence[str] = (),
     out: Path | str | None = None,
     device: str = DEFAULT_DEVICE,
     batch: int | None = None,
@@ -122,7 +122,7 @@ def search(
 
     Args:
         model: a module (never changed) or a reference such as `"torchvision:resnet18"`.
-        data: `autocompress.Data` or a reference such as `"imagefolder:DIR"`.
+        data: `autocompress.Data`, (train, val, test) of (inputs, targets), or a reference such as `"imagefolder:DIR"`.
         budget: `"10ms"`, `"0.5x"`, `"4MB"`, `"p95=10ms"`, or several; empty for the whole front.
         batch: inputs a call of the deployed model; 1, of the demonstration 32.
         search_time: how long all of it may take; `"30m"`, of the demonstration `"4m"`.
@@ -132,6 +132,12 @@ def search(
 
     Raises the errors of `autocompress.errors`; InfeasibleBudget when nothing meets the budget.
     """
+    _require(model, (nn.Module, str, NoneType), "a model must be a torch.nn.Module or a reference", "give model(), or file.py:function")
+    _require(budget, (str, tuple, list), "a budget must be text, or several", 'for example budget="10ms"; leave it out for the whole front')
+    _require(student, (str, NoneType), "a student must be a reference", 'student="file.py:function", so that its policies name it')
+    _require(space, str, "a space must be a name or a TOML file", "give a function that draws policies as suggest=")
+    if data is not None and not isinstance(data, str):
+        data = as_data(data, "data")
     values = {
         "budget": (budget,) if isinstance(budget, str) else tuple(budget),
         "model": _named(model),
@@ -165,6 +171,11 @@ def _named(given: nn.Module | Data | str | None) -> str | None:
     return given if given is None or isinstance(given, str) else f"{OBJECT}{type(given).__name__}"
 
 
+def _require(given: object, kinds: type | tuple[type, ...], what: str, hint: str) -> None:
+    if not isinstance(given, kinds):
+        raise UsageError(f"{what}, but got {type(given).__name__}", hint=hint)
+
+
 def run_search(
     task: Task,
     run: Path,
@@ -184,6 +195,7 @@ def run_search(
     fresh = not run.exists()
     with locked(run), _terminated_by_signal(), writing(run):
         journal = open_journal(run, task, resume=resume, sampler=sampler)
+        progress.message(f"searching in {run}")
         if not resume:
             _forget_teacher(run)
         clock = Clock.start(task.search_seconds, already=clock.elapsed + (journal.noted("elapsed_s") or 0.0))
@@ -261,7 +273,7 @@ def _result(search_: Search) -> SearchResult:
             f"no policy became a file that works; the first failed to {failures[0]['stage']}: {failures[0]['reason']}",
             hint="mend that, then --resume",
         )
-    if result.best is None and search_.task.budget:
+    if search_.task.budget and not any(point["feasible"] for point in points):
         fastest = min((e["latency_s"]["high"] for e in points), default=float("nan"))
         told = f"the fastest policy took {format_duration(fastest)}" if points else "no policy could be measured in time"
         raise InfeasibleBudget(

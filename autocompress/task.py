@@ -53,7 +53,18 @@ class Task(Record):
     @field_validator("budget", mode="before")
     @classmethod
     def _one_or_several(cls, value: object) -> object:
+        if isinstance(value, (int, float)):
+            raise UsageError(
+                f"a budget needs a unit, but got {value}", hint='budget = "10ms", "0.5x" (of the baseline), "4MB" or "p95=10ms"'
+            )
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("search_time", mode="before")
+    @classmethod
+    def _with_unit(cls, value: object) -> object:
+        if isinstance(value, (int, float)):
+            raise UsageError(f"a duration needs a unit, but got {value}", hint='search_time = "30m" or "90s"')
+        return value
 
     @field_validator("budget")
     @classmethod

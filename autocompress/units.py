@@ -24,7 +24,8 @@ def _parse(text: str, units: dict[str, float] | dict[str, int], what: str, examp
         raise UsageError(f"unknown unit {unit!r} in the {what} {text!r}", hint=hint)
     value = number * units[unit]
     if not (math.isfinite(value) and value > 0):
-        raise UsageError(f"a {what} must be greater than zero, but got {text!r}", hint=hint)
+        rule = "greater than zero" if math.isfinite(value) else "finite"
+        raise UsageError(f"a {what} must be {rule}, but got {text!r}", hint=hint)
     return value
 
 

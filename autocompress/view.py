@@ -14,6 +14,7 @@ from autocompress.records import Budget, Measurement, Prediction, Score
 from autocompress.references import nearest
 from autocompress.units import format_duration, format_size
 
+BEATEN = "Nothing that was measured is better than the original."
 SEEN_GAP = 0.01
 """Least difference of validation and test accuracy that tells of a model that has seen the validation examples."""
 LEAST_CORRELATION, LEAST_PAIRS = 0.3, 5
@@ -137,8 +138,12 @@ class Results(_Read):
         for entry in self.points:
             if wanted and (entry.id == wanted or (len(wanted) >= 6 and entry.digest.startswith(wanted))):
                 return entry
+        if name == "best" and self.points:
+            why = "better than the original" if any(entry.feasible for entry in self.points) else "within the budget"
+            raise UsageError(f"no measured policy is {why}", hint="name one by its id; `show` lists them")
         if name == "best":
-            raise UsageError("no measured policy is within the budget", hint="name one by its id; `show` lists them")
+            failed = f"; the first failed to {self.failures[0].stage}: {self.failures[0].reason}" if self.failures else ""
+            raise UsageError(f"no policy has been measured{failed}", hint="search again, with --resume")
         raise UsageError(f"no measured policy has the id {name!r}", hint=nearest(name, [e.id for e in self.points]))
 
 
@@ -170,6 +175,8 @@ def headline(results: Results) -> str:
     if best is None:
         if not results.points:
             return "No policy has been measured."
+        if any(entry.feasible for entry in results.points):
+            return "The original is within the budget, and nothing that was measured is better." if results.has_budget else BEATEN
         fastest = min(results.points, key=lambda entry: entry.latency_s.high)
         took = format_duration(fastest.latency_s.high)
         return f"Nothing that was measured meets the budget ({limit}): the fastest policy took {took}."

@@ -58,7 +58,7 @@ SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "nsga3": lambda seed: NSGAIIISampler(seed=seed),
     "gp": lambda seed: GPSampler(seed=seed, deterministic_objective=True),
 }
-SLOW = {"gp": 6}
+SLOW = {"gp": 3}
 """Runs of a sampler that takes minutes for each."""
 
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 from tasks import SLOW_CALLS, Diary
 
-from autocompress.content import front_of
 from autocompress.controller import Search
 from autocompress.data import SPLITS, Split
 from autocompress.errors import InfeasibleBudget, PolicyFailure, TooManyFailures
@@ -202,7 +201,7 @@ def test_a_file_that_can_no_longer_be_measured_leaves_the_front_and_the_search_g
     measure_front(search)
     failures = {o.id: o.failure for o in search.journal.outcomes if o.failure is not None}
     assert {id: (f.stage, f.reason) for id, f in failures.items()} == {"00001": ("measure", "the runtime crashed with SIGSEGV")}
-    assert [o.id for o in front_of(search.outcomes(), search.budget)] == ["00002"], "all take the same time now"
+    assert [o.id for o in search.front()] == ["00002"], "all take the same time now"
 
 
 def test_files_that_cannot_be_measured_together_are_measured_one_by_one(search, pool):
@@ -245,7 +244,7 @@ def test_a_file_that_was_lost_comes_back_when_it_is_intact_and_else_its_policy_m
     (search.run / "models" / "00001" / "model.onnx").write_bytes(b"damaged")
     with_device(search, Worn(measurement(1e-3), broken=("00000", "00001", "00002")))
     measure_front(search)
-    assert front_of(search.outcomes(), search.budget) == []
+    assert search.front() == []
     assert search.retry_failures() == 3
     assert [(o.id, o.failure) for o in search.journal.outcomes] == [("00000", None)]
     assert search.retry_failures() == 0
@@ -273,7 +272,7 @@ def test_what_misses_a_95th_percentile_when_it_is_measured_again_is_no_longer_wi
     search.forecast.limits = search.task.limits
     with_device(search, Worn(measurement(4e-3, p95=7e-3)))
     measure_front(search)
-    assert front_of(search.outcomes(), search.budget) == []
+    assert search.front() == []
 
 
 def test_what_was_measured_first_is_kept_beside_what_was_measured_last(search, pool):
@@ -396,7 +395,7 @@ def test_a_test_split_that_cannot_be_scored_costs_the_test_scores_only(search, p
     monkeypatch.setattr("autocompress.final.score_artifact", fail)
     score_test(search)
     assert any("the test split cannot be scored" in message and "finite" in message for message in diary.messages)
-    assert front_of(search.outcomes(), search.budget)
+    assert search.front()
 
 
 def test_a_search_in_which_all_failed_says_why(search, pool):
