@@ -7,21 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autocompress.data import Data, Split
-    from autocompress.deploy import recreate
+    from autocompress.deploy import apply_policy, measure_file, recreate
+    from autocompress.inspect import inspect_model
     from autocompress.policy import DistillSpec, Policy, PruneSpec, QuantSpec, StudentSpec
     from autocompress.records import Budget, Measurement, Outcome, Score
+    from autocompress.sampler import FrontSampler
     from autocompress.session import SearchResult, search
 
 _HOMES = {
-    "Budget": "records", "Data": "data", "DistillSpec": "policy", "Measurement": "records", "Outcome": "records", "Policy": "policy",
-    "PruneSpec": "policy", "QuantSpec": "policy", "Score": "records", "SearchResult": "session", "Split": "data",
-    "StudentSpec": "policy", "recreate": "deploy", "search": "session",
+    "Budget": "records", "Data": "data", "DistillSpec": "policy", "FrontSampler": "sampler", "Measurement": "records",
+    "Outcome": "records", "Policy": "policy", "PruneSpec": "policy", "QuantSpec": "policy", "Score": "records",
+    "SearchResult": "session", "Split": "data", "StudentSpec": "policy", "apply_policy": "deploy", "inspect_model": "inspect",
+    "measure_file": "deploy", "recreate": "deploy", "search": "session",
 }  # fmt: skip
 
 __version__ = metadata.version("autocompress")
 __all__ = [
-    "Budget", "Data", "DistillSpec", "Measurement", "Outcome", "Policy", "PruneSpec", "QuantSpec", "Score", "SearchResult", "Split",
-    "StudentSpec", "recreate", "search",
+    "Budget", "Data", "DistillSpec", "FrontSampler", "Measurement", "Outcome", "Policy", "PruneSpec", "QuantSpec", "Score",
+    "SearchResult", "Split", "StudentSpec", "apply_policy", "inspect_model", "measure_file", "recreate", "search",
 ]  # fmt: skip
 
 

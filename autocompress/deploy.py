@@ -351,7 +351,7 @@ def measure_reference(reference: str, *, device: str, weights: Path | None = Non
         return target.measure([Path(folder) / manifest.artifact], seconds_each=MEASURE_S)[0]
 
 
-def measure_file(path: Path, *, device: str) -> Measurement:
+def measure_file(path: Path, *, device: str = DEFAULT_DEVICE) -> Measurement:
     """Latency of an ONNX file. Raises UsageError when it is damaged, or the device cannot run it."""
     check_onnx(path)
     with _refused(f"{str(path)!r} cannot be measured"):

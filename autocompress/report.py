@@ -40,7 +40,7 @@ def render(results: Results, run: Path) -> str:
         headline=headline(results).replace(" %", "\N{NO-BREAK SPACE}%"),
         caveats=caveats(results),
         tiles=_tiles(results),
-        figures=_script_json(_figures(results)),
+        figures=_script_json(figures(results)),
         shown=_shown(results),
         failures=Counter((f.stage, f.reason) for f in results.failures).most_common(),
         quality=_quality(results),
@@ -56,14 +56,14 @@ def _shown(results: Results) -> list[Entry]:
     return [entry for entry in [*([best] if best else []), *rest] if entry.layers]
 
 
-def _figures(results: Results) -> dict[str, Figure | dict[str, Figure]]:
-    figures: dict[str, Figure | dict[str, Figure]] = {"pareto": pareto_figure(results)}
+def figures(results: Results) -> dict[str, Figure]:
+    """What there is to draw: `pareto`, `progress`, `prediction`, and the layers of each policy that is shown, by its id."""
+    drawn = {"pareto": pareto_figure(results)}
     if results.progress:
-        figures["progress"] = progress_figure(results)
+        drawn["progress"] = progress_figure(results)
     if any(entry.predicted_latency_s for entry in results.points):
-        figures["prediction"] = prediction_figure(results)
-    figures["layers"] = {entry.id: layers_figure(entry) for entry in _shown(results)}
-    return figures
+        drawn["prediction"] = prediction_figure(results)
+    return drawn | {entry.id: layers_figure(entry) for entry in _shown(results)}
 
 
 def _script_json(value: object) -> str:

@@ -51,7 +51,7 @@ NEARBY = 0.1
 class Space:
     """The dimensions that are suggested together, all at once: a candidate is a row of codes, one for each dimension.
 
-    A code is the index of a choice, or the position in a range from 0 to 1.
+    A code is the index of a choice or of a step, or the position in a continuous range from 0 to 1.
     """
 
     def __init__(self, distributions: Mapping[str, BaseDistribution]) -> None:
@@ -59,7 +59,6 @@ class Space:
         every = self.distributions.values()
         self._choices = np.array([len(d.choices) if isinstance(d, CategoricalDistribution) else 0 for d in every], dtype=np.int64)
         self._steps = np.array([_steps(d) for d in every], dtype=np.float64)
-        self._unit = np.array([_unit(d) for d in every])
         self.owners = np.repeat(np.arange(len(self._choices)), np.maximum(1, self._choices))
         """For each coordinate, its dimension."""
         first = np.concatenate([[0], np.cumsum(np.maximum(1, self._choices))[:-1]]) if len(self._choices) else np.zeros(0)
@@ -73,14 +72,13 @@ class Space:
 
     def points(self, rows: Array) -> Array:
         """Coordinates of each row, so that two choices, or the two ends of a range, are 1 apart."""
-        codes = rows[:, self.owners]
-        return np.where(self._choices[self.owners] > 0, (codes == self._level) / math.sqrt(2.0), codes)
+        codes, ends = rows[:, self.owners], np.maximum(1.0, self._steps)[self.owners]
+        return np.where(self._choices[self.owners] > 0, (codes == self._level) / math.sqrt(2.0), codes / ends)
 
     def draw(self, n: int, generator: np.random.Generator) -> Array:
         """Rows of uniform values."""
         uniform = generator.random((n, len(self._choices)))
-        stepped = np.minimum(np.floor(uniform * (self._steps + 1.0)), self._steps) * self._unit
-        return np.where(self._unit > 0, stepped, uniform)
+        return np.where(self._steps > 0, np.floor(uniform * (self._steps + 1.0)), uniform)
 
     def mutants(self, parents: Array, n: int, generator: np.random.Generator) -> Array:
         """Rows that are each one of the parents, with some dimensions of another and one to three (on average) changed.
@@ -90,15 +88,16 @@ class Space:
         one, other = (parents[generator.integers(len(parents), size=n)] for _ in range(2))
         children = np.where(generator.random(one.shape) < CROSSED, other, one)
         nearby = (self._choices == 0) & (generator.random(one.shape) < 0.5)
-        changes = np.where(nearby, self._snapped(children + NEARBY * generator.standard_normal(one.shape)), self.draw(n, generator))
+        changes = np.where(nearby, self._stepped(children, generator.standard_normal(one.shape)), self.draw(n, generator))
         rates = generator.integers(1, 4, size=(n, 1)) / len(self._choices)
         return np.where(generator.random(one.shape) < rates, changes, children)
 
-    def _snapped(self, codes: Array) -> Array:
-        """The nearest codes that stand for a value."""
-        unit = np.where(self._unit > 0, self._unit, 1.0)
-        stepped = np.clip(np.round(codes / unit), 0.0, self._steps) * unit
-        return np.where(self._unit > 0, stepped, np.clip(codes, 0.0, 1.0))
+    def _stepped(self, codes: Array, normal: Array) -> Array:
+        """The codes after small steps; on a grid of at least one step."""
+        grid, ends = self._steps > 0, np.maximum(1.0, self._steps)
+        moved = NEARBY * ends * normal
+        moved = np.where(grid, np.sign(moved) * np.maximum(1.0, np.round(np.abs(moved))), moved)
+        return np.clip(codes + moved, 0.0, ends)
 
 
 def _steps(distribution: BaseDistribution) -> int:
@@ -107,14 +106,6 @@ def _steps(distribution: BaseDistribution) -> int:
         return len(distribution.choices) - 1
     low, high, step = _range(distribution)
     return 0 if step is None else math.floor((high - low) / step + 1e-9)
-
-
-def _unit(distribution: BaseDistribution) -> float:
-    """What a step is in codes; 0 where the range is continuous."""
-    if isinstance(distribution, CategoricalDistribution):
-        return 1.0
-    low, high, step = _range(distribution)
-    return 0.0 if step is None else step / ((high - low) or 1.0)
 
 
 def _range(distribution: BaseDistribution) -> tuple[float, float, float | None]:
@@ -128,7 +119,9 @@ def _range(distribution: BaseDistribution) -> tuple[float, float, float | None]:
 def _encode(distribution: BaseDistribution, value: Any) -> float:
     if isinstance(distribution, CategoricalDistribution):
         return float(distribution.to_internal_repr(value))
-    low, high, _ = _range(distribution)
+    low, high, step = _range(distribution)
+    if step is not None:
+        return float(round((value - low) / step))
     return ((math.log(value) if distribution.log else value) - low) / ((high - low) or 1.0)
 
 
@@ -136,9 +129,7 @@ def _decode(distribution: BaseDistribution, code: float) -> Any:
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices[int(code)]
     low, high, step = _range(distribution)
-    value = low + code * (high - low)
-    if step is not None:
-        value = low + step * round((value - low) / step)
+    value = low + code * (high - low if step is None else step)
     value = min(distribution.high, max(distribution.low, math.exp(value) if distribution.log else value))
     return round(value) if isinstance(distribution, IntDistribution) else float(value)
 
@@ -228,7 +219,7 @@ class FrontSampler(BaseSampler):  # type: ignore[misc]  # Optuna has no types
     def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
         assert self._memory is not None  # Optuna infers the space first
         evidence = self._memory.evidence
-        if not search_space or len(evidence.rows) < STARTUP or not evidence.sound.any():
+        if not search_space or len(evidence.rows) < STARTUP:
             return {}
         return self._space.decode(self._best(evidence))
 
@@ -253,22 +244,24 @@ class FrontSampler(BaseSampler):  # type: ignore[misc]  # Optuna has no types
         return best[0] if len(best) else candidates[0]
 
     def _worth(self, evidence: Evidence) -> tuple[Callable[[Array], Array], Array]:
-        """What points promise: expected hypervolume improvement times the chance to keep the constraints; and the rows of the front."""
-        rows, values = evidence.rows[evidence.sound], _ranks(evidence.values[evidence.sound])
-        kept, leading = _nearest_to_front(values), non_dominated(values * [1.0, -1.0])
+        """What points promise: expected hypervolume improvement times the chance to keep the constraints; and the rows of the front.
+
+        While nothing keeps the constraints, the chance that they do, and the rows that are closest to it.
+        """
         refit = len(evidence.rows) >= REFIT_GROWTH * self._fitted_at
         self._fitted_at = len(evidence.rows) if refit else self._fitted_at
-        first, second = (self._model(name, rows[kept], values[kept, k], fit=refit) for k, name in enumerate(("first", "second")))
         limits = self._limits(evidence, fit=refit)
+        if limits is not None and not evidence.sound.any():
+            return lambda points: _margin(limits, points), evidence.rows[np.argsort(evidence.violation)[:CLIMBERS]]
+        rows, values = evidence.rows[evidence.sound], _ranks(evidence.values[evidence.sound])
+        kept, leading = _nearest_to_front(values), non_dominated(values * [1.0, -1.0])
+        first, second = (self._model(name, rows[kept], values[kept, k], fit=refit) for k, name in enumerate(("first", "second")))
         front = values[leading]
 
         def worth(points: Array) -> Array:
             (mean_1, deviation_1), (mean_2, deviation_2) = first.predict(points), second.predict(points)
             improvement = expected_improvement(front, np.stack([mean_1, mean_2], 1), np.stack([deviation_1, deviation_2], 1))
-            if limits is None:
-                return improvement
-            mean, deviation = limits.predict(points)
-            return improvement * ndtr(-mean / deviation)
+            return improvement if limits is None else improvement * ndtr(_margin(limits, points))
 
         return worth, rows[leading]
 
@@ -285,6 +278,12 @@ class FrontSampler(BaseSampler):  # type: ignore[misc]  # Optuna has no types
         model = GaussianProcess(self._space.points(rows), values, self._space.owners, start=start, fit=fit or before is None)
         self._models[name] = model
         return model
+
+
+def _margin(limits: GaussianProcess, points: Array) -> Array:
+    """By how many standard deviations points are expected to keep the constraints."""
+    mean, deviation = limits.predict(points)
+    return -mean / deviation
 
 
 def expected_improvement(front: Array, mean: Array, deviation: Array) -> Array:

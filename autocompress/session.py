@@ -29,7 +29,7 @@ from autocompress.preparation import TEACHER_WEIGHTS, contents, kept_teacher, lo
 from autocompress.progress import Progress, SilentProgress
 from autocompress.proposals import LevelSuggester
 from autocompress.records import Budget
-from autocompress.report import write_report
+from autocompress.report import figures, write_report
 from autocompress.run_folder import locked, new_run, read_front, write_atomically
 from autocompress.schedule import Clock
 from autocompress.search_space import Suggest, find_suggest, own_suggest
@@ -37,9 +37,11 @@ from autocompress.study import open_journal, require_own, require_same_contents,
 from autocompress.tables import frame
 from autocompress.task import DEFAULT_DEVICE, OBJECT, TASK_FILE, Task, load_task
 from autocompress.units import format_duration
+from autocompress.view import Results
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
+    from plotly.graph_objects import Figure
 
     from autocompress.deploy import Exported
 
@@ -80,6 +82,10 @@ class SearchResult:
         target = Path(path) if path is not None else self.run / "pareto.png"
         pareto_png(self.content, target)
         return target
+
+    def figures(self) -> dict[str, Figure]:
+        """The interactive plots of the report: `pareto`, `progress`, `prediction`, and the layers of each policy shown, by its id."""
+        return figures(Results.read(self.content))
 
     def export(
         self,
