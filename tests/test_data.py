@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 from collections import namedtuple
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from autocompress import data as module
-from autocompress.data import Data, Split, load_data, sample, shifted, stratified
+from autocompress.data import Data, Split, as_data, load_data, sample, shifted, stratified
 from autocompress.errors import RunFolderError, UsageError
 from autocompress.images import cache_folder
 
@@ -255,6 +256,25 @@ def test_held_out_folders_are_used_as_they_are(tmp_path, cache):
     write_images(tmp_path / "d" / "test", classes=("cat", "cow"))
     with pytest.raises(UsageError, match="class folders of train"):
         load_data(f"imagefolder:{tmp_path / 'd'}?size=8")
+
+
+def test_hidden_folders_are_no_classes_and_a_class_without_images_is_named(tmp_path, cache):
+    folder = write_images(tmp_path / "photos")
+    (folder / ".ipynb_checkpoints").mkdir()
+    assert load_data(f"imagefolder:{folder}?size=8").classes == 3
+    (folder / "yak").mkdir()
+    (folder / "yak" / "notes.txt").write_text("none yet")
+    with pytest.raises(UsageError, match="'yak' holds none"):
+        load_data(f"imagefolder:{folder}?size=8")
+
+
+@pytest.mark.parametrize("where", range(3))
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_inputs_that_are_not_finite_are_named_by_their_split(where, value):
+    splits = [(torch.zeros(4, 3), torch.tensor([0, 1, 0, 1])) for _ in range(3)]
+    splits[where][0][2, 1] = value
+    with pytest.raises(UsageError, match=f"inputs must be finite, but some of {('train', 'val', 'test')[where]} are"):
+        as_data(splits, "data")
 
 
 def test_broken_images_are_named_and_nothing_is_left_behind(tmp_path, cache):

@@ -6,9 +6,10 @@ import os
 import signal
 
 import pytest
+from torch import nn
 
 from autocompress import session
-from autocompress.errors import Terminated
+from autocompress.errors import Terminated, UsageError
 from autocompress.task import DEMO_MODEL, TASK_FILE, Task
 
 
@@ -50,3 +51,23 @@ def test_a_signal_that_is_ignored_already_stays_ignored(handlers, number):
     with session._terminated_by_signal():
         os.kill(os.getpid(), number)
         assert signal.getsignal(number) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"model": lambda: None}, "a model must be a torch.nn.Module or a reference, but got function"),
+        ({"model": nn.Linear}, "a model must be a torch.nn.Module or a reference, but got type"),
+        ({"data": 3}, "data must be autocompress.Data or .* but is int"),
+        ({"data": ((1, 2, 3),)}, "data must be autocompress.Data or .* but is tuple"),
+        ({"budget": 0.01}, "a budget must be text, or several, but got float"),
+        ({"budget": None}, "a budget must be text, or several, but got NoneType"),
+        ({"space": lambda trial: None}, "a space must be a name or a TOML file, but got function"),
+        ({"student": nn.Linear(2, 2)}, "a student must be a reference, but got Linear"),
+    ],
+)
+def test_what_python_gives_is_checked_before_anything_is_done(tmp_path, monkeypatch, given, says):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=says):
+        session.search(**{"model": nn.Flatten(), "data": "digits", **given})
+    assert list(tmp_path.iterdir()) == []

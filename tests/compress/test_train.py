@@ -121,3 +121,17 @@ def test_muon_allocates_its_momentum_once(monkeypatch):
         optimizer.step()
     assert len(made) == 1
     assert torch.allclose(optimizer.state[weight]["momentum"], torch.full((4, 6), 1 + 0.95 + 0.95**2))
+
+
+@pytest.mark.parametrize("steps", [4, 80])
+def test_batch_norms_know_the_weights_that_training_ends_with(data, steps):
+    """After a few steps the running statistics would still be those of the beginning."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, CLASSES))
+    with torch.no_grad():
+        net[0].weight.mul_(30.0)
+    train(net, data, TrainPlan(steps=steps, batch_size=16))
+    norm, seen = net[1], net[0](data.train.inputs).detach()
+    assert torch.allclose(norm.running_mean, seen.mean((0, 2, 3)), atol=0.2 * float(seen.std()))
+    assert torch.allclose(norm.running_var, seen.var((0, 2, 3)), rtol=0.2)
+    assert (norm.momentum, norm.training) == (0.1, False)

@@ -57,7 +57,7 @@ def measurement(seconds, p95=None):
     return Measurement(median=seconds, low=seconds, high=seconds, p95=p95 or seconds, n=9)
 
 
-def trained(search, policy, latency_s, score=0.8, id="00000", **changes):
+def trained(search, policy, latency_s, score=0.95, id="00000", **changes):
     latency = measurement(latency_s)
     made = Outcome(id=id, policy=policy, rung="short", val_score=Score(value=score), latency_s=latency, artifact="a.onnx", size_bytes=9)
     search.journal.record(made.model_copy(update=changes))
@@ -189,10 +189,10 @@ def with_device(search, device):
 
 
 def on_front(search, pool, n=3):
-    """Outcomes that are all on the front: the slower the more accurate."""
+    """Outcomes that are all on the front: the slower the more accurate, and all more so than the original."""
     for index in range(n):
         id = f"{index:05d}"
-        trained(search, pool[index].policy, 1e-3 * (index + 1), score=0.5 + 0.1 * index, id=id, artifact=f"models/{id}/model.onnx")
+        trained(search, pool[index].policy, 1e-3 * (index + 1), score=0.91 + 0.01 * index, id=id, artifact=f"models/{id}/model.onnx")
 
 
 def test_a_file_that_can_no_longer_be_measured_leaves_the_front_and_the_search_goes_on(search, pool):
@@ -434,3 +434,25 @@ def replace_spread(model, spread):
     other._spread = spread
     other.fit = lambda pairs: None
     return other
+
+
+def test_what_the_original_beats_is_not_on_the_front(search, pool):
+    """Where the budget allows the original itself, a file that is slower and no better is worth nothing."""
+    original = search.setting.baseline.latency_s.median
+    search.keep_original(replace(search.setting.baseline, val_score=Score(value=0.8)))
+    trained(search, pool[0].policy, 1.2 * original, score=0.8, id="00000")
+    assert search.front() == []
+    trained(search, pool[1].policy, 1.1 * original, score=0.9, id="00001")
+    trained(search, pool[2].policy, 0.5 * original, score=0.5, id="00002")
+    assert [o.id for o in search.front()] == ["00002", "00001"]
+    search.forecast.limits = Budget(latency_s=0.9 * original)
+    assert [o.id for o in search.front()] == ["00002"], "an original over the budget beats nothing"
+
+
+def test_a_prediction_is_judged_as_it_was_before_the_network_was_measured(search, pool):
+    policy = pool[3].policy
+    before = search.forecast.predict(policy)
+    search.forecast._note(policy, 3.0 * before.value)
+    search.forecast.learn([])
+    assert search.forecast.predict(policy).value > 1.1 * before.value
+    assert search.forecast.foretell(policy) == before

@@ -185,6 +185,31 @@ def test_a_measurement_is_noisy_where_the_original_beside_it_does_not_settle(net
     assert ("baseline beside it" in latency.noise_reason) is noisy
 
 
+def test_a_network_that_was_quantized_already_is_refused(data, tmp_path):
+    dense = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
+    packed = torch.ao.quantization.quantize_dynamic(dense, {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(UsageError, match="must be in floating point, but 1 of own:net is quantized"):
+        ready(packed, data, tmp_path / "run")
+
+
+def test_a_model_of_python_gets_the_weights_that_are_named(data, tmp_path):
+    torch.manual_seed(1)
+    given, weights = Net(), tmp_path / "weights.pt"
+    other = {name: torch.zeros_like(value) for name, value in given.state_dict().items()}
+    torch.save(other, weights)
+    loaded = load(TASK.model_copy(update={"weights": str(weights)}), model=given, data=data, device=FakeDevice(SLOW_CALLS))
+    assert all(torch.equal(value, other[name]) for name, value in loaded.teacher.state_dict().items())
+    assert given.head.weight.abs().sum() > 0, "and stays as it is"
+
+
+def test_what_a_killed_search_left_behind_is_removed(net, data, tmp_path):
+    left = tmp_path / "run" / "models" / "untrained-abc"
+    left.mkdir(parents=True)
+    (left / "model.onnx").write_bytes(b"")
+    ready(net, data, tmp_path / "run")
+    assert not left.exists()
+
+
 class Moody(Net):
     """Answers something else each time."""
 
