@@ -89,9 +89,8 @@ class Search(Findings):
         self.per_example_s = (time.monotonic() - started) / len(data.val)
         guess = 1 / data.classes if data.classes else 0.0
         if data.score is None and score.value < guess + GUESSING * (1 - guess):
-            self.progress.message(
-                f"the original scores {100 * score.value:.1f} %, hardly more than guessing: give its trained weights (--weights FILE)"
-            )
+            cure = "search longer (--search-time)" if self.task.is_demo else "give its trained weights (--weights FILE)"
+            self.progress.message(f"the original scores {100 * score.value:.1f} %, hardly more than guessing: {cure}")
         latency = self.setting.baseline.latency_s.median
         self.clock = self.clock.with_reserve(reserve_seconds(self.per_example_s * len(data.test), latency))
 
@@ -144,7 +143,7 @@ class Search(Findings):
     def _evaluate_unchanged(self) -> None:
         """The teacher itself in int8, where the device has kernels for it: a free point, and the reference of every search."""
         profile = self.setting.device.profile
-        if 8 not in profile.bits or any(o.rung == "unchanged" for o in self.journal.outcomes):
+        if 8 not in profile.bits or self.clock.left <= 0 or any(o.rung == "unchanged" for o in self.journal.outcomes):
             return
         policy = fitted(Policy(quant=QuantSpec(bits=8)), profile)
         predicted = self.forecast.foretell(policy)

@@ -45,8 +45,9 @@ if TYPE_CHECKING:
 
     from autocompress.deploy import Exported
 
-DEMO_TEACHER_SHARE = 0.4
-"""At most: a quick machine trains it to the end in less, and all else is worthless on a slow one where it has not learned."""
+DEMO_TEACHER_SHARE, DEMO_TEACHER_SHARE_LEFT = 0.4, 0.5
+"""Of the whole time and of what is left of it, at most: a quick machine trains it to the end in less, and all else is worthless on a slow
+one where it has not learned."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,8 @@ def _phases(search_: Search) -> None:
     pool = search_.propose()
     if task.is_demo:
         tick = search_.percent("training the demonstration teacher")
-        search_.setting = train_demo_teacher(search_.setting, search_.run, DEMO_TEACHER_SHARE * clock.total, tick)
+        seconds = min(DEMO_TEACHER_SHARE * clock.total, DEMO_TEACHER_SHARE_LEFT * clock.left)
+        search_.setting = train_demo_teacher(search_.setting, search_.run, seconds, tick)
         search_.keep_original(search_.setting.baseline)
     search_.score_original()
     search_.ask_teacher()
@@ -282,8 +284,10 @@ def _result(search_: Search) -> SearchResult:
     if search_.task.budget and not any(point["feasible"] for point in points):
         fastest = min((e["latency_s"]["high"] for e in points), default=float("nan"))
         told = f"the fastest policy took {format_duration(fastest)}" if points else "no policy could be measured in time"
+        trained = any(point["rung"] != "unchanged" for point in points)
         raise InfeasibleBudget(
-            f"the search ended and nothing meets the budget ({search_.budget.in_words()}): {told}",
+            f"the search ended {'' if trained else 'before any policy was trained '}and nothing meets the budget "
+            f"({search_.budget.in_words()}): {told}",
             hint=f"what was measured is in {search_.run}; search longer (--search-time), or allow more",
             smallest_latency_s=fastest,
         )
