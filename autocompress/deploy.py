@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from autocompress.compress.quantize import TINY, fake_quantize, is_quantized
 from autocompress.compress.student import build_student
-from autocompress.data import Data, Split, load_data
+from autocompress.data import Data, Split
 from autocompress.devices import open_device
 from autocompress.errors import AutocompressError, PolicyFailure, RunFolderError, UsageError
 from autocompress.evaluate import score_outputs
@@ -35,6 +35,7 @@ from autocompress.records import Measurement
 from autocompress.references import require_formats
 from autocompress.run_folder import read_front, writing
 from autocompress.search_space import find_suggest, unsaturated
+from autocompress.sources import load_data
 from autocompress.task import DEFAULT_DEVICE, OBJECT, Task
 from autocompress.units import format_duration, format_size
 from autocompress.view import Entry, Results, format_score

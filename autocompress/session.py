@@ -17,7 +17,7 @@ import pandas as pd
 from torch import nn
 
 from autocompress.controller import Search
-from autocompress.data import Data, Splits, as_data
+from autocompress.data import Data
 from autocompress.devices.base import Device
 from autocompress.errors import AutocompressError, InfeasibleBudget, Terminated, TooManyFailures, UsageError
 from autocompress.final import measure_front, score_test
@@ -33,6 +33,7 @@ from autocompress.report import figures, write_report
 from autocompress.run_folder import locked, new_run, read_front, write_atomically
 from autocompress.schedule import Clock
 from autocompress.search_space import Suggest, find_suggest, own_suggest
+from autocompress.sources import Splits, as_data
 from autocompress.study import open_journal, require_own, require_same_contents, writing
 from autocompress.tables import frame
 from autocompress.task import DEFAULT_DEVICE, OBJECT, TASK_FILE, Task, load_task

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from autocompress import data as module
-from autocompress.data import Data, Split, as_data, load_data, sample, shifted, stratified
+from autocompress.data import Data, Split, sample, shifted, stratified
 from autocompress.errors import RunFolderError, UsageError
 from autocompress.images import cache_folder
+from autocompress.sources import as_data, load_data
 
 
 @settings(deadline=None)

@@ -10,12 +10,13 @@ import torch
 
 from autocompress.compress.student import build_student
 from autocompress.compress.train import TrainPlan, train_quantized
-from autocompress.data import Data, load_data
+from autocompress.data import Data
 from autocompress.evaluate import run_artifact, score_outputs
 from autocompress.export import write_bundle
 from autocompress.graph import Graph
 from autocompress.models import load_model
 from autocompress.policy import Policy, QuantSpec
+from autocompress.sources import load_data
 from autocompress.testing.devices import FakeDevice
 
 pytestmark = pytest.mark.data
