@@ -192,7 +192,8 @@ class Search(Findings):
             over_budget = forecast.excess(proposal, measuring=shortfall <= 0)
             if over_budget <= 0 and shortfall <= 0:
                 return trial, proposal.policy
-            self.journal.tell_ruled_out(trial, proposal.policy, proposal.latency_s, over_budget=over_budget, outclassed=shortfall)
+            latency_s = forecast.latency_s(proposal)
+            self.journal.tell_ruled_out(trial, proposal.policy, latency_s, over_budget=over_budget, outclassed=shortfall)
         self.journal.study.enqueue_trial(self._fallback(pool, leading).params)
         trial = self.journal.study.ask()
         return trial, forecast.suggest(trial)

@@ -192,7 +192,7 @@ class Forecast:
 
     def again(self, pool: Sequence[Proposal]) -> list[Proposal]:
         """The pool with latencies as they are predicted by now, without what is over the budget."""
-        now = [replace(p, latency_s=self._measured(p.policy) or self.model.predict(p.workload).value) for p in pool]
+        now = [replace(p, latency_s=self.latency_s(p)) for p in pool]
         return [p for p in now if self.violation(p.workload, p.latency_s) <= 0]
 
     def excess(self, proposal: Proposal, *, measuring: bool = True) -> float:
@@ -210,6 +210,10 @@ class Forecast:
         found = self._measure_untrained(proposal.policy)
         self.learn([])
         return found.violation(self.budget) if found is not None else least
+
+    def latency_s(self, proposal: Proposal) -> float:
+        """Seconds as they were measured, else as they are predicted by now."""
+        return self._measured(proposal.policy) or self.model.predict(proposal.workload).value
 
     def _measured(self, policy: Policy) -> float | None:
         """Seconds that the policy's network took, where it has been measured."""

@@ -64,7 +64,7 @@ def test_the_demonstration_finds_something_within_its_budget(demo):
     content = json.loads((run / "front.json").read_text(), parse_constant=pytest.fail)
     best = next(entry for entry in content["front"] if entry["id"] == content["best"])
     assert best["latency_s"]["high"] <= BUDGET_S < content["baseline"]["latency_s"]["median"], "the budget binds"
-    assert best["val_score"]["value"] > 0.5
+    assert best["val_score"]["value"] > 0.8
     assert best["test_score"]["n"] > 300
     assert content["elapsed_s"] <= 1.05 * parse_duration(SEARCH_TIME) + 5
     assert content["prediction"]["n"] >= 1
@@ -133,7 +133,7 @@ def test_export_writes_a_bundle_whose_manifest_says_what_was_measured(demo, ship
     assert manifest.test_score.value == best["test_score"]["value"]
     assert manifest.device == "onnxruntime:cpu?threads=1"
     assert manifest.latency_s.low <= manifest.latency_s.median <= manifest.latency_s.high
-    assert manifest.latency_s.median == pytest.approx(best["latency_s"]["median"], rel=1.0), "the same file on the same machine"
+    assert manifest.latency_s.median == pytest.approx(best["latency_s"]["median"], rel=0.6), "the same file on the same machine"
     assert manifest.baseline_latency_s.median > 0
     assert told["within_budget"] is (manifest.latency_s.high <= BUDGET_S)
 

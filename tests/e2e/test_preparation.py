@@ -185,6 +185,7 @@ def test_a_measurement_is_noisy_where_the_original_beside_it_does_not_settle(net
     assert ("baseline beside it" in latency.noise_reason) is noisy
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
 def test_a_network_that_was_quantized_already_is_refused(data, tmp_path):
     dense = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
     packed = torch.ao.quantization.quantize_dynamic(dense, {nn.Linear}, dtype=torch.qint8)
