@@ -9,12 +9,13 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import optuna
-from optuna.samplers import BaseSampler, TPESampler
+from optuna.samplers import BaseSampler
 from sqlalchemy.engine import URL
 
 from autocompress.errors import RunFolderError, UsageError, one_line
 from autocompress.journal import Journal
 from autocompress.run_folder import LOCK
+from autocompress.sampler import FrontSampler
 from autocompress.task import Task
 
 STUDY = "autocompress"
@@ -76,8 +77,8 @@ def writing(run: Path) -> Iterator[None]:
 
 
 def default_sampler(seed: int, trials_so_far: int) -> BaseSampler:
-    """TPE; the seed depends on the trials so far, since the same seed on resume would repeat the same suggestions."""
-    return TPESampler(seed=(seed * 100_003 + trials_so_far) % 2**32, n_startup_trials=8, n_ei_candidates=48)
+    """Ours, by `benchmarks/search_oracle.py`; the seed depends on the trials so far, since the same seed on resume would repeat itself."""
+    return FrontSampler(seed=(seed * 100_003 + trials_so_far) % 2**32)
 
 
 def _storage(path: Path) -> optuna.storages.RDBStorage:
