@@ -6,9 +6,11 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from autocompress.apply import apply_policy
     from autocompress.data import Data, Split
-    from autocompress.deploy import apply_policy, measure_file, recreate
+    from autocompress.deploy import recreate
     from autocompress.inspect import inspect_model
+    from autocompress.measure import measure_file
     from autocompress.policy import DistillSpec, Policy, PruneSpec, QuantSpec, StudentSpec
     from autocompress.records import Budget, Measurement, Outcome, Score
     from autocompress.sampler import FrontSampler
@@ -17,8 +19,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "Budget": "records", "Data": "data", "DistillSpec": "policy", "FrontSampler": "sampler", "Measurement": "records",
     "Outcome": "records", "Policy": "policy", "PruneSpec": "policy", "QuantSpec": "policy", "Score": "records",
-    "SearchResult": "session", "Split": "data", "StudentSpec": "policy", "apply_policy": "deploy", "inspect_model": "inspect",
-    "measure_file": "deploy", "recreate": "deploy", "search": "session",
+    "SearchResult": "session", "Split": "data", "StudentSpec": "policy", "apply_policy": "apply", "inspect_model": "inspect",
+    "measure_file": "measure", "recreate": "deploy", "search": "session",
 }  # fmt: skip
 
 __version__ = metadata.version("autocompress")

@@ -197,14 +197,14 @@ def measure(
 ) -> None:
     """Measure the latency of an ONNX file or a model: median, interval, p95."""
     if what.endswith(".onnx"):
-        from autocompress.deploy import measure_file
+        from autocompress.measure import measure_file
 
         given = [name for name, value in (("--weights", weights), ("--data", data), ("--batch", batch)) if value is not None]
         if given:
             raise UsageError(f"{given[0]} is for models, but {what!r} is a file that has its own", hint=f"leave {given[0]} out")
         found = measure_file(Path(what), device=device)
     else:
-        from autocompress.deploy import measure_reference
+        from autocompress.measure import measure_reference
 
         found = measure_reference(what, device=device, weights=weights, data=data, batch=batch or 1)
     if json:
@@ -288,7 +288,7 @@ def apply(
     json: options.Json = False,
 ) -> None:
     """Apply one policy without a search: compress, export, check."""
-    from autocompress.deploy import apply_policy
+    from autocompress.apply import apply_policy
 
     content = apply_policy(model, policy=policy, weights=weights, data=data, batch=batch, device=device, out=out, student=student)
     emit_json(content) if json else emit_record(content)

@@ -1,4 +1,4 @@
-"""Out of the search and into the world: export a policy of a run, apply one policy, measure one model.
+"""Out of the search and into the world: export a policy of a run, and make a shipped student again.
 
 Nothing here runs code that a run folder names: files of a run are data, and what a user's function makes comes from the command line.
 """
@@ -14,40 +14,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from autocompress.compress.quantize import TINY, fake_quantize, is_quantized
 from autocompress.compress.student import build_student
-from autocompress.data import Data, Split
 from autocompress.devices import open_device
-from autocompress.errors import AutocompressError, PolicyFailure, RunFolderError, UsageError
-from autocompress.evaluate import score_outputs
-from autocompress.export import Manifest, Parity, check_onnx, load_student, now, read_manifest, update_manifest, verify_bundle, write_bundle
+from autocompress.errors import AutocompressError, RunFolderError, UsageError, refused
+from autocompress.export import Manifest, check_onnx, load_student, now, read_manifest, update_manifest, verify_bundle
 from autocompress.graph import Graph
-from autocompress.models import example_for, load_model
-from autocompress.objective import Setting, check_artifact, untrained
+from autocompress.models import load_model
 from autocompress.policy import Policy
-from autocompress.preparation import TEACHER_WEIGHTS, load, prepare
-from autocompress.proposals import LevelSuggester
+from autocompress.preparation import TEACHER_WEIGHTS
 from autocompress.records import Measurement
 from autocompress.references import require_formats
 from autocompress.run_folder import read_front, writing
-from autocompress.search_space import find_suggest, unsaturated
-from autocompress.sources import load_data
-from autocompress.task import DEFAULT_DEVICE, OBJECT, Task
-from autocompress.units import format_duration, format_size
-from autocompress.view import Entry, Results, format_score
+from autocompress.task import DEFAULT_DEVICE, OBJECT
+from autocompress.view import Entry, Results
 
 BUNDLE = ("model.onnx", "student.safetensors", "policy.json", "manifest.json")
 OTHER_FORMATS = ("model.xml", "model.bin", "model.pt2")
 UNFINISHED = ".export-"
-RANDOM = "random:"
-RANDOM_INPUTS = 256
+EXPORT_MEASURE_S = 2.0
 SAME_FLOAT, SAME_INT8 = 1e-3, 0.2
 """Difference of outputs, as a share of the largest, that the same student stays below in float32 and in int8."""
-MEASURE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -85,22 +75,22 @@ def export_run(
         check_onnx(path)
     if out.resolve().is_relative_to((run / "models").resolve()):
         raise UsageError(f"--out {str(out)!r} lies among the models of the run", hint="choose a folder elsewhere")
-    _require_free(out)
-    with _whole(out) as made:
+    require_free(out)
+    with whole_folder(out) as made:
         for name in BUNDLE:
             shutil.copyfile(source / name, made / name)
         if "openvino" in formats:
             _write_openvino(made)
         if "torch" in formats:
             _write_torch(made, model, student, _teacher_weights(run, results))
-        with _refused(f"policy {entry.id} cannot be measured on {results.device}"):
-            before, after = open_device(results.device).measure([baseline, made / BUNDLE[0]], seconds_each=MEASURE_S)
+        with refused(f"policy {entry.id} cannot be measured on {results.device}"):
+            before, after = open_device(results.device).measure([baseline, made / BUNDLE[0]], seconds_each=EXPORT_MEASURE_S)
         manifest = update_manifest(made, _facts(results, entry, before, after))
     return Exported(out, manifest, results.budget.allows(after, manifest.size_bytes))
 
 
 @contextlib.contextmanager
-def _whole(out: Path) -> Iterator[Path]:
+def whole_folder(out: Path) -> Iterator[Path]:
     """A folder whose files replace those of an earlier export in `out` once all of them are there, and not before."""
     fresh = not out.exists()
     try:
@@ -138,7 +128,7 @@ def _baseline_file(run: Path, results: Results) -> Path:
     return path
 
 
-def _require_free(out: Path) -> None:
+def require_free(out: Path) -> None:
     """An export replaces an earlier export, and nothing else.
 
     Raises UsageError or RunFolderError for a folder that cannot be written, before any work is done.
@@ -252,117 +242,3 @@ def require_harmless(reference: str, option: str) -> None:
         raise UsageError(f"the model was an object of Python ({reference.removeprefix(OBJECT)}), which no file names", hint=cure)
     if not reference.startswith(("torchvision:", "timm:", "autocompress.")):
         raise UsageError(f"the model {reference!r} is code that this command does not run by itself", hint=f"name it: {option} {reference}")
-
-
-# -- one policy, no search ------------------------------------------------------------------------------------------------
-
-
-def apply_policy(
-    model: str, *, policy: str, out: Path, weights: Path | None = None, data: str | None = None, batch: int = 1,
-    device: str = DEFAULT_DEVICE, space: str = "default", student: str | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Compress, export and check one policy without training; int8 ranges come from the data, or from random inputs without it.
-
-    Args:
-        policy: a policy file, whose int8 weights are kept in a range that the device computes with exactly; or `random:SEED` for one drawn
-            from `space`.
-        student: reference of another architecture to derive the student from; a policy file that names a user's function needs it too.
-
-    Returns what was built and measured, for people. Raises UsageError, also when the policy cannot become an artifact.
-    """
-    _require_free(out)
-    given = Policy.from_json(_read(policy)) if not policy.startswith(RANDOM) else None
-    if given is not None and given.student.reference not in (None, model, student):
-        require_harmless(given.student.reference, "--student")
-    seed = _seed(policy.removeprefix(RANDOM)) if given is None else 0
-    loaded = load_data(data) if data is not None else _random_data(load_model(model, weights=weights), model)
-    task = Task.create({
-        "model": model, "data": data or "random", "device": device, "batch": batch, "space": space,
-        "weights": str(weights) if weights is not None else None, "student": given.student.reference if given else student,
-    })  # fmt: skip
-    refused = _refused(f"the policy {policy!r} cannot become a file that runs")
-    with tempfile.TemporaryDirectory(prefix="autocompress-") as folder, refused, _whole(out) as made:
-        setting = prepare(task, Path(folder), load(task, data=loaded))
-        chosen = unsaturated(given, setting.device.profile) if given else _draw(task, seed, setting)
-        compressed = untrained(setting, chosen)
-        path = made / setting.write(made, compressed, chosen).artifact
-        outputs, parity = check_artifact(setting, compressed, path, chosen)
-        before, after = setting.device.measure([setting.baseline.path, path])
-        score = score_outputs(outputs, loaded.val.targets, loaded) if data is not None else None
-        update_manifest(
-            made, {"device": device, "latency_s": after, "baseline_latency_s": before, "measured_at": now(), "val_score": score}
-        )
-        return {
-            "policy": chosen.in_words(), "digest": chosen.digest, "folder": str(out),
-            "latency": format_duration(after.median), "original_latency": format_duration(before.median),
-            "latency_s": after.median, "speedup": before.median / after.median,
-            "size": format_size(path.stat().st_size), "original_size": format_size(setting.baseline.size_bytes),
-            "agreement_with_student": _agreement(parity),
-            "largest_difference": parity.relative,
-            "validation": format_score(score) if score else "no data: nothing to score",
-            "trained": "no: search trains, apply does not",
-        }  # fmt: skip
-
-
-def _agreement(parity: Parity) -> str:
-    if parity.top1_agreement is None:
-        return f"outputs differ by {100 * parity.relative:.2g} % at most"
-    return f"{100 * parity.top1_agreement:.2f} % of {parity.n} decisions"
-
-
-def _read(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UsageError(f"the policy file {path!r} cannot be read: {error.strerror}", hint="give a policy.json, or random:SEED") from None
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise UsageError(f"random: must be followed by a whole number, but got {text!r}", hint="for example random:7")
-    return int(text)
-
-
-def _draw(task: Task, seed: int, setting: Setting) -> Policy:
-    suggest = find_suggest(task.space, setting.graphs[task.student], setting.device.profile, reference=task.student)
-    return suggest(LevelSuggester(np.random.default_rng(seed)))
-
-
-def _random_data(model: nn.Module, reference: str) -> Data:
-    """Random inputs of the model's shape, for the ranges of int8 and for comparing outputs; it has no score."""
-    example = example_for(model, reference)
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn((RANDOM_INPUTS, *example.shape[1:]), generator=generator)
-    split = Split(inputs, torch.zeros(RANDOM_INPUTS, dtype=torch.long))
-    return Data(split, split[slice(0, 64)], split[slice(0, 1)], loss=nn.functional.mse_loss, score=lambda outputs, targets: float("nan"))
-
-
-# -- one model, measured --------------------------------------------------------------------------------------------------
-
-
-def measure_reference(reference: str, *, device: str, weights: Path | None = None, data: str | None = None, batch: int = 1) -> Measurement:
-    """Latency of a model as it is: exported in float32 and measured on the device."""
-    target = open_device(device)
-    loaded = load_data(data) if data is not None else None
-    model = load_model(reference, weights=weights, classes=loaded.classes if loaded is not None else None)
-    example: Tensor = loaded.example(batch) if loaded is not None else example_for(model, reference, batch)
-    graph = Graph.trace(model, (example,))
-    with tempfile.TemporaryDirectory(prefix="autocompress-") as folder, _refused(f"{reference} cannot be measured"):
-        manifest = write_bundle(Path(folder), build_student(graph, Policy()), Policy(), (example,), model=reference)
-        return target.measure([Path(folder) / manifest.artifact], seconds_each=MEASURE_S)[0]
-
-
-def measure_file(path: Path, *, device: str = DEFAULT_DEVICE) -> Measurement:
-    """Latency of an ONNX file. Raises UsageError when it is damaged, or the device cannot run it."""
-    check_onnx(path)
-    with _refused(f"{str(path)!r} cannot be measured"):
-        return open_device(device).measure([path])[0]
-
-
-@contextlib.contextmanager
-def _refused(what: str) -> Iterator[None]:
-    """What is one failure among many in a search is the answer of a command about one model."""
-    try:
-        yield
-    except PolicyFailure as failure:
-        raise UsageError(f"{what}: {failure.message}", hint=failure.hint) from None

@@ -10,13 +10,15 @@ from torch import nn
 
 import autocompress
 from autocompress import deploy
+from autocompress.apply import apply_policy
 from autocompress.cli import main
 from autocompress.compress.student import build_student
 from autocompress.data import Data, Split
-from autocompress.deploy import apply_policy, export_run, measure_reference, recreate
+from autocompress.deploy import export_run, recreate
 from autocompress.errors import PolicyFailure, RunFolderError, UsageError
 from autocompress.export import read_manifest, update_manifest, write_bundle
 from autocompress.graph import Graph
+from autocompress.measure import measure_reference
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import load, prepare
 from autocompress.task import Task
@@ -67,8 +69,8 @@ def made(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch):
-    monkeypatch.setattr(deploy, "RANDOM_INPUTS", 8)  # of 224 x 224 pixels
-    for module in ("deploy", "preparation"):
+    monkeypatch.setattr("autocompress.apply.RANDOM_INPUTS", 8)  # of 224 x 224 pixels
+    for module in ("deploy", "measure", "preparation"):
         monkeypatch.setattr(f"autocompress.{module}.open_device", lambda name: FakeDevice())
 
 
@@ -361,7 +363,7 @@ def test_a_folder_that_cannot_be_written_is_named(run, tmp_path, monkeypatch, pl
 def failing_at(monkeypatch, call):
     """One device for all, whose call of that number fails."""
     device = FakeDevice(failures={call: PolicyFailure("the runtime crashed with SIGSEGV")})
-    for module in ("deploy", "preparation"):
+    for module in ("deploy", "measure", "preparation"):
         monkeypatch.setattr(f"autocompress.{module}.open_device", lambda name: device)
 
 

@@ -177,7 +177,7 @@ def test_policy_and_teacher_make_the_same_student_again(shipped):
 
 @pytest.mark.slow
 def test_an_export_replaces_an_export_and_nothing_else(demo, shipped, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("autocompress.deploy.MEASURE_S", 0.3)
+    monkeypatch.setattr("autocompress.deploy.EXPORT_MEASURE_S", 0.3)
     run, _ = demo
     folder, _ = shipped
     content = json.loads((run / "front.json").read_text())
@@ -206,7 +206,7 @@ def test_a_file_is_measured_as_the_search_measured_it(shipped, capsys):
 
 
 def test_one_policy_without_a_search(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("autocompress.deploy.RANDOM_INPUTS", 8)
+    monkeypatch.setattr("autocompress.apply.RANDOM_INPUTS", 8)
     told = answered_json(capsys, "apply", "torchvision:resnet18", "--policy", "random:1", "--out", str(tmp_path / "out"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == BUNDLE
     manifest = Manifest.from_json((tmp_path / "out" / "manifest.json").read_bytes())

@@ -1,0 +1,110 @@
+"""One policy without a search: compress, export, check, measure."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from autocompress.data import Data, Split
+from autocompress.deploy import require_free, require_harmless, whole_folder
+from autocompress.errors import UsageError, refused
+from autocompress.evaluate import score_outputs
+from autocompress.export import Parity, now, update_manifest
+from autocompress.models import example_for, load_model
+from autocompress.objective import Setting, check_artifact, untrained
+from autocompress.policy import Policy
+from autocompress.preparation import load, prepare
+from autocompress.proposals import LevelSuggester
+from autocompress.search_space import find_suggest, unsaturated
+from autocompress.sources import load_data
+from autocompress.task import DEFAULT_DEVICE, Task
+from autocompress.units import format_duration, format_size
+from autocompress.view import format_score
+
+RANDOM = "random:"
+RANDOM_INPUTS = 256
+
+
+def apply_policy(
+    model: str, *, policy: str, out: Path, weights: Path | None = None, data: str | None = None, batch: int = 1,
+    device: str = DEFAULT_DEVICE, space: str = "default", student: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Compress, export and check one policy without training; int8 ranges come from the data, or from random inputs without it.
+
+    Args:
+        policy: a policy file, whose int8 weights are kept in a range that the device computes with exactly; or `random:SEED` for one drawn
+            from `space`.
+        student: reference of another architecture to derive the student from; a policy file that names a user's function needs it too.
+
+    Returns what was built and measured, for people. Raises UsageError, also when the policy cannot become an artifact.
+    """
+    require_free(out)
+    given = Policy.from_json(_read(policy)) if not policy.startswith(RANDOM) else None
+    if given is not None and given.student.reference not in (None, model, student):
+        require_harmless(given.student.reference, "--student")
+    seed = _seed(policy.removeprefix(RANDOM)) if given is None else 0
+    loaded = load_data(data) if data is not None else _random_data(load_model(model, weights=weights), model)
+    task = Task.create({
+        "model": model, "data": data or "random", "device": device, "batch": batch, "space": space,
+        "weights": str(weights) if weights is not None else None, "student": given.student.reference if given else student,
+    })  # fmt: skip
+    cannot = refused(f"the policy {policy!r} cannot become a file that runs")
+    with tempfile.TemporaryDirectory(prefix="autocompress-") as folder, cannot, whole_folder(out) as made:
+        setting = prepare(task, Path(folder), load(task, data=loaded))
+        chosen = unsaturated(given, setting.device.profile) if given else _draw(task, seed, setting)
+        compressed = untrained(setting, chosen)
+        path = made / setting.write(made, compressed, chosen).artifact
+        outputs, parity = check_artifact(setting, compressed, path, chosen)
+        before, after = setting.device.measure([setting.baseline.path, path])
+        score = score_outputs(outputs, loaded.val.targets, loaded) if data is not None else None
+        update_manifest(
+            made, {"device": device, "latency_s": after, "baseline_latency_s": before, "measured_at": now(), "val_score": score}
+        )
+        return {
+            "policy": chosen.in_words(), "digest": chosen.digest, "folder": str(out),
+            "latency": format_duration(after.median), "original_latency": format_duration(before.median),
+            "latency_s": after.median, "speedup": before.median / after.median,
+            "size": format_size(path.stat().st_size), "original_size": format_size(setting.baseline.size_bytes),
+            "agreement_with_student": _agreement(parity),
+            "largest_difference": parity.relative,
+            "validation": format_score(score) if score else "no data: nothing to score",
+            "trained": "no: search trains, apply does not",
+        }  # fmt: skip
+
+
+def _agreement(parity: Parity) -> str:
+    if parity.top1_agreement is None:
+        return f"outputs differ by {100 * parity.relative:.2g} % at most"
+    return f"{100 * parity.top1_agreement:.2f} % of {parity.n} decisions"
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError(f"the policy file {path!r} cannot be read: {error.strerror}", hint="give a policy.json, or random:SEED") from None
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise UsageError(f"random: must be followed by a whole number, but got {text!r}", hint="for example random:7")
+    return int(text)
+
+
+def _draw(task: Task, seed: int, setting: Setting) -> Policy:
+    suggest = find_suggest(task.space, setting.graphs[task.student], setting.device.profile, reference=task.student)
+    return suggest(LevelSuggester(np.random.default_rng(seed)))
+
+
+def _random_data(model: nn.Module, reference: str) -> Data:
+    """Random inputs of the model's shape, for the ranges of int8 and for comparing outputs; it has no score."""
+    example = example_for(model, reference)
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn((RANDOM_INPUTS, *example.shape[1:]), generator=generator)
+    split = Split(inputs, torch.zeros(RANDOM_INPUTS, dtype=torch.long))
+    return Data(split, split[slice(0, 64)], split[slice(0, 1)], loss=nn.functional.mse_loss, score=lambda outputs, targets: float("nan"))
