@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from optuna import Study
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import BaseSampler, RandomSampler
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from scipy.special import ndtr
@@ -152,7 +152,7 @@ class Memory:
     """What a sampler has read of a study: finished trials do not change."""
 
     def __init__(self, study: Study) -> None:
-        self.study = study.study_name
+        self.study = study
         self._signs = np.array([1.0 if direction == StudyDirection.MAXIMIZE else -1.0 for direction in study.directions])
         self._trials: list[FrozenTrial] = []
         self._read: set[int] = set()
@@ -185,7 +185,7 @@ class Memory:
 
 
 class FrontSampler(BaseSampler):  # type: ignore[misc]  # Optuna has no types
-    """For studies of two objectives. Dimensions that not all trials have are drawn at random.
+    """For studies of two objectives. Dimensions that not all trials have are left to TPE, each for itself.
 
     A trial that violates a constraint says where the constraints are violated (a process of its own), and nothing of the objectives:
     it may have been ruled out unmeasured.
@@ -193,7 +193,7 @@ class FrontSampler(BaseSampler):  # type: ignore[misc]  # Optuna has no types
 
     def __init__(self, seed: int | None = None) -> None:
         self._generator = np.random.default_rng(seed)
-        self._random = RandomSampler(seed=seed)
+        self._random, self._single = RandomSampler(seed=seed), TPESampler(seed=seed)
         self._memory: Memory | None = None
         self._space = Space({})
         self._models: dict[str, GaussianProcess] = {}
@@ -202,11 +202,12 @@ class FrontSampler(BaseSampler):  # type: ignore[misc]  # Optuna has no types
     def reseed_rng(self) -> None:
         self._generator = np.random.default_rng()
         self._random.reseed_rng()
+        self._single.reseed_rng()
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         if len(study.directions) != 2:
             raise ValueError(f"FrontSampler suggests for two objectives, but the study has {len(study.directions)}")
-        if self._memory is None or self._memory.study != study.study_name:
+        if self._memory is None or self._memory.study is not study:
             self._memory = Memory(study)
         space = self._memory.read(study)
         if space is not self._space:
@@ -214,7 +215,9 @@ class FrontSampler(BaseSampler):  # type: ignore[misc]  # Optuna has no types
         return dict(space.distributions)
 
     def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
-        return self._random.sample_independent(study, trial, param_name, param_distribution)
+        begun = self._memory is not None and len(self._memory.evidence.rows) >= STARTUP
+        sampler = self._single if begun else self._random
+        return sampler.sample_independent(study, trial, param_name, param_distribution)
 
     def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
         assert self._memory is not None  # Optuna infers the space first

@@ -210,14 +210,17 @@ def test_nothing_is_asked_twice_while_there_is_something_new():
     run(study, lambda t: (float(t.suggest_int("a", 0, 5)), float(t.suggest_categorical("b", (1, 2, 3, 4, 5)))), 20)  # and then no crash
 
 
-def test_dimensions_that_come_and_go_are_drawn_at_random():
+def test_dimensions_that_come_and_go_are_suggested_too():
     def conditional(trial):
         deep = trial.suggest_categorical("deep", (True, False))
-        return float(trial.suggest_float("x", 0, 1)), float(trial.suggest_float("y", 0, 1) if deep else trial.suggest_int("z", 1, 3))
+        cost = trial.suggest_float("y", 0, 1) if deep else trial.suggest_int("z", 1, 30)
+        return float(trial.suggest_float("x", 0, 1)), float(cost)
 
     study = study_of()
-    run(study, conditional, 40)
+    run(study, conditional, 60)
     assert {frozenset(trial.params) for trial in study.trials} == {frozenset({"deep", "x", "y"}), frozenset({"deep", "x", "z"})}
+    late = [trial.params["y"] for trial in study.trials[STARTUP:] if "y" in trial.params]
+    assert np.mean(late) < 0.4, "of what is not shared, what costs little"
 
 
 def test_a_failed_trial_is_nothing_to_learn_from_and_one_sampler_serves_several_studies():
