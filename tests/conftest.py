@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from autocompress.testing.exporter import export_faster
 from autocompress.view import Results
 
 
@@ -41,6 +43,13 @@ def _turn(*, alone: bool) -> Iterator[None]:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Latency tables and decoded images of a test run do not mix with the user's."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _lean() -> None:
+    """Tests run in two processes on two cores, where threads would wait for each other, and export hundreds of tiny networks."""
+    torch.set_num_threads(1)
+    export_faster()
 
 
 @pytest.fixture(scope="session")

@@ -32,15 +32,6 @@ def answers(path, inputs):
     return torch.from_numpy(FakeDevice().run(path, [inputs.numpy()]))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two busy cores: tiny networks only wait for a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A run folder with a baseline and one policy that is written as a search writes it."""

@@ -1,24 +1,15 @@
-"""Whole searches on two busy cores: one thread, a cache of operator times that is thrown away."""
-
-import warnings
+"""Whole searches: a cache of operator times that is thrown away, and few networks to calibrate on."""
 
 import pytest
-import torch
-from tasks import blobs, export_faster, trained_net
+from tasks import blobs, trained_net
 
 
 @pytest.fixture(autouse=True, scope="session")
 def lean(tmp_path_factory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        export_faster()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr("autocompress.forecast.WHOLE_NETWORKS", 2)
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,13 @@ import resource
 import sys
 
 import torch
-from tasks import SLOW_CALLS, blobs, export_faster, trained_net
+from tasks import SLOW_CALLS, blobs, trained_net
 
 from autocompress import cli, forecast, schedule, session
 from autocompress.controller import Search
 from autocompress.journal import Journal
 from autocompress.testing.devices import FakeDevice
+from autocompress.testing.exporter import export_faster
 
 
 def main() -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -97,14 +95,3 @@ class Diary:
 
     def __exit__(self, *_: object) -> None:
         """Nothing to end."""
-
-
-def export_faster() -> None:
-    """torch's exporter parses its whole operator library at every export; for many tiny networks once is enough."""
-    with contextlib.suppress(ImportError, AttributeError):
-        from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-        if not getattr(ONNXRegistry, "_kept", False):
-            registry = ONNXRegistry.from_torchlib()
-            ONNXRegistry.from_torchlib = classmethod(lambda cls, *_, **__: copy.copy(registry))
-            ONNXRegistry._kept = True
