@@ -13,7 +13,7 @@ Three kinds of oracle, whose values are visible to a sampler only by asking:
 * device: the compressed networks of a ResNet-8 on the fake device, enumerated: blocks kept, widths and bits of each stage. Accuracy by a
   model with interactions: 95 (1 - 0.5 prod over stages of c^-0.35) - 2 (int8 stages)^1.5 / 3, c the stage's width times blocks.
 
-Writes search_oracle.json and .md. `--overhead` times a suggestion at 300 dimensions and 2,000 trials.
+Writes search_oracle.json and .md. `--overhead` times a suggestion at 300 dimensions and 2,000 trials (search_oracle_overhead.json).
 """
 
 from __future__ import annotations
@@ -331,8 +331,12 @@ def main() -> None:
     parser.add_argument("--overhead", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    environment = OnnxRuntimeCpu().environment() | {"optuna": optuna.__version__}
     if given.overhead:
-        print(json.dumps(overhead(), indent=1))
+        found = json.dumps({"environment": environment} | overhead(), indent=1)
+        (given.out / "search_oracle_overhead.json").write_text(found)
+        print(found)
         return
     todo = jobs(given.oracles.split(","), given.samplers.split(","), given.seeds, given.evaluations)
     results = []
@@ -341,8 +345,6 @@ def main() -> None:
             results.append(result)
             print(f"{done}/{len(todo)}", result["oracle"], result["sampler"], result["seed"], result["share"], flush=True)
     rows = summary(results)
-    given.out.mkdir(parents=True, exist_ok=True)
-    environment = OnnxRuntimeCpu().environment() | {"optuna": optuna.__version__}
     (given.out / "search_oracle.json").write_text(json.dumps({"environment": environment, "summary": rows, "runs": results}, indent=1))
     (given.out / "search_oracle.md").write_text(table(rows))
     print(table(rows))
