@@ -109,7 +109,6 @@ def train_quantized(
     float_share = 1.0 - (plan.quant_fraction if rounds else 0.0)
     if plan.steps:
         _run(student, data, plan, steps, until=float_share, lesson=lesson, tick=tick)
-        _settle_norms(student, data, plan, steps.done)
     if not rounds:
         return student.eval()
     quantized = fake_quantize(student.eval(), quant)

@@ -53,7 +53,7 @@ def test_a_task_file_with_a_model_and_photos_of_ones_own(place, capsys, monkeypa
     monkeypatch.setattr("autocompress.forecast.WHOLE_NETWORKS", 2)
     run, out = place / "run", place / "shipped"
     assert main(["search", str(place / "task.toml"), "--quiet", "--out", str(run)]) == 0
-    assert main(["export", str(run), "--out", str(out), "--json"]) == 0
+    assert main(["export", str(run), "--pick", "int8", "--out", str(out), "--json"]) == 0
     capsys.readouterr()
     content = json.loads((run / "front.json").read_text())
     assert {entry["id"].removesuffix("-full") for entry in content["points"]} == {"int8", "00000"}
