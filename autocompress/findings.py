@@ -72,7 +72,7 @@ class Findings:
     def content(self) -> dict[str, Any]:
         """What front.json holds now."""
         baseline, results = self.setting.baseline, self.outcomes()
-        front = self.front()
+        front = front_of(results, self.budget, baseline)
         on_front = {o.id for o in front}
         entries = [entry(o, baseline, self.budget, self._layers(o.policy), dominated=o.id not in on_front) for o in measured(results)]
         every = self.journal.outcomes
