@@ -148,14 +148,13 @@ def _require_target(task: Task, data: Data) -> None:
 
 def _own(model: nn.Module, task: Task) -> nn.Module:
     """A copy of an object of Python, with the weights of the task where it names some."""
-    require_float(model, task.model)
     teacher = own_copy(model)
     if task.weights:
         load_weights(teacher, Path(task.weights))
     return teacher
 
 
-def require_float(model: nn.Module, reference: str) -> None:
+def _require_float(model: nn.Module, reference: str) -> None:
     """Raises UsageError for a network that was quantized already: its weights are packed, and cannot be trained."""
     packed = next((name for name, module in model.named_modules() if "quantized" in type(module).__module__.split(".")), None)
     if packed is not None:
@@ -166,13 +165,12 @@ def require_float(model: nn.Module, reference: str) -> None:
 
 
 def _loaded(task: Task, data: Data) -> nn.Module:
-    model = load_model(task.model, weights=Path(task.weights) if task.weights else None, classes=data.classes)
-    require_float(model, task.model)
-    return model
+    return load_model(task.model, weights=Path(task.weights) if task.weights else None, classes=data.classes)
 
 
 def require_fit(model: nn.Module, data: Data, example: Tensor, reference: str) -> None:
-    """Raises UsageError unless the model runs on the data, at any batch, and has an output for each class."""
+    """Raises UsageError unless the model is in floating point, runs on the data, at any batch, and has an output for each class."""
+    _require_float(model, reference)
     outputs = _outputs(model, example, reference, "check that the data and the model belong together (channels, size)")
     _outputs(model, torch.cat([example, example]), reference, "training uses other batches: write x.flatten(1), not x.view(1, -1)")
     if data.classes is None:
