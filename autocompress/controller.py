@@ -36,6 +36,8 @@ from autocompress.schedule import (
 )
 from autocompress.search_space import fitted
 
+WITHOUT_FRONT = 0.8
+"""Of the time until the end: what training may take while nothing within the budget waits to be measured once more."""
 FIRST_SHARE = 2 / 3
 """Of the short runs: those whose policies are chosen by prediction, all with the usual distillation, before Optuna suggests."""
 UNKNOWN_OVERHEAD_S = 5.0
@@ -117,14 +119,18 @@ class Search(Findings):
                     return
                 continue
             duplicates = 0
-            deadline = time.monotonic() + max(1.0, min(division.short_each, self.clock.left) - self._overhead())
+            deadline = time.monotonic() + max(1.0, min(division.short_each, self._left_for_short()) - self._overhead())
             self._evaluate(trial, policy, f"{trial.number:05d}", deadline)
 
     def _room_for_short(self, until: float, division: Division) -> bool:
         """Whether another short run fits. Until one is within the budget they take what time there is: nothing else could use it."""
         if not self._climbers():
-            return self.clock.left > self._overhead()
+            return self._left_for_short() > self._overhead()
         return time.monotonic() + 0.5 * division.short_each < until
+
+    def _left_for_short(self) -> float:
+        """Seconds until short runs must have ended; while there is no front to measure, little is kept for the end."""
+        return self.clock.left if self._climbers() else max(self.clock.left, WITHOUT_FRONT * self.clock.until_end)
 
     def _climbers(self) -> list[Outcome]:
         """Short runs within the budget; training longer changes no latency."""

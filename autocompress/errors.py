@@ -30,6 +30,13 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
+def root_cause(error: BaseException) -> BaseException:
+    """The error that others were raised from: libraries wrap what went wrong in advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 class AutocompressError(Exception):
     """Base of all errors raised on purpose; `exit_code` is what the command line returns."""
 

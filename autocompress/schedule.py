@@ -20,6 +20,8 @@ POOL_SHARE = 0.02
 POOL_CAP_S = 30.0
 TEACHER_SHARE = 0.08
 VALIDATION_SHARE = 0.01
+FINAL_CALLS, FINAL_S = 60.0, 12.0
+"""For the end of a search: calls of a slow original (a dozen rounds of it and of a faster front, with warm-up), and seconds beside."""
 SHORT_SHARE = 0.25
 SHORT_RUNS = 12
 FULL_FACTOR = 9.0
@@ -84,7 +86,7 @@ def validation_seconds(clock: Clock) -> float:
 
 def reserve_seconds(per_test: float, latency_s: float) -> float:
     """For the end of a search: the test split for the original and a front of faster networks, and measuring them together."""
-    return 3.0 * per_test + 12.0 + 300.0 * latency_s
+    return 3.0 * per_test + FINAL_S + FINAL_CALLS * latency_s
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
     from autocompress.deploy import Exported
 
-DEMO_TEACHER_SHARE, DEMO_TEACHER_SHARE_LEFT = 0.4, 0.5
+DEMO_TEACHER_SHARE, DEMO_TEACHER_SHARE_LEFT = 0.4, 0.4
 """Of the whole time and of what is left of it, at most: a quick machine trains it to the end in less, and all else is worthless on a slow
 one where it has not learned."""
 

@@ -11,6 +11,7 @@ import torch
 from autocompress.compress.student import build_student
 from autocompress.compress.train import TrainPlan, train_quantized
 from autocompress.data import Data
+from autocompress.devices import processor
 from autocompress.evaluate import run_artifact, score_outputs
 from autocompress.export import write_bundle
 from autocompress.graph import Graph
@@ -31,31 +32,31 @@ def cifar(data_sets: Path) -> Data:
         return load_data(f"{REPOSITORY / 'benchmarks' / 'cifar10.py'}:data")
 
 
-@pytest.fixture(scope="module")
-def resnet56(data_sets: Path) -> Graph:
-    model = load_model(
-        f"{REPOSITORY / 'benchmarks' / 'cifar10.py'}:resnet56", weights=data_sets / "cifar10_resnets" / "resnet56.safetensors"
-    )
+def pretrained(data_sets: Path, name: str) -> Graph:
+    weights = data_sets / "cifar10_resnets" / f"{name}.safetensors"
+    model = load_model(f"{REPOSITORY / 'benchmarks' / 'cifar10.py'}:{name}", weights=weights)
     return Graph.trace(model, (torch.zeros(1, 3, 32, 32),))
 
 
-def test_zero_padded_shortcuts_leave_every_stream_and_block_searchable(resnet56: Graph) -> None:
+def test_zero_padded_shortcuts_leave_every_stream_and_block_searchable(data_sets: Path) -> None:
+    resnet56 = pretrained(data_sets, "resnet56")
     streams = [group.size for group in resnet56.groups if group.stream and group.prunable]
     assert streams == [16, 16, 32]  # the channels that each stage adds to those before it
     assert len(resnet56.blocks) == 9 + 8 + 8
     assert [frozen.name for frozen in resnet56.frozen] == ["linear"]
 
 
-def test_int8_without_training_keeps_the_accuracy_of_resnet56(resnet56: Graph, cifar: Data, tmp_path: Path) -> None:
+def test_int8_without_training_keeps_the_accuracy_of_resnet20(data_sets: Path, cifar: Data, tmp_path: Path) -> None:
+    resnet20 = pretrained(data_sets, "resnet20")
     test = cifar.test[slice(0, IMAGES)]
     scores = {}
     for bits in (32, 8):
-        policy = Policy(quant=QuantSpec(bits=bits))
-        student = train_quantized(build_student(resnet56, Policy()), policy.quant, cifar, TrainPlan(steps=0))
-        manifest = write_bundle(tmp_path / str(bits), student, policy, (cifar.example(1),), model="resnet56")
+        policy = Policy(quant=QuantSpec(bits=bits, reduced_range=processor.int8_saturates(processor.flags())))
+        student = train_quantized(build_student(resnet20, Policy()), policy.quant, cifar, TrainPlan(steps=0))
+        manifest = write_bundle(tmp_path / str(bits), student, policy, (cifar.example(1),), model="resnet20")
         outputs = run_artifact(FakeDevice(), tmp_path / str(bits) / manifest.artifact, cifar, test, 1)
         scores[bits] = score_outputs(outputs, test.targets, cifar).value
-    assert scores[32] > 0.92
+    assert scores[32] > 0.90
     assert scores[8] > scores[32] - 0.01
 
 

@@ -22,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
 from autocompress.compress.quantize import TINY, UINT8_MAX, ActivationQuantizer, RoundedConv, RoundedLinear, largest_int
-from autocompress.errors import PolicyFailure, UsageError, one_line
+from autocompress.errors import PolicyFailure, UsageError, one_line, root_cause
 from autocompress.export.fold import fold_norms, plain_weights
 from autocompress.policy import QuantSpec
 
@@ -71,7 +71,7 @@ def _export(module: fx.GraphModule, example: tuple[Tensor, ...]) -> onnx.ModelPr
                 module, example, dynamo=True, opset_version=OPSET, input_names=names[: len(example)], verbose=False, optimize=True
             )
         except Exception as error:  # the exporter raises many kinds
-            raise PolicyFailure(f"the exporter failed: {one_line(error):.200}") from error
+            raise PolicyFailure(f"the exporter failed: {one_line(root_cause(error)):.200}") from error
     assert program is not None
     model = program.model_proto
     if not any(entry.domain in ("", "ai.onnx") and entry.version >= OPSET for entry in model.opset_import):

@@ -195,6 +195,16 @@ def on_front(search, pool, n=3):
         trained(search, pool[index].policy, 1e-3 * (index + 1), score=0.91 + 0.01 * index, id=id, artifact=f"models/{id}/model.onnx")
 
 
+def test_the_end_of_a_search_keeps_little_time_while_there_is_no_front_to_measure(search, pool):
+    """Seen where the original is slow and the search short: it ended with a quarter of its time unused, and nothing trained."""
+    search.clock = Clock.start(60.0, already=45.0).with_reserve(18.0)
+    assert search.clock.left == 0.0
+    assert 9.0 < search._left_for_short() < 15.0
+    assert search._room_for_short(time.monotonic() - 1.0, Division(5.0, 1.0))
+    trained(search, pool[0].policy, 1e-6)
+    assert search._left_for_short() == 0.0
+
+
 def test_a_file_that_can_no_longer_be_measured_leaves_the_front_and_the_search_goes_on(search, pool):
     on_front(search, pool)
     with_device(search, Worn(measurement(1e-3), broken=("00001",)))

@@ -24,7 +24,7 @@ def build():
 TASK = """
 model = "${HERE}/own.py:build"
 data = "imagefolder:${HERE}/photos?size=16"
-search_time = "60s"
+search_time = "120s"
 trials = 1
 """
 

@@ -372,3 +372,16 @@ def test_rounded_outputs_that_are_no_decisions_agree_to_five_percent():
     require_parity(compare(outputs, 1.04 * outputs, decisions=False), {16, 32})
     with pytest.raises(PolicyFailure, match="5 %, but differ by 6 %"):
         require_parity(compare(outputs, 1.06 * outputs, decisions=False), {16, 32})
+
+
+def test_what_the_exporter_cannot_do_is_told_by_its_cause_and_not_by_its_advice(monkeypatch):
+    def fail(*_, **__):
+        try:
+            raise ValueError("no such operator: lgamma")
+        except ValueError as error:
+            raise RuntimeError("Failed to export the model. Next steps:\n- create an issue") from error
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    model, inputs = nn.Conv2d(3, 4, 1), torch.zeros(1, 3, 4, 4)
+    with pytest.raises(PolicyFailure, match="the exporter failed: ValueError: no such operator: lgamma"):
+        exported(model, inputs, Policy())
