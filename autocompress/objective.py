@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, fx
 
+from autocompress.compress.repair import examples_for, repair
 from autocompress.compress.student import build_student, shared_features
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import CALIBRATION_INPUTS, Lesson, Tick, TrainPlan, quantizes, train_quantized
@@ -34,6 +35,7 @@ from autocompress.run_folder import write_atomically
 from autocompress.schedule import FEWEST_EXAMPLES
 
 CALIBRATION_S = 20.0
+REPAIR_SHARE = 0.5
 FLOAT_WEIGHTS = "float.safetensors"
 DRIFT_RETRIES = 3
 DRIFT_PAUSE_S = 2.0
@@ -175,8 +177,9 @@ def _trained(
     """Train a student of another shape; the teacher in fewer bits is calibrated first, and trained through them on the full rung."""
     reshaped = changes_shape(setting, policy)
     needs_training = reshaped or (rung == "full" and quantizes(policy.quant))
-    if continues is not None:
-        _continue_from(student, setting.models / continues / FLOAT_WEIGHTS)
+    continued = continues is not None and _continue_from(student, setting.models / continues / FLOAT_WEIGHTS)
+    if reshaped and not continued:
+        _repair(setting, student, policy, deadline)
     plan = TrainPlan(
         steps=10**9 if needs_training else 0,
         deadline=deadline if needs_training else math.inf,
@@ -185,6 +188,7 @@ def _trained(
         seed=setting.seed,
         calibration=setting.calibration,
         quant_fraction=TrainPlan.quant_fraction if reshaped else 1.0,
+        warm=continued or policy.student.reference is None,
     )
     classifies = setting.data.loss is None  # a loss of one's own has a unit of its own, beside which features have no known weight
     shared = shared_features(setting.graph_of(policy), policy) if classifies else None
@@ -197,12 +201,21 @@ def _trained(
     return trained
 
 
-def _continue_from(student: fx.GraphModule, path: Path) -> None:
-    """A missing or damaged checkpoint costs training time, not the policy."""
+def _continue_from(student: fx.GraphModule, path: Path) -> bool:
+    """Whether the weights of a lower rung are there: a missing or damaged checkpoint costs training time, not the policy."""
     try:
         student.load_state_dict(load_file(path))
     except (OSError, SafetensorError):
-        return
+        return False
+    return True
+
+
+def _repair(setting: Setting, student: fx.GraphModule, policy: Policy, deadline: float) -> None:
+    """Let a student that was made of its teacher begin with what it can do of the teacher's work, for a part of its training time."""
+    graph, now = setting.graph_of(policy), time.monotonic()
+    if policy.student.reference is None:
+        n = min(setting.calibration, examples_for(graph))
+        repair(student, graph, policy, torch.cat([*setting.data.calibration(n, n)]), until=now + REPAIR_SHARE * (deadline - now))
 
 
 def check_artifact(setting: Setting, student: fx.GraphModule, path: Path, policy: Policy) -> tuple[Tensor, Parity]:

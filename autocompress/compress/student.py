@@ -57,7 +57,7 @@ def shared_features(graph: Graph, policy: Policy) -> SharedFeatures | None:
     student = graph.without(policy.student.drop)
     node = next(n for n in student.graph.nodes if n.op == "call_module" and n.target == graph.classifier)
     source = node.all_input_nodes[0]
-    index = _index(graph, source.name, graph.selection(policy))
+    index = graph.index(source.name, graph.selection(policy))
     if index is None:
         index = np.arange(source.meta["shape"][1])
     kept = np.flatnonzero(index != NEW)
@@ -66,7 +66,7 @@ def shared_features(graph: Graph, policy: Policy) -> SharedFeatures | None:
 
 def _resize_module(node: fx.Node, student: fx.GraphModule, graph: Graph, selection: Selection, generator: torch.Generator) -> None:
     source, target = node.all_input_nodes[0].name, node.name
-    rows, columns = _index(graph, target, selection), _index(graph, source, selection)
+    rows, columns = graph.index(target, selection), graph.index(source, selection)
     if rows is None and columns is None:
         return
     module = module_of(node, student)
@@ -77,14 +77,6 @@ def _resize_module(node: fx.Node, student: fx.GraphModule, graph: Graph, selecti
     else:
         resized = _norm(cast(nn.BatchNorm2d, module), rows)
     student.set_submodule(str(node.target), resized)
-
-
-def _index(graph: Graph, node: str, selection: Selection) -> Roots | None:
-    """Where each new channel of a node comes from; None where nothing changes (or the node came into being with the student)."""
-    layout, roots = graph.layout(node), graph.roots(node)
-    if layout is None or roots is None or not selection.changes(roots):
-        return None
-    return selection.index(roots, layout.repeat)
 
 
 def _conv(old: Conv, rows: Roots | None, columns: Roots | None, generator: torch.Generator) -> Conv:

@@ -37,6 +37,8 @@ CALIBRATION_INPUTS, CALIBRATION_BATCH = 512, 64
 FEW_STEPS = 50
 """After fewer, the running statistics of batch norms are still those that training began with: 0.9 to the 50th is half a percent."""
 MOST_SETTLING = 16
+WARM_STEPS = 300
+"""A student that begins with its teacher's function is trained at the full rates from so many steps on: fewer undo more than they teach."""
 FEATURE_SCALE = 25.0
 """Weight of the difference of features beside the loss of answers, which is T^2 times a divergence: 16 times at the default T = 4 only."""
 
@@ -54,6 +56,7 @@ class TrainPlan:
         learning_rate: scale of all peaks: SGD runs at SGD_SHARE of it, Muon at MUON_SHARE.
         quant_fraction: share of the steps at the end that run through fake quantization.
         calibration: inputs that int8 ranges are fitted to.
+        warm: whether the student begins with something to lose; rates are then lower where there are fewer than WARM_STEPS.
     """
 
     steps: int
@@ -63,6 +66,7 @@ class TrainPlan:
     quant_fraction: float = 0.1
     calibration: int = CALIBRATION_INPUTS
     seed: int = 0
+    warm: bool = False
 
 
 def one_cycle(progress: float) -> float:
@@ -126,6 +130,7 @@ class _Steps:
 
     def __init__(self, plan: TrainPlan) -> None:
         self.total = plan.steps
+        self._warm = plan.warm
         self.done = 0
         self._started = time.monotonic()
         self._allowed = plan.deadline - self._started
@@ -135,6 +140,13 @@ class _Steps:
         if self.done >= self.total or self._allowed <= 0:
             return 1.0
         return min(1.0, max(self.done / self.total, (time.monotonic() - self._started) / self._allowed))
+
+    @property
+    def rate(self) -> float:
+        """Fraction of the peak learning rates at this moment."""
+        progress = self.progress
+        expected = self.done / progress if progress else self.total
+        return one_cycle(progress) * (min(1.0, expected / WARM_STEPS) if self._warm else 1.0)
 
 
 def _run(model: nn.Module, data: Data, plan: TrainPlan, steps: _Steps, *, until: float, lesson: Lesson | None, tick: Tick | None) -> None:
@@ -149,7 +161,7 @@ def _run(model: nn.Module, data: Data, plan: TrainPlan, steps: _Steps, *, until:
         loss = _loss(model, data, indices, inputs, view, lesson, device)
         if not math.isfinite(loss.item()):
             raise PolicyFailure(f"training diverged: the loss must stay finite, but is {loss.item()} at step {steps.done}")
-        optimizer.step(loss, one_cycle(steps.progress))
+        optimizer.step(loss, steps.rate)
         steps.done += 1
         if tick is not None:
             tick(steps.progress)

@@ -176,6 +176,13 @@ class Graph:
         """Id classes of a node's channels; None where it has none."""
         return self._roots.get(node)
 
+    def index(self, node: str, selection: Selection) -> Roots | None:
+        """For each channel of a student's node the one it comes from, or NEW; None where nothing changes or the teacher lacks the node."""
+        layout, roots = self.layout(node), self.roots(node)
+        if layout is None or roots is None or not selection.changes(roots):
+            return None
+        return selection.index(roots, layout.repeat)
+
     def layout(self, node: str) -> Layout | None:
         """Channel layout of a node; None where it has none."""
         return self._channels.layouts.get(node)

@@ -1,0 +1,336 @@
+"""Repair a student before it is trained: fit its layers, one after the other, to what the teacher computes in their place.
+
+What a student inherits of its teacher expects inputs that it no longer gets: channels are missing, and blocks have left the stream as it
+was. So each layer is solved by least squares for the teacher's values, given the inputs that it has in the student as repaired so far
+(AdaPrune: Hubara et al. 2021, arXiv 2102.08124, section 4.1; ZipLM: Kurtic et al. 2023, arXiv 2302.04089, equation 2, whose inputs too
+are those of the compressed network). The last layer of a residual block is fitted to the stream as the student's next block reads it in
+the teacher, so that it also does the work of the blocks that were dropped between them. Batch norms get the statistics of the repaired
+student.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from autocompress.graph import Graph
+from autocompress.graph.nodes import folds, fused, kind_of, module_of
+from autocompress.graph.resize import NEW, Selection
+from autocompress.policy import Policy
+
+MOST_EXAMPLES = 512
+MAP_BYTES = 2**28
+"""Of the largest value in the network, for all examples together."""
+PATCH_BYTES = 2**27
+ROWS = 8192
+"""Positions in the maps of all examples together to which a layer is fitted, about."""
+MOST_INPUTS = 2304
+"""Of a filter (256 channels of 3 x 3): the equations cost the cube of them."""
+RIDGES = (1e-3, 3e-2, math.inf)
+"""What keeps weights at their inherited values, as a share of the mean square of their inputs."""
+HELD_OUT = 0.25
+"""Of the examples: those on which the ridges are compared."""
+SEED = 20241
+
+
+def examples_for(graph: Graph) -> int:
+    """How many inputs a repair looks at: fewer where maps are large."""
+    shapes = [node.meta["shape"] for node in graph.module.graph.nodes if "shape" in node.meta]
+    largest = max(math.prod(shape) / shape[0] for shape in shapes if shape)
+    return max(1, min(MOST_EXAMPLES, int(MAP_BYTES / (4 * largest))))
+
+
+@torch.no_grad()
+def repair(student: fx.GraphModule, graph: Graph, policy: Policy, inputs: Tensor, *, until: float = math.inf) -> None:
+    """Fit the student's convolutions and linear layers to the teacher on `inputs`, in place.
+
+    Args:
+        student: what `build_student` makes of the graph and the policy, in eval mode.
+        inputs: n x ..., as the network takes them. All values that a layer has for them are held at once.
+        until: `time.monotonic()` after which no other layer is fitted; those behind it keep what they inherited.
+    """
+    aims = {aim.layer.name: aim for aim in _aims(student, _roles(student, graph.module))}
+    known = _Recorder(graph.module, {(aim.teacher, aim.last) for aim in aims.values()}).of(inputs)
+    _Repair(student, graph, graph.selection(policy), aims, known, until).run(inputs)
+
+
+@dataclass(frozen=True)
+class _Aim:
+    """A layer, the batch norm behind it, and what the two are fitted to: a value of the teacher, less what an addition adds to theirs.
+
+    last: channels are the last axis of the values, else the second.
+    """
+
+    layer: fx.Node
+    norm: fx.Node | None
+    teacher: str
+    beside: fx.Node | None
+    last: bool
+
+    @property
+    def end(self) -> fx.Node:
+        return self.norm or self.layer
+
+
+def _roles(student: fx.GraphModule, teacher: fx.GraphModule) -> dict[str, str]:
+    """For each node of the student what its reader reads in the teacher: not the node's namesake where blocks behind it are gone."""
+    namesakes = {node.name: node for node in teacher.graph.nodes}
+    roles: dict[str, fx.Node] = {}
+    for node in reversed(student.graph.nodes):
+        for user in node.users:
+            stands_for = roles.get(user.name) if kind_of(user, student) == "activation" else None
+            if stands_for is None or kind_of(stands_for, teacher) != "activation":
+                stands_for = namesakes.get(user.name)
+            sources = stands_for.all_input_nodes if stands_for is not None else []
+            place = user.all_input_nodes.index(node)
+            if place < len(sources):
+                roles[node.name] = sources[place]
+                break
+    return {name: node.name for name, node in roles.items()}
+
+
+def _aims(student: fx.GraphModule, roles: dict[str, str]) -> Iterator[_Aim]:
+    order = {node: position for position, node in enumerate(student.graph.nodes)}
+    uses = Counter(id(weight) for node in order if (weight := _weight(node, student)) is not None)
+    for node in student.graph.nodes:
+        layer, norm = module_of(node, student), fused(node, student).norm
+        weights = [_weight(part, student) for part in (node, norm) if part is not None]
+        if not _is_solvable(layer) or any(weight is None or uses[id(weight)] > 1 for weight in weights):
+            continue
+        end = norm or node
+        beside = _beside(end, student)
+        if beside is not None and order[beside] < order[node]:
+            end = next(iter(end.users))
+        else:
+            beside = None
+        if end.name in roles:
+            yield _Aim(node, norm, roles[end.name], beside, isinstance(layer, nn.Linear))
+
+
+def _weight(node: fx.Node, student: fx.GraphModule) -> Tensor | None:
+    """The weight of the module that the node calls: other nodes may share it."""
+    return getattr(module_of(node, student), "weight", None)
+
+
+def _is_solvable(layer: nn.Module | None) -> bool:
+    """Whether the layer is a linear function of patches that can be taken from its input."""
+    if type(layer) is nn.Conv2d:
+        return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return type(layer) is nn.Linear
+
+
+def _beside(end: fx.Node, student: fx.GraphModule) -> fx.Node | None:
+    """What is added to the value of this node, where that is all that becomes of it."""
+    users = list(end.users)
+    if len(users) != 1 or kind_of(users[0], student) != "add" or len(users[0].all_input_nodes) != 2:
+        return None
+    (other,) = (operand for operand in users[0].all_input_nodes if operand is not end)
+    return other if other.meta.get("shape") == end.meta.get("shape") else None
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a network and keeps some of its values, each as rows x channels."""
+
+    def __init__(self, module: fx.GraphModule, wanted: set[tuple[str, bool]]) -> None:
+        super().__init__(module)
+        self._wanted = wanted
+        self._known: dict[tuple[str, bool], Tensor] = {}
+
+    def of(self, inputs: Tensor) -> dict[tuple[str, bool], Tensor]:
+        self.run(inputs)
+        return self._known
+
+    def run_node(self, n: fx.Node) -> object:
+        value = super().run_node(n)
+        for last in (False, True):
+            if (n.name, last) in self._wanted and isinstance(value, Tensor):
+                self._known[n.name, last] = _rows_of(value, last=last)
+        return value
+
+
+class _Repair(fx.Interpreter):
+    """Runs the student, and fits each layer as soon as its inputs are there."""
+
+    def __init__(
+        self,
+        student: fx.GraphModule,
+        graph: Graph,
+        selection: Selection,
+        aims: dict[str, _Aim],
+        known: dict[tuple[str, bool], Tensor],
+        until: float,
+    ) -> None:
+        super().__init__(student)
+        self._student, self._graph, self._selection = student, graph, selection
+        self._aims, self._known, self._until = aims, known, until
+        self._fitted: dict[str, _Fit] = {}
+
+    def run_node(self, n: fx.Node) -> object:
+        aim = self._aims.get(n.name)
+        if aim is not None and time.monotonic() < self._until:
+            self._fit(aim)
+        if folds(n, self._student):
+            self._settle(n)
+        return super().run_node(n)
+
+    def _fit(self, aim: _Aim) -> None:
+        layer, norm = module_of(aim.layer, self._student), module_of(aim.norm, self._student) if aim.norm is not None else None
+        assert isinstance(layer, (nn.Conv2d, nn.Linear))
+        kept, target = self._target(aim)
+        depthwise = isinstance(layer, nn.Conv2d) and layer.groups == layer.out_channels > 1
+        groups = len(kept) if depthwise else getattr(layer, "groups", 1)
+        size = layer.weight[0].numel()
+        if not len(kept) or size > MOST_INPUTS or (groups > 1 and not depthwise and len(kept) < len(layer.weight)):
+            return
+        inputs = _patches(layer, self.env[aim.layer.all_input_nodes[0]])
+        inputs = inputs[:, kept] if depthwise else inputs
+        if len(inputs) != len(target):
+            return
+        inherited = (_gain(norm).expand(len(layer.weight))[kept, None] * layer.weight[kept].flatten(1)).view(groups, -1, size)
+        free = norm is not None or layer.bias is not None
+        weight, bias = _solve(inputs, target.view(len(target), groups, -1), inherited, free=free)
+        self._write(aim, layer, kept, weight.view(len(kept), size), bias.view(len(kept)))
+
+    def _target(self, aim: _Aim) -> tuple[Tensor, Tensor]:
+        """(the layer's channels that the teacher has too, rows x these channels: what their values should be)."""
+        known, index = self._known[aim.teacher, aim.last], self._graph.index(aim.end.name, self._selection)
+        index = np.arange(known.shape[1]) if index is None else index
+        kept = np.flatnonzero(index != NEW)
+        target, rows = known[:, torch.from_numpy(index[kept])], torch.from_numpy(kept)
+        return rows, target if aim.beside is None else target - _rows_of(self.env[aim.beside], last=aim.last)[:, rows]
+
+    def _write(self, aim: _Aim, layer: nn.Conv2d | nn.Linear, kept: Tensor, weight: Tensor, bias: Tensor) -> None:
+        """Where a batch norm follows, filters keep the length that they had, on which the speed of their training depends."""
+        if aim.norm is not None:
+            scale = layer.weight[kept].flatten(1).norm(dim=1) / weight.norm(dim=1).clamp_min(1e-12)
+            self._fitted[aim.norm.name] = _Fit(kept, scale, bias)
+            weight, bias = weight * scale[:, None], torch.zeros_like(bias)
+        layer.weight[kept] = weight.view_as(layer.weight[kept])
+        if layer.bias is not None:
+            layer.bias[kept] = bias
+
+    def _settle(self, node: fx.Node) -> None:
+        """Statistics of what the batch norm is given; where its layer was fitted, weights with which it gives the fitted values."""
+        norm, value = module_of(node, self._student), self.env[node.all_input_nodes[0]]
+        assert isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None and norm.running_var is not None
+        if value.numel() <= value.shape[1]:
+            return
+        axes = [axis for axis in range(value.dim()) if axis != 1]
+        mean, variance = value.mean(axes), value.var(axes)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+        if (fit := self._fitted.get(node.name)) is not None:
+            kept = fit.channels
+            norm.weight[kept] = (variance[kept] + norm.eps).sqrt() / fit.scale
+            norm.bias[kept] = mean[kept] / fit.scale + fit.bias
+
+
+def _gain(norm: nn.Module | None) -> Tensor:
+    """What a batch norm multiplies each channel by; without one, nothing changes."""
+    if norm is None:
+        return torch.ones(1)
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_var is not None
+    return norm.weight / (norm.running_var + norm.eps).sqrt()
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """What a batch norm has to do for the values of these channels: divide them by `scale` and add `bias`."""
+
+    channels: Tensor
+    scale: Tensor
+    bias: Tensor
+
+
+def _rows_of(value: Tensor, *, last: bool) -> Tensor:
+    """rows x channels of a value n x channels x ... (`last`: n x ... x channels), at the positions that are looked at."""
+    if value.dim() == 2:
+        return value
+    flat = value.flatten(1, -2) if last else value.flatten(2).transpose(1, 2)
+    picked = _positions(len(flat), flat.shape[1])
+    return flat.gather(1, picked[:, :, None].expand(-1, -1, flat.shape[2])).flatten(0, 1)
+
+
+def _positions(n: int, size: int) -> Tensor:
+    """n x positions, indices below `size`: the same for maps of the same size, in student and teacher."""
+    each = max(1, ROWS // n)
+    if each >= size:
+        return torch.arange(size).expand(n, -1)
+    return torch.randint(size, (n, each), generator=torch.Generator().manual_seed(SEED))
+
+
+def _patches(layer: nn.Conv2d | nn.Linear, value: Tensor) -> Tensor:
+    """rows x groups x inputs of a filter, at the positions of the outputs that are looked at."""
+    if isinstance(layer, nn.Linear):
+        return _rows_of(value, last=True)[:, None]
+    assert not isinstance(layer.padding, str)
+    step, picked, found = max(1, PATCH_BYTES // (4 * value[0].numel() * math.prod(layer.kernel_size))), None, []
+    for start in range(0, len(value), step):
+        patches = F.unfold(value[start : start + step], layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+        picked = _positions(len(value), patches.shape[2]) if picked is None else picked
+        here = picked[start : start + step, None, :].expand(-1, patches.shape[1], -1)
+        found.append(patches.gather(2, here).transpose(1, 2).flatten(0, 1))
+    return torch.cat(found).unflatten(1, (layer.groups, -1))
+
+
+def _solve(inputs: Tensor, target: Tensor, inherited: Tensor, *, free: bool) -> tuple[Tensor, Tensor]:
+    """(W: groups x outputs x inputs, b: groups x outputs) that minimise |W x + b - target|^2 + ridge |W - inherited|^2.
+
+    For each group with the ridge that does best on examples that it was not fitted to.
+
+    Args:
+        inputs, target: rows x groups x inputs (outputs), example by example.
+        free: whether there may be a constant b, else it is 0.
+    """
+    middle = inputs.mean(0) * free  # sums of squares of what is far from zero would be less exact
+    x, y = (inputs - middle).transpose(0, 1), target.transpose(0, 1)
+    held = round(HELD_OUT * x.shape[1])
+    part, rest = _Moments.of(x[:, held:], y[:, held:], free=free), _Moments.of(x[:, :held], y[:, :held], free=free)
+    errors = []
+    for ridge in RIDGES:
+        weight, bias = part.solution(torch.full((len(x),), ridge), inherited)
+        errors.append((x[:, :held] @ weight.mT + bias[:, None] - y[:, :held]).square().mean((1, 2)))
+    best = torch.tensor(RIDGES)[torch.stack(errors).nan_to_num(math.inf).argmin(0)]
+    weight, bias = (part + rest).solution(best, inherited)
+    return weight, bias - (weight @ middle[:, :, None])[:, :, 0]
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Sums over rows, for each group: of inputs x and targets y, of x x' and of x y'. Sums of x and y are 0 where there is no constant."""
+
+    rows: int
+    x: Tensor
+    y: Tensor
+    xx: Tensor
+    xy: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, *, free: bool) -> _Moments:
+        """Of groups x rows x inputs (outputs)."""
+        x_sum, y_sum = (value.sum(1).double() * free for value in (x, y))
+        return cls(x.shape[1], x_sum, y_sum, (x.mT @ x).double(), (x.mT @ y).double())
+
+    def __add__(self, other: _Moments) -> _Moments:
+        return _Moments(self.rows + other.rows, self.x + other.x, self.y + other.y, self.xx + other.xx, self.xy + other.xy)
+
+    def solution(self, ridges: Tensor, inherited: Tensor) -> tuple[Tensor, Tensor]:
+        """(W, b) with a ridge for each group; an infinite one leaves W as it was inherited, and so do singular equations."""
+        rows, before = max(1, self.rows), inherited.double()
+        square = self.xx - self.x[:, :, None] * self.x[:, None] / rows
+        gradient = self.xy - self.x[:, :, None] * self.y[:, None] / rows - square @ before.mT
+        diagonal = square.diagonal(dim1=1, dim2=2)
+        diagonal += torch.where(ridges.isinf(), 1.0, ridges)[:, None] * diagonal.mean(1, keepdim=True) + 1e-9
+        lower, singular = torch.linalg.cholesky_ex(square)
+        fixed = (ridges.isinf() | (singular > 0))[:, None, None]
+        weight = torch.where(fixed, before, before + torch.cholesky_solve(gradient, lower).mT)
+        bias = (self.y - (weight @ self.x[:, :, None])[:, :, 0]) / rows
+        return weight.to(inherited.dtype), bias.to(inherited.dtype)

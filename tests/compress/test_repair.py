@@ -1,0 +1,190 @@
+"""Repairing a student: it computes what it can of its teacher's function, before any training."""
+
+from __future__ import annotations
+
+import copy
+import time
+
+import pytest
+import torch
+from laws.networks import NETWORKS, network, random_policy
+from torch import nn
+
+from autocompress.compress import repair as module
+from autocompress.compress.repair import examples_for, repair
+from autocompress.compress.student import build_student
+from autocompress.graph import Graph
+from autocompress.policy import Policy, PruneSpec, StudentSpec
+from autocompress.testing.models import tiny_resnet
+
+N = 64
+
+
+def inputs_like(example, n=N, seed=1):
+    return torch.randn(n, *example.shape[1:], generator=torch.Generator().manual_seed(seed))
+
+
+def distance(student, teacher, inputs):
+    """Mean square difference of the outputs, in units of the teacher's variance."""
+    with torch.no_grad():
+        wanted = teacher(inputs)
+        return float((student(inputs) - wanted).square().mean() / wanted.var())
+
+
+def settled(model, inputs):
+    """The network with batch norms that know these inputs, as those of a trained network do."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    with torch.no_grad():
+        model.train()(inputs)
+    for norm in norms:
+        norm.momentum = 0.1
+    return model.eval()
+
+
+def repaired(graph, policy, inputs, **options):
+    student = build_student(graph, policy)
+    repair(student, graph, policy, inputs, **options)
+    return student
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_repaired_student_is_nearer_to_its_teacher_on_inputs_that_it_has_not_seen(name, monkeypatch):
+    monkeypatch.setattr(module, "MOST_INPUTS", 600)
+    model, example = network(name)
+    seen, unseen = inputs_like(example), inputs_like(example, 16, seed=2)
+    graph = Graph.trace(settled(model, seen), (example,))
+    policy = random_policy(graph, 1, widths=True)
+    before, after = settled(build_student(graph, policy), seen), repaired(graph, policy, seen)
+    assert distance(after, model, seen) < 0.7 * distance(before, model, seen)
+    assert distance(after, model, unseen) < distance(before, model, unseen)
+
+
+def test_the_teacher_itself_stays_what_it_is():
+    model = tiny_resnet()
+    inputs = torch.randn(N, 3, 32, 32)
+    graph = Graph.trace(settled(model, inputs), (inputs[:1],))
+    assert distance(repaired(graph, Policy(), inputs), model, inputs) < 1e-6
+
+
+class Twins(nn.Module):
+    """Of the four channels inside, the last two are the first two again: without them nothing is lost."""
+
+    def __init__(self, groups=1):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.inner = nn.Conv2d(4, 4, 3, padding=1, groups=groups)
+        self.last = nn.Conv2d(4, 5, 1)
+        with torch.no_grad():
+            self.first.weight[2:] = self.first.weight[:2]
+            self.norm.weight[2:] = 0.5
+            if groups == 4:
+                self.inner.weight[2:], self.inner.bias[2:] = self.inner.weight[:2], self.inner.bias[:2]
+
+    def forward(self, x):
+        return self.last(self.inner(torch.relu(self.norm(self.first(x)))))
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_what_channels_say_twice_is_not_lost_with_one_of_them(groups):
+    torch.manual_seed(0)
+    inputs = torch.randn(N, 3, 8, 8)
+    model = settled(Twins(groups), inputs)
+    graph = Graph.trace(model, (inputs[:1],))
+    policy = Policy(prune=PruneSpec(ratios={"first": 0.5}), student=StudentSpec(multiple=1))
+    assert distance(build_student(graph, policy), model, inputs) > 0.02
+    assert distance(repaired(graph, policy, inputs), model, inputs) < 1e-4
+
+
+def test_a_block_does_the_work_of_the_one_that_was_dropped_behind_it():
+    """The second block adds the same again as the first, so that the first alone can do it."""
+
+    class Doubled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 1)
+            self.a, self.b = (nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)) for _ in range(2))
+            self.head = nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            x = x + self.a(x)
+            return self.head(x + 0.3 * self.b(x))
+
+    torch.manual_seed(0)
+    model, inputs = Doubled().eval(), torch.randn(N, 3, 16, 16)
+    with torch.no_grad():  # a linear map of the neighbourhood of one pixel
+        model.b[0].weight[:, :, [0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 0, 2, 0, 1, 2]] = 0.0
+    graph = Graph.trace(model, (inputs[:1],))
+    policy = Policy(student=StudentSpec(drop=("b",)))
+    student = repaired(graph, policy, inputs)
+    head = copy.deepcopy(student.head.weight)
+    torch.testing.assert_close(head, model.head.weight, atol=0.05, rtol=0.05)
+    assert distance(student, model, inputs) < 0.2 * distance(build_student(graph, policy), model, inputs)
+
+
+def test_without_time_nothing_is_fitted_and_norms_are_settled():
+    inputs = torch.randn(N, 3, 32, 32)
+    graph = Graph.trace(settled(tiny_resnet(), inputs), (inputs[:1],))
+    policy = random_policy(graph, 0)
+    student, inherited = repaired(graph, policy, inputs, until=time.monotonic() - 1.0), build_student(graph, policy)
+    for name, value in inherited.named_parameters():
+        assert torch.equal(student.get_parameter(name), value), name
+    assert any(not torch.equal(student.get_buffer(name), value) for name, value in inherited.named_buffers())
+
+
+def test_a_repair_is_the_same_whenever_it_is_made():
+    inputs = torch.randn(N, 3, 32, 32)
+    graph = Graph.trace(tiny_resnet().eval(), (inputs[:1],))
+    policy = random_policy(graph, 0)
+    one, other = repaired(graph, policy, inputs).state_dict(), repaired(graph, policy, inputs).state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_layer_that_is_used_twice_stays_as_it_was():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.shared, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            return self.head(self.shared(torch.relu(self.shared(torch.relu(self.stem(x))))))
+
+    torch.manual_seed(0)
+    model, inputs = Twice().eval(), torch.randn(N, 3, 8, 8)
+    graph = Graph.trace(model, (inputs[:1],))
+    student = repaired(graph, Policy(), inputs)
+    assert torch.equal(student.shared.weight, model.shared.weight)
+
+
+@pytest.mark.parametrize(("rows", "noise", "fitted"), [(400, 0.1, True), (40, 10.0, False)], ids=["signal", "noise"])
+def test_weights_leave_what_they_inherited_only_for_what_holds_on_other_examples(rows, noise, fitted):
+    draw = torch.Generator().manual_seed(0)
+    inherited, x = torch.zeros(1, 3, 20), torch.randn(rows, 1, 20, generator=draw)
+    truth = torch.randn(1, 3, 20, generator=draw) if fitted else inherited
+    y = torch.einsum("rgi,goi->rgo", x, truth) + noise * torch.randn(rows, 1, 3, generator=draw)
+    weight, _ = module._solve(x, y, inherited, free=True)
+    assert torch.equal(weight, inherited) != fitted
+    assert not fitted or float((weight - truth).abs().max()) < 0.05
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_the_solution_is_that_of_the_normal_equations(free):
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 50, 4, generator=draw) + 1.0, torch.randn(2, 50, 3, generator=draw)
+    inherited = torch.randn(2, 3, 4, generator=draw)
+    weight, bias = module._Moments.of(x, y, free=free).solution(torch.zeros(2), inherited)
+    for group in range(2):
+        columns = torch.cat([x[group], torch.full((50, 1), float(free))], 1)
+        expected = torch.linalg.pinv(columns) @ y[group]
+        torch.testing.assert_close(weight[group], expected[:4].T, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(bias[group], expected[4] * free, atol=1e-4, rtol=1e-4)
+
+
+def test_large_maps_are_repaired_on_fewer_examples(monkeypatch):
+    graph = Graph.trace(tiny_resnet().eval(), (torch.randn(1, 3, 32, 32),))
+    assert examples_for(graph) == module.MOST_EXAMPLES
+    monkeypatch.setattr(module, "MAP_BYTES", 4 * 32 * 32 * 16 * 10)
+    assert 1 <= examples_for(graph) <= 10
