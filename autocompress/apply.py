@@ -34,7 +34,9 @@ def apply_policy(
     model: str, *, policy: str, out: Path, weights: Path | None = None, data: str | None = None, batch: int = 1,
     device: str = DEFAULT_DEVICE, space: str = "default", student: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Compress, export and check one policy without training; int8 ranges come from the data, or from random inputs without it.
+    """Compress, export and check one policy without training.
+
+    With data, the student is repaired and int8 ranges are fitted to it; without, ranges come from random inputs.
 
     Args:
         policy: a policy file, whose int8 weights are kept in a range that the device computes with exactly; or `random:SEED` for one drawn
@@ -57,7 +59,7 @@ def apply_policy(
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder, cannot, whole_folder(out) as made:
         setting = prepare(task, Path(folder), load(task, data=loaded))
         chosen = unsaturated(given, setting.device.profile) if given else _draw(task, seed, setting)
-        compressed = untrained(setting, chosen)
+        compressed = untrained(setting, chosen, repaired=data is not None)
         path = made / setting.write(made, compressed, chosen).artifact
         outputs, parity = check_artifact(setting, compressed, path, chosen)
         before, after = setting.device.measure([setting.baseline.path, path])
@@ -73,7 +75,7 @@ def apply_policy(
             "agreement_with_student": _agreement(parity),
             "largest_difference": parity.relative,
             "validation": format_score(score) if score else "no data: nothing to score",
-            "trained": "no: search trains, apply does not",
+            "trained": "no: search trains, apply only repairs" if data is not None else "no: search trains, apply does not",
         }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ failure; it never ends the search.
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import time
@@ -36,6 +37,7 @@ from autocompress.schedule import FEWEST_EXAMPLES
 
 CALIBRATION_S = 20.0
 REPAIR_SHARE = 0.5
+"""Of a student's training time, at most, for its repair."""
 FLOAT_WEIGHTS = "float.safetensors"
 DRIFT_RETRIES = 3
 DRIFT_PAUSE_S = 2.0
@@ -102,9 +104,11 @@ class Setting:
         return write_bundle(folder, student, policy, (self.example,), model=self.model_reference, classes=self.data.classes, seed=self.seed)
 
 
-def untrained(setting: Setting, policy: Policy) -> fx.GraphModule:
-    """The student's structure with calibrated quantizers: as fast as the trained one, without its accuracy."""
+def untrained(setting: Setting, policy: Policy, *, repaired: bool = False) -> fx.GraphModule:
+    """The student's structure with calibrated quantizers: as fast as the trained one, without its accuracy; `repaired`, with some of it."""
     student = build_student(setting.graph_of(policy), policy)
+    if repaired and changes_shape(setting, policy):
+        _repair(setting, student, policy, until=math.inf)
     plan = TrainPlan(steps=0, calibration=setting.calibration)
     return train_quantized(student, policy.quant, setting.data, plan)
 
@@ -179,7 +183,8 @@ def _trained(
     needs_training = reshaped or (rung == "full" and quantizes(policy.quant))
     continued = continues is not None and _continue_from(student, setting.models / continues / FLOAT_WEIGHTS)
     if reshaped and not continued:
-        _repair(setting, student, policy, deadline)
+        now = time.monotonic()
+        _repair(setting, student, policy, until=now + REPAIR_SHARE * (deadline - now))
     plan = TrainPlan(
         steps=10**9 if needs_training else 0,
         deadline=deadline if needs_training else math.inf,
@@ -210,12 +215,16 @@ def _continue_from(student: fx.GraphModule, path: Path) -> bool:
     return True
 
 
-def _repair(setting: Setting, student: fx.GraphModule, policy: Policy, deadline: float) -> None:
-    """Let a student that was made of its teacher begin with what it can do of the teacher's work, for a part of its training time."""
-    graph, now = setting.graph_of(policy), time.monotonic()
-    if policy.student.reference is None:
-        n = min(setting.calibration, examples_for(graph))
-        repair(student, graph, policy, torch.cat([*setting.data.calibration(n, n)]), until=now + REPAIR_SHARE * (deadline - now))
+def _repair(setting: Setting, student: fx.GraphModule, policy: Policy, until: float) -> None:
+    """Let a student that was made of its teacher begin with what it can do of the teacher's work."""
+    if policy.student.reference is not None:
+        return
+    graph, inherited = setting.graph_of(policy), copy.deepcopy(student.state_dict())
+    n = min(setting.calibration, examples_for(graph))
+    try:
+        repair(student, graph, policy, torch.cat([*setting.data.calibration(n, n)]), until=until)
+    except RuntimeError:  # out of memory, or equations without a solution: the student can be trained all the same
+        student.load_state_dict(inherited)
 
 
 def check_artifact(setting: Setting, student: fx.GraphModule, path: Path, policy: Policy) -> tuple[Tensor, Parity]:

@@ -80,7 +80,7 @@ class _Aim:
         return self.norm or self.layer
 
 
-def _roles(student: fx.GraphModule, teacher: fx.GraphModule) -> dict[str, str]:
+def _roles(student: fx.GraphModule, teacher: fx.GraphModule) -> dict[str, fx.Node]:
     """For each node of the student what its reader reads in the teacher: not the node's namesake where blocks behind it are gone."""
     namesakes = {node.name: node for node in teacher.graph.nodes}
     roles: dict[str, fx.Node] = {}
@@ -94,10 +94,10 @@ def _roles(student: fx.GraphModule, teacher: fx.GraphModule) -> dict[str, str]:
             if place < len(sources):
                 roles[node.name] = sources[place]
                 break
-    return {name: node.name for name, node in roles.items()}
+    return roles
 
 
-def _aims(student: fx.GraphModule, roles: dict[str, str]) -> Iterator[_Aim]:
+def _aims(student: fx.GraphModule, roles: dict[str, fx.Node]) -> Iterator[_Aim]:
     order = {node: position for position, node in enumerate(student.graph.nodes)}
     uses = Counter(id(weight) for node in order if (weight := _weight(node, student)) is not None)
     for node in student.graph.nodes:
@@ -111,8 +111,17 @@ def _aims(student: fx.GraphModule, roles: dict[str, str]) -> Iterator[_Aim]:
             end = next(iter(end.users))
         else:
             beside = None
-        if end.name in roles:
-            yield _Aim(node, norm, roles[end.name], beside, isinstance(layer, nn.Linear))
+        last = isinstance(layer, nn.Linear)
+        if end.name in roles and _positions_of(roles[end.name], last=last) == _positions_of(end, last=last) is not None:
+            yield _Aim(node, norm, roles[end.name].name, beside, last)
+
+
+def _positions_of(node: fx.Node, *, last: bool) -> tuple[int, ...] | None:
+    """Shape of a tensor but for its channels, in its batch of examples; None of what is no tensor."""
+    shape = node.meta.get("shape")
+    if shape is None or len(shape) < 2:
+        return None
+    return tuple(shape[:-1] if last else (*shape[:1], *shape[2:]))
 
 
 def _weight(node: fx.Node, student: fx.GraphModule) -> Tensor | None:

@@ -1,11 +1,14 @@
 """Training of students: networks of every shape learn, and all of their weights do."""
 
+import time
+
 import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import autocompress.compress.train as train_module
 from autocompress.compress.muon import Muon
 from autocompress.compress.student import build_student
 from autocompress.compress.train import TrainPlan, train, train_quantized
@@ -135,3 +138,19 @@ def test_batch_norms_know_the_weights_that_training_ends_with(data, steps):
     assert torch.allclose(norm.running_mean, seen.mean((0, 2, 3)), atol=0.2 * float(seen.std()))
     assert torch.allclose(norm.running_var, seen.var((0, 2, 3)), rtol=0.2)
     assert (norm.momentum, norm.training) == (0.1, False)
+
+
+@pytest.mark.parametrize(("warm", "steps", "share"), [(False, 30, 1.0), (True, 30, 0.1), (True, 300, 1.0), (True, 3000, 1.0)])
+def test_a_student_with_something_to_lose_is_trained_gently_where_steps_are_few(warm, steps, share):
+    so_far = train_module._Steps(TrainPlan(steps, warm=warm))
+    so_far.done = steps // 2
+    assert so_far.rate == pytest.approx(share * train_module.one_cycle(0.5))
+
+
+def test_how_many_steps_there_will_be_is_told_by_the_clock():
+    so_far = train_module._Steps(TrainPlan(10**9, time.monotonic() + 10.0, warm=True))
+    assert so_far.rate == 0.0, "before the first step nobody knows"
+    so_far._started -= 10.0
+    so_far._allowed += 10.0
+    so_far.done = 15
+    assert so_far.rate == pytest.approx(0.1 * train_module.one_cycle(0.5), rel=0.05)

@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import weight_norm as old_weight_norm
 
+from autocompress.compress.student import build_student
 from autocompress.data import Data, Split
-from autocompress.errors import DeviceUnavailable, UsageError
+from autocompress.errors import DeviceUnavailable, PolicyFailure, UsageError
 from autocompress.objective import FLOAT_WEIGHTS, realise
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import limit_validation, load, prepare, score_original
@@ -108,6 +109,42 @@ def test_the_unchanged_network_is_calibrated_first_and_trained_through_its_bits_
     assert short.training_s < 30.0 < full.training_s + 30.0 and full.training_s > 1.5
     files = [(setting.models / id / "student.safetensors").read_bytes() for id in ("00000", "00000-full")]
     assert files[0] != files[1]
+
+
+def test_a_student_is_repaired_once_and_only_where_something_was_cut(net, data, tmp_path, monkeypatch):
+    repaired = []
+    monkeypatch.setattr("autocompress.objective.repair", lambda student, graph, policy, inputs, until: repaired.append(len(inputs)))
+    setting, narrow = ready(net, data, tmp_path / "run"), Policy(student=StudentSpec(width=0.5))
+
+    def made(policy, id, rung="short", continues=None):
+        deadline = time.monotonic() + 0.5
+        assert realise(setting, policy, id=id, rung=rung, deadline=deadline, continues=continues).failure is None
+        return len(repaired)
+
+    assert made(INT8, "int8") == 0, "the teacher itself"
+    assert made(narrow, "00000") == 1
+    assert repaired == [min(setting.calibration, len(data.train))]
+    assert made(narrow, "00000-full", "full", "00000") == 1, "what it has learnt is kept"
+    assert made(narrow, "00001-full", "full", "00001") == 2, "the checkpoint is lost"
+
+
+def test_a_student_that_cannot_be_repaired_is_trained_as_it_is(net, data, tmp_path, monkeypatch):
+    begun = []
+
+    def broken(student, *_, **__):
+        nn.init.constant_(student.head.weight, float("nan"))
+        raise torch.linalg.LinAlgError("no solution")
+
+    def trained(student, *_, **__):
+        begun.append(student.head.weight.clone())
+        raise PolicyFailure("enough")
+
+    monkeypatch.setattr("autocompress.objective.repair", broken)
+    monkeypatch.setattr("autocompress.objective.train_quantized", trained)
+    narrow = Policy(student=StudentSpec(width=0.5))
+    setting = ready(net, data, tmp_path / "run")
+    realise(setting, narrow, id="00000", rung="short", deadline=time.monotonic() + 0.5)
+    assert torch.equal(begun[0], build_student(setting.graph_of(narrow), narrow).head.weight)
 
 
 def test_the_unchanged_network_in_float32_has_nothing_to_learn(net, data, tmp_path):
