@@ -159,30 +159,6 @@ def test_a_layer_that_is_used_twice_stays_as_it_was():
     assert torch.equal(student.shared.weight, model.shared.weight)
 
 
-@pytest.mark.parametrize(("rows", "noise", "fitted"), [(400, 0.1, True), (40, 10.0, False)], ids=["signal", "noise"])
-def test_weights_leave_what_they_inherited_only_for_what_holds_on_other_examples(rows, noise, fitted):
-    draw = torch.Generator().manual_seed(0)
-    inherited, x = torch.zeros(1, 3, 20), torch.randn(rows, 1, 20, generator=draw)
-    truth = torch.randn(1, 3, 20, generator=draw) if fitted else inherited
-    y = torch.einsum("rgi,goi->rgo", x, truth) + noise * torch.randn(rows, 1, 3, generator=draw)
-    weight, _ = module._solve(x, y, inherited, free=True)
-    assert torch.equal(weight, inherited) != fitted
-    assert not fitted or float((weight - truth).abs().max()) < 0.05
-
-
-@pytest.mark.parametrize("free", [True, False])
-def test_the_solution_is_that_of_the_normal_equations(free):
-    draw = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, 50, 4, generator=draw) + 1.0, torch.randn(2, 50, 3, generator=draw)
-    inherited = torch.randn(2, 3, 4, generator=draw)
-    weight, bias = module._Moments.of(x, y, free=free).solution(torch.zeros(2), inherited)
-    for group in range(2):
-        columns = torch.cat([x[group], torch.full((50, 1), float(free))], 1)
-        expected = torch.linalg.pinv(columns) @ y[group]
-        torch.testing.assert_close(weight[group], expected[:4].T, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(bias[group], expected[4] * free, atol=1e-4, rtol=1e-4)
-
-
 def test_large_maps_are_repaired_on_fewer_examples(monkeypatch):
     graph = Graph.trace(tiny_resnet().eval(), (torch.randn(1, 3, 32, 32),))
     assert examples_for(graph) == module.MOST_EXAMPLES
