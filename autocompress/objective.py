@@ -36,8 +36,8 @@ from autocompress.run_folder import write_atomically
 from autocompress.schedule import FEWEST_EXAMPLES
 
 CALIBRATION_S = 20.0
-REPAIR_SHARE = 0.5
-"""Of a student's training time, at most, for its repair."""
+REPAIR_SHARE, LEAST_REPAIR_S = 0.5, 10.0
+"""Of a student's training time, at most, for its repair; and what it may take in any case: half repaired it would be worth little."""
 FLOAT_WEIGHTS = "float.safetensors"
 DRIFT_RETRIES = 3
 DRIFT_PAUSE_S = 2.0
@@ -184,7 +184,7 @@ def _trained(
     continued = continues is not None and _continue_from(student, setting.models / continues / FLOAT_WEIGHTS)
     if reshaped and not continued:
         now = time.monotonic()
-        _repair(setting, student, policy, until=now + REPAIR_SHARE * (deadline - now))
+        _repair(setting, student, policy, until=now + max(LEAST_REPAIR_S, REPAIR_SHARE * (deadline - now)))
     plan = TrainPlan(
         steps=10**9 if needs_training else 0,
         deadline=deadline if needs_training else math.inf,

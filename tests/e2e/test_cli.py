@@ -22,7 +22,7 @@ from autocompress.units import parse_duration
 
 BUNDLE = {"model.onnx", "student.safetensors", "policy.json", "manifest.json"}
 BUDGET_S = 10e-3
-SEARCH_TIME = "140s"
+SEARCH_TIME = "200s"
 
 
 @pytest.fixture(scope="session")
