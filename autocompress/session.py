@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
     from autocompress.deploy import Exported
 
-DEMO_TEACHER_SHARE, DEMO_TEACHER_SHARE_LEFT = 0.4, 0.4
-"""Of the whole time and of what is left of it, at most: a quick machine trains it to the end in less, and all else is worthless on a slow
+DEMO_TEACHER_SHARE = 0.4
+"""Of the time that is left, at most: a quick machine trains it to the end in less, and all else is worthless on a slow
 one where it has not learned."""
 
 
@@ -255,7 +255,7 @@ def _phases(search_: Search) -> None:
     pool = search_.propose()
     if task.is_demo:
         tick = search_.percent("training the demonstration teacher")
-        seconds = min(DEMO_TEACHER_SHARE * clock.total, DEMO_TEACHER_SHARE_LEFT * clock.left)
+        seconds = DEMO_TEACHER_SHARE * clock.left
         search_.setting = train_demo_teacher(search_.setting, search_.run, seconds, tick)
         search_.keep_original(search_.setting.baseline)
     search_.score_original()

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RIDGES = (1e-3, 3e-2, math.inf)
-"""What keeps weights at their inherited values, as a share of the mean square of their inputs."""
+RIDGES = (math.inf, 3e-2, 1e-3)
+"""What keeps weights at their inherited values, as a share of the mean square of their inputs; the first where none does better."""
 HELD_OUT = 0.25
 """Of the examples: those on which the ridges are compared."""
 
@@ -62,8 +62,10 @@ class Moments:
         gradient = self.xy - self.x[:, :, None] * self.y[:, None] / rows - square @ before.mT
         diagonal = square.diagonal(dim1=1, dim2=2)
         diagonal += torch.where(ridges.isinf(), 1.0, ridges)[:, None] * diagonal.mean(1, keepdim=True) + 1e-9
-        lower, singular = torch.linalg.cholesky_ex(square)
-        fixed = (ridges.isinf() | (singular > 0))[:, None, None]
-        weight = torch.where(fixed, before, before + torch.cholesky_solve(gradient, lower).mT)
+        weight = before
+        if not ridges.isinf().all():  # what costs most
+            lower, singular = torch.linalg.cholesky_ex(square)
+            fixed = (ridges.isinf() | (singular > 0))[:, None, None]
+            weight = torch.where(fixed, before, before + torch.cholesky_solve(gradient, lower).mT)
         bias = (self.y - (weight @ self.x[:, :, None])[:, :, 0]) / rows
         return weight.to(inherited.dtype), bias.to(inherited.dtype)

@@ -2,10 +2,9 @@
 
 What a student inherits of its teacher expects inputs that it no longer gets: channels are missing, and blocks have left the stream as it
 was. So each layer is solved by least squares for the teacher's values, given the inputs that it has in the student as repaired so far
-(AdaPrune: Hubara et al. 2021, arXiv 2102.08124, section 4.1; ZipLM: Kurtic et al. 2023, arXiv 2302.04089, equation 2, whose inputs too
-are those of the compressed network). The last layer of a residual block is fitted to the stream as the student's next block reads it in
-the teacher, so that it also does the work of the blocks that were dropped between them. Batch norms get the statistics of the repaired
-student.
+(layer-wise reconstruction as in AdaPrune: Hubara et al. 2021, arXiv 2102.08124; ZipLM: Kurtic et al. 2023, arXiv 2302.04089). The last
+layer of a residual block is fitted to the stream as the student's next block reads it in the teacher, so that it also does the work of
+the blocks that were dropped between them. Batch norms get the statistics of the repaired student.
 """
 
 from __future__ import annotations

@@ -46,3 +46,9 @@ def test_equations_without_a_solution_leave_weights_as_they_were():
     moments = Moments(10, torch.zeros(1, 6).double(), torch.zeros(1, 2).double(), nothing, torch.ones(1, 6, 2).double())
     weight, _ = moments.solution(torch.tensor([1e-3]), inherited)
     assert torch.equal(weight, inherited)
+
+
+def test_without_other_examples_to_tell_weights_stay_as_they_were():
+    inherited = torch.randn(1, 2, 6)
+    weight, _ = solve(torch.randn(1, 1, 6), torch.randn(1, 1, 2), inherited, free=True)
+    assert torch.equal(weight, inherited)
