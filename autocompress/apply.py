@@ -20,7 +20,7 @@ from autocompress.objective import Setting, check_artifact, untrained
 from autocompress.policy import Policy
 from autocompress.preparation import load, prepare
 from autocompress.proposals import LevelSuggester
-from autocompress.search_space import find_suggest, unsaturated
+from autocompress.search_space import find_suggest, structural, unsaturated
 from autocompress.sources import load_data
 from autocompress.task import DEFAULT_DEVICE, Task
 from autocompress.units import format_duration, format_size
@@ -100,7 +100,7 @@ def _seed(text: str) -> int:
 
 def _draw(task: Task, seed: int, setting: Setting) -> Policy:
     suggest = find_suggest(task.space, setting.graphs[task.student], setting.device.profile, reference=task.student)
-    return suggest(LevelSuggester(np.random.default_rng(seed)))
+    return structural(suggest)(LevelSuggester(np.random.default_rng(seed)))
 
 
 def _random_data(model: nn.Module, reference: str) -> Data:

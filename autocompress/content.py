@@ -12,7 +12,7 @@ from autocompress.front import hypervolume, measured, pareto_front
 from autocompress.graph import Structure
 from autocompress.objective import Baseline
 from autocompress.policy import Policy
-from autocompress.ranks import rank_correlation
+from autocompress.ranks import partial_rank_correlation, rank_correlation
 from autocompress.records import Budget, Outcome
 
 
@@ -48,12 +48,22 @@ def prediction_quality(outcomes: Sequence[Outcome], structure: Callable[[Policy]
     }
 
 
-def ladder_quality(short: dict[str, Outcome], full: dict[str, Outcome]) -> dict[str, Any]:
-    """Whether the short rung ranked policies as the full one did, over the policies that climbed."""
-    pairs = [(short[d].val_score, full[d].val_score) for d in full if d in short]
-    both = [(a.gain, b.gain) for a, b in pairs if a is not None and b is not None]
-    rho = rank_correlation([a for a, _ in both], [b for _, b in both])
-    return {"short_runs": len(short), "full_runs": len(full), "short_full_spearman": rho}
+def ladder_quality(short: Sequence[Outcome], full: Sequence[Outcome], structure: Callable[[Policy], Structure]) -> dict[str, Any]:
+    """Whether short runs ranked policies as they had been appraised at the same latency, and full runs as short ones had.
+
+    Of the runs of one structure that differ in distillation, the first one is compared with what it was worth.
+    """
+    first = {structure(o.policy): o for o in reversed(short)}.values()
+    triples = [(o.worth, o.val_score.gain, o.latency_s.median) for o in first if o.worth is not None and o.val_score and o.latency_s]
+    appraised = partial_rank_correlation(*([triple[side] for triple in triples] for side in range(3)))
+    scores = {o.policy.digest: o.val_score.gain for o in short if o.val_score}
+    both = [(scores[o.policy.digest], o.val_score.gain) for o in full if o.val_score and o.policy.digest in scores]
+    return {
+        "short_runs": len(short),
+        "full_runs": len(full),
+        "appraised_short_spearman": appraised,
+        "short_full_spearman": rank_correlation([a for a, _ in both], [b for _, b in both]),
+    }
 
 
 def progress_point(outcomes: Sequence[Outcome], baseline: Baseline, budget: Budget, elapsed_s: float, trials: int) -> dict[str, Any]:

@@ -1,52 +1,62 @@
-"""The search itself: rule out by prediction, train shortly, train the best fully.
+"""The search itself: rule out by prediction, appraise untrained, train shortly, train the best fully.
 
-Phases: calibrate -> check that the budget can be met -> short rung (policies spread over the latencies, then Optuna suggests; the
-forecast rules out) -> full rung (policies that lead, spread over the latencies). What follows them is in `final`.
+Phases: calibrate -> check that the budget can be met -> appraisal (structures that Optuna suggests, repaired and compared with the teacher;
+the forecast rules out) -> short rung (the best of these, spread over the latencies, then other ways to distil them) -> full rung
+(policies that lead, spread over the latencies). What follows them is in `final`.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 import re
 import statistics
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from optuna.trial import Trial
 
+from autocompress.appraisals import Appraised
 from autocompress.content import feasible
 from autocompress.errors import TooManyFailures
 from autocompress.findings import Findings, gain
 from autocompress.front import measured
+from autocompress.graph import Structure
 from autocompress.objective import realise
 from autocompress.policy import Policy, QuantSpec
 from autocompress.preparation import limit_validation, score_original
-from autocompress.proposals import Proposal, aims, outclassed
+from autocompress.proposals import Proposal, aims, leaders, outclassed
 from autocompress.records import Outcome
 from autocompress.schedule import (
     Division,
+    appraisal_seconds,
     calibration_seconds,
+    extended,
     full_runs,
     full_seconds,
+    is_low,
     pool_seconds,
     promoted,
     reserve_seconds,
     teacher_seconds,
     validation_seconds,
 )
-from autocompress.search_space import fitted
+from autocompress.search_space import Otherwise, fitted
 
 WITHOUT_FRONT = 0.8
 """Of the time until the end: what training may take while nothing within the budget waits to be measured once more."""
-FIRST_SHARE = 2 / 3
-"""Of the short runs: those whose policies are chosen by prediction, all with the usual distillation, before Optuna suggests."""
+FIRST_SHARE = 3 / 4
+"""Of the short runs: those of new structures, all distilled as usual, before these are distilled in other ways."""
+TAUGHT = 3
+"""Of the policies that lead: those that are distilled in other ways."""
+APPRAISED_FIRST, MOST_APPRAISED, APPRAISED_A_TRIAL = 12, 1000, 12
+"""Structures of most promise that are appraised before Optuna suggests; how many in all; how many for each run that `trials` allows."""
+SHORTLIST, SHORTLIST_SHARE = 4, 0.2
+"""Structures to choose from for a short run, and how much of its time appraising those that are missing may take."""
 UNKNOWN_OVERHEAD_S = 5.0
 SAME_FAILURES = 3
 NUMBER = re.compile(r"\d+(\.\d+)?(e[-+]?\d+)?|\bnan\b|\binf\b")
-ASK_SHARE = 0.1
-"""Of a short run's time: how long suggestions are ruled out before a random draw takes their place."""
-MOST_RULED_OUT = 150
-"""Suggestions in a row that prediction rules out before a random draw takes their place."""
 MOST_MEASURED = 8
 """Of the policies that promise most: how many are measured in search of one that is within the budget."""
 COLLAPSED = 0.5
@@ -55,6 +65,16 @@ WORTH_TRAINING = 0.005
 """Share of the original's score that its own network in int8 has to lose before it is trained like the others."""
 GUESSING = 0.05
 """Share of the way from guessing to no error that an original has to go to look trained."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A policy to train: what it was worth untrained, and where only distillation is new the trial that drew it and the run without it."""
+
+    policy: Policy
+    worth: float
+    trial: Trial | None = None
+    base: Outcome | None = None
 
 
 class Search(Findings):
@@ -101,26 +121,42 @@ class Search(Findings):
         seconds = teacher_seconds(self.clock)
         self.setting.teacher.prepare(seconds, lambda done, total: self.show("asking the teacher", done, total))
 
-    def short_rung(self, pool: list[Proposal]) -> None:
-        """Train many policies a little: first some spread over the latencies, then what Optuna suggests."""
+    def appraise(self, pool: list[Proposal]) -> None:
+        """Find out what structures are worth untrained: first what promises most at each latency, then what Optuna suggests."""
         self._evaluate_unchanged()
+        if not self.appraisals.tell_likeness or self.clock.left <= 0:
+            return
+        started, seconds = time.monotonic(), appraisal_seconds(self.clock)
+        leading = self._leading()
+        seeds = leaders(self._promising(pool, leading), self.forecast.latency_limit, APPRAISED_FIRST)
+        most = min(MOST_APPRAISED, APPRAISED_A_TRIAL * self.task.trials) if self.task.trials is not None else MOST_APPRAISED
+        while not self._stop() and len(self.appraisals) < most:
+            until = started + extended(seconds, self.appraisals.agreement())
+            if time.monotonic() >= until:
+                return
+            self.show("appraising untrained students", round(100 * (time.monotonic() - started) / (until - started)), 100)
+            if seeds:
+                self.appraisals.appraise(seeds.pop())
+            elif self.appraisals.suggested(leading, until - time.monotonic()) is None:
+                return
+
+    def short_rung(self, pool: list[Proposal]) -> None:
+        """Train many policies a little: the best structures, spread over the latencies; then these distilled in other ways."""
         division = Division.of(self.clock.left, self._overhead())
-        until = time.monotonic() + division.short_total
+        started = time.monotonic()
         runs = min(division.short_total / division.short_each, self.task.trials or math.inf)
-        first, duplicates = math.ceil(FIRST_SHARE * runs), 0
-        while self._room_for_short(until, division) and not self._stop() and not self._enough():
-            trial, policy = self._next(first, pool, ASK_SHARE * division.short_each)
-            twin = self._twin(policy)
-            if twin is not None:
-                self.journal.tell_outcome(trial, twin, self._violation(twin))
-                duplicates += 1
-                if duplicates >= 50:
-                    self.progress.message("the search space is exhausted: every suggestion was evaluated before")
-                    return
-                continue
-            duplicates = 0
+        first = math.ceil(FIRST_SHARE * runs)
+        while self._room_for_short(started + self._short_seconds(division), division) and not self._stop() and not self._enough():
+            choice = (self._lesson() if self._short_count() >= first else None) or self._structure(pool, self._shortlist(division))
+            if choice is None:
+                self.progress.message("the search space is exhausted: every policy that can be drawn was trained before")
+                return
             deadline = time.monotonic() + max(1.0, min(division.short_each, self._left_for_short()) - self._overhead())
-            self._evaluate(trial, policy, f"{trial.number:05d}", deadline)
+            self._train_shortly(choice, deadline)
+
+    def _short_seconds(self, division: Division) -> float:
+        """More than its share where appraisal does not foretell what short training makes of policies."""
+        return extended(division.short_total, self.ladder()["appraised_short_spearman"])
 
     def _room_for_short(self, until: float, division: Division) -> bool:
         """Whether another short run fits. Until one is within the budget they take what time there is: nothing else could use it."""
@@ -156,63 +192,57 @@ class Search(Findings):
         self.show("the unchanged network in int8")
         self.keep(realise(self.setting, policy, id="int8", rung="unchanged", deadline=time.monotonic(), predicted=predicted))
 
-    def _next(self, first: int, pool: list[Proposal], patience_s: float) -> tuple[Trial, Policy]:
-        """What waits from an interrupted search; else `first` policies spread over the latencies; after these, what Optuna suggests."""
-        leading = self._leading()
-        if self._short_count() < first and not self.journal.is_waiting:
-            leader = self._leader_within_budget(pool, leading)
-            if leader is not None:
-                self.journal.study.enqueue_trial(leader.params)
-        return self._ask(pool, leading, patience_s)
+    def _shortlist(self, division: Division) -> int:
+        """From how many structures the next one is chosen: fewer where appraising them would take long."""
+        return max(1, min(SHORTLIST, int(SHORTLIST_SHARE * division.short_each / max(self.appraisals.seconds_each, 1e-9))))
 
-    def _leader_within_budget(self, pool: list[Proposal], leading: list[Proposal]) -> Proposal | None:
-        """The next of the first policies; those that measuring rules out teach the forecast, which then names others."""
-        for _ in range(MOST_MEASURED):
-            leader = self._leader(self._promising(pool, leading))
-            if leader is None or self.forecast.excess(leader) <= 0:
-                return leader
-        return None
-
-    def _leader(self, promising: list[Proposal]) -> Proposal | None:
-        """What promises most where the next policy is worth most."""
-        short = [o for o in self.journal.outcomes if o.rung == "short"]
-        known = [(o.latency_s.median, gain(o)) for o in measured(short) if o.latency_s is not None and feasible(o, self.budget)]
-        tried = [o.predicted_latency_s.value for o in short if o.predicted_latency_s is not None]
-        latencies = [p.latency_s for p in promising]
-        leaders = (band.leader(promising) for band in aims(known, tried, latencies, self.forecast.latency_limit))
-        return next((leader for leader in leaders if leader is not None), None)
-
-    def _ask(self, pool: list[Proposal], leading: list[Proposal], patience_s: float) -> tuple[Trial, Policy]:
-        """The next policy that prediction does not rule out; what it rules out on the way costs milliseconds (seconds where it has to be
-        measured) and is told.
-
-        Ruled out is what is over the budget, and what a network that was trained already beats in latency, size and inheritance at once.
-        """
-        forecast, until = self.forecast, time.monotonic() + patience_s
-        for _ in range(MOST_RULED_OUT):
-            if time.monotonic() > until:
+    def _structure(self, pool: list[Proposal], shortlist: int) -> Choice | None:
+        """The next structure to train, as usual; what measuring rules out teaches the forecast, which then leads to another."""
+        for attempt in range(MOST_MEASURED):
+            leader = self._leader(pool, shortlist)
+            if leader is None or attempt == MOST_MEASURED - 1 or self.forecast.excess(leader.proposal) <= 0:
                 break
-            trial = self.journal.study.ask()
-            proposal = forecast.proposal(forecast.suggest(trial), trial.params)
-            shortfall = outclassed(proposal, leading)
-            over_budget = forecast.excess(proposal, measuring=shortfall <= 0)
-            if over_budget <= 0 and shortfall <= 0:
-                return trial, proposal.policy
-            latency_s = forecast.latency_s(proposal)
-            self.journal.tell_ruled_out(trial, proposal.policy, latency_s, over_budget=over_budget, outclassed=shortfall)
-        self.journal.study.enqueue_trial(self._fallback(pool, leading).params)
-        trial = self.journal.study.ask()
-        return trial, forecast.suggest(trial)
+        return Choice(leader.policy, leader.worth) if leader is not None else None
 
-    def _fallback(self, pool: list[Proposal], leading: list[Proposal]) -> Proposal:
-        """A draw that is promising and new, where there is one; else one within the budget; the fastest when none is."""
-        choices = self._promising(pool, leading) or self.forecast.again(pool)
-        return choices[self.journal.finished % len(choices)] if choices else min(pool, key=lambda p: p.latency_s)
+    def _leader(self, pool: list[Proposal], shortlist: int) -> Appraised | None:
+        """What is best where the next policy is worth most, else the best of all; the fastest where nothing is within the budget."""
+        promising, appraised = self._promising(pool, self._leading()), self._untrained()
+        short = [o for o in self.journal.outcomes if o.rung == "short"]
+        scores = [(o.latency_s.median, gain(o)) for o in measured(short) if o.latency_s is not None and feasible(o, self.budget)]
+        tried = [o.predicted_latency_s.value for o in short if o.predicted_latency_s is not None]
+        latencies = [*(p.latency_s for p in promising), *(a.latency_s for a in appraised)]
+        for band in aims(scores, tried, latencies, self.forecast.latency_limit):
+            found = band.members(appraised)
+            fresh = [p for p in band.members(promising) if p.policy not in self.appraisals]
+            fresh = heapq.nlargest(shortlist - len(found), fresh, key=lambda p: p.promise)
+            found = [*found, *(self.appraisals.appraise(p) for p in fresh)]
+            if found:
+                return max(found, key=self._merit())
+        if appraised:
+            return max(appraised, key=self._merit())
+        known = self._trained_structures()
+        rest = promising or [p for p in pool if self.forecast.structure(p.policy) not in known]
+        return self.appraisals.appraise(min(rest, key=lambda p: p.latency_s)) if rest else None
+
+    def _merit(self) -> Callable[[Appraised], float]:
+        """What a structure is worth; its promise where short training has shown that worth does not tell."""
+        if is_low(self.ladder()["appraised_short_spearman"]):
+            return lambda appraised: appraised.proposal.promise
+        return lambda appraised: appraised.worth
+
+    def _untrained(self) -> list[Appraised]:
+        """Of what was appraised: within the budget as predicted by now, not trained before and not outclassed."""
+        known, leading = self._trained_structures(), self._leading()
+        candidates = self.appraisals.within_budget()
+        return [a for a in candidates if self.forecast.structure(a.policy) not in known and outclassed(a.proposal, leading) <= 0]
 
     def _promising(self, pool: list[Proposal], leading: list[Proposal]) -> list[Proposal]:
-        """Of the pool, with latencies as predicted by now: within the budget, not evaluated before and not outclassed."""
-        known = {self.forecast.structure(o.policy) for o in self.journal.outcomes}
+        """Of the pool, with latencies as predicted by now: within the budget, not trained before and not outclassed."""
+        known = self._trained_structures()
         return [p for p in self.forecast.again(pool) if self.forecast.structure(p.policy) not in known and outclassed(p, leading) <= 0]
+
+    def _trained_structures(self) -> set[Structure]:
+        return {self.forecast.structure(o.policy) for o in self.journal.outcomes}
 
     def _leading(self) -> list[Proposal]:
         """Networks that may rule out others: within the budget, and with a score that says that their training has not gone wrong."""
@@ -220,23 +250,43 @@ class Search(Findings):
         sound = [o for o in measured(self.journal.outcomes) if feasible(o, self.budget) and gain(o) >= least]
         return [self.forecast.proposal(o.policy, {}) for o in sound]
 
-    def _evaluate(self, trial: Trial, policy: Policy, id: str, deadline: float) -> None:
-        name = f"short training, policy {self._short_count() + 1}"
-        try:
-            outcome = realise(
-                self.setting,
-                policy,
-                id=id,
-                rung="short",
-                deadline=deadline,
-                predicted=self.forecast.foretell(policy),
-                tick=self.percent(name),
-            )
-        except BaseException:
-            self.journal.abandon(trial)
-            raise
+    def _lesson(self) -> Choice | None:
+        """One of the policies that lead, distilled as Optuna suggests; None where none leads, or the space has nothing to suggest."""
+        usual = [o for o in self._climbers() if o.id not in self._taught]
+        leading = [o for o in promoted(usual, TAUGHT) if self.appraisals.of(o.policy) is not None]
+        if not leading:
+            return None
+        base = leading[len(self._taught) % len(leading)]
+        appraised, trial = self.appraisals.of(base.policy), self.journal.lessons.ask()
+        assert appraised is not None
+        policy = self.forecast.space(Otherwise(appraised.proposal.params, trial))
+        if not trial.params or any(o.policy == policy for o in self.journal.outcomes):
+            self.journal.tell_lesson(trial, None)
+            return None
+        return Choice(policy, appraised.worth, trial, base)
+
+    @property
+    def _taught(self) -> set[str]:
+        """Ids of the short runs that were distilled in another way than the first of their structure."""
+        first: dict[Structure, str] = {}
+        short = [o for o in self.journal.outcomes if o.rung == "short"]
+        return {o.id for o in short if first.setdefault(self.forecast.structure(o.policy), o.id) != o.id}
+
+    def _train_shortly(self, choice: Choice, deadline: float) -> None:
+        number = self._short_count() + 1
+        outcome = realise(
+            self.setting,
+            choice.policy,
+            id=self.journal.next_id(),
+            rung="short",
+            deadline=deadline,
+            predicted=self.forecast.foretell(choice.policy),
+            worth=choice.worth,
+            tick=self.percent(f"short training, policy {number}"),
+        )
         self.keep(outcome)
-        self.journal.tell_outcome(trial, outcome, self._violation(outcome))
+        if choice.trial is not None and choice.base is not None:
+            self.journal.tell_lesson(choice.trial, gain(outcome) - gain(choice.base) if outcome.failure is None else None)
         self._require_progress()
 
     def full_rung(self) -> None:
@@ -287,16 +337,6 @@ class Search(Findings):
         if len(failures) == SAME_FAILURES and len({(f.stage, NUMBER.sub("N", f.reason)) for f in failures}) == 1:
             stage, reason = failures[-1].stage, failures[-1].reason
             raise TooManyFailures(f"{SAME_FAILURES} policies in a row failed to {stage}: {reason}", hint="mend that, then --resume")
-
-    def _twin(self, policy: Policy) -> Outcome | None:
-        structure = self.forecast.structure(policy)
-        alike = (o for o in self.journal.outcomes if o.policy.distill == policy.distill)
-        return next((o for o in alike if self.forecast.structure(o.policy) == structure), None)
-
-    def _violation(self, outcome: Outcome) -> float:
-        if outcome.latency_s is None:
-            return 1.0
-        return self.budget.violation(outcome.latency_s.high, outcome.size_bytes, outcome.latency_s.p95)
 
     def _short_count(self) -> int:
         return sum(o.rung == "short" for o in self.journal.outcomes)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from autocompress.appraisals import Appraisals
 from autocompress.compress.train import Tick
 from autocompress.content import entry, feasible, front_of, ladder_quality, prediction_quality, progress_point
 from autocompress.export import is_intact
@@ -39,6 +41,13 @@ class Findings:
     best: Outcome | None = None
     per_example_s: float = 0.0
     """What the original's file takes to answer one example."""
+
+    @functools.cached_property
+    def appraisals(self) -> Appraisals:
+        """What policies are worth untrained, with what a resumed search knew of it."""
+        found = Appraisals(self.journal, self.forecast)
+        found.recall()
+        return found
 
     @property
     def setting(self) -> Setting:
@@ -94,14 +103,18 @@ class Findings:
             "best": front[-1].id if front else None,
             "progress": self.points,
             "prediction": prediction_quality(every, self.forecast.structure) | {"held_out": self.forecast.model.held_out_error()},
-            "ladder": ladder_quality(
-                {o.policy.digest: o for o in every if o.rung == "short" and o.failure is None},
-                {o.policy.digest: o for o in every if o.rung == "full" and o.failure is None},
-            ),
+            "ladder": self.ladder(),
             "failures": [{"id": o.id, **o.failure.model_dump()} for o in every if o.failure is not None],
             "trials": self.journal.finished,
             "elapsed_s": self.clock.elapsed,
         }
+
+    def ladder(self) -> dict[str, Any]:
+        """How many policies stood on each rung of the search, and whether each rung ranked them as the one below it."""
+        every = measured(self.journal.outcomes)
+        appraised = {"appraised": len(self.appraisals), "promise_appraised_spearman": self.appraisals.agreement()}
+        short, full = ([o for o in every if o.rung == rung] for rung in ("short", "full"))
+        return appraised | ladder_quality(short, full, self.forecast.structure)
 
     def _layers(self, policy: Policy) -> list[dict[str, Any]]:
         """Every layer with its predicted seconds in the original and in the policy's student."""

@@ -21,7 +21,7 @@ from autocompress.objective import UNTRAINED, Setting, fails_policy, untrained
 from autocompress.policy import Policy
 from autocompress.proposals import LevelSuggester, Proposal, Variation, capacity, elites, inheritance
 from autocompress.records import Budget, Measurement, Outcome, Prediction, Workload
-from autocompress.search_space import Suggest, fastest, smallest
+from autocompress.search_space import Suggest, fastest, smallest, structural
 from autocompress.units import format_duration, format_size
 
 DRAWS, MOST_DRAWS = 64, 4096
@@ -60,21 +60,27 @@ class Untrained:
 class Forecast:
     """Predictions for the policies of one search; every network that is measured makes them better.
 
+    space: draws policies; all that are looked at here are distilled as usual, see `suggest`.
     limits: the budget as it was asked for, perhaps relative to the original's latency.
     networks: workload and measured seconds by the structure of a policy: what the latency model is fitted on.
     """
 
     setting: Setting
-    suggest: Suggest
+    space: Suggest
     limits: Budget
     model: FittedLatencyModel
     networks: dict[Structure, tuple[Workload, float]] = field(default_factory=dict)
     _foretold: dict[Structure, Prediction] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, setting: Setting, suggest: Suggest, limits: Budget) -> Self:
+    def start(cls, setting: Setting, space: Suggest, limits: Budget) -> Self:
         """With what was measured on this device before."""
-        return cls(setting, suggest, limits, FittedLatencyModel(OperatorTable.for_device(setting.device)))
+        return cls(setting, space, limits, FittedLatencyModel(OperatorTable.for_device(setting.device)))
+
+    @property
+    def suggest(self) -> Suggest:
+        """The space, for a draw of a structure."""
+        return structural(self.space)
 
     @property
     def budget(self) -> Budget:

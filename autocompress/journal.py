@@ -1,7 +1,8 @@
 """The journal of a search: what became of every policy, and what a resumed search has to know. It is written before it is believed.
 
-An Optuna trial is one policy with its parameters; what became of it at each rung is an Outcome among the study's attributes, in the same
-database, so that a killed search loses nothing that was finished. One process writes it, and so it is read once.
+A trial of the study is one structure with its parameters, appraised or ruled out; a trial of `lessons` is one way of distilling a
+structure that was trained before. What became of a policy by training is an Outcome among the study's attributes, in the same database,
+so that a killed search loses nothing that was finished. One process writes it, and so it is read once.
 """
 
 from __future__ import annotations
@@ -12,22 +13,28 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from autocompress.policy import Policy
 from autocompress.records import Outcome
 
 OUTCOME = "outcome:"
 MAX_RETRIES = 2
-RULED_OUT_SCORE = 0.0
+RULED_OUT_WORTH = 0.0
+WORTH = "worth"
+
+
+def outcomes_in(study: optuna.Study) -> dict[str, Outcome]:
+    """The outcomes that a study keeps, by id. Raises ValueError where they are of a version that kept other things."""
+    kept = {key.removeprefix(OUTCOME): value for key, value in study.user_attrs.items() if key.startswith(OUTCOME) and value is not None}
+    return {id: Outcome.model_validate_json(json.dumps(value)) for id, value in kept.items()}
 
 
 class Journal:
-    """A study, and the outcomes that are kept in it."""
+    """Two studies, and the outcomes that are kept in the first."""
 
-    def __init__(self, study: optuna.Study) -> None:
+    def __init__(self, study: optuna.Study, lessons: optuna.Study) -> None:
         self.study = study
+        self.lessons = lessons
         self._notes = study.user_attrs
-        kept = {key.removeprefix(OUTCOME): value for key, value in self._notes.items() if key.startswith(OUTCOME) and value is not None}
-        self._outcomes = {id: Outcome.model_validate_json(json.dumps(kept[id])) for id in kept}
+        self._outcomes = outcomes_in(study)
 
     # -- outcomes and notes ---------------------------------------------------------------------------------------
 
@@ -35,6 +42,11 @@ class Journal:
     def outcomes(self) -> list[Outcome]:
         """All outcomes so far, in the order of their ids."""
         return [self._outcomes[id] for id in sorted(self._outcomes)]
+
+    def next_id(self) -> str:
+        """For an outcome to come: a number that none has yet."""
+        numbers = [int(id.partition("-")[0]) for id in self._outcomes if id.partition("-")[0].isdecimal()]
+        return f"{max(numbers, default=-1) + 1:05d}"
 
     def record(self, outcome: Outcome) -> None:
         """Keep an outcome for good, in place of an earlier one of its id."""
@@ -57,33 +69,37 @@ class Journal:
 
     # -- trials ---------------------------------------------------------------------------------------------------
 
-    def tell_ruled_out(self, trial: Trial, policy: Policy, latency_s: float, *, over_budget: float, outclassed: float) -> None:
+    def tell_ruled_out(self, trial: Trial, latency_s: float, *, over_budget: float, outclassed: float) -> None:
         """A policy that prediction rules out: complete, with a constraint violated, so that the sampler learns from it."""
-        trial.set_user_attr("policy", policy.digest)
         trial.set_constraint("budget", over_budget)
         trial.set_constraint("outclassed", outclassed)
-        self.study.tell(trial, [RULED_OUT_SCORE, latency_s])
+        self.study.tell(trial, [RULED_OUT_WORTH, latency_s])
 
-    def tell_outcome(self, trial: Trial, outcome: Outcome, violation: float) -> None:
-        """The result of a policy that was realised; a failure teaches the sampler nothing about latency or accuracy."""
-        trial.set_user_attr("policy", outcome.policy.digest)
-        trial.set_user_attr("outcome", outcome.id)
-        if outcome.failure is not None or outcome.val_score is None or outcome.latency_s is None:
-            trial.set_user_attr("failure", outcome.failure.reason if outcome.failure else "no score")
-            self.study.tell(trial, state=TrialState.FAIL)
-            return
+    def tell_appraised(self, trial: Trial, worth: float, latency_s: float, violation: float) -> None:
+        """What a policy is worth before it is trained."""
+        trial.set_user_attr(WORTH, worth)
         trial.set_constraint("budget", violation)
         trial.set_constraint("outclassed", 0.0)
-        self.study.tell(trial, [outcome.val_score.gain, outcome.latency_s.median])
+        self.study.tell(trial, [worth, latency_s])
+
+    def appraised(self) -> list[tuple[dict[str, Any], float]]:
+        """Parameters and worth of all that was appraised."""
+        return [(trial.params, trial.user_attrs[WORTH]) for trial in self._trials(TrialState.COMPLETE) if WORTH in trial.user_attrs]
+
+    def tell_lesson(self, trial: Trial, advantage: float | None) -> None:
+        """By how much a student learned more than with the usual distillation; None where its training failed."""
+        self.lessons.tell(trial, advantage, state=TrialState.COMPLETE if advantage is not None else TrialState.FAIL)
 
     def abandon(self, trial: Trial) -> None:
-        """A trial that was interrupted: its policy waits for --resume."""
+        """A trial that was interrupted: its structure waits for --resume."""
         if not self.study.get_trials(deepcopy=False)[trial.number].state.is_finished():
             self.study.tell(trial, state=TrialState.FAIL)
             self._queue_again(trial)
 
     def retire_lost_trials(self) -> int:
-        """Fail the trials that a killed search left running and queue their policies again, at most twice; how many there were."""
+        """Fail the trials that a killed search left running and queue their structures again, at most twice; how many there were."""
+        for trial in self.lessons.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            self.lessons.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
         lost = self._trials(TrialState.RUNNING)
         for trial in lost:
             self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
@@ -96,18 +112,13 @@ class Journal:
             self.study.enqueue_trial(dict(trial.params), user_attrs={"retries": retries + 1})
 
     @property
-    def is_waiting(self) -> bool:
-        """Whether a policy is queued: one that was interrupted comes again before anything new."""
-        return bool(self._trials(TrialState.WAITING))
-
-    @property
     def asked(self) -> int:
         """How many trials there are, waiting ones included."""
         return len(self._trials())
 
     @property
     def finished(self) -> int:
-        """How many trials are finished, ruled-out ones included."""
+        """How many trials of structures are finished, ruled-out ones included."""
         return len(self._trials(TrialState.COMPLETE, TrialState.FAIL))
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:

@@ -126,6 +126,7 @@ def realise(
     rung: Rung,
     deadline: float,
     predicted: Prediction | None = None,
+    worth: float | None = None,
     continues: str | None = None,
     tick: Tick | None = None,
 ) -> Outcome:
@@ -137,7 +138,7 @@ def realise(
         continues: id of a lower rung of the same policy, whose float weights are the start.
     """
     started = time.monotonic()
-    known = {"id": id, "policy": policy, "rung": rung, "predicted_latency_s": predicted}
+    known = {"id": id, "policy": policy, "rung": rung, "predicted_latency_s": predicted, "worth": worth}
     stage, training_s = "compress", 0.0
     try:
         student = build_student(setting.graph_of(policy), policy)

@@ -12,14 +12,14 @@ import heapq
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from autocompress.graph import Workloads
-from autocompress.policy import DistillSpec, Policy
+from autocompress.policy import Policy
 from autocompress.records import Operator, Shape, Workload
 from autocompress.schedule import halfway
 
@@ -37,8 +37,6 @@ END_BANDS = 8
 """The first policies at the ends of the range lie in the outermost of so many equal parts of it."""
 LEAST_STEP = 1.2
 """Networks less apart than this in latency leave nothing to aim at between them."""
-USUAL: dict[str, float] = {f"distill:{name}": value for name, value in DistillSpec().model_dump().items()}
-"""Dimensions that first policies leave at their usual value, so that they differ in structure only."""
 
 
 @dataclass
@@ -57,8 +55,6 @@ class LevelSuggester:
         return int(self._keep(name, low + step * min(steps, math.floor(quantile * (steps + 1)))))
 
     def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
-        if low <= USUAL.get(name, math.inf) <= high and step is None:
-            return float(self._keep(name, USUAL[name]))
         quantile = self._quantile(name)
         if log:
             return float(self._keep(name, min(high, low * (high / low) ** quantile)))
@@ -154,6 +150,14 @@ def elites(proposals: Sequence[Proposal], limit_s: float, merit: Callable[[Propo
     return found
 
 
+def leaders(proposals: Sequence[Proposal], limit_s: float, n: int) -> list[Proposal]:
+    """What promises most at `n` latencies, spread evenly up to `limit_s`, fastest first."""
+    if not proposals:
+        return []
+    best = [cell[0] for cell in elites(proposals, limit_s, lambda p: p.promise)]
+    return [best[index] for index in sorted({round(i) for i in np.linspace(0, len(best) - 1, n)})]
+
+
 def inheritance(students: Workloads, teacher: Workload) -> list[float]:
     """Share of the teacher's multiply-accumulates that are left, as geometric mean over the resolutions at which it computes.
 
@@ -193,6 +197,14 @@ def outclassed(candidate: Proposal, known: Sequence[Proposal]) -> float:
     return max(0.0, *(lead(other) for other in known)) if known else 0.0
 
 
+class _Timed(Protocol):
+    @property
+    def latency_s(self) -> float: ...
+
+
+Timed = TypeVar("Timed", bound=_Timed)
+
+
 @dataclass(frozen=True)
 class Band:
     """Latencies in seconds, from above `fastest` to `slowest`."""
@@ -203,10 +215,9 @@ class Band:
     def __contains__(self, latency_s: object) -> bool:
         return isinstance(latency_s, float) and self.fastest < latency_s <= self.slowest
 
-    def leader(self, candidates: Sequence[Proposal]) -> Proposal | None:
-        """What promises most of those that are predicted to lie in the band, clear of its slow end: predictions are off by some percent."""
-        members = [c for c in candidates if self.fastest < c.latency_s <= self.slowest / CLEARANCE]
-        return max(members, key=lambda c: c.promise, default=None)
+    def members(self, candidates: Iterable[Timed]) -> list[Timed]:
+        """What is predicted to lie in the band, clear of its slow end: predictions are off by some percent."""
+        return [c for c in candidates if self.fastest < c.latency_s <= self.slowest / CLEARANCE]
 
 
 def aims(known: Sequence[tuple[float, float]], tried: Sequence[float], latencies: Sequence[float], limit_s: float) -> list[Band]:

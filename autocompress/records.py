@@ -208,6 +208,7 @@ class Failure(Record):
 class Outcome(Record):
     """One evaluated policy: a score and a measurement, or a failure; and the seconds that it cost, `training_s` of them for training.
 
+    `worth` is what was known of its structure before it was trained, as a rule likeness to the teacher.
     A failure that names an artifact lost it: the file worked once. `search_latency_s` is what was measured first, where the file was
     measured again together with the front.
     """
@@ -220,6 +221,7 @@ class Outcome(Record):
     latency_s: Measurement | None = None
     search_latency_s: Measurement | None = None
     predicted_latency_s: Prediction | None = None
+    worth: float | None = None
     size_bytes: int = 0
     artifact: str | None = None
     failure: Failure | None = None

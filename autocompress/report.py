@@ -117,7 +117,12 @@ def _quality(results: Results) -> list[tuple[str, str]]:
 
 def _ladder(results: Results) -> list[tuple[str, str]]:
     """How far short training runs could be trusted to rank policies."""
-    names = {"short_full_spearman": "rank correlation between them"}
+    names = {
+        "appraised": "structures appraised untrained",
+        "promise_appraised_spearman": "rank correlation of promise and appraisal, at the same latency",
+        "appraised_short_spearman": "of appraisal and short training, at the same latency",
+        "short_full_spearman": "of short and full training",
+    }
     pairs = [(names.get(key, str(key).replace("_", " ")), _number(value)) for key, value in results.ladder.items()]
     return [(name, value) for name, value in pairs if value]
 

@@ -19,6 +19,9 @@ CALIBRATION_CAP_S = 120.0
 POOL_SHARE = 0.02
 POOL_CAP_S = 30.0
 TEACHER_SHARE = 0.08
+APPRAISAL_SHARE = 0.12
+LEAST_CORRELATION, EXTENSION = 0.3, 1.5
+"""A rung that ranks policies hardly as the one below it gets more time, by this factor."""
 VALIDATION_SHARE = 0.01
 FINAL_CALLS, FINAL_S = 60.0, 12.0
 """For the end of a search: calls of a slow original (a dozen rounds of it and of a faster front, with warm-up), and seconds beside."""
@@ -77,6 +80,20 @@ def pool_seconds(clock: Clock) -> float:
 
 def teacher_seconds(clock: Clock) -> float:
     return TEACHER_SHARE * clock.left
+
+
+def appraisal_seconds(clock: Clock) -> float:
+    return APPRAISAL_SHARE * clock.left
+
+
+def is_low(correlation: float | None) -> bool:
+    """Whether a rung of the search is known to rank policies hardly as the one below it."""
+    return correlation is not None and correlation < LEAST_CORRELATION
+
+
+def extended(seconds: float, correlation: float | None) -> float:
+    """The time of a rung: more where what is below it foretells little."""
+    return EXTENSION * seconds if is_low(correlation) else seconds
 
 
 def validation_seconds(clock: Clock) -> float:

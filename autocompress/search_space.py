@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -45,6 +45,8 @@ class Suggester(Protocol):
 
 Suggest = Callable[[Suggester], Policy]
 Number = TypeVar("Number", int, float)
+USUAL: dict[str, float] = {f"distill:{name}": value for name, value in DistillSpec().model_dump().items()}
+"""Dimensions that do not change a student but how it is trained, at the values that are usually best."""
 
 
 class Range(Record):
@@ -356,6 +358,46 @@ def own_suggest(function: Callable[[Suggester], Any], name: str, profile: Device
         return fitted(policy, profile)
 
     return suggest
+
+
+@dataclass(frozen=True)
+class UsuallyDistilled:
+    """Asks for everything but the dimensions of USUAL; these are asked for only where a space leaves the usual value out."""
+
+    asked: Suggester
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
+        return self.asked.suggest_int(name, low, high, step=step, log=log)
+
+    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
+        if step is None and low <= USUAL.get(name, math.inf) <= high:
+            return USUAL[name]
+        return self.asked.suggest_float(name, low, high, step=step, log=log)
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self.asked.suggest_categorical(name, choices)
+
+
+def structural(suggest: Suggest) -> Suggest:
+    """The same space with distillation as usual: its policies differ in structure only."""
+    return lambda suggester: suggest(UsuallyDistilled(suggester))
+
+
+@dataclass(frozen=True)
+class Otherwise:
+    """Takes what is known of a policy's dimensions, and asks for the others."""
+
+    known: Mapping[str, Any]
+    asked: Suggester
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
+        return int(self.known[name]) if name in self.known else self.asked.suggest_int(name, low, high, step=step, log=log)
+
+    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
+        return float(self.known[name]) if name in self.known else self.asked.suggest_float(name, low, high, step=step, log=log)
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self.known[name] if name in self.known else self.asked.suggest_categorical(name, choices)
 
 
 def fastest(suggest: Suggest) -> list[Policy]:

@@ -32,7 +32,7 @@ from autocompress.records import Budget
 from autocompress.report import figures, write_report
 from autocompress.run_folder import locked, new_run, read_front, write_atomically
 from autocompress.schedule import Clock
-from autocompress.search_space import Suggest, find_suggest, own_suggest
+from autocompress.search_space import Suggest, find_suggest, own_suggest, structural
 from autocompress.sources import Splits, as_data
 from autocompress.study import open_journal, require_own, require_same_contents, writing
 from autocompress.tables import frame
@@ -260,6 +260,7 @@ def _phases(search_: Search) -> None:
         search_.keep_original(search_.setting.baseline)
     search_.score_original()
     search_.ask_teacher()
+    search_.appraise(pool)
     search_.short_rung(pool)
     search_.full_rung()
     measure_front(search_)
@@ -326,13 +327,14 @@ def plan(task: Task) -> dict[str, Any]:
     graph, data = loaded.graphs[task.student], loaded.data
     suggest = find_suggest(task.space, graph, loaded.device.profile, reference=task.student)
     generator = np.random.default_rng(task.seed)
-    drawn = [LevelSuggester(generator) for _ in range(3)]
-    policies = [suggest(suggester) for suggester in drawn]
+    drawn = LevelSuggester(generator)
+    suggest(drawn)
+    policies = [structural(suggest)(LevelSuggester(generator)) for _ in range(3)]
     return {
         "task": task.model_dump(mode="json"),
         "budget": Budget.parse(task.budget).in_words() if task.budget else "none",
         "search_time_s": task.search_seconds,
-        "dimensions": len(drawn[0].params),
+        "dimensions": len(drawn.params),
         "groups": len(graph.groups),
         "blocks": len(graph.blocks),
         "layers": len(graph.layers),

@@ -9,16 +9,16 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import optuna
-from optuna.samplers import BaseSampler
+from optuna.samplers import BaseSampler, TPESampler
 from sqlalchemy.engine import URL
 
 from autocompress.errors import RunFolderError, UsageError, one_line
-from autocompress.journal import Journal
+from autocompress.journal import Journal, outcomes_in
 from autocompress.run_folder import LOCK
 from autocompress.sampler import FrontSampler
 from autocompress.task import Task
 
-STUDY = "autocompress"
+STUDY, LESSONS = "autocompress", "lessons"
 DATABASE = "study.db"
 SUFFIXES = ("", "-journal", "-wal", "-shm")
 """SQLite keeps up to three more files beside a database."""
@@ -59,10 +59,13 @@ def open_journal(run: Path, task: Task, *, resume: bool, sampler: BaseSampler | 
         raise UsageError(f"{str(run)!r} already holds a search", hint="add --resume, or choose another --out")
     if resume and STUDY not in (_studies(path) or ()):
         raise _nothing_to_resume(run)
-    study = optuna.create_study(study_name=STUDY, storage=_storage(path), directions=["maximize", "minimize"], load_if_exists=True)
+    storage = _storage(path)
+    study = optuna.create_study(study_name=STUDY, storage=storage, directions=["maximize", "minimize"], load_if_exists=True)
     _require_same_task(study, task, run)
-    study.sampler = sampler or default_sampler(task.seed, len(study.get_trials(deepcopy=False)))
-    return Journal(study)
+    lessons = optuna.create_study(study_name=LESSONS, storage=storage, direction="maximize", load_if_exists=True)
+    study.sampler = sampler or FrontSampler(seed=_seed(task, study))
+    lessons.sampler = TPESampler(seed=_seed(task, lessons), multivariate=True)
+    return Journal(study, lessons)
 
 
 @contextmanager
@@ -76,9 +79,9 @@ def writing(run: Path) -> Iterator[None]:
         ) from None
 
 
-def default_sampler(seed: int, trials_so_far: int) -> BaseSampler:
-    """Ours, by `benchmarks/search_oracle.py`; the seed depends on the trials so far, since the same seed on resume would repeat itself."""
-    return FrontSampler(seed=(seed * 100_003 + trials_so_far) % 2**32)
+def _seed(task: Task, study: optuna.Study) -> int:
+    """Depends on the trials so far, since the same seed on resume would repeat itself."""
+    return (task.seed * 100_003 + len(study.get_trials(deepcopy=False))) % 2**32
 
 
 def _storage(path: Path) -> optuna.storages.RDBStorage:
@@ -99,14 +102,14 @@ def _forget_empty(path: Path) -> bool:
     Removes the database only where nothing but such a search is in it.
     """
     names = _studies(path)
-    if names != [STUDY]:
+    if names is None or not {STUDY} <= set(names) <= {STUDY, LESSONS}:
         return names == []
     try:
         storage = _storage(path)
         try:
             study = optuna.load_study(study_name=STUDY, storage=storage)
             ours = "task" in study.user_attrs or not study.get_trials(deepcopy=False)
-            empty = ours and not Journal(study).outcomes
+            empty = ours and not outcomes_in(study)
         finally:
             storage.engine.dispose()
     except ValueError:  # of another version of ours

@@ -12,12 +12,13 @@ from autocompress.errors import RunFolderError, UsageError
 from autocompress.policy import Policy, explain
 from autocompress.records import Budget, Measurement, Prediction, Score
 from autocompress.references import nearest
+from autocompress.schedule import is_low
 from autocompress.units import format_duration, format_size
 
 BEATEN = "Nothing that was measured is better than the original."
 SEEN_GAP = 0.01
 """Least difference of validation and test accuracy that tells of a model that has seen the validation examples."""
-LEAST_CORRELATION, LEAST_PAIRS = 0.3, 5
+LEAST_PAIRS = 5
 """Rank correlation below which short training runs tell little about full ones, and from how many pairs on that is no accident."""
 
 
@@ -240,8 +241,9 @@ def _noisy_front(results: Results) -> str:
 
 
 def _lying_ladder(results: Results) -> str:
+    """Only full training is the last word."""
     rho, runs = results.ladder.get("short_full_spearman"), results.ladder.get("full_runs") or 0
-    if not isinstance(rho, float) or rho >= LEAST_CORRELATION or runs < LEAST_PAIRS:
+    if not isinstance(rho, float) or not is_low(rho) or runs < LEAST_PAIRS:
         return ""
     return (
         f"short training ranked policies unlike full training (rank correlation {rho:.2f}), so that better ones may have been passed over. "

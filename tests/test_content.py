@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from autocompress.content import prediction_quality, progress_point
+from autocompress.content import ladder_quality, prediction_quality, progress_point
 from autocompress.objective import Baseline
 from autocompress.policy import DistillSpec, Policy, QuantSpec, StudentSpec
 from autocompress.records import Budget, Measurement, Outcome, Prediction, Score
@@ -51,3 +51,20 @@ def test_a_score_that_is_far_too_low_adds_nothing():
     awful = outcome("0", Policy(), 1.0, 1.0, 1e6, "minimize")
     original = Baseline(Path("b.onnx"), latency(3.0), 9, val_score=Score(name="s", value=2.5, direction="minimize"))
     assert progress_point([awful], original, Budget(), 1.0, 1)["hypervolume"] == 0.0
+
+
+def test_rungs_are_compared_by_what_was_run_on_both():
+    worths, scores = [0.1, 0.6, 0.2, 0.8, 0.5, 0.9, 0.4], [0.2, 0.7, 0.3, 0.8, 0.6, 0.9, 0.5]
+    policies = [Policy(student=StudentSpec(width=0.1 + 0.1 * index)) for index in range(7)]
+    short = [
+        outcome(f"0000{index}", policy, 1.0 + index % 3, 1.0, score).model_copy(update={"worth": worth})
+        for index, (policy, worth, score) in enumerate(zip(policies, worths, scores, strict=True))
+    ]
+    retaught = short[0].model_copy(update={"id": "00009", "policy": policies[0].model_copy(update={"distill": DistillSpec(alpha=0.1)})})
+    retaught = retaught.model_copy(update={"val_score": Score(value=1.0)})
+    full = [outcome(f"0000{index}-full", policies[index], 1.0, 1.0, score) for index, score in enumerate([0.9, 0.8, 0.85])]
+    found = ladder_quality([*short, retaught], full, lambda policy: policy.student.width)
+    assert (found["short_runs"], found["full_runs"]) == (8, 3)
+    assert found["appraised_short_spearman"] == pytest.approx(1.0), "another way of distilling is not what the appraisal was about"
+    assert found["short_full_spearman"] == pytest.approx(-1.0)
+    assert ladder_quality([], [], lambda policy: policy)["appraised_short_spearman"] is None

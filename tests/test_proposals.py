@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from autocompress.graph import Workloads
-from autocompress.policy import DistillSpec, Policy, PruneSpec
+from autocompress.policy import Policy, PruneSpec
 from autocompress.proposals import (
     KEPT_EACH,
     LEAST_LEFT,
@@ -22,6 +22,7 @@ from autocompress.proposals import (
     capacity,
     elites,
     inheritance,
+    leaders,
     outclassed,
 )
 from autocompress.records import Operator, Workload
@@ -66,21 +67,6 @@ def test_dimensions_of_a_kind_scatter_around_one_level():
     means = [np.mean(draw(seed)[1][:40]) for seed in range(60)]
     independent_spread = np.std(np.arange(10)) / np.sqrt(40)
     assert np.std(means) > 4 * independent_spread, "independent draws would all look like the average"
-
-
-@pytest.mark.parametrize(("low", "high", "expected"), [(1.0, 8.0, 4.0), (0.5, 4.0, 4.0)])
-def test_first_policies_take_the_usual_distillation_where_the_space_allows_it(low, high, expected):
-    for seed in range(5):
-        suggester = LevelSuggester(np.random.default_rng(seed))
-        assert suggester.suggest_float("distill:temperature", low, high, log=True) == expected == DistillSpec().temperature
-        assert suggester.suggest_float("distill:alpha", 0.5, 1.0) == DistillSpec().alpha
-        assert suggester.params == {"distill:temperature": expected, "distill:alpha": DistillSpec().alpha}
-
-
-def test_where_the_space_leaves_the_usual_out_it_is_drawn():
-    drawn = {LevelSuggester(np.random.default_rng(seed)).suggest_float("distill:temperature", 5.0, 8.0) for seed in range(20)}
-    assert len(drawn) > 10
-    assert all(5.0 <= value <= 8.0 for value in drawn)
 
 
 def proposal(name, latency, outputs=1, inherited=0.5):
@@ -176,9 +162,8 @@ def test_elites_that_are_alike_in_all_that_is_known_are_one():
 
 
 def test_of_networks_that_inherit_alike_the_larger_one_leads():
-    band, small, large = Band(0.001, 0.002), proposal("small", 0.0015, outputs=4), proposal("large", 0.0015, outputs=5)
-    assert band.leader([small, large]) == large
-    assert band.leader([proposal("kept", 0.0015, outputs=4, inherited=0.7), large]).policy.prune.ratios == {"kept": 0.5}
+    small, large = proposal("small", 0.0015, outputs=4), proposal("large", 0.0015, outputs=5)
+    assert small.promise < large.promise < proposal("kept", 0.0015, outputs=4, inherited=0.7).promise
 
 
 def test_capacity_is_the_geometric_mean_of_arithmetic_and_weights():
@@ -188,13 +173,28 @@ def test_capacity_is_the_geometric_mean_of_arithmetic_and_weights():
     assert capacity(none) == [1.0]
 
 
-def test_a_band_is_led_by_what_promises_most_clear_of_its_slow_end():
+def test_members_of_a_band_are_clear_of_its_slow_end():
     band = Band(0.001, 0.002)
-    candidates = [proposal("a", 0.0012, inherited=0.3), proposal("b", 0.0018, inherited=0.5), proposal("edge", 0.00199, inherited=0.9)]
-    assert band.leader(candidates).policy == candidates[1].policy
-    assert band.leader([proposal("slow", 0.0021), proposal("fast", 0.001)]) is None
+    candidates = [
+        proposal("a", 0.0012),
+        proposal("b", 0.0018),
+        proposal("edge", 0.00199),
+        proposal("slow", 0.0021),
+        proposal("fast", 0.001),
+    ]
+    assert band.members(candidates) == candidates[:2]
     assert 0.002 in band
     assert 0.001 not in band
+
+
+def test_leaders_are_what_promises_most_spread_over_the_latencies():
+    pool = [proposal(f"{step}-{outputs}", 1e-3 * 1.05**step, outputs=outputs) for step in range(40) for outputs in (1, 4)]
+    found = leaders(pool, 1.0, 5)
+    assert len(found) == 5
+    assert all(p.capacity == 4 for p in found)
+    steps = np.diff(np.log([p.latency_s for p in found])) / math.log(1.05)
+    assert steps.min() >= 8
+    assert leaders([], 1.0, 5) == []
 
 
 def conv(channels, size, name="c"):

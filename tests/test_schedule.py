@@ -9,9 +9,9 @@ import pytest
 from autocompress import schedule
 from autocompress.front import hypervolume
 from autocompress.policy import DistillSpec, Policy
-from autocompress.ranks import rank_correlation
+from autocompress.ranks import partial_rank_correlation, rank_correlation
 from autocompress.records import Failure, Measurement, Outcome, Score
-from autocompress.schedule import Clock, Division, calibration_seconds, full_runs, full_seconds, promoted
+from autocompress.schedule import Clock, Division, calibration_seconds, extended, full_runs, full_seconds, promoted
 
 
 def outcome(id, score, latency_s, **changes):
@@ -187,3 +187,19 @@ def test_rank_correlation():
     assert rank_correlation([1.0, 2.0], [1.0, 2.0]) is None
     assert rank_correlation([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) is None
     assert rank_correlation([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]) is None
+
+
+def test_partial_rank_correlation_is_of_what_the_third_does_not_tell():
+    latencies = np.arange(40.0)
+    noise = np.random.default_rng(0).standard_normal((2, 40))
+    left, right = (latencies + 3.0 * part for part in noise)
+    assert rank_correlation(left, right) > 0.9
+    assert abs(partial_rank_correlation(left, right, latencies)) < 0.35
+    assert partial_rank_correlation(left, latencies + 3.0 * noise[0] + 0.1 * noise[1], latencies) > 0.9
+    assert partial_rank_correlation(left, right, np.ones(40)) == rank_correlation(left, right)
+    assert partial_rank_correlation(left[:5], right[:5], latencies[:5]) is None
+    assert partial_rank_correlation(latencies, right, latencies) is None, "nothing is left of it"
+
+
+def test_a_rung_gets_more_time_where_what_is_below_it_foretells_little():
+    assert [extended(10.0, rho) for rho in (None, 0.9, 0.1, -1.0)] == [10.0, 10.0, 15.0, 15.0]

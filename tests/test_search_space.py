@@ -8,9 +8,10 @@ import torch
 from autocompress.devices.base import DeviceProfile
 from autocompress.errors import RunFolderError, UsageError
 from autocompress.graph import Graph
-from autocompress.policy import KERNEL_BITS, Policy, QuantSpec, StudentSpec
+from autocompress.policy import KERNEL_BITS, DistillSpec, Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.proposals import LevelSuggester
 from autocompress.search_space import (
+    Otherwise,
     SearchSpace,
     SpaceSpec,
     fastest,
@@ -21,6 +22,7 @@ from autocompress.search_space import (
     spaces_folder,
     spread,
     stages_of,
+    structural,
 )
 from autocompress.testing.models import tiny_resnet
 
@@ -229,3 +231,33 @@ def test_what_a_function_draws_is_cut_to_the_device():
     cut = {name: own_suggest(lambda _, policy=policy: policy, name, profile)(None) for name, policy in drawn.items()}
     assert [policy.quant.reduced_range for policy in cut.values()] == [True, False, True]
     assert [policy.student.multiple for policy in cut.values()] == [8, 8, 24]
+
+
+@pytest.mark.parametrize(("low", "high", "drawn"), [(1.0, 8.0, False), (5.0, 8.0, True)])
+def test_a_structure_is_distilled_as_usual_where_the_space_allows_it(low, high, drawn):
+    def space(suggester):
+        temperature = suggester.suggest_float("distill:temperature", low, high, log=True)
+        pruned = suggester.suggest_int("pruned", 0, 5) + suggester.suggest_categorical("more", [0, 1])
+        return Policy(distill=DistillSpec(temperature=temperature), prune=PruneSpec(ratios={"group": 0.1 * pruned}))
+
+    suggesters = [LevelSuggester(np.random.default_rng(seed)) for seed in range(9)]
+    policies = [structural(space)(suggester) for suggester in suggesters]
+    assert len({policy.digest for policy in policies}) > 3
+    assert all(set(suggester.params) >= {"pruned", "more"} for suggester in suggesters)
+    assert len({policy.distill.temperature for policy in policies} - {DistillSpec().temperature}) == (9 if drawn else 0)
+
+
+def test_a_structure_that_is_known_is_drawn_again_and_distilled_otherwise():
+    def space(suggester):
+        temperature = suggester.suggest_float("distill:temperature", 1.0, 8.0, log=True)
+        share = suggester.suggest_float("share", 0.0, 0.5) + 0.1 * suggester.suggest_int("pruned", 0, 3)
+        return Policy(
+            distill=DistillSpec(temperature=temperature),
+            prune=PruneSpec(ratios={suggester.suggest_categorical("group", ["a", "b"]): share}),
+        )
+
+    known, other = LevelSuggester(np.random.default_rng(0)), LevelSuggester(np.random.default_rng(1))
+    before = structural(space)(known)
+    after = space(Otherwise(known.params, other))
+    assert list(other.params) == ["distill:temperature"]
+    assert after == before.model_copy(update={"distill": DistillSpec(temperature=other.params["distill:temperature"])})

@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from autocompress import study as studies
 from autocompress.errors import RunFolderError, UsageError
-from autocompress.journal import MAX_RETRIES, OUTCOME, RULED_OUT_SCORE
+from autocompress.journal import MAX_RETRIES, OUTCOME, RULED_OUT_WORTH
 from autocompress.policy import Policy, QuantSpec
 from autocompress.records import Failure, Measurement, Outcome, Score
 from autocompress.task import Task
@@ -58,35 +58,42 @@ def test_other_values_are_no_outcomes(journal, tmp_path):
     assert again(tmp_path).noted("elapsed_s") == 3.5
 
 
-def test_what_was_realised_is_told_with_its_constraint(journal):
+def test_what_was_appraised_is_told_with_its_constraint_and_comes_back(journal, tmp_path):
+    params = ask(journal).params
+    journal.retire_lost_trials()
     trial = ask(journal)
-    journal.tell_outcome(trial, outcome("00000"), -0.1)
-    told = journal.study.trials[0]
-    assert told.state is TrialState.COMPLETE
-    assert told.values == [0.5, 0.008]
+    assert trial.params == params
+    journal.tell_appraised(trial, 0.5, 0.008, -0.1)
+    told = journal.study.trials[1]
+    assert (told.state, told.values) == (TrialState.COMPLETE, [0.5, 0.008])
     assert told.constraints == {"budget": -0.1, "outclassed": 0.0}
-    assert told.user_attrs["policy"] == INT8.digest
+    assert again(tmp_path).appraised() == [(params, 0.5)]
 
 
-def test_a_loss_is_told_with_its_sign_turned(journal):
-    journal.tell_outcome(ask(journal), outcome("00000", val_score=Score(name="loss", value=2.0, direction="minimize")), -0.1)
-    assert journal.study.trials[0].values == [-2.0, 0.008]
+def test_a_lesson_is_told_by_what_it_gained(journal, tmp_path):
+    for advantage in (0.02, None):
+        journal.tell_lesson(journal.lessons.ask(), advantage)
+    journal.lessons.ask()
+    assert again(tmp_path).retire_lost_trials() == 0, "no structure was lost"
+    lessons = again(tmp_path).lessons.trials
+    assert [t.state for t in lessons] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.FAIL]
+    assert lessons[0].value == 0.02
 
 
-def test_a_failure_fails_its_trial(journal):
-    failed = outcome("00000", failure=Failure(stage="train", reason="diverged"), artifact=None, val_score=None, latency_s=None)
-    journal.tell_outcome(ask(journal), failed, 1.0)
-    assert journal.study.trials[0].state is TrialState.FAIL
-    assert journal.study.trials[0].user_attrs["failure"] == "diverged"
+def test_ids_count_on_from_the_last_one(journal):
+    assert journal.next_id() == "00000"
+    for id in ("int8", "00000", "00004", "00004-full"):
+        journal.record(outcome(id))
+    assert journal.next_id() == "00005"
 
 
 @pytest.mark.parametrize(("over_budget", "outclassed"), [(1.0, 0.0), (-0.5, 0.2)])
 def test_what_is_ruled_out_is_complete_and_violates_a_constraint(journal, over_budget, outclassed):
-    journal.tell_ruled_out(ask(journal), INT8, 0.02, over_budget=over_budget, outclassed=outclassed)
+    journal.tell_ruled_out(ask(journal), 0.02, over_budget=over_budget, outclassed=outclassed)
     told = journal.study.trials[0]
-    assert (told.state, told.values) == (TrialState.COMPLETE, [RULED_OUT_SCORE, 0.02])
+    assert (told.state, told.values) == (TrialState.COMPLETE, [RULED_OUT_WORTH, 0.02])
     assert told.constraints == {"budget": over_budget, "outclassed": outclassed}
-    assert "outcome" not in told.user_attrs
+    assert journal.appraised() == []
     assert journal.finished == 1
     assert journal.study.best_trials == [], "what violates a constraint is never on Optuna's front"
 
@@ -329,9 +336,3 @@ def test_a_study_of_somebody_elses_that_is_called_as_ours_is_not_removed(tmp_pat
     with pytest.raises(UsageError, match="already holds a search"):
         studies.open_journal(tmp_path, TASK, resume=False)
     assert len(optuna.load_study(study_name=studies.STUDY, storage=storage).trials) == 1
-
-
-def test_what_waits_is_known(journal):
-    assert not journal.is_waiting
-    journal.study.enqueue_trial({"bits": 4})
-    assert journal.is_waiting

@@ -39,7 +39,7 @@ def main() -> int:
 
     session.run_search, Journal.record = run_here, tell
     Search._overhead = lambda self: 0.2
-    schedule.SHORT_SHARE, forecast.WHOLE_NETWORKS = 0.8, 2
+    schedule.APPRAISAL_SHARE, schedule.SHORT_SHARE, forecast.WHOLE_NETWORKS = 0.01, 0.8, 2
     own = ["search", "--model", "own:net", "--data", "own:blobs", "--search-time", "180s", "--out", sys.argv[1], *sys.argv[2:]]
     return cli.main(own)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,10 @@ from autocompress.data import Split
 from autocompress.errors import InfeasibleBudget, TooManyFailures, UsageError
 from autocompress.front import non_dominated
 from autocompress.journal import Journal
-from autocompress.policy import Policy, PruneSpec, QuantSpec
+from autocompress.policy import DistillSpec, Policy, PruneSpec, QuantSpec
 from autocompress.records import Budget, Measurement
 from autocompress.session import SearchResult, run_search
-from autocompress.study import DATABASE, STUDY
+from autocompress.study import DATABASE, LESSONS, STUDY
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
 
@@ -32,7 +31,7 @@ ENTRY = {
 }  # fmt: skip
 FILE = {"schema", "task", "device", "environment", "budget", "baseline", "front", "best"}
 BUNDLE = {"policy.json", "student.safetensors", "model.onnx", "manifest.json"}
-SECONDS = 30.0
+SECONDS = 48.0
 
 
 def task(**changes) -> Task:
@@ -44,7 +43,8 @@ def trials_of(run: Path) -> list[optuna.trial.FrozenTrial]:
 
 
 def journal_of(run: Path) -> Journal:
-    return Journal(optuna.load_study(study_name=STUDY, storage=f"sqlite:///{run / DATABASE}"))
+    storage = f"sqlite:///{run / DATABASE}"
+    return Journal(*(optuna.load_study(study_name=name, storage=storage) for name in (STUDY, LESSONS)))
 
 
 def strict(path: Path) -> dict:
@@ -116,7 +116,8 @@ def finished(net, tmp_path_factory) -> Finished:
     device = FakeDevice(SLOW_CALLS, noise=0.01)
     run = tmp_path_factory.mktemp("search") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("autocompress.controller.FIRST_SHARE", 0.01)  # the sampler suggests from the second policy on
+        patch.setattr("autocompress.controller.FIRST_SHARE", 0.2)
+        patch.setattr("autocompress.schedule.APPRAISAL_SHARE", 0.3)
         patch.setattr("autocompress.controller.Search._overhead", lambda self: 0.3)
         patch.setattr("autocompress.schedule.SHORT_SHARE", 0.7)
         started = time.monotonic()
@@ -228,27 +229,37 @@ def test_the_test_split_is_touched_once_at_the_end(finished):
     assert rows == 64 * (1 + len(finished.result.front)), "the baseline and the front, once each"
 
 
-def test_what_prediction_rules_out_is_told_and_never_built(finished):
-    trials = trials_of(finished.run)
-    ruled_out = [t for t in trials if t.state is TrialState.COMPLETE and "outcome" not in t.user_attrs]
+def test_what_prediction_rules_out_is_told_and_neither_appraised_nor_trained(finished):
+    complete = [t for t in trials_of(finished.run) if t.state is TrialState.COMPLETE]
+    ruled_out = [t for t in complete if "worth" not in t.user_attrs]
     assert ruled_out, "a budget of 0.6x rules something out"
-    known = {outcome.id for outcome in journal_of(finished.run).outcomes}
     for trial in ruled_out:
         assert trial.values[0] == 0.0
         assert trial.values[1] > 0
-        assert violation(trial) > 0 or trial.constraints["outclassed"] > 0
-        assert f"{trial.number:05d}" not in known
-        assert not (finished.run / "models" / f"{trial.number:05d}").exists()
-    realised = [t for t in trials if "outcome" in t.user_attrs]
-    assert realised
-    assert all(t.constraints.get("outclassed", 0.0) == 0.0 for t in realised)
-    assert not [t for t in trials if t.state is TrialState.RUNNING]
-    for trial in (t for t in realised if t.state is TrialState.COMPLETE):
-        assert math.isfinite(violation(trial)), "no trial is complete without its constraint"
+        assert trial.constraints["budget"] > 0 or trial.constraints["outclassed"] > 0
+    appraised = [t for t in complete if "worth" in t.user_attrs]
+    assert len(appraised) > 12, "Optuna suggested some"
+    assert all(t.constraints["outclassed"] == 0.0 for t in appraised)
+    assert all(t.values[0] == t.user_attrs["worth"] > 0 for t in appraised)
+    assert not [t for t in trials_of(finished.run) if t.state is TrialState.RUNNING]
 
 
-def violation(trial: optuna.trial.FrozenTrial) -> float:
-    return trial.constraints["budget"]
+def test_what_is_trained_was_appraised_and_its_likeness_is_told(finished):
+    worths = {t.user_attrs["worth"] for t in trials_of(finished.run) if "worth" in t.user_attrs}
+    short = [o for o in journal_of(finished.run).outcomes if o.rung == "short"]
+    assert {o.worth for o in short} <= worths
+    entries = {entry["id"]: entry for entry in finished.result.content["points"]}
+    assert all(entries[o.id]["worth"] == o.worth for o in short if o.id in entries)
+    assert finished.result.content["ladder"]["appraised"] >= len({o.worth for o in short})
+
+
+def test_some_policies_were_distilled_in_another_way(finished):
+    distilled = {o.policy.distill for o in journal_of(finished.run).outcomes if o.rung == "short"}
+    assert DistillSpec() in distilled
+    assert len(distilled) > 1
+    told = [t for t in journal_of(finished.run).lessons.trials if t.state is TrialState.COMPLETE]
+    assert len(told) >= len(distilled) - 1
+    assert all(set(t.params) == {"distill:temperature", "distill:alpha", "distill:features"} for t in told)
 
 
 def test_short_and_full_training_both_happened(finished):
@@ -316,7 +327,7 @@ def test_a_resumed_search_loses_nothing_and_suggests_something_else(one_trial, n
     trials = trials_of(run)
     assert [trial.params for trial in trials[: len(params)]] == params
     finished = [trial.params for trial in trials if trial.params]
-    assert len({json.dumps(p, sort_keys=True) for p in finished}) == len(finished), "nothing is suggested twice"
+    assert len(finished) > len(params)
     assert result.content["progress"][: len(progress)] == progress
     assert {entry["id"] for entry in result.content["points"]} >= {id for id, outcome in before.items() if outcome.artifact}
 
@@ -364,9 +375,7 @@ def test_two_policies_are_evaluated_once_each_and_the_space_is_exhausted(net, da
     assert any("exhausted" in message for message in diary.messages)
     known = journal_of(run).outcomes
     assert sorted(outcome.rung for outcome in known) == ["short", "unchanged"]
-    trials = [trial for trial in trials_of(run) if trial.state is TrialState.COMPLETE]
-    assert len(trials) > 50
-    assert {trial.user_attrs["outcome"] for trial in trials} == {outcome.id for outcome in known}
+    assert {trial.params["pruned"] for trial in trials_of(run)} == {0, 1}
     assert len({entry["digest"] for entry in result.content["points"]}) == 2
 
 
@@ -389,7 +398,6 @@ def test_a_policy_that_the_device_cannot_run_is_a_failure_and_the_search_goes_on
     outcomes = {outcome.id: outcome for outcome in journal_of(run).outcomes}
     assert (outcomes["00000"].failure.stage, outcomes["00000"].failure.reason) == ("measure", "the device is on fire")
     assert outcomes["00001"].failure is None
-    assert trials_of(run)[0].state is TrialState.FAIL
     assert result.content["failures"] == [{"id": "00000", "stage": "measure", "reason": "the device is on fire"}]
     assert "00000" not in {entry["id"] for entry in result.content["points"]}
 

@@ -1,0 +1,138 @@
+"""What structures are worth before anything is trained: each is a trial of the study, with its likeness to the teacher and its latency."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from optuna.trial import FixedTrial, Trial
+
+from autocompress.forecast import Forecast
+from autocompress.graph import Structure
+from autocompress.journal import Journal
+from autocompress.likeness import Likeness
+from autocompress.policy import Policy
+from autocompress.proposals import Proposal, outclassed
+from autocompress.ranks import partial_rank_correlation
+
+MOST_RULED_OUT = 150
+"""Suggestions in a row that prediction rules out before the search turns to its own draws."""
+MOST_REPEATED = 50
+"""Suggestions in a row that were appraised before: then the space is exhausted."""
+
+
+@dataclass(frozen=True)
+class Appraised:
+    """A proposal, and what it is worth: its likeness to the teacher; where there are students of another architecture, its promise."""
+
+    proposal: Proposal
+    worth: float
+
+    @property
+    def policy(self) -> Policy:
+        return self.proposal.policy
+
+    @property
+    def latency_s(self) -> float:
+        return self.proposal.latency_s
+
+
+@dataclass
+class Appraisals:
+    """What was appraised so far, one of each structure; what a resumed search had appraised is read from its trials."""
+
+    journal: Journal
+    forecast: Forecast
+    seconds_each: float = 0.0
+    """What the last one took that was not known."""
+    _known: dict[Structure, Appraised] = field(default_factory=dict)
+
+    @property
+    def tell_likeness(self) -> bool:
+        """Whether all students are made of the teacher: others have nothing of it before they are trained."""
+        return len(self.forecast.setting.graphs) == 1
+
+    @functools.cached_property
+    def _likeness(self) -> Likeness:
+        return Likeness(self.forecast.setting)
+
+    @functools.cached_property
+    def _original(self) -> Proposal:
+        return self.forecast.proposal(Policy(), {})
+
+    def _worth(self, proposal: Proposal) -> float:
+        return self._likeness(proposal.policy) if self.tell_likeness else proposal.promise / self._original.promise
+
+    def recall(self) -> None:
+        """Take up what the trials of a resumed search say."""
+        kept = self.journal.appraised()
+        policies = [self.forecast.suggest(FixedTrial(params)) for params, _ in kept]
+        proposals = self.forecast.proposals(policies, [params for params, _ in kept])
+        for proposal, (_, worth) in zip(proposals, kept, strict=True):
+            self._known[self.forecast.structure(proposal.policy)] = Appraised(proposal, worth)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __contains__(self, policy: object) -> bool:
+        return isinstance(policy, Policy) and self.forecast.structure(policy) in self._known
+
+    def of(self, policy: Policy) -> Appraised | None:
+        """What is known of a policy's structure."""
+        return self._known.get(self.forecast.structure(policy))
+
+    def within_budget(self) -> list[Appraised]:
+        """All that is within the budget, with latencies as they are predicted by now."""
+        worth = {id(known.proposal.policy): known.worth for known in self._known.values()}
+        return [Appraised(p, worth[id(p.policy)]) for p in self.forecast.again([known.proposal for known in self._known.values()])]
+
+    def suggested(self, leading: Sequence[Proposal], patience_s: float) -> Appraised | None:
+        """Appraise what Optuna suggests next and prediction does not rule out; what it rules out on the way costs milliseconds and is told.
+
+        Ruled out is what is over the budget, and what one of the `leading` networks, which were trained, already beats in latency, size and
+        inheritance at once. None where all suggestions were known or ruled out for so long.
+        """
+        until, repeated = time.monotonic() + patience_s, 0
+        for _ in range(MOST_RULED_OUT):
+            if time.monotonic() > until or repeated >= MOST_REPEATED:
+                break
+            trial = self.journal.study.ask()
+            proposal = self.forecast.proposal(self.forecast.suggest(trial), trial.params)
+            shortfall, over_budget = outclassed(proposal, leading), self.forecast.excess(proposal, measuring=False)
+            if over_budget > 0 or shortfall > 0:
+                latency_s = self.forecast.latency_s(proposal)
+                self.journal.tell_ruled_out(trial, latency_s, over_budget=over_budget, outclassed=shortfall)
+            elif proposal.policy in self:
+                self._tell(trial, proposal)
+                repeated += 1
+            else:
+                return self._tell(trial, proposal)
+        return None
+
+    def appraise(self, proposal: Proposal) -> Appraised:
+        """Appraise this one, as a trial that the sampler learns from."""
+        self.journal.study.enqueue_trial(proposal.params)
+        trial = self.journal.study.ask()
+        return self._tell(trial, self.forecast.proposal(self.forecast.suggest(trial), trial.params))
+
+    def _tell(self, trial: Trial, proposal: Proposal) -> Appraised:
+        structure, started = self.forecast.structure(proposal.policy), time.monotonic()
+        found = self._known.get(structure)
+        if found is None:
+            try:
+                found = Appraised(proposal, self._worth(proposal))
+            except BaseException:
+                self.journal.abandon(trial)
+                raise
+            self.seconds_each = time.monotonic() - started
+            self._known[structure] = found
+        violation = self.forecast.violation(proposal.workload, proposal.latency_s)
+        self.journal.tell_appraised(trial, found.worth, proposal.latency_s, violation)
+        return found
+
+    def agreement(self) -> float | None:
+        """Whether promise ranks policies of the same latency as their worth does."""
+        every = self._known.values()
+        return partial_rank_correlation([a.proposal.promise for a in every], [a.worth for a in every], [a.latency_s for a in every])

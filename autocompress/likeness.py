@@ -1,0 +1,66 @@
+"""What a policy is worth before anything is trained: how much its student, repaired and rounded to its bits, answers like the teacher.
+
+The second rung of the search. Each policy is built and repaired by itself, with fewer inputs than before training (some seconds), rather
+than assembled from a database of layers that were repaired alone, as SPDY does (Frantar & Alistarh 2022, arXiv 2201.13096, section 3.3):
+a layer that knows what the layers before it have lost makes up for a part of it. `benchmarks/rungs.py` compares likeness with what
+training makes of the same students.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from autocompress.compress.quantize import calibrate, fake_quantize
+from autocompress.compress.repair import examples_for, repair
+from autocompress.compress.student import build_student
+from autocompress.compress.train import CALIBRATION_BATCH, quantizes
+from autocompress.data import sample
+from autocompress.objective import Setting, changes_shape
+from autocompress.policy import Policy
+
+EXAMPLES = 128
+"""Inputs that a student is repaired on, at most."""
+HELD_OUT = 512
+"""Validation inputs that student and teacher answer, at most."""
+
+
+class Likeness:
+    """Likeness to the teacher, from 0 to 1, of the students that are made of it."""
+
+    def __init__(self, setting: Setting) -> None:
+        graph, data = setting.graphs[None], setting.data
+        n = min(EXAMPLES, setting.calibration, examples_for(graph))
+        self._setting, self._inputs = setting, torch.cat([*data.calibration(n, n)])
+        self._held_out = [inputs for inputs, _ in data.batches(sample(data.val, min(HELD_OUT, 4 * n)), setting.batch_size)]
+        self._wanted = self._answers(graph.module)
+
+    @torch.no_grad()
+    def __call__(self, policy: Policy) -> float:
+        """0 where student and teacher have nothing in common, or the student cannot be repaired; 1 where they answer alike.
+
+        Of classifiers the probability that both give to the same classes (1 - their total variation distance), which unlike a divergence is
+        bounded: one confident error in a thousand answers does not decide. Of other networks 1 / (1 + squared difference / variance).
+        """
+        try:
+            answers = self._answers(self._student(policy))
+        except RuntimeError:  # out of memory, or equations without a solution
+            return 0.0
+        if self._setting.data.classes is not None:
+            return float(torch.minimum(answers.softmax(1), self._wanted.softmax(1)).sum(1).mean())
+        difference = (answers - self._wanted).square().mean() / self._wanted.var().clamp_min(torch.finfo().tiny)
+        return float(torch.nan_to_num(1 / (1 + difference)))
+
+    def _student(self, policy: Policy) -> fx.GraphModule:
+        graph = self._setting.graph_of(policy)
+        student = build_student(graph, policy)
+        if changes_shape(self._setting, policy):
+            repair(student, graph, policy, self._inputs)
+        if quantizes(policy.quant):
+            student = fake_quantize(student.eval(), policy.quant)
+            calibrate(student, self._inputs.split(CALIBRATION_BATCH))
+        return student.eval()
+
+    @torch.no_grad()
+    def _answers(self, network: fx.GraphModule) -> Tensor:
+        return torch.cat([network(inputs).float() for inputs in self._held_out])
