@@ -45,8 +45,6 @@ class Appraisals:
 
     journal: Journal
     forecast: Forecast
-    seconds_each: float = 0.0
-    """What the last one took that was not known."""
     _known: dict[Structure, Appraised] = field(default_factory=dict)
 
     @property
@@ -62,8 +60,12 @@ class Appraisals:
     def _original(self) -> Proposal:
         return self.forecast.proposal(Policy(), {})
 
+    def promise(self, proposal: Proposal) -> float:
+        """In units of the original's."""
+        return proposal.promise / self._original.promise
+
     def _worth(self, proposal: Proposal) -> float:
-        return self._likeness(proposal.policy) if self.tell_likeness else proposal.promise / self._original.promise
+        return self._likeness(proposal.policy) if self.tell_likeness else self.promise(proposal)
 
     def recall(self) -> None:
         """Take up what the trials of a resumed search say."""
@@ -118,7 +120,7 @@ class Appraisals:
         return self._tell(trial, self.forecast.proposal(self.forecast.suggest(trial), trial.params))
 
     def _tell(self, trial: Trial, proposal: Proposal) -> Appraised:
-        structure, started = self.forecast.structure(proposal.policy), time.monotonic()
+        structure = self.forecast.structure(proposal.policy)
         found = self._known.get(structure)
         if found is None:
             try:
@@ -126,7 +128,6 @@ class Appraisals:
             except BaseException:
                 self.journal.abandon(trial)
                 raise
-            self.seconds_each = time.monotonic() - started
             self._known[structure] = found
         violation = self.forecast.violation(proposal.workload, proposal.latency_s)
         self.journal.tell_appraised(trial, found.worth, proposal.latency_s, violation)

@@ -7,7 +7,6 @@ the forecast rules out) -> short rung (the best of these, spread over the latenc
 
 from __future__ import annotations
 
-import heapq
 import math
 import re
 import statistics
@@ -26,12 +25,13 @@ from autocompress.graph import Structure
 from autocompress.objective import realise
 from autocompress.policy import Policy, QuantSpec
 from autocompress.preparation import limit_validation, score_original
-from autocompress.proposals import Proposal, aims, leaders, outclassed
-from autocompress.records import Outcome
+from autocompress.proposals import Proposal, leaders, outclassed
+from autocompress.records import Measurement, Outcome
 from autocompress.schedule import (
     Division,
     appraisal_seconds,
     calibration_seconds,
+    cover,
     extended,
     full_runs,
     full_seconds,
@@ -52,8 +52,6 @@ TAUGHT = 3
 """Of the policies that lead: those that are distilled in other ways."""
 APPRAISED_FIRST, MOST_APPRAISED, APPRAISED_A_TRIAL = 12, 1000, 12
 """Structures of most promise that are appraised before Optuna suggests; how many in all; how many for each run that `trials` allows."""
-SHORTLIST, SHORTLIST_SHARE = 4, 0.2
-"""Structures to choose from for a short run, and how much of its time appraising those that are missing may take."""
 UNKNOWN_OVERHEAD_S = 5.0
 SAME_FAILURES = 3
 NUMBER = re.compile(r"\d+(\.\d+)?(e[-+]?\d+)?|\bnan\b|\binf\b")
@@ -124,10 +122,7 @@ class Search(Findings):
     def appraise(self, pool: list[Proposal]) -> None:
         """Find out what structures are worth untrained: first what promises most at each latency, then what Optuna suggests."""
         self._evaluate_unchanged()
-        if not self.appraisals.tell_likeness or self.clock.left <= 0:
-            return
-        started, seconds = time.monotonic(), appraisal_seconds(self.clock)
-        leading = self._leading()
+        started, seconds, leading = time.monotonic(), appraisal_seconds(self.clock), self._leading()
         seeds = leaders(self._promising(pool, leading), self.forecast.latency_limit, APPRAISED_FIRST)
         most = min(MOST_APPRAISED, APPRAISED_A_TRIAL * self.task.trials) if self.task.trials is not None else MOST_APPRAISED
         while not self._stop() and len(self.appraisals) < most:
@@ -147,7 +142,7 @@ class Search(Findings):
         runs = min(division.short_total / division.short_each, self.task.trials or math.inf)
         first = math.ceil(FIRST_SHARE * runs)
         while self._room_for_short(started + self._short_seconds(division), division) and not self._stop() and not self._enough():
-            choice = (self._lesson() if self._short_count() >= first else None) or self._structure(pool, self._shortlist(division))
+            choice = (self._lesson() if self._short_count() >= first else None) or self._structure(pool)
             if choice is None:
                 self.progress.message("the search space is exhausted: every policy that can be drawn was trained before")
                 return
@@ -192,42 +187,40 @@ class Search(Findings):
         self.show("the unchanged network in int8")
         self.keep(realise(self.setting, policy, id="int8", rung="unchanged", deadline=time.monotonic(), predicted=predicted))
 
-    def _shortlist(self, division: Division) -> int:
-        """From how many structures the next one is chosen: fewer where appraising them would take long."""
-        return max(1, min(SHORTLIST, int(SHORTLIST_SHARE * division.short_each / max(self.appraisals.seconds_each, 1e-9))))
-
-    def _structure(self, pool: list[Proposal], shortlist: int) -> Choice | None:
+    def _structure(self, pool: list[Proposal]) -> Choice | None:
         """The next structure to train, as usual; what measuring rules out teaches the forecast, which then leads to another."""
         for attempt in range(MOST_MEASURED):
-            leader = self._leader(pool, shortlist)
+            leader = self._leader(pool)
             if leader is None or attempt == MOST_MEASURED - 1 or self.forecast.excess(leader.proposal) <= 0:
                 break
         return Choice(leader.policy, leader.worth) if leader is not None else None
 
-    def _leader(self, pool: list[Proposal], shortlist: int) -> Appraised | None:
-        """What is best where the next policy is worth most, else the best of all; the fastest where nothing is within the budget."""
-        promising, appraised = self._promising(pool, self._leading()), self._untrained()
-        short = [o for o in self.journal.outcomes if o.rung == "short"]
-        scores = [(o.latency_s.median, gain(o)) for o in measured(short) if o.latency_s is not None and feasible(o, self.budget)]
-        tried = [o.predicted_latency_s.value for o in short if o.predicted_latency_s is not None]
-        latencies = [*(p.latency_s for p in promising), *(a.latency_s for a in appraised)]
-        for band in aims(scores, tried, latencies, self.forecast.latency_limit):
-            found = band.members(appraised)
-            fresh = [p for p in band.members(promising) if p.policy not in self.appraisals]
-            fresh = heapq.nlargest(shortlist - len(found), fresh, key=lambda p: p.promise)
-            found = [*found, *(self.appraisals.appraise(p) for p in fresh)]
-            if found:
-                return max(found, key=self._merit())
-        if appraised:
-            return max(appraised, key=self._merit())
+    def _leader(self, pool: list[Proposal]) -> Appraised | None:
+        """The structure that, as appraised, adds most to those that were trained; of what is not appraised the one that promises most."""
+        candidates, merit = self._untrained(), self._merit()
+        if candidates:
+            (best,) = cover([(merit(a), a.latency_s) for a in candidates], 1, self._covered(merit))
+            return candidates[best]
+        if promising := self._promising(pool, self._leading()):
+            return self.appraisals.appraise(max(promising, key=lambda p: p.promise))
         known = self._trained_structures()
-        rest = promising or [p for p in pool if self.forecast.structure(p.policy) not in known]
+        rest = [p for p in pool if self.forecast.structure(p.policy) not in known]
         return self.appraisals.appraise(min(rest, key=lambda p: p.latency_s)) if rest else None
 
+    def _covered(self, merit: Callable[[Appraised], float]) -> list[tuple[float, float]]:
+        """(merit, latency) of what was trained, in vain or not: what lies beside it waits."""
+        points = []
+        for outcome in self.journal.outcomes:
+            known, latency = self.appraisals.of(outcome.policy), outcome.latency_s or outcome.predicted_latency_s
+            seconds = latency.median if isinstance(latency, Measurement) else latency.value if latency is not None else None
+            if seconds is not None and (known is not None or outcome.rung == "unchanged"):
+                points.append((merit(known) if known is not None else 1.0, seconds))
+        return points
+
     def _merit(self) -> Callable[[Appraised], float]:
-        """What a structure is worth; its promise where short training has shown that worth does not tell."""
+        """What a structure is worth, or its promise where short training has shown that worth does not tell; 1 of the original."""
         if is_low(self.ladder()["appraised_short_spearman"]):
-            return lambda appraised: appraised.proposal.promise
+            return lambda appraised: self.appraisals.promise(appraised.proposal)
         return lambda appraised: appraised.worth
 
     def _untrained(self) -> list[Appraised]:

@@ -33,7 +33,7 @@ class Likeness:
         n = min(EXAMPLES, setting.calibration, examples_for(graph))
         self._setting, self._inputs = setting, torch.cat([*data.calibration(n, n)])
         self._held_out = [inputs for inputs, _ in data.batches(sample(data.val, min(HELD_OUT, 4 * n)), setting.batch_size)]
-        self._wanted = self._answers(graph.module)
+        self.wanted = self.answers(graph.module)
 
     @torch.no_grad()
     def __call__(self, policy: Policy) -> float:
@@ -43,15 +43,17 @@ class Likeness:
         bounded: one confident error in a thousand answers does not decide. Of other networks 1 / (1 + squared difference / variance).
         """
         try:
-            answers = self._answers(self._student(policy))
+            answers = self.answers(self.student(policy))
         except RuntimeError:  # out of memory, or equations without a solution
             return 0.0
         if self._setting.data.classes is not None:
-            return float(torch.minimum(answers.softmax(1), self._wanted.softmax(1)).sum(1).mean())
-        difference = (answers - self._wanted).square().mean() / self._wanted.var().clamp_min(torch.finfo().tiny)
+            return float(torch.minimum(answers.softmax(1), self.wanted.softmax(1)).sum(1).mean())
+        difference = (answers - self.wanted).square().mean() / self.wanted.var().clamp_min(torch.finfo().tiny)
         return float(torch.nan_to_num(1 / (1 + difference)))
 
-    def _student(self, policy: Policy) -> fx.GraphModule:
+    @torch.no_grad()
+    def student(self, policy: Policy) -> fx.GraphModule:
+        """The policy's student as it is compared: repaired, and rounded to its bits. Raises RuntimeError where it cannot be repaired."""
         graph = self._setting.graph_of(policy)
         student = build_student(graph, policy)
         if changes_shape(self._setting, policy):
@@ -62,5 +64,6 @@ class Likeness:
         return student.eval()
 
     @torch.no_grad()
-    def _answers(self, network: fx.GraphModule) -> Tensor:
+    def answers(self, network: fx.GraphModule) -> Tensor:
+        """What a network makes of the held-out inputs."""
         return torch.cat([network(inputs).float() for inputs in self._held_out])

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import functools
 import heapq
-import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 
 from autocompress.graph import Workloads
 from autocompress.policy import Policy
 from autocompress.records import Operator, Shape, Workload
-from autocompress.schedule import halfway
 
 SCATTER = 0.2
 VARIED = 1.5
@@ -30,13 +28,6 @@ CELLS, KEPT_EACH = 64, 8
 """Of a pool by latency: so many parts of equal ratio, and of each so many proposals."""
 LEAST_RANGE = 1.5
 LEAST_LEFT = 1e-3
-CLEARANCE = 1.05
-LARGEST_RANGE = 1e3
-"""One absurd prediction does not stretch the range beyond all others."""
-END_BANDS = 8
-"""The first policies at the ends of the range lie in the outermost of so many equal parts of it."""
-LEAST_STEP = 1.2
-"""Networks less apart than this in latency leave nothing to aim at between them."""
 
 
 @dataclass
@@ -195,71 +186,3 @@ def outclassed(candidate: Proposal, known: Sequence[Proposal]) -> float:
         return min(1 - candidate.inheritance / other.inheritance, 1 - candidate.capacity / other.capacity)
 
     return max(0.0, *(lead(other) for other in known)) if known else 0.0
-
-
-class _Timed(Protocol):
-    @property
-    def latency_s(self) -> float: ...
-
-
-Timed = TypeVar("Timed", bound=_Timed)
-
-
-@dataclass(frozen=True)
-class Band:
-    """Latencies in seconds, from above `fastest` to `slowest`."""
-
-    fastest: float
-    slowest: float
-
-    def __contains__(self, latency_s: object) -> bool:
-        return isinstance(latency_s, float) and self.fastest < latency_s <= self.slowest
-
-    def members(self, candidates: Iterable[Timed]) -> list[Timed]:
-        """What is predicted to lie in the band, clear of its slow end: predictions are off by some percent."""
-        return [c for c in candidates if self.fastest < c.latency_s <= self.slowest / CLEARANCE]
-
-
-def aims(known: Sequence[tuple[float, float]], tried: Sequence[float], latencies: Sequence[float], limit_s: float) -> list[Band]:
-    """Where the next of the first policies is worth most, the best aim first.
-
-    First the ends of the range; then the middle of the step between neighbours on the front over which it would gain most: by how much
-    faster (as logarithm) times by how much worse. As for who climbs (`schedule.promoted`), what lies below halfway between the best and
-    the worst score comes last. So policies gather where a user has to choose, and few are spent where quality has collapsed. Where one
-    was tried in vain (it failed, or was not what was predicted, or is on no front), the next is tried after all else.
-
-    Args:
-        known: (latency in seconds, score, more is better) of what was trained and is within the budget.
-        tried: predicted latencies of all that was trained, in vain or not.
-        latencies: as predicted, of what may be trained next. limit_s: the slowest of interest; half a band below it is left out, since
-            there stands the unchanged network, and what is predicted there may be over the budget.
-    """
-    inside = sorted((latency, score) for latency, score in known if latency <= limit_s)
-    within = [latency for latency in (*latencies, *(latency for latency, _ in inside)) if latency <= limit_s]
-    if not within:
-        return []
-    fastest = max(min(within), limit_s / LARGEST_RANGE)
-    ratio = max(LEAST_STEP, (limit_s / fastest) ** (1 / END_BANDS))
-    slowest = min(limit_s / math.sqrt(ratio), CLEARANCE * max(within))
-    ends = Band(slowest / ratio, slowest), Band(0.0, min(fastest * ratio, limit_s))
-    open_ends = (not inside or inside[-1][0] <= ends[0].fastest, not inside or inside[0][0] > ends[1].slowest)
-    found = [*itertools.compress(ends, open_ends), *_steps(inside)]
-    return sorted(found, key=lambda band: sum(latency in band for latency in (*tried, *(latency for latency, _ in inside))))
-
-
-def _steps(known: Sequence[tuple[float, float]]) -> list[Band]:
-    """The middles of the steps of the front of these (latency, score), fastest first; what is worth most first."""
-    front = [point for index, point in enumerate(known) if all(point[1] > score for _, score in known[:index])]
-    least = halfway([score for _, score in known]) if known else 0.0
-
-    def worth(step: tuple[tuple[float, float], tuple[float, float]]) -> tuple[float, float]:
-        (fast, low), (slow, high) = step
-        width = math.log(slow / fast)
-        return width * max(0.0, high - max(low, least)), width * (high - low)
-
-    steps = sorted(itertools.pairwise(front), key=worth, reverse=True)
-    return [
-        Band(fast ** (2 / 3) * slow ** (1 / 3), fast ** (1 / 3) * slow ** (2 / 3))
-        for (fast, _), (slow, _) in steps
-        if slow >= LEAST_STEP * fast
-    ]

@@ -34,8 +34,11 @@ OUTLIER = 8.0
 """Times the distance of the median from the best score: what is worse is an accident, not the end of a range."""
 LEAST_COST = 0.25
 """Of the dearest step: a step has costs that no network is too small for."""
-WORST_MARGIN = 0.02
-"""How far beyond the worst score and the logarithm of the slowest latency the reference point of a hypervolume lies."""
+WORST_MARGIN, WORST_SLOWNESS = 0.02, 1.5
+"""How far beyond the worst score, and at how many times the slowest latency, the reference point of a hypervolume lies: the more, the
+more accuracy at the slow end counts beside speed."""
+Point = tuple[float, float]
+"""Gain (more is better) and latency in seconds."""
 
 
 @dataclass(frozen=True)
@@ -150,35 +153,39 @@ def halfway(scores: Sequence[float]) -> float:
     return 0.5 * (best + worst)
 
 
-def promoted(outcomes: Sequence[Outcome], n: int, settled: Sequence[Outcome] = ()) -> list[Outcome]:
-    """The `n` outcomes that together dominate most, beside those that are `settled` (trained to the end, or in no need of it).
+def cover(points: Sequence[Point], n: int, taken: Sequence[Point] = ()) -> list[int]:
+    """Indices of the `n` points (gain, latency in seconds) that together dominate most, beside those that are `taken`.
 
-    Greedy hypervolume subset selection (Guerreiro, Fonseca & Paquete 2016, Evolutionary Computation 24(3)) over score and logarithm
-    of latency: what lies close to a point that is already there adds little, so the runs spread over the front by themselves.
-    The reference is halfway between the best and the worst score first: whoever has a budget wants accuracy within it, and networks
+    Greedy hypervolume subset selection (Guerreiro, Fonseca & Paquete 2016, Evolutionary Computation 24(3)) over gain and logarithm of
+    latency: what lies close to a point that is already there adds little, so the chosen spread over the front by themselves.
+    The reference is halfway between the best and the worst gain first: whoever has a budget wants accuracy within it, and networks
     that are tiny and bad would dominate a large area of a plot that nobody looks at. They come last, spread by the whole area.
     """
-    candidates, beside = measured(outcomes), measured(settled)
-    if not candidates:
+    if not points:
         return []
-    points = {o.id: _log_point(o) for o in [*candidates, *beside]}
-    scores, slowest = [points[o.id][0] for o in candidates], max(log for _, log in points.values()) + WORST_MARGIN
-    references = (halfway(scores), slowest), (min(scores) - WORST_MARGIN, slowest)
-    taken, rest = [points[o.id] for o in beside], list(candidates)
-    chosen: list[Outcome] = []
+    known, gains = [(gain, math.log(latency)) for gain, latency in points], [gain for gain, _ in points]
+    beside = [(gain, math.log(latency)) for gain, latency in taken]
+    slowest = max(log for _, log in (*known, *beside)) + math.log(WORST_SLOWNESS)
+    references = (halfway(gains), slowest), (min(gains) - WORST_MARGIN, slowest)
+    chosen: list[int] = []
 
-    def area(outcome: Outcome) -> tuple[float, ...]:
-        front = np.array([*taken, points[outcome.id]])
+    def area(index: int) -> tuple[float, ...]:
+        front = np.array([*beside, *(known[i] for i in chosen), known[index]])
         return tuple(hypervolume(front, reference) for reference in references)
 
+    rest = set(range(len(points)))
     while rest and len(chosen) < n:
-        best = max(rest, key=area)
-        rest.remove(best)
-        chosen.append(best)
-        taken.append(points[best.id])
+        chosen.append(max(sorted(rest), key=area))
+        rest.remove(chosen[-1])
     return chosen
 
 
-def _log_point(outcome: Outcome) -> tuple[float, float]:
+def promoted(outcomes: Sequence[Outcome], n: int, settled: Sequence[Outcome] = ()) -> list[Outcome]:
+    """The `n` outcomes that cover most, beside those that are `settled` (trained to the end, or in no need of it)."""
+    candidates = measured(outcomes)
+    return [candidates[index] for index in cover([_point(o) for o in candidates], n, [_point(o) for o in measured(settled)])]
+
+
+def _point(outcome: Outcome) -> Point:
     assert outcome.val_score is not None and outcome.latency_s is not None
-    return outcome.val_score.gain, float(np.log(outcome.latency_s.median))
+    return outcome.val_score.gain, outcome.latency_s.median

@@ -14,11 +14,9 @@ from autocompress.proposals import (
     KEPT_EACH,
     LEAST_LEFT,
     LEAST_RANGE,
-    Band,
     LevelSuggester,
     Proposal,
     Variation,
-    aims,
     capacity,
     elites,
     inheritance,
@@ -26,7 +24,6 @@ from autocompress.proposals import (
     outclassed,
 )
 from autocompress.records import Operator, Workload
-from autocompress.schedule import halfway
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -75,71 +72,6 @@ def proposal(name, latency, outputs=1, inherited=0.5):
     return Proposal(policy, {}, Workload(operators=(linear,), weight_bytes=0), latency, inherited, capacity=outputs)
 
 
-latencies = st.lists(st.tuples(st.floats(1e-4, 1), st.floats(-3, 1)), max_size=12)
-
-
-@settings(deadline=None)
-@given(latencies, st.lists(st.floats(1e-4, 1), max_size=9), st.lists(st.floats(1e-4, 1), max_size=9), st.floats(1e-4, 1))
-def test_aims_lie_within_the_limit(known, tried, predicted, limit):
-    found = aims(known, tried, predicted, limit)
-    assert all(0 <= band.fastest < band.slowest <= limit for band in found)
-    assert len(found) == len(set(found)) <= len(known) + 2
-    assert found or not any(latency <= limit for latency in [*predicted, *(latency for latency, _ in known)]) or known
-
-
-RANGE = (0.001, 0.256)
-
-
-def test_the_ends_come_first_clear_of_the_budget():
-    slow, fast = aims([], [], RANGE, 0.256)
-    assert (slow.slowest, slow.fastest) == pytest.approx((0.256 / 2**0.5, 0.256 / 2**1.5))
-    assert (fast.slowest, fast.fastest) == (pytest.approx(0.002), 0.0)
-    assert aims([(0.0011, 0.5)], [], RANGE, 0.256) == [slow]
-    assert aims([(0.255, 0.5)], [], RANGE, 0.256) == [fast]
-
-
-def test_where_the_slow_end_is_out_of_reach_the_range_ends_with_what_there_is():
-    """As under a limit on size."""
-    slow, _ = aims([], [], (0.001, 0.004), 0.256)
-    assert 0.004 in slow
-    assert aims([(0.004, 0.9), (0.0011, 0.5)], [], (0.0012, 0.0039), 0.256)[0].slowest < 0.004
-
-
-def test_where_one_was_tried_in_vain_the_next_is_tried_after_all_else():
-    slow, fast = aims([], [], RANGE, 0.256)
-    assert aims([], [0.15], RANGE, 0.256) == [fast, slow]
-    assert aims([], [0.15, 0.0015, 0.0016], RANGE, 0.256) == [slow, fast]
-    slower = [(0.15, 0.9), (0.0025, 0.3)]  # than predicted: the fast end is still open
-    assert aims(slower, [0.15], RANGE, 0.256)[0] == fast
-    assert aims(slower, [0.15, 0.0015], RANGE, 0.256)[-1] == fast
-    between = aims([(0.2, 0.9), (0.0011, 0.1)], [], RANGE, 0.256)[0]
-    dominated = (math.sqrt(between.fastest * between.slowest), 0.05)
-    first, *_, last = aims([(0.2, 0.9), (0.05, 0.8), dominated, (0.0011, 0.1)], [], RANGE, 0.256)
-    assert dominated[0] not in first
-    assert first != last
-
-
-def test_between_them_policies_gather_where_quality_falls_and_not_where_it_has_collapsed():
-    """A network that scores alike until it is eight times as fast, and then collapses."""
-
-    def score(latency):
-        return 0.9 + 0.001 * latency if latency >= 0.03 else 0.9 - 0.2 * math.log2(0.03 / latency)
-
-    known = [(0.2, score(0.2)), (0.0015, score(0.0015))]
-    for _ in range(6):
-        aim = aims(known, [], RANGE, 0.256)[0]
-        latency = math.sqrt(aim.fastest * aim.slowest)
-        known.append((latency, score(latency)))
-    added = [latency for latency, _ in known[2:]]
-    assert sum(score(latency) < halfway([score(0.0015), 0.9]) for latency in added) <= 1, added
-    assert sum(0.007 < latency < 0.06 for latency in added) >= 4, added
-
-
-def test_networks_that_lie_close_together_leave_nothing_to_aim_at():
-    steps = [(0.0011 * 1.15**i, 0.01 * i) for i in range(39)]
-    assert not aims(steps, [], RANGE, 0.256)
-
-
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(1e-4, 1), st.floats(0, 1)), min_size=1, max_size=40), st.floats(1e-4, 1))
 @example([(0.49999, 0.0), *[(0.5, 0.9 + i / 100) for i in range(9)]], 1.0)
@@ -171,20 +103,6 @@ def test_capacity_is_the_geometric_mean_of_arithmetic_and_weights():
     once, none = (Workloads(((layer,),), np.array([[which]]), np.zeros(1, dtype=int)) for which in (0, -1))
     assert capacity(once) == pytest.approx([math.sqrt(layer.macs * layer.params)])
     assert capacity(none) == [1.0]
-
-
-def test_members_of_a_band_are_clear_of_its_slow_end():
-    band = Band(0.001, 0.002)
-    candidates = [
-        proposal("a", 0.0012),
-        proposal("b", 0.0018),
-        proposal("edge", 0.00199),
-        proposal("slow", 0.0021),
-        proposal("fast", 0.001),
-    ]
-    assert band.members(candidates) == candidates[:2]
-    assert 0.002 in band
-    assert 0.001 not in band
 
 
 def test_leaders_are_what_promises_most_spread_over_the_latencies():

@@ -56,7 +56,7 @@ def test_the_greedy_choice_is_close_to_the_best_subset():
     for _ in range(10):
         outcomes = [outcome(f"{i}", float(s), float(t)) for i, (s, t) in enumerate(draw.uniform(0.01, 1.0, (8, 2)))]
         points = np.array([[o.val_score.gain, np.log(o.latency_s.median)] for o in outcomes])
-        reference = (schedule.halfway(points[:, 0]), points[:, 1].max() + schedule.WORST_MARGIN)
+        reference = (schedule.halfway(points[:, 0]), points[:, 1].max() + np.log(schedule.WORST_SLOWNESS))
         volume = {o.id: p for o, p in zip(outcomes, points, strict=True)}
         chosen = hypervolume(np.array([volume[o.id] for o in promoted(outcomes, 3)]), reference)
         best = max(hypervolume(np.array(subset), reference) for subset in combinations(points, 3))

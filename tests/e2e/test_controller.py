@@ -10,7 +10,7 @@ import pytest
 from tasks import SLOW_CALLS, Diary
 
 from autocompress.appraisals import Appraisals, Appraised
-from autocompress.controller import APPRAISED_A_TRIAL, APPRAISED_FIRST, SHORTLIST, Search
+from autocompress.controller import APPRAISED_A_TRIAL, APPRAISED_FIRST, Search
 from autocompress.data import SPLITS, Split
 from autocompress.errors import InfeasibleBudget, PolicyFailure, TooManyFailures
 from autocompress.final import measure_front, score_test
@@ -20,9 +20,8 @@ from autocompress.objective import untrained
 from autocompress.policy import DistillSpec, Policy, QuantSpec
 from autocompress.preparation import load, prepare
 from autocompress.progress import SilentProgress
-from autocompress.proposals import aims
 from autocompress.records import Budget, Failure, Measurement, Outcome, Score
-from autocompress.schedule import FEWEST_EXAMPLES, Clock, Division
+from autocompress.schedule import FEWEST_EXAMPLES, Clock, Division, cover
 from autocompress.search_space import find_suggest
 from autocompress.session import _result
 from autocompress.study import open_journal
@@ -64,47 +63,40 @@ def trained(search, policy, latency_s, score=0.95, id="00000", **changes):
     search.journal.record(made.model_copy(update=changes))
 
 
-def test_first_policies_are_the_best_of_where_the_next_is_worth_most(search, pool):
-    """Here the slow end of the range, its fast end, and then between them."""
-    limit, known = search.forecast.latency_limit, []
-    for position in range(4):
-        promising = search._promising(pool, search._leading())
-        aim = aims(known, [latency for latency, _ in known], [p.latency_s for p in promising], limit)[0]
-        policy = search._structure(pool, SHORTLIST).policy
-        predicted = search.forecast.predict(policy).value
-        assert predicted in aim
-        rivals = [search.appraisals.of(p.policy) for p in aim.members(promising) if p.policy in search.appraisals]
-        assert search.appraisals.of(policy).worth == max(rival.worth for rival in rivals)
-        assert len(rivals) == min(SHORTLIST, len(aim.members(promising)))
-        known.append((predicted, 0.8 - 0.1 * position))
-        trained(search, policy, predicted, score=known[-1][1], id=f"0000{position}")
-    assert known[1][0] < known[2][0] < known[0][0]
+def appraised(search, proposals):
+    return [search.appraisals.appraise(proposal) for proposal in proposals]
+
+
+def test_of_what_is_appraised_the_next_is_what_adds_most_to_what_was_trained(search, pool):
+    known, rest = appraised(search, pool[:9]), set()
+    for position in range(3):
+        choice = search._structure(pool)
+        candidates = [a for a in known if a.policy not in rest]
+        points = [(a.worth, a.latency_s) for a in candidates]
+        taken = [(search.appraisals.of(policy).worth, search.forecast.predict(policy).value) for policy in rest]
+        assert choice.policy == candidates[cover(points, 1, taken)[0]].policy
+        assert choice.worth == search.appraisals.of(choice.policy).worth
+        rest.add(choice.policy)
+        trained(search, choice.policy, search.forecast.predict(choice.policy).value, id=f"0000{position}")
 
 
 @pytest.mark.parametrize("trouble", ["failed", "over the budget"])
-def test_where_a_policy_was_trained_in_vain_the_next_is_elsewhere(search, pool, trouble):
+def test_where_a_policy_was_trained_in_vain_the_next_is_elsewhere(search, pool, monkeypatch, trouble):
     search.forecast.limits = Budget(latency_s=search.forecast.latency_limit)
-    predictions = []
-    for attempt in range(3):
-        policy = search._structure(pool, 1).policy
-        predicted = search.forecast.predict(policy)
-        predictions.append(predicted.value)
-        failure = Failure(stage="train", reason="diverged") if trouble == "failed" else None
-        trained(search, policy, 9.0, id=f"0000{attempt}", failure=failure, predicted_latency_s=predicted)
-    slow, fast, again = predictions
-    assert fast < 0.5 * slow < again, "the slow end, the fast end, and only then the slow end once more"
+    beside, far = max(pool, key=lambda p: p.latency_s), min(pool, key=lambda p: p.latency_s)
+    twin = max((p for p in pool if p is not beside), key=lambda p: p.latency_s)
+    monkeypatch.setattr(Appraisals, "_worth", lambda self, p: {id(beside): 0.9, id(twin): 0.89}.get(id(p), 0.8))
+    monkeypatch.setattr(search.forecast, "proposal", lambda policy, params: next(p for p in pool if p.policy == policy))
+    appraised(search, [beside, twin, far])
+    failure = Failure(stage="train", reason="diverged") if trouble == "failed" else None
+    trained(search, beside.policy, 9.0, failure=failure, predicted_latency_s=search.forecast.predict(beside.policy))
+    assert search._structure(pool).policy == far.policy
 
 
-def test_a_limit_on_size_leaves_the_range_of_what_it_allows(search, pool):
-    """The first policy is not the smallest of the space because the slow end of the latencies is out of reach."""
-    sizes = sorted(p.workload.weight_bytes for p in pool)
-    overhead = search.setting.baseline.size_bytes - search.forecast.original.weight_bytes
-    search.forecast.limits = Budget(size_bytes=sizes[len(sizes) // 3] + max(0, overhead))
-    promising = search._promising(pool, [])
-    latencies = sorted(p.latency_s for p in promising)
-    assert latencies[-1] < 0.9 * search.forecast.latency_limit
-    policy = search._structure(pool, 1).policy
-    assert search.forecast.predict(policy).value > latencies[len(latencies) // 2]
+def test_where_nothing_else_is_appraised_the_next_is_what_promises_most(search, pool):
+    choice = search._structure(pool)
+    assert choice.policy == max(search._promising(pool, []), key=lambda p: p.promise).policy
+    assert choice.policy in search.appraisals
 
 
 def test_structures_are_appraised_before_anything_is_trained_and_optuna_suggests_most_of_them(search, pool, monkeypatch):
@@ -142,9 +134,7 @@ def test_students_of_another_architecture_are_worth_what_they_promise(search, po
     """Nothing of them is inherited, so that untrained they are all alike."""
     search.run = search.setting.models.parent
     search.setting = replace(search.setting, graphs=search.setting.graphs | {"other": search.setting.graphs[None]})
-    search.appraise(pool)
-    assert len(search.appraisals) == 0
-    found = [search.appraisals.appraise(proposal) for proposal in pool[:5]]
+    found = appraised(search, pool[:5])
     assert sorted(found, key=lambda a: a.worth) == sorted(found, key=lambda a: a.proposal.promise)
 
 
@@ -212,7 +202,7 @@ def test_all_suggestions_that_are_known_or_ruled_out_are_no_suggestion(search, p
 def test_where_nothing_is_within_the_budget_the_fastest_is_tried(search, pool):
     search.forecast.limits = Budget(latency_s=1e-9)
     search.forecast.excess = lambda proposal: 1.0
-    assert search._structure(pool, 1).policy == min(pool, key=lambda p: p.latency_s).policy
+    assert search._structure(pool).policy == min(pool, key=lambda p: p.latency_s).policy
 
 
 def test_short_runs_end_with_their_share_of_time_once_one_is_within_the_budget(search, pool):

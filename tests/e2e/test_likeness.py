@@ -46,8 +46,8 @@ def test_bits_count(setting):
 def test_students_are_repaired(setting):
     policy = pruned(setting, 0.5, student=StudentSpec(drop=(setting.graphs[None].blocks[0].name,)))
     likeness = Likeness(setting)
-    cut = likeness._answers(build_student(setting.graphs[None], policy))
-    assert likeness(policy) > 1.2 * float(torch.minimum(cut.softmax(1), likeness._wanted.softmax(1)).sum(1).mean())
+    cut = likeness.answers(build_student(setting.graphs[None], policy))
+    assert likeness(policy) > 1.2 * float(torch.minimum(cut.softmax(1), likeness.wanted.softmax(1)).sum(1).mean())
 
 
 def test_of_answers_that_are_no_classes_the_squared_difference_counts(setting):
