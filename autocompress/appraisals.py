@@ -48,7 +48,7 @@ class Appraisals:
     _known: dict[Structure, Appraised] = field(default_factory=dict)
 
     @property
-    def tell_likeness(self) -> bool:
+    def _all_of_teacher(self) -> bool:
         """Whether all students are made of the teacher: others have nothing of it before they are trained."""
         return len(self.forecast.setting.graphs) == 1
 
@@ -65,7 +65,7 @@ class Appraisals:
         return proposal.promise / self._original.promise
 
     def _worth(self, proposal: Proposal) -> float:
-        return self._likeness(proposal.policy) if self.tell_likeness else self.promise(proposal)
+        return self._likeness(proposal.policy) if self._all_of_teacher else self.promise(proposal)
 
     def recall(self) -> None:
         """Take up what the trials of a resumed search say."""
@@ -87,8 +87,7 @@ class Appraisals:
 
     def within_budget(self) -> list[Appraised]:
         """All that is within the budget, with latencies as they are predicted by now."""
-        worth = {id(known.proposal.policy): known.worth for known in self._known.values()}
-        return [Appraised(p, worth[id(p.policy)]) for p in self.forecast.again([known.proposal for known in self._known.values()])]
+        return [Appraised(p, known.worth) for known in self._known.values() for p in self.forecast.again([known.proposal])]
 
     def suggested(self, leading: Sequence[Proposal], patience_s: float) -> Appraised | None:
         """Appraise what Optuna suggests next and prediction does not rule out; what it rules out on the way costs milliseconds and is told.
@@ -120,6 +119,7 @@ class Appraisals:
         return self._tell(trial, self.forecast.proposal(self.forecast.suggest(trial), trial.params))
 
     def _tell(self, trial: Trial, proposal: Proposal) -> Appraised:
+        """What the structure is worth, told to the sampler; an interrupted appraisal waits."""
         structure = self.forecast.structure(proposal.policy)
         found = self._known.get(structure)
         if found is None:

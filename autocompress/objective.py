@@ -135,6 +135,7 @@ def realise(
     Args:
         id: name of the bundle's folder.
         deadline: `time.monotonic()` at which training ends; export, scoring and measuring come after it.
+        worth: of the structure before it is trained, see `Outcome`.
         continues: id of a lower rung of the same policy, whose float weights are the start.
     """
     started = time.monotonic()
@@ -144,7 +145,7 @@ def realise(
         student = build_student(setting.graph_of(policy), policy)
         stage = "train"
         begun = time.monotonic()
-        student = _trained(setting, student, policy, id, rung, deadline, continues, tick)
+        student = _trained(setting, student, policy, id, rung, deadline, continues, tick, likeness=worth or 0.0)
         training_s = time.monotonic() - begun
         stage = "export"
         manifest = setting.write(setting.models / id, student, policy)
@@ -178,6 +179,8 @@ def _trained(
     deadline: float,
     continues: str | None,
     tick: Tick | None,
+    *,
+    likeness: float,
 ) -> fx.GraphModule:
     """Train a student of another shape; the teacher in fewer bits is calibrated first, and trained through them on the full rung."""
     reshaped = changes_shape(setting, policy)
@@ -194,7 +197,7 @@ def _trained(
         seed=setting.seed,
         calibration=setting.calibration,
         quant_fraction=TrainPlan.quant_fraction if reshaped else 1.0,
-        warm=continued or policy.student.reference is None,
+        likeness=1.0 if continued or not reshaped else likeness if policy.student.reference is None else 0.0,
     )
     classifies = setting.data.loss is None  # a loss of one's own has a unit of its own, beside which features have no known weight
     shared = shared_features(setting.graph_of(policy), policy) if classifies else None

@@ -95,14 +95,14 @@ def judged(proposal: Proposal, likeness: Likeness) -> dict[str, float]:
     }
 
 
-def trained(setting: Setting, proposal: Proposal, seconds: float) -> float:
+def trained(setting: Setting, proposal: Proposal, seconds: float, likeness: float) -> float:
     """Accuracy on validation after so many seconds, those of the repair included."""
     policy, graph, data = proposal.policy.model_copy(update={"quant": QuantSpec()}), setting.graphs[None], setting.data
     deadline, n = time.monotonic() + seconds, min(setting.calibration, examples_for(graph))
     student = build_student(graph, policy)
     repair(student, graph, policy, torch.cat([*data.calibration(n, n)]))
     lesson = Lesson(setting.teacher, policy.distill, shared_features(graph, policy))
-    plan = TrainPlan(10**9, deadline, setting.learning_rate, setting.batch_size, seed=setting.seed, warm=True)
+    plan = TrainPlan(10**9, deadline, setting.learning_rate, setting.batch_size, seed=setting.seed, likeness=likeness)
     return score_model(train(student, data, plan, lesson=lesson), data, data.val).value
 
 
@@ -142,7 +142,7 @@ def main() -> None:
         for band, proposal in candidates(forecast, options.policies, options.seed):
             known = {"model": options.model, "seconds": options.seconds, "seed": options.seed, "band": band}
             known |= {"policy": proposal.policy.in_words(), "latency_s": proposal.latency_s} | judged(proposal, likeness)
-            rows.append(known | {"score": trained(setting, proposal, options.seconds)})
+            rows.append(known | {"score": trained(setting, proposal, options.seconds, known["likeness"])})
             print(rows[-1], flush=True)
     path, now = RESULTS / "rungs.json", {"torch": torch.__version__, "machine": open_device("onnxruntime:cpu?threads=1").environment()}
     before = json.loads(path.read_text())["rows"] if path.exists() else []

@@ -140,15 +140,18 @@ def test_batch_norms_know_the_weights_that_training_ends_with(data, steps):
     assert (norm.momentum, norm.training) == (0.1, False)
 
 
-@pytest.mark.parametrize(("warm", "steps", "share"), [(False, 30, 1.0), (True, 30, 0.1), (True, 300, 1.0), (True, 3000, 1.0)])
-def test_a_student_with_something_to_lose_is_trained_gently_where_steps_are_few(warm, steps, share):
-    so_far = train_module._Steps(TrainPlan(steps, warm=warm))
+@pytest.mark.parametrize(
+    ("likeness", "steps", "share"),
+    [(0.0, 30, 1.0), (0.8, 30, 1.0), (0.985, 30, 0.316), (1.0, 30, 0.1), (1.0, 300, 1.0), (0.985, 150, 0.5), (1.0, 3000, 1.0)],
+)
+def test_a_student_with_much_to_lose_is_trained_gently_where_steps_are_few(likeness, steps, share):
+    so_far = train_module._Steps(TrainPlan(steps, likeness=likeness))
     so_far.done = steps // 2
-    assert so_far.rate == pytest.approx(share * train_module.one_cycle(0.5))
+    assert so_far.rate == pytest.approx(share * train_module.one_cycle(0.5), rel=0.01)
 
 
 def test_how_many_steps_there_will_be_is_told_by_the_clock():
-    so_far = train_module._Steps(TrainPlan(10**9, time.monotonic() + 10.0, warm=True))
+    so_far = train_module._Steps(TrainPlan(10**9, time.monotonic() + 10.0, likeness=1.0))
     assert so_far.rate == 0.0, "before the first step nobody knows"
     so_far._started -= 10.0
     so_far._allowed += 10.0
