@@ -26,7 +26,7 @@ from autocompress.objective import realise
 from autocompress.policy import Policy, QuantSpec
 from autocompress.preparation import limit_validation, score_original
 from autocompress.proposals import Proposal, leaders, outclassed
-from autocompress.records import Measurement, Outcome
+from autocompress.records import Outcome
 from autocompress.schedule import (
     Division,
     appraisal_seconds,
@@ -208,14 +208,12 @@ class Search(Findings):
         return self.appraisals.appraise(min(rest, key=lambda p: p.latency_s)) if rest else None
 
     def _covered(self, merit: Callable[[Appraised], float]) -> list[tuple[float, float]]:
-        """(merit, latency) of what was trained, in vain or not: what lies beside it waits."""
-        points = []
-        for outcome in self.journal.outcomes:
-            known, latency = self.appraisals.of(outcome.policy), outcome.latency_s or outcome.predicted_latency_s
-            seconds = latency.median if isinstance(latency, Measurement) else latency.value if latency is not None else None
-            if seconds is not None and (known is not None or outcome.rung == "unchanged"):
-                points.append((merit(known) if known is not None else 1.0, seconds))
-        return points
+        """(merit, latency) of what was trained, in vain or not, and of the unchanged network within the budget: what is beside it waits."""
+        short = [o for o in self.journal.outcomes if o.rung == "short" and o.predicted_latency_s is not None]
+        known = [(self.appraisals.of(o.policy), o.predicted_latency_s) for o in short]
+        unchanged = [o for o in self.journal.outcomes if o.rung == "unchanged" and feasible(o, self.budget)]
+        points = [(merit(appraised), predicted.value) for appraised, predicted in known if appraised is not None and predicted is not None]
+        return [*points, *((1.0, o.latency_s.median) for o in unchanged if o.latency_s is not None)]
 
     def _merit(self) -> Callable[[Appraised], float]:
         """What a structure is worth, or its promise where short training has shown that worth does not tell; 1 of the original."""

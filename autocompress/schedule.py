@@ -34,9 +34,8 @@ OUTLIER = 8.0
 """Times the distance of the median from the best score: what is worse is an accident, not the end of a range."""
 LEAST_COST = 0.25
 """Of the dearest step: a step has costs that no network is too small for."""
-WORST_MARGIN, WORST_SLOWNESS = 0.02, 1.5
-"""How far beyond the worst score, and at how many times the slowest latency, the reference point of a hypervolume lies: the more, the
-more accuracy at the slow end counts beside speed."""
+WORST_MARGIN, WORST_SLOWNESS = 0.02, 1.02
+"""How far beyond the worst score, and at how many times the slowest latency, the reference point of a hypervolume lies."""
 Point = tuple[float, float]
 """Gain (more is better) and latency in seconds."""
 
@@ -156,7 +155,8 @@ def halfway(scores: Sequence[float]) -> float:
 def cover(points: Sequence[Point], n: int, taken: Sequence[Point] = ()) -> list[int]:
     """Indices of the `n` points (gain, latency in seconds) that together dominate most, beside those that are `taken`.
 
-    Greedy hypervolume subset selection (Guerreiro, Fonseca & Paquete 2016, Evolutionary Computation 24(3)) over gain and logarithm of
+    First the best of all, unless one that is taken is as good: it is what a search under a budget is after.
+    Then greedy hypervolume subset selection (Guerreiro, Fonseca & Paquete 2016, Evolutionary Computation 24(3)) over gain and logarithm of
     latency: what lies close to a point that is already there adds little, so the chosen spread over the front by themselves.
     The reference is halfway between the best and the worst gain first: whoever has a budget wants accuracy within it, and networks
     that are tiny and bad would dominate a large area of a plot that nobody looks at. They come last, spread by the whole area.
@@ -167,13 +167,14 @@ def cover(points: Sequence[Point], n: int, taken: Sequence[Point] = ()) -> list[
     beside = [(gain, math.log(latency)) for gain, latency in taken]
     slowest = max(log for _, log in (*known, *beside)) + math.log(WORST_SLOWNESS)
     references = (halfway(gains), slowest), (min(gains) - WORST_MARGIN, slowest)
-    chosen: list[int] = []
+    best = max(range(len(points)), key=lambda index: (gains[index], -known[index][1]))
+    chosen = [best] if n > 0 and all(gain < gains[best] for gain, _ in beside) else []
 
     def area(index: int) -> tuple[float, ...]:
         front = np.array([*beside, *(known[i] for i in chosen), known[index]])
         return tuple(hypervolume(front, reference) for reference in references)
 
-    rest = set(range(len(points)))
+    rest = set(range(len(points))) - set(chosen)
     while rest and len(chosen) < n:
         chosen.append(max(sorted(rest), key=area))
         rest.remove(chosen[-1])

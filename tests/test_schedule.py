@@ -63,10 +63,11 @@ def test_the_greedy_choice_is_close_to_the_best_subset():
         assert chosen >= 0.9 * best
 
 
-def test_the_first_choice_dominates_most_of_what_scores_above_halfway():
+def test_the_best_comes_first_and_then_what_dominates_most_of_what_scores_above_halfway():
     tiny = [outcome(f"tiny{i}", 0.3 + i / 100, 1e-5) for i in range(4)]
     outcomes = [*tiny, outcome("knee", 0.9, 0.0015), outcome("high", 0.91, 0.01), outcome("low", 0.7, 0.001)]
-    assert ids(promoted(outcomes, 1)) == ["knee"]
+    assert ids(promoted(outcomes, 2)) == ["high", "knee"]
+    assert ids(promoted(outcomes, 1, [outcome("s", 0.95, 0.02)])) == ["knee"], "a better one is settled"
 
 
 def test_who_climbs_does_not_depend_on_where_many_were_tried():
