@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from optuna.trial import FixedTrial, Trial
 
+from autocompress.errors import UsageError
 from autocompress.forecast import Forecast
 from autocompress.graph import Structure
 from autocompress.journal import Journal
@@ -45,12 +46,9 @@ class Appraisals:
 
     journal: Journal
     forecast: Forecast
+    seconds_each: float = 0.0
+    """What the last one took that was new."""
     _known: dict[Structure, Appraised] = field(default_factory=dict)
-
-    @property
-    def _all_of_teacher(self) -> bool:
-        """Whether all students are made of the teacher: others have nothing of it before they are trained."""
-        return len(self.forecast.setting.graphs) == 1
 
     @functools.cached_property
     def _likeness(self) -> Likeness:
@@ -65,14 +63,15 @@ class Appraisals:
         return proposal.promise / self._original.promise
 
     def _worth(self, proposal: Proposal) -> float:
-        return self._likeness(proposal.policy) if self._all_of_teacher else self.promise(proposal)
+        return self._likeness(proposal.policy) if self.forecast.setting.one_architecture else self.promise(proposal)
 
     def recall(self) -> None:
-        """Take up what the trials of a resumed search say."""
-        kept = self.journal.appraised()
-        policies = [self.forecast.suggest(FixedTrial(params)) for params, _ in kept]
-        proposals = self.forecast.proposals(policies, [params for params, _ in kept])
-        for proposal, (_, worth) in zip(proposals, kept, strict=True):
+        """Take up what the trials of a resumed search say; what a function of the user's draws otherwise by now is left out."""
+        for params, worth in self.journal.appraised():
+            try:
+                proposal = self.forecast.proposal(self.forecast.suggest(FixedTrial(params)), params)
+            except UsageError:
+                continue
             self._known[self.forecast.structure(proposal.policy)] = Appraised(proposal, worth)
 
     def __len__(self) -> int:
@@ -97,7 +96,7 @@ class Appraisals:
         """
         until, repeated = time.monotonic() + patience_s, 0
         for _ in range(MOST_RULED_OUT):
-            if time.monotonic() > until or repeated >= MOST_REPEATED:
+            if time.monotonic() > until or repeated >= MOST_REPEATED or self.journal.is_exhausted:
                 break
             trial = self.journal.study.ask()
             proposal = self.forecast.proposal(self.forecast.suggest(trial), trial.params)
@@ -120,7 +119,7 @@ class Appraisals:
 
     def _tell(self, trial: Trial, proposal: Proposal) -> Appraised:
         """What the structure is worth, told to the sampler; an interrupted appraisal waits."""
-        structure = self.forecast.structure(proposal.policy)
+        structure, started = self.forecast.structure(proposal.policy), time.monotonic()
         found = self._known.get(structure)
         if found is None:
             try:
@@ -128,6 +127,7 @@ class Appraisals:
             except BaseException:
                 self.journal.abandon(trial)
                 raise
+            self.seconds_each = time.monotonic() - started
             self._known[structure] = found
         violation = self.forecast.violation(proposal.workload, proposal.latency_s)
         self.journal.tell_appraised(trial, found.worth, proposal.latency_s, violation)

@@ -25,7 +25,7 @@ from autocompress.graph import Structure
 from autocompress.objective import realise
 from autocompress.policy import Policy, QuantSpec
 from autocompress.preparation import limit_validation, score_original
-from autocompress.proposals import Proposal, leaders, outclassed
+from autocompress.proposals import Proposal, outclassed
 from autocompress.records import Outcome
 from autocompress.schedule import (
     Division,
@@ -46,8 +46,8 @@ from autocompress.search_space import Otherwise, fitted
 
 WITHOUT_FRONT = 0.8
 """Of the time until the end: what training may take while nothing within the budget waits to be measured once more."""
-FIRST_SHARE = 3 / 4
-"""Of the short runs: those of new structures, all distilled as usual, before these are distilled in other ways."""
+LESSON_SHARE = 1 / 4
+"""Of the short runs: those of a structure that was trained as usual before, distilled in another way."""
 TAUGHT = 3
 """Of the policies that lead: those that are distilled in other ways."""
 APPRAISED_FIRST, MOST_APPRAISED, APPRAISED_A_TRIAL = 12, 1000, 12
@@ -123,11 +123,12 @@ class Search(Findings):
         """Find out what structures are worth untrained: first what promises most at each latency, then what Optuna suggests."""
         self._evaluate_unchanged()
         started, seconds, leading = time.monotonic(), appraisal_seconds(self.clock), self._leading()
-        seeds = leaders(self._promising(pool, leading), self.forecast.latency_limit, APPRAISED_FIRST)
+        promising = self._promising(pool, leading)
+        seeds = [promising[index] for index in reversed(cover([(p.promise, p.latency_s) for p in promising], APPRAISED_FIRST))]
         most = min(MOST_APPRAISED, APPRAISED_A_TRIAL * self.task.trials) if self.task.trials is not None else MOST_APPRAISED
         while not self._stop() and len(self.appraisals) < most:
             until = started + extended(seconds, self.appraisals.agreement())
-            if time.monotonic() >= until:
+            if time.monotonic() + self.appraisals.seconds_each >= until:
                 return
             self.show("appraising untrained students", round(100 * (time.monotonic() - started) / (until - started)), 100)
             if seeds:
@@ -139,10 +140,8 @@ class Search(Findings):
         """Train many policies a little: the best structures, spread over the latencies; then these distilled in other ways."""
         division = Division.of(self.clock.left, self._overhead())
         started = time.monotonic()
-        runs = min(division.short_total / division.short_each, self.task.trials or math.inf)
-        first = math.ceil(FIRST_SHARE * runs)
         while self._room_for_short(started + self._short_seconds(division), division) and not self._stop() and not self._enough():
-            choice = (self._lesson() if self._short_count() >= first else None) or self._structure(pool)
+            choice = self._next(pool)
             if choice is None:
                 self.progress.message("the search space is exhausted: every policy that can be drawn was trained before")
                 return
@@ -187,25 +186,40 @@ class Search(Findings):
         self.show("the unchanged network in int8")
         self.keep(realise(self.setting, policy, id="int8", rung="unchanged", deadline=time.monotonic(), predicted=predicted))
 
+    def _next(self, pool: list[Proposal]) -> Choice | None:
+        """A structure, or in its turn another way to distil one; the other where there is none. None when the space is exhausted."""
+        if len(self._taught) + 1 <= LESSON_SHARE * (self._short_count() + 1):
+            return self._lesson() or self._structure(pool)
+        return self._structure(pool) or self._lesson()
+
     def _structure(self, pool: list[Proposal]) -> Choice | None:
         """The next structure to train, as usual; what measuring rules out teaches the forecast, which then leads to another."""
-        for attempt in range(MOST_MEASURED):
+        leader = None
+        for _ in range(MOST_MEASURED):
             leader = self._leader(pool)
-            if leader is None or attempt == MOST_MEASURED - 1 or self.forecast.excess(leader.proposal) <= 0:
+            if leader is None or self.forecast.excess(leader.proposal) <= 0:
                 break
+        leader = leader or self._least_over_budget(pool)
         return Choice(leader.policy, leader.worth) if leader is not None else None
 
     def _leader(self, pool: list[Proposal]) -> Appraised | None:
-        """The structure that, as appraised, adds most to those that were trained; of what is not appraised the one that promises most."""
+        """The structure that, as appraised, adds most to those that were trained; of what is not appraised, as its promise says."""
         candidates, merit = self._untrained(), self._merit()
         if candidates:
-            (best,) = cover([(merit(a), a.latency_s) for a in candidates], 1, self._covered(merit))
-            return candidates[best]
-        if promising := self._promising(pool, self._leading()):
-            return self.appraisals.appraise(max(promising, key=lambda p: p.promise))
+            return candidates[cover([(merit(a), a.latency_s) for a in candidates], 1, self._covered(merit))[0]]
+        promising, promise = self._promising(pool, self._leading()), self.appraisals.promise
+        if not promising:
+            return None
+        covered = self._covered(lambda appraised: promise(appraised.proposal))
+        return self.appraisals.appraise(promising[cover([(promise(p), p.latency_s) for p in promising], 1, covered)[0]])
+
+    def _least_over_budget(self, pool: list[Proposal]) -> Appraised | None:
+        """Where nothing is within the budget as predicted, and nothing was: what misses it by least, since predictions err."""
         known = self._trained_structures()
         rest = [p for p in pool if self.forecast.structure(p.policy) not in known]
-        return self.appraisals.appraise(min(rest, key=lambda p: p.latency_s)) if rest else None
+        if not rest or self._climbers():
+            return None
+        return self.appraisals.appraise(min(rest, key=lambda p: self.forecast.violation(p.workload, self.forecast.latency_s(p))))
 
     def _covered(self, merit: Callable[[Appraised], float]) -> list[tuple[float, float]]:
         """(merit, latency) of what was trained, in vain or not, and of the unchanged network within the budget: what is beside it waits."""

@@ -27,6 +27,12 @@ def outcomes_in(study: optuna.Study) -> dict[str, Outcome]:
     return {id: Outcome.model_validate_json(json.dumps(value)) for id, value in kept.items()}
 
 
+def appraised_in(study: optuna.Study) -> list[tuple[dict[str, Any], float]]:
+    """Parameters and worth of all that a study's trials say was appraised."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return [(trial.params, trial.user_attrs[WORTH]) for trial in trials if WORTH in trial.user_attrs]
+
+
 class Journal:
     """Two studies, and the outcomes that are kept in the first."""
 
@@ -35,6 +41,8 @@ class Journal:
         self.lessons = lessons
         self._notes = study.user_attrs
         self._outcomes = outcomes_in(study)
+        self.is_exhausted = False
+        """Whether the sampler has said that there is nothing else to draw, as those that walk a grid do."""
 
     # -- outcomes and notes ---------------------------------------------------------------------------------------
 
@@ -73,18 +81,26 @@ class Journal:
         """A policy that prediction rules out: complete, with a constraint violated, so that the sampler learns from it."""
         trial.set_constraint("budget", over_budget)
         trial.set_constraint("outclassed", outclassed)
-        self.study.tell(trial, [RULED_OUT_WORTH, latency_s])
+        self._tell(trial, [RULED_OUT_WORTH, latency_s])
 
     def tell_appraised(self, trial: Trial, worth: float, latency_s: float, violation: float) -> None:
         """What a policy is worth before it is trained."""
         trial.set_user_attr(WORTH, worth)
         trial.set_constraint("budget", violation)
         trial.set_constraint("outclassed", 0.0)
-        self.study.tell(trial, [worth, latency_s])
+        self._tell(trial, [worth, latency_s])
+
+    def _tell(self, trial: Trial, values: list[float]) -> None:
+        try:
+            self.study.tell(trial, values)
+        except RuntimeError as error:  # the trial is told by then
+            if "Study.stop" not in str(error):  # which Optuna allows only where it runs the study itself
+                raise
+            self.is_exhausted = True
 
     def appraised(self) -> list[tuple[dict[str, Any], float]]:
         """Parameters and worth of all that was appraised."""
-        return [(trial.params, trial.user_attrs[WORTH]) for trial in self._trials(TrialState.COMPLETE) if WORTH in trial.user_attrs]
+        return appraised_in(self.study)
 
     def tell_lesson(self, trial: Trial, advantage: float | None) -> None:
         """By how much a student learned more than with the usual distillation; None where its training failed."""

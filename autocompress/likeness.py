@@ -16,7 +16,7 @@ from autocompress.compress.repair import examples_for, repair
 from autocompress.compress.student import build_student
 from autocompress.compress.train import CALIBRATION_BATCH, quantizes
 from autocompress.data import sample
-from autocompress.objective import Setting, changes_shape
+from autocompress.objective import Setting, changes_shape, fails_policy
 from autocompress.policy import Policy
 
 EXAMPLES = 128
@@ -37,23 +37,26 @@ class Likeness:
 
     @torch.no_grad()
     def __call__(self, policy: Policy) -> float:
-        """0 where student and teacher have nothing in common, or the student cannot be repaired; 1 where they answer alike.
+        """0 where student and teacher have nothing in common, or the student cannot be made; 1 where they answer alike.
 
         Of classifiers the probability that both give to the same classes (1 - their total variation distance), which unlike a divergence is
         bounded: one confident error in a thousand answers does not decide. Of other networks 1 / (1 + squared difference / variance).
         """
         try:
             answers = self.answers(self.student(policy))
-        except RuntimeError:  # out of memory, or equations without a solution
+        except Exception as error:  # out of memory, equations without a solution, whatever a module of the user's raises
+            if not fails_policy(error):
+                raise
             return 0.0
         if self._setting.data.classes is not None:
-            return float(torch.minimum(answers.softmax(1), self.wanted.softmax(1)).sum(1).mean())
-        difference = (answers - self.wanted).square().mean() / self.wanted.var().clamp_min(torch.finfo().tiny)
-        return float(torch.nan_to_num(1 / (1 + difference)))
+            shared = torch.minimum(answers.softmax(1), self.wanted.softmax(1)).sum(1).mean()
+        else:
+            shared = 1 / (1 + (answers - self.wanted).square().mean() / self.wanted.var().clamp_min(torch.finfo().tiny))
+        return float(torch.nan_to_num(shared))
 
     @torch.no_grad()
     def student(self, policy: Policy) -> fx.GraphModule:
-        """The policy's student as it is compared: repaired, and rounded to its bits. Raises RuntimeError where it cannot be repaired."""
+        """The policy's student as it is compared: repaired, and rounded to its bits."""
         graph = self._setting.graph_of(policy)
         student = build_student(graph, policy)
         if changes_shape(self._setting, policy):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -93,6 +94,11 @@ class Setting:
         affordable = int(CALIBRATION_S * self.batch / self.baseline.latency_s.median)
         return min(CALIBRATION_INPUTS, max(FEWEST_EXAMPLES, affordable))
 
+    @property
+    def one_architecture(self) -> bool:
+        """Whether all students are made of the teacher: others have nothing of it before they are trained."""
+        return len(self.graphs) == 1
+
     def graph_of(self, policy: Policy) -> Graph:
         return self.graphs[policy.student.reference]
 
@@ -141,11 +147,13 @@ def realise(
     started = time.monotonic()
     known = {"id": id, "policy": policy, "rung": rung, "predicted_latency_s": predicted, "worth": worth}
     stage, training_s = "compress", 0.0
+    likeness = worth if worth is not None and setting.one_architecture else 0.0
+    shutil.rmtree(setting.models / id, ignore_errors=True)  # of a run that was interrupted, perhaps of another policy
     try:
         student = build_student(setting.graph_of(policy), policy)
         stage = "train"
         begun = time.monotonic()
-        student = _trained(setting, student, policy, id, rung, deadline, continues, tick, likeness=worth or 0.0)
+        student = _trained(setting, student, policy, id, rung, deadline, continues, tick, likeness=likeness)
         training_s = time.monotonic() - begun
         stage = "export"
         manifest = setting.write(setting.models / id, student, policy)

@@ -141,14 +141,6 @@ def elites(proposals: Sequence[Proposal], limit_s: float, merit: Callable[[Propo
     return found
 
 
-def leaders(proposals: Sequence[Proposal], limit_s: float, n: int) -> list[Proposal]:
-    """What promises most at `n` latencies, spread evenly up to `limit_s`, fastest first."""
-    if not proposals:
-        return []
-    best = [cell[0] for cell in elites(proposals, limit_s, lambda p: p.promise)]
-    return [best[index] for index in sorted({round(i) for i in np.linspace(0, len(best) - 1, n)})]
-
-
 def inheritance(students: Workloads, teacher: Workload) -> list[float]:
     """Share of the teacher's multiply-accumulates that are left, as geometric mean over the resolutions at which it computes.
 

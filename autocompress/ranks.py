@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from scipy.stats import spearmanr
 
-FEWEST = 6
+FEWEST = 8
 """Fewer say next to nothing, once what they have in common is taken out."""
 TINY = 1e-9
 

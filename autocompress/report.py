@@ -116,12 +116,12 @@ def _quality(results: Results) -> list[tuple[str, str]]:
 
 
 def _ladder(results: Results) -> list[tuple[str, str]]:
-    """How far short training runs could be trusted to rank policies."""
+    """How far each step of the search could be trusted to rank policies as the next one did."""
     names = {
         "appraised": "structures appraised untrained",
         "promise_appraised_spearman": "rank correlation of promise and appraisal, at the same latency",
-        "appraised_short_spearman": "of appraisal and short training, at the same latency",
-        "short_full_spearman": "of short and full training",
+        "appraised_short_spearman": "rank correlation of appraisal and short training, at the same latency",
+        "short_full_spearman": "rank correlation of short and full training",
     }
     pairs = [(names.get(key, str(key).replace("_", " ")), _number(value)) for key, value in results.ladder.items()]
     return [(name, value) for name, value in pairs if value]

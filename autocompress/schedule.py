@@ -20,7 +20,7 @@ POOL_SHARE = 0.02
 POOL_CAP_S = 30.0
 TEACHER_SHARE = 0.08
 APPRAISAL_SHARE = 0.12
-LEAST_CORRELATION, EXTENSION = 0.3, 1.5
+LEAST_CORRELATION, EXTENSION = 0.1, 1.5
 """A rung that ranks policies hardly as the one below it gets more time, by this factor."""
 VALIDATION_SHARE = 0.01
 FINAL_CALLS, FINAL_S = 60.0, 12.0

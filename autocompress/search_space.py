@@ -362,20 +362,30 @@ def own_suggest(function: Callable[[Suggester], Any], name: str, profile: Device
 
 @dataclass(frozen=True)
 class UsuallyDistilled:
-    """Asks for everything but the dimensions of USUAL; these are asked for only where a space leaves the usual value out."""
+    """Asks for everything but the dimensions of USUAL, which stay as near to their usual value as a space allows."""
 
     asked: Suggester
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        return self.asked.suggest_int(name, low, high, step=step, log=log)
+        if name not in USUAL:
+            return self.asked.suggest_int(name, low, high, step=step, log=log)
+        return int(_on_grid(USUAL[name], low, high, step))
 
     def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
-        if step is None and low <= USUAL.get(name, math.inf) <= high:
-            return USUAL[name]
-        return self.asked.suggest_float(name, low, high, step=step, log=log)
+        if name not in USUAL:
+            return self.asked.suggest_float(name, low, high, step=step, log=log)
+        return _on_grid(USUAL[name], low, high, step)
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        return self.asked.suggest_categorical(name, choices)
+        if name not in USUAL or not all(isinstance(choice, (int, float)) for choice in choices):
+            return self.asked.suggest_categorical(name, choices)
+        return min(choices, key=lambda choice: abs(choice - USUAL[name]))
+
+
+def _on_grid(value: float, low: float, high: float, step: float | None) -> float:
+    """The nearest value between two ends, in steps from the lower one."""
+    value = min(high, max(low, value))
+    return value if not step else low + step * min(round((value - low) / step), math.floor((high - low) / step + 1e-9))
 
 
 def structural(suggest: Suggest) -> Suggest:

@@ -13,7 +13,7 @@ from optuna.samplers import BaseSampler, TPESampler
 from sqlalchemy.engine import URL
 
 from autocompress.errors import RunFolderError, UsageError, one_line
-from autocompress.journal import Journal, outcomes_in
+from autocompress.journal import Journal, appraised_in, outcomes_in
 from autocompress.run_folder import LOCK
 from autocompress.sampler import FrontSampler
 from autocompress.task import Task
@@ -109,7 +109,7 @@ def _forget_empty(path: Path) -> bool:
         try:
             study = optuna.load_study(study_name=STUDY, storage=storage)
             ours = "task" in study.user_attrs or not study.get_trials(deepcopy=False)
-            empty = ours and not outcomes_in(study)
+            empty = ours and not outcomes_in(study) and not appraised_in(study)
         finally:
             storage.engine.dispose()
     except ValueError:  # of another version of ours

@@ -19,7 +19,7 @@ BEATEN = "Nothing that was measured is better than the original."
 SEEN_GAP = 0.01
 """Least difference of validation and test accuracy that tells of a model that has seen the validation examples."""
 LEAST_PAIRS = 5
-"""Rank correlation below which short training runs tell little about full ones, and from how many pairs on that is no accident."""
+"""Runs from which on a low rank correlation is hardly an accident."""
 
 
 class _Read(BaseModel):

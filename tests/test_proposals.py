@@ -20,7 +20,6 @@ from autocompress.proposals import (
     capacity,
     elites,
     inheritance,
-    leaders,
     outclassed,
 )
 from autocompress.records import Operator, Workload
@@ -103,16 +102,6 @@ def test_capacity_is_the_geometric_mean_of_arithmetic_and_weights():
     once, none = (Workloads(((layer,),), np.array([[which]]), np.zeros(1, dtype=int)) for which in (0, -1))
     assert capacity(once) == pytest.approx([math.sqrt(layer.macs * layer.params)])
     assert capacity(none) == [1.0]
-
-
-def test_leaders_are_what_promises_most_spread_over_the_latencies():
-    pool = [proposal(f"{step}-{outputs}", 1e-3 * 1.05**step, outputs=outputs) for step in range(40) for outputs in (1, 4)]
-    found = leaders(pool, 1.0, 5)
-    assert len(found) == 5
-    assert all(p.capacity == 4 for p in found)
-    steps = np.diff(np.log([p.latency_s for p in found])) / math.log(1.05)
-    assert steps.min() >= 8
-    assert leaders([], 1.0, 5) == []
 
 
 def conv(channels, size, name="c"):

@@ -233,18 +233,27 @@ def test_what_a_function_draws_is_cut_to_the_device():
     assert [policy.student.multiple for policy in cut.values()] == [8, 8, 24]
 
 
-@pytest.mark.parametrize(("low", "high", "drawn"), [(1.0, 8.0, False), (5.0, 8.0, True)])
-def test_a_structure_is_distilled_as_usual_where_the_space_allows_it(low, high, drawn):
+@pytest.mark.parametrize(
+    ("draw", "expected"),
+    [
+        (lambda s: s.suggest_float("distill:temperature", 1.0, 8.0, log=True), 4.0),
+        (lambda s: s.suggest_float("distill:temperature", 5.0, 8.0), 5.0),
+        (lambda s: s.suggest_float("distill:temperature", 1.0, 8.0, step=2.0), 3.0),
+        (lambda s: s.suggest_float("distill:temperature", 1.0, 3.5, step=2.0), 3.0),
+        (lambda s: s.suggest_int("distill:temperature", 1, 8), 4),
+        (lambda s: s.suggest_categorical("distill:temperature", [1, 3, 8]), 3),
+    ],
+)
+def test_a_structure_is_distilled_as_nearly_as_usual_as_the_space_allows(draw, expected):
     def space(suggester):
-        temperature = suggester.suggest_float("distill:temperature", low, high, log=True)
         pruned = suggester.suggest_int("pruned", 0, 5) + suggester.suggest_categorical("more", [0, 1])
-        return Policy(distill=DistillSpec(temperature=temperature), prune=PruneSpec(ratios={"group": 0.1 * pruned}))
+        return Policy(distill=DistillSpec(temperature=draw(suggester)), prune=PruneSpec(ratios={"group": 0.1 * pruned}))
 
     suggesters = [LevelSuggester(np.random.default_rng(seed)) for seed in range(9)]
     policies = [structural(space)(suggester) for suggester in suggesters]
     assert len({policy.digest for policy in policies}) > 3
-    assert all(set(suggester.params) >= {"pruned", "more"} for suggester in suggesters)
-    assert len({policy.distill.temperature for policy in policies} - {DistillSpec().temperature}) == (9 if drawn else 0)
+    assert all(set(suggester.params) == {"pruned", "more"} for suggester in suggesters)
+    assert {policy.distill.temperature for policy in policies} == {expected}
 
 
 def test_a_structure_that_is_known_is_drawn_again_and_distilled_otherwise():

@@ -270,6 +270,12 @@ def test_a_search_that_had_evaluated_nothing_makes_room_for_another(journal, tmp
     assert begun.study.trials == []
 
 
+def test_a_search_that_had_only_appraised_is_no_empty_one(journal, tmp_path):
+    journal.tell_appraised(ask(journal), 0.5, 0.008, -0.1)
+    with pytest.raises(UsageError, match="already holds a search"):
+        studies.open_journal(tmp_path, TASK, resume=False)
+
+
 def test_a_copy_of_the_database_is_left_alone_and_another_versions_study_is_no_empty_one(journal, tmp_path):
     (tmp_path / "study.db.bak").write_text("a copy")
     journal.study.set_user_attr(OUTCOME + "00000", {"of": "a later version"})

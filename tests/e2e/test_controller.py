@@ -6,23 +6,24 @@ import copy
 import time
 from dataclasses import replace
 
+import optuna
 import pytest
 from tasks import SLOW_CALLS, Diary
 
 from autocompress.appraisals import Appraisals, Appraised
-from autocompress.controller import APPRAISED_A_TRIAL, APPRAISED_FIRST, Search
+from autocompress.controller import APPRAISED_A_TRIAL, APPRAISED_FIRST, Choice, Search
 from autocompress.data import SPLITS, Split
 from autocompress.errors import InfeasibleBudget, PolicyFailure, TooManyFailures
 from autocompress.final import measure_front, score_test
 from autocompress.forecast import Forecast, Untrained
 from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.objective import untrained
-from autocompress.policy import DistillSpec, Policy, QuantSpec
+from autocompress.policy import DistillSpec, Policy, PruneSpec, QuantSpec
 from autocompress.preparation import load, prepare
 from autocompress.progress import SilentProgress
 from autocompress.records import Budget, Failure, Measurement, Outcome, Score
 from autocompress.schedule import FEWEST_EXAMPLES, Clock, Division, cover
-from autocompress.search_space import find_suggest
+from autocompress.search_space import find_suggest, own_suggest
 from autocompress.session import _result
 from autocompress.study import open_journal
 from autocompress.task import Task
@@ -93,10 +94,13 @@ def test_where_a_policy_was_trained_in_vain_the_next_is_elsewhere(search, pool, 
     assert search._structure(pool).policy == far.policy
 
 
-def test_where_nothing_else_is_appraised_the_next_is_what_promises_most(search, pool):
-    choice = search._structure(pool)
-    assert choice.policy == max(search._promising(pool, []), key=lambda p: p.promise).policy
-    assert choice.policy in search.appraisals
+def test_what_is_not_appraised_is_chosen_by_its_promise_spread_over_the_latencies(search, pool):
+    first = search._structure(pool)
+    assert first.policy == max(search._promising(pool, []), key=lambda p: p.promise).policy
+    assert first.policy in search.appraisals
+    trained(search, first.policy, 1e-3, predicted_latency_s=search.forecast.predict(first.policy))
+    second = search._structure(pool)
+    assert search.forecast.predict(second.policy).value < 0.8 * search.forecast.predict(first.policy).value, "no twin of the first"
 
 
 def test_structures_are_appraised_before_anything_is_trained_and_optuna_suggests_most_of_them(search, pool, monkeypatch):
@@ -199,10 +203,53 @@ def test_all_suggestions_that_are_known_or_ruled_out_are_no_suggestion(search, p
     assert len(search.appraisals) == 0
 
 
-def test_where_nothing_is_within_the_budget_the_fastest_is_tried(search, pool):
+def test_where_nothing_is_within_the_budget_what_misses_it_by_least_is_tried_until_something_is(search, pool):
     search.forecast.limits = Budget(latency_s=1e-9)
-    search.forecast.excess = lambda proposal: 1.0
     assert search._structure(pool).policy == min(pool, key=lambda p: p.latency_s).policy
+    search.forecast.limits = Budget(size_bytes=8)
+    assert search._structure(pool).policy == min(pool, key=lambda p: p.workload.weight_bytes).policy
+    trained(search, pool[0].policy, 1e-3, size_bytes=8)
+    assert search._structure(pool) is None
+
+
+def test_lessons_and_structures_take_turns_and_stand_in_for_each_other(search, monkeypatch):
+    structure, lesson = (Choice(Policy(), 1.0, id) for id in ("structure", "lesson"))
+    found = {"_structure": structure, "_lesson": lesson}
+    monkeypatch.setattr(Search, "_structure", lambda self, pool: found["_structure"])
+    monkeypatch.setattr(Search, "_lesson", lambda self: found["_lesson"])
+    monkeypatch.setattr(Search, "_taught", property(lambda self: set(range(counts["taught"]))))
+    monkeypatch.setattr(Search, "_short_count", lambda self: counts["short"])
+    counts, turns = {"taught": 0, "short": 100}, []
+    for counts["short"] in range(100, 112):  # a resumed search begins where another ended
+        counts["taught"] = 25 + turns.count("lesson")
+        turns.append(search._next([]).trial)
+    assert turns.count("lesson") == 3
+    found["_structure"] = None
+    assert search._next([]) is lesson, "a space of few structures"
+    found |= {"_structure": structure, "_lesson": None}
+    assert all(search._next([]) is structure for counts["short"] in range(200, 208))
+    found["_structure"] = None
+    assert search._next([]) is None
+
+
+def test_what_a_space_draws_otherwise_by_now_is_left_out(search, pool):
+    appraised(search, pool[:2])
+    space = search.forecast.space
+    search.forecast.space = lambda trial: (trial.suggest_int("new", 0, 1), space(trial))[1]
+    search.forecast.space = own_suggest(search.forecast.space, "own", search.setting.device.profile)
+    again = Search(TASK, search.run, search.journal, search.forecast, search.clock, SilentProgress(), points=[])
+    assert len(again.appraisals) == 0
+
+
+def test_a_sampler_that_has_drawn_all_it_can_ends_the_suggestions(search):
+    groups = [group.name for group in search.setting.graphs[None].groups if group.prunable]
+    search.forecast.space = lambda trial: Policy(prune=PruneSpec(ratios={groups[0]: 0.125 * trial.suggest_int("pruned", 0, 3)}))
+    search.journal.study.sampler = optuna.samplers.GridSampler({"pruned": [0, 1, 2, 3]})
+    for _ in range(9):
+        search.appraisals.suggested([], PATIENCE)
+    assert len(search.appraisals) == 4
+    assert search.journal.is_exhausted
+    assert search.appraisals.suggested([], PATIENCE) is None
 
 
 def test_short_runs_end_with_their_share_of_time_once_one_is_within_the_budget(search, pool):

@@ -58,11 +58,28 @@ def test_of_answers_that_are_no_classes_the_squared_difference_counts(setting):
     assert 0.0 < far < near < 1.0
 
 
-def test_a_student_that_cannot_be_repaired_is_worth_nothing(setting, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), AssertionError(), ValueError("cannot convert NaN to integer")])
+def test_a_student_that_cannot_be_made_is_worth_nothing_and_ends_no_search(setting, monkeypatch, error):
     def fail(*_):
-        raise RuntimeError("out of memory")
+        raise error
 
     likeness = Likeness(setting)
     monkeypatch.setattr("autocompress.likeness.repair", fail)
     assert likeness(pruned(setting, 0.5)) == 0.0
     assert likeness(Policy()) == pytest.approx(1.0, abs=1e-5), "nothing of it is to be repaired"
+
+
+def test_answers_that_are_no_numbers_are_like_nothing(setting, monkeypatch):
+    likeness = Likeness(setting)
+    monkeypatch.setattr(Likeness, "answers", lambda self, network: torch.full_like(self.wanted, torch.nan))
+    assert likeness(Policy()) == 0.0
+
+
+def test_errors_of_the_machine_are_no_policys(setting, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    likeness = Likeness(setting)
+    monkeypatch.setattr("autocompress.likeness.repair", fail)
+    with pytest.raises(OSError, match="disk full"):
+        likeness(pruned(setting, 0.5))
