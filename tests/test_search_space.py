@@ -238,7 +238,7 @@ def test_what_a_function_draws_is_cut_to_the_device():
     [
         (lambda s: s.suggest_float("distill:temperature", 1.0, 8.0, log=True), 4.0),
         (lambda s: s.suggest_float("distill:temperature", 5.0, 8.0), 5.0),
-        (lambda s: s.suggest_float("distill:temperature", 1.0, 8.0, step=2.0), 3.0),
+        (lambda s: s.suggest_float("distill:temperature", 1.0, 8.0, step=2.0), 5.0),
         (lambda s: s.suggest_float("distill:temperature", 1.0, 3.5, step=2.0), 3.0),
         (lambda s: s.suggest_int("distill:temperature", 1, 8), 4),
         (lambda s: s.suggest_categorical("distill:temperature", [1, 3, 8]), 3),

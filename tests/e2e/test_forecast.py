@@ -172,7 +172,7 @@ def test_slow_draws_leave_time_to_breed(setting):
     draw = find_suggest("default", setting.graphs[None], setting.device.profile)
 
     def slow(suggester):
-        kinds.append(type(suggester))
+        kinds.append(type(suggester.asked))
         time.sleep(0.02)
         return draw(suggester)
 
