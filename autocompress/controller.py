@@ -26,6 +26,7 @@ from autocompress.objective import realise
 from autocompress.policy import Policy, QuantSpec
 from autocompress.preparation import limit_validation, score_original
 from autocompress.proposals import Proposal, outclassed
+from autocompress.ranks import is_low
 from autocompress.records import Outcome
 from autocompress.schedule import (
     Division,
@@ -35,7 +36,6 @@ from autocompress.schedule import (
     extended,
     full_runs,
     full_seconds,
-    is_low,
     pool_seconds,
     promoted,
     reserve_seconds,

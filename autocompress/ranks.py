@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from scipy.stats import spearmanr
-
 FEWEST = 8
 """Fewer say next to nothing, once what they have in common is taken out."""
+LEAST = 0.1
 TINY = 1e-9
 
 
@@ -16,7 +15,14 @@ def rank_correlation(left: Sequence[float], right: Sequence[float]) -> float | N
     """Spearman's rho; None below three pairs or when one side is constant."""
     if len(left) < 3 or len(set(left)) < 2 or len(set(right)) < 2:
         return None
+    from scipy.stats import spearmanr  # takes long to import, and who reads a result needs it not
+
     return float(spearmanr(left, right).statistic)
+
+
+def is_low(correlation: float | None) -> bool:
+    """Whether two rankings are known to have hardly anything in common."""
+    return correlation is not None and correlation < LEAST
 
 
 def partial_rank_correlation(left: Sequence[float], right: Sequence[float], given: Sequence[float]) -> float | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autocompress.front import hypervolume, measured
+from autocompress.ranks import is_low
 from autocompress.records import Outcome
 
 FEWEST_EXAMPLES = 32
@@ -20,8 +21,8 @@ POOL_SHARE = 0.02
 POOL_CAP_S = 30.0
 TEACHER_SHARE = 0.08
 APPRAISAL_SHARE = 0.12
-LEAST_CORRELATION, EXTENSION = 0.1, 1.5
-"""A rung that ranks policies hardly as the one below it gets more time, by this factor."""
+EXTENSION = 1.5
+"""By this factor a rung gets more time where it ranks policies hardly as the one below it."""
 VALIDATION_SHARE = 0.01
 FINAL_CALLS, FINAL_S = 60.0, 12.0
 """For the end of a search: calls of a slow original (a dozen rounds of it and of a faster front, with warm-up), and seconds beside."""
@@ -86,11 +87,6 @@ def teacher_seconds(clock: Clock) -> float:
 
 def appraisal_seconds(clock: Clock) -> float:
     return APPRAISAL_SHARE * clock.left
-
-
-def is_low(correlation: float | None) -> bool:
-    """Whether a rung of the search is known to rank policies hardly as the one below it."""
-    return correlation is not None and correlation < LEAST_CORRELATION
 
 
 def extended(seconds: float, correlation: float | None) -> float:

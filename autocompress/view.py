@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from autocompress.errors import RunFolderError, UsageError
 from autocompress.policy import Policy, explain
+from autocompress.ranks import is_low
 from autocompress.records import Budget, Measurement, Prediction, Score
 from autocompress.references import nearest
-from autocompress.schedule import is_low
 from autocompress.units import format_duration, format_size
 
 BEATEN = "Nothing that was measured is better than the original."

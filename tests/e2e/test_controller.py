@@ -113,7 +113,8 @@ def test_structures_are_appraised_before_anything_is_trained_and_optuna_suggests
     assert [o.rung for o in search.journal.outcomes] == ["unchanged"]
     assert search.ladder()["appraised"] == len(found)
     again = Search(TASK, search.run, search.journal, search.forecast, search.clock, SilentProgress(), points=[])
-    assert {a.policy.digest: a.worth for a in again.appraisals.within_budget()} == {a.policy.digest: a.worth for a in found}, "read from the journal"
+    kept = {a.policy.digest: a.worth for a in again.appraisals.within_budget()}
+    assert kept == {a.policy.digest: a.worth for a in found}, "read from the journal"
 
 
 def test_appraisal_is_limited_where_few_policies_will_be_trained(search, pool):
