@@ -54,8 +54,8 @@ def test_a_score_that_is_far_too_low_adds_nothing():
 
 
 def test_rungs_are_compared_by_what_was_run_on_both():
-    worths, scores = [0.1, 0.6, 0.2, 0.8, 0.5, 0.9, 0.4], [0.2, 0.7, 0.3, 0.8, 0.6, 0.9, 0.5]
-    policies = [Policy(student=StudentSpec(width=0.1 + 0.1 * index)) for index in range(7)]
+    worths, scores = [0.1, 0.6, 0.2, 0.8, 0.5, 0.9, 0.4, 0.7], [0.2, 0.7, 0.3, 0.85, 0.6, 0.9, 0.5, 0.8]
+    policies = [Policy(student=StudentSpec(width=0.1 + 0.1 * index)) for index in range(8)]
     short = [
         outcome(f"0000{index}", policy, 1.0 + index % 3, 1.0, score).model_copy(update={"worth": worth})
         for index, (policy, worth, score) in enumerate(zip(policies, worths, scores, strict=True))
@@ -64,7 +64,7 @@ def test_rungs_are_compared_by_what_was_run_on_both():
     retaught = retaught.model_copy(update={"val_score": Score(value=1.0)})
     full = [outcome(f"0000{index}-full", policies[index], 1.0, 1.0, score) for index, score in enumerate([0.9, 0.8, 0.85])]
     found = ladder_quality([*short, retaught], full, lambda policy: policy.student.width)
-    assert (found["short_runs"], found["full_runs"]) == (8, 3)
+    assert (found["short_runs"], found["full_runs"]) == (9, 3)
     assert found["appraised_short_spearman"] == pytest.approx(1.0), "another way of distilling is not what the appraisal was about"
     assert found["short_full_spearman"] == pytest.approx(-1.0)
     assert ladder_quality([], [], lambda policy: policy)["appraised_short_spearman"] is None
