@@ -1,4 +1,4 @@
-"""Whole searches: a cache of operator times that is thrown away, and few networks to calibrate on."""
+"""Whole searches: a cache of operator times that is thrown away, few networks to calibrate on, and little time to appraise."""
 
 import pytest
 from tasks import blobs, trained_net
@@ -9,6 +9,7 @@ def lean(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr("autocompress.forecast.WHOLE_NETWORKS", 2)
+        patch.setattr("autocompress.schedule.APPRAISAL_SHARE", 0.03)
         yield
 
 

@@ -119,7 +119,8 @@ def test_structures_are_appraised_before_anything_is_trained_and_optuna_suggests
     assert kept == {a.policy.digest: a.worth for a in found}, "read from the journal"
 
 
-def test_appraisal_is_limited_where_few_policies_will_be_trained(search, pool):
+def test_appraisal_is_limited_where_few_policies_will_be_trained(search, pool, monkeypatch):
+    monkeypatch.setattr("autocompress.schedule.APPRAISAL_SHARE", 0.5)
     search.task, search.run = search.task.model_copy(update={"trials": 1}), search.setting.models.parent
     search.appraise(pool)
     assert len(search.appraisals) == APPRAISED_A_TRIAL
