@@ -123,7 +123,7 @@ class Search(Findings):
         """Find out what structures are worth untrained: first what promises most at each latency, then what Optuna suggests."""
         self._evaluate_unchanged()
         started, seconds, leading = time.monotonic(), appraisal_seconds(self.clock), self._leading()
-        promising = self._promising(pool, leading)
+        promising = [p for p in self._promising(pool, leading) if p.policy not in self.appraisals]
         seeds = [promising[index] for index in reversed(cover([(p.promise, p.latency_s) for p in promising], APPRAISED_FIRST))]
         most = min(MOST_APPRAISED, APPRAISED_A_TRIAL * self.task.trials) if self.task.trials is not None else MOST_APPRAISED
         while not self._stop() and len(self.appraisals) < most:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 FEWEST = 8
 """Fewer say next to nothing, once what they have in common is taken out."""
-LEAST = 0.1
+LEAST = 0.3
 TINY = 1e-9
 
 

@@ -203,4 +203,4 @@ def test_partial_rank_correlation_is_of_what_the_third_does_not_tell():
 
 
 def test_a_rung_gets_more_time_where_what_is_below_it_foretells_little():
-    assert [extended(10.0, rho) for rho in (None, 0.9, 0.05, -1.0)] == [10.0, 10.0, 15.0, 15.0]
+    assert [extended(10.0, rho) for rho in (None, 0.9, 0.2, -1.0)] == [10.0, 10.0, 15.0, 15.0]

@@ -565,7 +565,8 @@ def test_what_the_original_beats_is_not_on_the_front(search, pool):
 def test_a_prediction_is_judged_as_it_was_before_the_network_was_measured(search, pool):
     policy = pool[3].policy
     before = search.forecast.predict(policy)
-    search.forecast._note(policy, 3.0 * before.value)
+    for proposal in pool[3:15]:
+        search.forecast._note(proposal.policy, 3.0 * search.forecast.predict(proposal.policy).value)
     search.forecast.learn([])
-    assert search.forecast.predict(policy).value > 1.02 * before.value
+    assert search.forecast.predict(policy).value > 1.1 * before.value
     assert search.forecast.foretell(policy) == before
