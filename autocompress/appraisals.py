@@ -84,9 +84,9 @@ class Appraisals:
         """What is known of a policy's structure."""
         return self._known.get(self.forecast.structure(policy))
 
-    def within_budget(self) -> list[Appraised]:
-        """All that is within the budget, with latencies as they are predicted by now."""
-        return [Appraised(p, known.worth) for known in self._known.values() for p in self.forecast.again([known.proposal])]
+    def within_budget(self, *, margin: float = 0.0) -> list[Appraised]:
+        """All that is within the budget by this margin, with latencies as they are predicted by now."""
+        return [Appraised(p, known.worth) for known in self._known.values() for p in self.forecast.again([known.proposal], margin=margin)]
 
     def suggested(self, leading: Sequence[Proposal], patience_s: float) -> Appraised | None:
         """Appraise what Optuna suggests next and prediction does not rule out; what it rules out on the way costs milliseconds and is told.

@@ -18,6 +18,7 @@ from optuna.trial import Trial
 
 from autocompress.appraisals import Appraised
 from autocompress.content import feasible
+from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import TooManyFailures
 from autocompress.findings import Findings, gain
 from autocompress.front import measured
@@ -182,6 +183,8 @@ class Search(Findings):
         if 8 not in profile.bits or self.clock.left <= 0 or any(o.rung == "unchanged" for o in self.journal.outcomes):
             return
         policy = fitted(Policy(quant=QuantSpec(bits=8)), profile)
+        if self.forecast.excess(self.forecast.proposal(policy, {}), measuring=False) > 0:
+            return
         predicted = self.forecast.foretell(policy)
         self.show("the unchanged network in int8")
         self.keep(realise(self.setting, policy, id="int8", rung="unchanged", deadline=time.monotonic(), predicted=predicted))
@@ -203,11 +206,17 @@ class Search(Findings):
         return Choice(leader.policy, leader.worth) if leader is not None else None
 
     def _leader(self, pool: list[Proposal]) -> Appraised | None:
-        """The structure that, as appraised, adds most to those that were trained; of what is not appraised, as its promise says."""
-        candidates, merit = self._untrained(), self._merit()
+        """The structure to train next. Until one was within the budget, it is so by a margin that drift of the machine does not use up."""
+        margins = (0.0,) if self._climbers() else (MOST_DRIFT, 0.0)
+        leaders = (self._leader_within(pool, margin) for margin in margins)
+        return next((leader for leader in leaders if leader is not None), None)
+
+    def _leader_within(self, pool: list[Proposal], margin: float) -> Appraised | None:
+        """What, as appraised, adds most to those that were trained; of what is not appraised, as its promise says."""
+        candidates, merit = self._untrained(margin), self._merit()
         if candidates:
             return candidates[cover([(merit(a), a.latency_s) for a in candidates], 1, self._covered(merit))[0]]
-        promising, promise = self._promising(pool, self._leading()), self.appraisals.promise
+        promising, promise = self._promising(pool, self._leading(), margin), self.appraisals.promise
         if not promising:
             return None
         covered = self._covered(lambda appraised: promise(appraised.proposal))
@@ -235,16 +244,17 @@ class Search(Findings):
             return lambda appraised: self.appraisals.promise(appraised.proposal)
         return lambda appraised: appraised.worth
 
-    def _untrained(self) -> list[Appraised]:
+    def _untrained(self, margin: float) -> list[Appraised]:
         """Of what was appraised: within the budget as predicted by now, not trained before and not outclassed."""
         known, leading = self._trained_structures(), self._leading()
-        candidates = self.appraisals.within_budget()
+        candidates = self.appraisals.within_budget(margin=margin)
         return [a for a in candidates if self.forecast.structure(a.policy) not in known and outclassed(a.proposal, leading) <= 0]
 
-    def _promising(self, pool: list[Proposal], leading: list[Proposal]) -> list[Proposal]:
+    def _promising(self, pool: list[Proposal], leading: list[Proposal], margin: float = 0.0) -> list[Proposal]:
         """Of the pool, with latencies as predicted by now: within the budget, not trained before and not outclassed."""
         known = self._trained_structures()
-        return [p for p in self.forecast.again(pool) if self.forecast.structure(p.policy) not in known and outclassed(p, leading) <= 0]
+        within = self.forecast.again(pool, margin=margin)
+        return [p for p in within if self.forecast.structure(p.policy) not in known and outclassed(p, leading) <= 0]
 
     def _trained_structures(self) -> set[Structure]:
         return {self.forecast.structure(o.policy) for o in self.journal.outcomes}

@@ -15,6 +15,9 @@ from autocompress.devices.base import Device
 from autocompress.errors import PolicyFailure, one_line
 from autocompress.records import Score
 
+PREPARED, PREPARED_BYTES = 64, 2**26
+"""Inputs that are prepared together, or one batch: one by one it takes longer than running a small network."""
+
 
 def score_outputs(outputs: Tensor, targets: Tensor, data: Data) -> Score:
     """The task's score of a split's outputs. Raises PolicyFailure for outputs that are not finite, and for a score that is none."""
@@ -55,10 +58,12 @@ def run_artifact(device: Device, path: Path, data: Data, split: Split, batch: in
 
 def full_batches(data: Data, split: Split, batch: int) -> Iterator[np.ndarray]:
     """Batches of exactly `batch` inputs: a file with a fixed batch takes no other; the last is filled up with repeats."""
-    for inputs, _ in data.batches(split, batch):
-        missing = batch - len(inputs)
-        full = torch.cat([inputs, inputs[:1].expand(missing, *inputs.shape[1:])]) if missing else inputs
-        yield full.numpy()
+    together = batch * max(1, data.at_most(PREPARED, PREPARED_BYTES) // batch)
+    for several, _ in data.batches(split, together):
+        for inputs in several.split(batch):
+            missing = batch - len(inputs)
+            full = torch.cat([inputs, inputs[:1].expand(missing, *inputs.shape[1:])]) if missing else inputs
+            yield full.numpy()
 
 
 @torch.inference_mode()

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import InfeasibleBudget, UsageError
 from autocompress.graph import Graph, Structure
 from autocompress.latency import FittedLatencyModel, OperatorTable
@@ -106,14 +107,17 @@ class Forecast:
     def violation(self, workload: Workload, latency_s: float, budget: Budget | None = None) -> float:
         """Relative excess over the budget as predicted; the file is larger than its weights by as much as the baseline's.
 
+        A latency is uncertain, and has a tail, by as much as the baseline's; more than drift goes unnoticed is taken for noise.
         A network whose weights no file can hold is over every budget.
         """
         if workload.weight_bytes > MOST_WEIGHT_BYTES:
             return workload.weight_bytes / MOST_WEIGHT_BYTES - 1
         baseline = self.setting.baseline
         overhead = baseline.size_bytes - self.original.weight_bytes
-        p95 = latency_s * baseline.latency_s.p95 / baseline.latency_s.median
-        return (budget or self.budget).violation(latency_s, workload.weight_bytes + max(0, overhead), p95)
+        measured = baseline.latency_s
+        high = latency_s * min(measured.high / measured.median, 1 + MOST_DRIFT)
+        p95 = latency_s * measured.p95 / measured.median
+        return (budget or self.budget).violation(high, workload.weight_bytes + max(0, overhead), p95)
 
     def proposal(self, policy: Policy, params: dict[str, Any]) -> Proposal:
         return self.proposals([policy], [params])[0]
@@ -196,10 +200,10 @@ class Forecast:
             self._graph_of(policy).require_known(policy)
         return self.proposals(policies, [suggester.params for suggester in suggesters])
 
-    def again(self, pool: Sequence[Proposal]) -> list[Proposal]:
-        """The pool with latencies as they are predicted by now, without what is over the budget."""
+    def again(self, pool: Sequence[Proposal], *, margin: float = 0.0) -> list[Proposal]:
+        """The pool with latencies as predicted by now, without what is over the budget, or would be if it were slower by `margin`."""
         now = [replace(p, latency_s=self.latency_s(p)) for p in pool]
-        return [p for p in now if self.violation(p.workload, p.latency_s) <= 0]
+        return [p for p in now if self.violation(p.workload, (1 + margin) * p.latency_s) <= 0]
 
     def excess(self, proposal: Proposal, *, measuring: bool = True) -> float:
         """Relative excess of a policy over the budget; where its prediction leaves that open, the untrained network is measured.

@@ -40,8 +40,10 @@ CALIBRATION_S = 20.0
 REPAIR_SHARE, LEAST_REPAIR_S = 0.5, 10.0
 """Of a student's training time, at most, for its repair; and what it may take in any case: half repaired it would be worth little."""
 FLOAT_WEIGHTS = "float.safetensors"
-DRIFT_RETRIES = 3
-DRIFT_PAUSE_S = 2.0
+SECONDS_EACH = 0.5
+"""Of measuring a file in a search; the front is measured for longer at its end."""
+DRIFT_RETRIES = 2
+DRIFT_PAUSE_S = 1.0
 LATELY = 7
 
 
@@ -147,7 +149,7 @@ def realise(
     started = time.monotonic()
     known = {"id": id, "policy": policy, "rung": rung, "predicted_latency_s": predicted, "worth": worth}
     stage, training_s = "compress", 0.0
-    likeness = worth if worth is not None and setting.one_architecture else 0.0
+    likeness = worth if worth is not None and setting.one_architecture else 0.0  # elsewhere worth is a promise
     shutil.rmtree(setting.models / id, ignore_errors=True)  # of a run that was interrupted, perhaps of another policy
     try:
         student = build_student(setting.graph_of(policy), policy)
@@ -205,7 +207,7 @@ def _trained(
         seed=setting.seed,
         calibration=setting.calibration,
         quant_fraction=TrainPlan.quant_fraction if reshaped else 1.0,
-        likeness=1.0 if continued or not reshaped else likeness if policy.student.reference is None else 0.0,
+        likeness=1.0 if continued or not reshaped else likeness if policy.student.reference is None else None,
     )
     classifies = setting.data.loss is None  # a loss of one's own has a unit of its own, beside which features have no known weight
     shared = shared_features(setting.graph_of(policy), policy) if classifies else None
@@ -255,13 +257,13 @@ def measure_beside_baseline(setting: Setting, path: Path) -> Measurement:
     """
     for attempt in range(DRIFT_RETRIES):
         reference = statistics.median(setting.beside[-LATELY:] or [setting.baseline.latency_s.median])
-        baseline, latency = setting.device.measure([setting.baseline.path, path])
+        baseline, latency = setting.device.measure([setting.baseline.path, path], seconds_each=SECONDS_EACH)
         setting.beside.append(baseline.median)
         drift = baseline.median / reference - 1
         if abs(drift) <= MOST_DRIFT:
             return latency
         if attempt < DRIFT_RETRIES - 1:
-            time.sleep(DRIFT_PAUSE_S * (attempt + 1))
+            time.sleep(DRIFT_PAUSE_S)
     reason = f"the baseline beside it took {100 * drift:+.0f} % of its time"
     return latency.model_copy(update={"noisy": True, "noise_reason": "; ".join(filter(None, [latency.noise_reason, reason]))})
 

@@ -29,7 +29,7 @@ from autocompress.graph.plain import own_copy
 from autocompress.models import load_model, load_weights
 from autocompress.objective import UNTRAINED, Baseline, Setting, fails_policy
 from autocompress.policy import Policy, QuantSpec
-from autocompress.records import Score
+from autocompress.records import Measurement, Score
 from autocompress.run_folder import write_atomically
 from autocompress.schedule import FEWEST_EXAMPLES
 from autocompress.search_space import load_space, names_function
@@ -214,7 +214,17 @@ def _shape(outputs: object) -> str:
     return str(tuple(outputs.shape)) if isinstance(outputs, Tensor) else type(outputs).__name__
 
 
-def _baseline(graph: Graph, model: nn.Module, data: Data, device: Device, models: Path, example: Tensor, reference: str) -> Baseline:
+def _baseline(
+    graph: Graph,
+    model: nn.Module,
+    data: Data,
+    device: Device,
+    models: Path,
+    example: Tensor,
+    reference: str,
+    latency_s: Measurement | None = None,
+) -> Baseline:
+    """The original's file, checked; its latency as measured now, unless it is known."""
     with _about_the_model(reference):
         student = build_student(graph, Policy())
         manifest = write_bundle(models / BASELINE, student.eval(), Policy(), (example,), model=reference)
@@ -222,7 +232,7 @@ def _baseline(graph: Graph, model: nn.Module, data: Data, device: Device, models
         few, batch = sample(data.val, PARITY_EXAMPLES), len(example)
         actual = run_artifact(device, path, data, few, batch)
         _require_same(model_answers(model, data, few, batch), actual)
-        return Baseline(path=path, latency_s=device.measure([path])[0], size_bytes=manifest.size_bytes)
+        return Baseline(path=path, latency_s=latency_s or device.measure([path])[0], size_bytes=manifest.size_bytes)
 
 
 def _require_same(expected: Tensor, actual: Tensor) -> None:
@@ -280,7 +290,8 @@ def train_demo_teacher(setting: Setting, run: Path, seconds: float, tick: Tick) 
     if time.monotonic() < deadline:
         write_atomically(weights, weights_bytes(model))
     graph = Graph.trace(model.cpu(), (setting.example,))
-    baseline = _baseline(graph, model, data, setting.device, setting.models, setting.example, setting.model_reference)
+    known = setting.baseline.latency_s  # of the same network with other weights
+    baseline = _baseline(graph, model, data, setting.device, setting.models, setting.example, setting.model_reference, known)
     return replace(
         setting,
         teacher=Teacher(model.to(best_training_device()), data, classifier=graph.classifier, seed=setting.seed),

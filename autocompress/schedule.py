@@ -26,8 +26,9 @@ EXTENSION = 1.5
 VALIDATION_SHARE = 0.01
 FINAL_CALLS, FINAL_S = 60.0, 12.0
 """For the end of a search: calls of a slow original (a dozen rounds of it and of a faster front, with warm-up), and seconds beside."""
-SHORT_SHARE = 0.25
-SHORT_RUNS = 12
+SHORT_SHARE, MOST_SHORT_SHARE = 0.25, 0.5
+SHORT_RUNS, FEWEST_SHORT_RUNS = 12, 3
+"""Short runs take a quarter of the time, twelve of them where that is possible; up to a half where there would be fewer than three."""
 FULL_FACTOR = 9.0
 MOST_FULL_RUNS = 6
 TRIALS_A_FULL_RUN = 4
@@ -114,8 +115,8 @@ class Division:
     @classmethod
     def of(cls, left: float, overhead: float) -> Division:
         """Divide what is `left`; a run is never shorter than twice its overhead (export, scoring, measuring)."""
-        total = SHORT_SHARE * left
-        return cls(total, max(total / SHORT_RUNS, 2.0 * overhead))
+        each = max(SHORT_SHARE * left / SHORT_RUNS, 2.0 * overhead)
+        return cls(max(SHORT_SHARE * left, min(MOST_SHORT_SHARE * left, FEWEST_SHORT_RUNS * each)), each)
 
 
 def full_runs(left: float, short_each: float, candidates: int, trials: int | None = None) -> int:

@@ -81,7 +81,7 @@ def shared_answers(graph: Graph, student: nn.Module, data: Data) -> float:
 def run(graph: Graph, policy: Policy, data: Data, teacher: Teacher, way: str, seconds: float, seed: int) -> dict[str, float]:
     """Test accuracy after so many seconds."""
     deadline, inputs = time.monotonic() + seconds, examples(graph, data)
-    student, repair_s, likeness = build_student(graph, policy), 0.0, 0.0
+    student, repair_s, likeness = build_student(graph, policy), 0.0, None
     if way == "repaired":
         started = time.monotonic()
         repair(student, graph, policy, inputs)

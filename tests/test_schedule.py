@@ -147,6 +147,11 @@ def test_a_short_run_is_never_shorter_than_twice_its_overhead():
     assert division.short_total == pytest.approx(100 * schedule.SHORT_SHARE)
     assert division.short_each == pytest.approx(max(2.0, 100 * schedule.SHORT_SHARE / schedule.SHORT_RUNS))
     assert Division.of(left=100.0, overhead=10.0).short_each == 20.0
+
+
+def test_short_runs_take_more_than_their_share_where_they_would_be_too_few():
+    assert Division.of(left=100.0, overhead=5.0).short_total == pytest.approx(schedule.FEWEST_SHORT_RUNS * 10.0)
+    assert Division.of(left=100.0, overhead=20.0).short_total == pytest.approx(100 * schedule.MOST_SHORT_SHARE)
     assert Division.of(left=0.0, overhead=1.0).short_total == 0.0
 
 

@@ -7,6 +7,7 @@ A traced network is a `torch.fx.GraphModule` whose leaves are modules of torch.n
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -135,10 +136,12 @@ def annotate_kinds(root: fx.GraphModule) -> None:
 
 
 def is_stochastic_depth(module: nn.Module | None) -> bool:
-    """torchvision's StochasticDepth, which is a leaf here: it scales whole samples in training and is the identity otherwise."""
-    from torchvision.ops import StochasticDepth
+    """torchvision's StochasticDepth, which is a leaf here: it scales whole samples in training and is the identity otherwise.
 
-    return isinstance(module, StochasticDepth)
+    Where torchvision has not been imported, which takes seconds, nothing is made of its modules.
+    """
+    home = sys.modules.get("torchvision.ops")
+    return home is not None and isinstance(module, home.StochasticDepth)
 
 
 def is_layer(module: nn.Module | None) -> bool:

@@ -14,6 +14,7 @@ from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from autocompress.devices import child as program
 from autocompress.devices import onnxruntime as module
+from autocompress.devices import processes, running
 from autocompress.devices.onnxruntime import OnnxRuntimeCpu
 from autocompress.errors import DeviceUnavailable, PolicyFailure, UsageError
 from autocompress.export import check_onnx
@@ -82,15 +83,59 @@ def test_a_file_that_does_not_run_is_a_policy_failure_that_names_it(device, tiny
 @pytest.fixture
 def child(monkeypatch):
     """Replace the child's program."""
-    return lambda program: monkeypatch.setattr(module, "COMMAND", (sys.executable, "-c", program))
+    return lambda program: monkeypatch.setattr(processes, "COMMAND", (sys.executable, "-c", program))
 
 
 @pytest.mark.parametrize("at_once_s", [0.0, 10.0], ids=["one by one", "many at once"])
 def test_outputs_are_those_of_the_runtime_in_the_order_of_the_inputs(device, tmp_path, monkeypatch, at_once_s):
-    monkeypatch.setattr(module, "AT_ONCE_S", at_once_s)
+    monkeypatch.setattr(running, "AT_ONCE_S", at_once_s)
     onnx.save(linear_model(4, inputs=[2, 4]), tmp_path / "two.onnx")
     batches = [np.random.default_rng(seed).standard_normal((2, 4), dtype=np.float32) for seed in range(9)]
     np.testing.assert_array_equal(device.run(tmp_path / "two.onnx", iter(batches)), np.concatenate(batches))
+
+
+def test_several_processes_share_the_batches_and_keep_their_order(device, tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "ALONE_S", 0.0)
+    monkeypatch.setattr(running, "AT_ONCE_S", 0.0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    onnx.save(linear_model(4, inputs=[2, 4]), tmp_path / "two.onnx")
+    batches = [np.random.default_rng(seed).standard_normal((2, 4), dtype=np.float32) for seed in range(200)]
+    seen = []
+
+    def slowly():
+        for batch in batches:
+            seen.append({p.pid for p in psutil.Process().children()})
+            time.sleep(0.01)
+            yield batch
+
+    np.testing.assert_array_equal(device.run(tmp_path / "two.onnx", slowly()), np.concatenate(batches))
+    assert max(map(len, seen)) == 3
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 40])
+def test_what_the_inputs_raise_ends_all_processes(device, tiny, monkeypatch, fails_at):
+    monkeypatch.setattr(running, "ALONE_S", 0.0)
+    monkeypatch.setattr(running, "AT_ONCE_S", 0.0)
+
+    def batches():
+        for number in range(1000):
+            if number == fails_at:
+                raise ValueError("no more")
+            time.sleep(0.01)
+            yield np.zeros((1, 16), np.float32)
+
+    with pytest.raises(ValueError, match="no more"):
+        device.run(tiny, batches())
+    assert not [p for p in psutil.Process().children() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_processes_are_as_many_as_cores_and_memory_allow(tiny, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert [running._affordable(tiny, threads) for threads in (1, 2, 4, 8)] == [6, 3, 1, 1]
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * running.PROCESS_BYTES + 2**20))
+    assert running._affordable(tiny, 1) == 2
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    assert running._affordable(tiny, 1) == 1
 
 
 @pytest.mark.parametrize("rows", [1, 100_000], ids=["small", "more than a pipe holds"])
@@ -113,7 +158,7 @@ def test_a_crash_while_it_runs_a_file_is_a_policy_failure(device, tiny, child, n
 
 def test_a_hang_while_it_runs_a_file_is_a_policy_failure(device, tiny, child, monkeypatch):
     child("import time; time.sleep(60)")
-    monkeypatch.setattr(module, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(processes, "TIMEOUT_S", 0.5)
     with pytest.raises(PolicyFailure, match="must answer within"):
         device.run(tiny, [np.zeros((1, 16), np.float32)])
 
@@ -138,7 +183,7 @@ def test_a_crash_is_a_policy_failure_with_the_signals_name(device, tiny, child, 
 def test_a_hang_is_a_policy_failure_and_frees_the_device(device, tiny, child, monkeypatch):
     child("import time; time.sleep(60)")
     monkeypatch.setattr(module, "MOST_A_FILE_S", 0.0)
-    monkeypatch.setattr(module, "TIMEOUT_S", -0.5)
+    monkeypatch.setattr(processes, "TIMEOUT_S", -0.5)
     with pytest.raises(PolicyFailure, match="timeout"):
         device.measure([tiny], seconds_each=1.0)
     monkeypatch.undo()

@@ -13,6 +13,7 @@ from tasks import SLOW_CALLS, Diary
 from autocompress.appraisals import Appraisals, Appraised
 from autocompress.controller import APPRAISED_A_TRIAL, APPRAISED_FIRST, Choice, Search
 from autocompress.data import SPLITS, Split
+from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import InfeasibleBudget, PolicyFailure, TooManyFailures
 from autocompress.final import measure_front, score_test
 from autocompress.forecast import Forecast, Untrained
@@ -83,6 +84,19 @@ def test_of_what_is_appraised_the_next_is_what_adds_most_to_what_was_trained(sea
         trained(search, choice.policy, predicted.value, id=f"0000{position}", predicted_latency_s=predicted)
 
 
+def test_until_one_is_within_the_budget_the_next_is_so_by_a_margin_where_one_is(search, pool, monkeypatch):
+    slow, fast = max(pool, key=lambda p: p.latency_s), min(pool, key=lambda p: p.latency_s)
+    monkeypatch.setattr(Appraisals, "_worth", lambda self, p: 0.9 if p is slow else 0.8)
+    monkeypatch.setattr(search.forecast, "proposal", lambda policy, params: next(p for p in pool if p.policy == policy))
+    search.forecast.limits = Budget(latency_s=1.02 * search.forecast.latency_s(slow))
+    appraised(search, [slow])
+    assert search._leader(pool[:0]).policy == slow.policy, "there is nothing else"
+    appraised(search, [fast])
+    assert search._leader(pool[:0]).policy == fast.policy
+    monkeypatch.setattr(Search, "_climbers", lambda self: ["one"])
+    assert search._leader(pool[:0]).policy == slow.policy
+
+
 @pytest.mark.parametrize("trouble", ["failed", "over the budget"])
 def test_where_a_policy_was_trained_in_vain_the_next_is_elsewhere(search, pool, monkeypatch, trouble):
     search.forecast.limits = Budget(latency_s=search.forecast.latency_limit)
@@ -98,7 +112,7 @@ def test_where_a_policy_was_trained_in_vain_the_next_is_elsewhere(search, pool, 
 
 def test_what_is_not_appraised_is_chosen_by_its_promise_spread_over_the_latencies(search, pool):
     first = search._structure(pool)
-    assert first.policy == max(search._promising(pool, []), key=lambda p: p.promise).policy
+    assert first.policy == max(search._promising(pool, [], MOST_DRIFT), key=lambda p: p.promise).policy
     assert first.policy in search.appraisals
     trained(search, first.policy, 1e-3, predicted_latency_s=search.forecast.predict(first.policy))
     second = search._structure(pool)
@@ -117,6 +131,16 @@ def test_structures_are_appraised_before_anything_is_trained_and_optuna_suggests
     again = Search(TASK, search.run, search.journal, search.forecast, search.clock, SilentProgress(), points=[])
     kept = {a.policy.digest: a.worth for a in again.appraisals.within_budget()}
     assert kept == {a.policy.digest: a.worth for a in found}, "read from the journal"
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["predicted", "measured"])
+def test_the_unchanged_network_in_int8_costs_nothing_where_it_is_over_the_budget(search, pool, known):
+    int8 = search.forecast.predict(Policy(quant=QuantSpec(bits=8)))
+    search.forecast.limits = Budget(latency_s=0.99 * (int8.value if known else int8.low))
+    if known:
+        search.forecast._note(Policy(quant=QuantSpec(bits=8)), int8.value)
+    search._evaluate_unchanged()
+    assert not search.journal.outcomes
 
 
 def test_appraisal_is_limited_where_few_policies_will_be_trained(search, pool, monkeypatch):
