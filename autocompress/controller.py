@@ -27,7 +27,6 @@ from autocompress.objective import realise
 from autocompress.policy import Policy, QuantSpec
 from autocompress.preparation import limit_validation, score_original
 from autocompress.proposals import Proposal, outclassed
-from autocompress.ranks import is_low
 from autocompress.records import Outcome
 from autocompress.schedule import (
     Division,
@@ -213,9 +212,10 @@ class Search(Findings):
 
     def _leader_within(self, pool: list[Proposal], margin: float) -> Appraised | None:
         """What, as appraised, adds most to those that were trained; of what is not appraised, as its promise says."""
-        candidates, merit = self._untrained(margin), self._merit()
+        candidates = self._untrained(margin)
         if candidates:
-            return candidates[cover([(merit(a), a.latency_s) for a in candidates], 1, self._covered(merit))[0]]
+            covered = self._covered(lambda appraised: appraised.worth)
+            return candidates[cover([(a.worth, a.latency_s) for a in candidates], 1, covered)[0]]
         promising, promise = self._promising(pool, self._leading(), margin), self.appraisals.promise
         if not promising:
             return None
@@ -237,12 +237,6 @@ class Search(Findings):
         unchanged = [o for o in self.journal.outcomes if o.rung == "unchanged" and feasible(o, self.budget)]
         points = [(merit(appraised), predicted.value) for appraised, predicted in known if appraised is not None and predicted is not None]
         return [*points, *((1.0, o.latency_s.median) for o in unchanged if o.latency_s is not None)]
-
-    def _merit(self) -> Callable[[Appraised], float]:
-        """What a structure is worth, or its promise where short training has shown that worth does not tell; 1 of the original."""
-        if is_low(self.ladder()["appraised_short_spearman"]):
-            return lambda appraised: self.appraisals.promise(appraised.proposal)
-        return lambda appraised: appraised.worth
 
     def _untrained(self, margin: float) -> list[Appraised]:
         """Of what was appraised: within the budget as predicted by now, not trained before and not outclassed."""

@@ -20,7 +20,7 @@ from autocompress.objective import Setting, changes_shape, fails_policy
 from autocompress.policy import Policy
 
 EXAMPLES = 128
-"""Inputs that a student is repaired on, at most."""
+"""Inputs that a student is repaired on, at most: more take longer, and flatter small students (`benchmarks/rungs.py`)."""
 HELD_OUT = 512
 """Validation inputs that student and teacher answer, at most."""
 

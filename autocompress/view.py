@@ -250,7 +250,7 @@ def _lying_ladder(results: Results) -> str:
         )
     if isinstance(short, float) and is_low(short):
         return (
-            f"untrained, policies were ranked unlike by short training (rank correlation {short:.2f} at the same latency): short training "
-            "got half as much time again, and structures were chosen by size and by what they inherit"
+            f"untrained, policies were ranked unlike by short training (rank correlation {short:.2f} at the same latency), so that short "
+            "training got half as much time again. Search longer"
         )
     return ""

@@ -1,23 +1,29 @@
 """Does what a policy is chosen by foretell what training makes of it? Policies of about the same latency, ranked before and after.
 
-    AUTOCOMPRESS_DATA=../shared/data .venv/bin/python benchmarks/rungs.py --model resnet20 --seconds 30 --policies 14 --seed 0
+    AUTOCOMPRESS_DATA=../shared/data .venv/bin/python benchmarks/rungs.py --model resnet20 --steps 80,320 --policies 24 --jobs 2
 
 Candidates of a band of predicted latencies are drawn one half from the pool that a search begins with and one half from the space at
 random. Each is judged by its shape (inheritance, capacity, and promise, which joins the two) and as it is once repaired (likeness, and
-two other ways to compare the same answers with the teacher's), then trained in float32 for the seconds of a short run, its repair
-included. Spearman's rank correlation with the accuracy after training, within each band; scored on validation images, as in a search.
-Adds to benchmarks/results/rungs.json and writes rungs.md.
+two other ways to compare the same answers with the teacher's; likeness after a repair on more inputs), then trained in float32 for so many
+steps: those of a short run, and more. Steps are counted and not timed, so that a busy machine changes nothing. Spearman's rank correlation
+with the accuracy after training, on test images, within each band. Hours on two cores, minutes on a GPU (`--jobs` processes share it);
+`--images` takes the first so many training images only. Writes benchmarks/results/rungs.{json,md}.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import json
-import statistics
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -27,38 +33,56 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
 from autocompress.compress.distill import soft_loss
-from autocompress.compress.repair import examples_for, repair
+from autocompress.compress.repair import repair
 from autocompress.compress.student import build_student, shared_features
 from autocompress.compress.train import Lesson, TrainPlan, train
+from autocompress.data import Data, sample
 from autocompress.devices import open_device
 from autocompress.evaluate import score_model
 from autocompress.forecast import Forecast
 from autocompress.likeness import Likeness
 from autocompress.objective import Setting
-from autocompress.policy import QuantSpec
-from autocompress.preparation import load, prepare, score_original
+from autocompress.policy import Policy, QuantSpec
+from autocompress.preparation import load, prepare
 from autocompress.proposals import LevelSuggester, Proposal
 from autocompress.ranks import rank_correlation
 from autocompress.search_space import find_suggest
 from autocompress.task import load_task
 
 RESULTS = Path(__file__).parent / "results"
-CALIBRATION_S, POOL_S, TEACHER_S = 60.0, 20.0, 90.0
-BANDS = {"0.30x": 0.3, "0.55x": 0.55}
-BREADTH = 1.12
+CALIBRATION_S, POOL_S = 60.0, 20.0
+BANDS = {"0.25x": 0.25, "0.40x": 0.40, "0.60x": 0.60}
+BREADTH = 1.2
 """A band reaches from its middle divided to its middle multiplied by this."""
 DRAWS = 600
-PREDICTORS = ("inheritance", "capacity", "promise", "likeness", "agreement", "-KL")
+SCORED = 1500
+MANY = 512
+"""Inputs that a student is repaired on before training."""
+PREDICTORS = ("inheritance", "capacity", "promise", "likeness", "agreement", "-KL", "likeness_512")
 
 
-def setting_of(model: str, run: Path, seed: int) -> Setting:
-    """A teacher whose answers are known, as in a search."""
-    weights = cifar10.folder() / "cifar10_resnets" / f"{model}.safetensors"
-    own = {"model": f"{cifar10.__file__}:{model}", "data": f"{cifar10.__file__}:data", "weights": str(weights), "seed": seed}
-    task = load_task(None, own)
-    setting = prepare(task, run, load(task))
-    setting.teacher.prepare(TEACHER_S)
-    return setting
+@dataclass(frozen=True)
+class Bench:
+    """What is trained, and for how long."""
+
+    model: str
+    images: int
+    seed: int
+    steps: tuple[int, ...]
+
+    @property
+    def data(self) -> Data:
+        """The splits, of the first `images` of CIFAR-10's training images."""
+        whole = cifar10.data()
+        each = {"train": self.images * 9 // 10, "val": self.images // 10}
+        return replace(whole, **{name: getattr(whole, name)[: each[name]] for name in each})
+
+    def setting(self, run: Path) -> Setting:
+        """As in a search."""
+        weights = cifar10.folder() / "cifar10_resnets" / f"{self.model}.safetensors"
+        own = {"model": f"{cifar10.__file__}:{self.model}", "data": f"{cifar10.__file__}:data", "weights": str(weights), "seed": self.seed}
+        task = load_task(None, own)
+        return prepare(task, run, load(task, data=self.data))
 
 
 def candidates(forecast: Forecast, n: int, seed: int) -> Iterator[tuple[str, Proposal]]:
@@ -78,80 +102,95 @@ def candidates(forecast: Forecast, n: int, seed: int) -> Iterator[tuple[str, Pro
                     yield band, inside[index]
 
 
-def judged(proposal: Proposal, likeness: Likeness) -> dict[str, float]:
-    """What is known of a policy before it is trained."""
+@functools.cache
+def opened(bench: Bench) -> tuple[Setting, Likeness]:
+    """Once a process."""
+    setting = bench.setting(Path(tempfile.mkdtemp()))
+    return setting, Likeness(setting)
+
+
+@torch.no_grad()
+def shared(answers: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Likeness, of answers that are known."""
+    return float(torch.minimum(answers.softmax(1), wanted.softmax(1)).sum(1).mean())
+
+
+def tried(bench: Bench, policy: Policy) -> dict[str, float]:
+    """What is known of a policy before it is trained, and its accuracy after."""
+    setting, likeness = opened(bench)
+    graph, data = setting.graphs[None], setting.data
     started = time.monotonic()
-    liked = likeness(proposal.policy)
-    seconds = time.monotonic() - started
-    answers, wanted = likeness.answers(likeness.student(proposal.policy)), likeness.wanted
-    return {
-        "inheritance": proposal.inheritance,
-        "capacity": proposal.capacity,
-        "promise": proposal.promise,
-        "likeness": liked,
-        "agreement": float((answers.argmax(1) == wanted.argmax(1)).float().mean()),
-        "-KL": -float(soft_loss(answers, wanted, 1.0)),
-        "appraisal_s": seconds,
-    }
-
-
-def trained(setting: Setting, proposal: Proposal, seconds: float, likeness: float) -> float:
-    """Accuracy on validation after so many seconds, those of the repair included."""
-    policy, graph, data = proposal.policy.model_copy(update={"quant": QuantSpec()}), setting.graphs[None], setting.data
-    deadline, n = time.monotonic() + seconds, min(setting.calibration, examples_for(graph))
+    known = {"likeness": likeness(policy), "appraisal_s": time.monotonic() - started}
+    answers, wanted = likeness.answers(likeness.student(policy)), likeness.wanted
+    known["agreement"] = float((answers.argmax(1) == wanted.argmax(1)).float().mean())
+    known["-KL"] = -float(soft_loss(answers, wanted, 1.0))
     student = build_student(graph, policy)
-    repair(student, graph, policy, torch.cat([*data.calibration(n, n)]))
+    repair(student, graph, policy, torch.cat([*data.calibration(MANY, MANY)]))
+    with torch.no_grad():
+        known["likeness_512"] = shared(likeness.answers(student.eval()), wanted)
     lesson = Lesson(setting.teacher, policy.distill, shared_features(graph, policy))
-    plan = TrainPlan(10**9, deadline, setting.learning_rate, setting.batch_size, seed=setting.seed, likeness=likeness)
-    return score_model(train(student, data, plan, lesson=lesson), data, data.val).value
+    for steps in bench.steps:
+        plan = TrainPlan(steps, learning_rate=setting.learning_rate, seed=bench.seed, likeness=known["likeness"])
+        trained = train(copy.deepcopy(student), data, plan, lesson=lesson)
+        known[f"score_{steps}"] = score_model(trained, data, sample(data.test, SCORED)).value
+    return known
 
 
-def table(rows: Sequence[dict]) -> str:
-    """Markdown: a line for each model, time, seed and band, a column for each predictor."""
-    lines = [
-        "| model | short run | seed | latency | policies | scores | " + " | ".join(PREDICTORS) + " |",
-        "|---" * (6 + len(PREDICTORS)) + "|",
-    ]
-    for key in dict.fromkeys((row["model"], row["seconds"], row["seed"], row["band"]) for row in rows):
-        mine = [row for row in rows if (row["model"], row["seconds"], row["seed"], row["band"]) == key]
-        scores = [row["score"] for row in mine]
-        found = [rank_correlation([row[name] for row in mine], scores) for name in PREDICTORS]
-        cells = " | ".join("" if rho is None else f"{rho:.2f}" for rho in found)
-        spread = f"{100 * min(scores):.1f} to {100 * max(scores):.1f} %"
-        lines.append(f"| {key[0]} | {key[1]:g} s | {key[2]} | {key[3]} | {len(mine)} | {spread} | {cells} |")
-    seconds = statistics.median(row["appraisal_s"] for row in rows)
-    return "\n".join(lines) + f"\n\nAn appraisal took {seconds:.1f} s in the median.\n"
+def table(rows: Sequence[dict], steps: Sequence[int]) -> str:
+    """Markdown: a line for each predictor, a column for each band and number of steps."""
+    columns = [(band, n) for band in BANDS for n in steps]
+    lines = ["| | " + " | ".join(f"{band}, {n} steps" for band, n in columns) + " |", "|---" * (1 + len(columns)) + "|"]
+
+    def line(name: str, cells: Iterator[str]) -> None:
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+
+    def of(band: str, name: str) -> list[float]:
+        return [row[name] for row in rows if row["band"] == band]
+
+    line("policies", (str(len(of(band, "band"))) for band, _ in columns))
+    line("test accuracy", (f"{100 * min(of(b, f'score_{n}')):.0f} to {100 * max(of(b, f'score_{n}')):.0f} %" for b, n in columns))
+    for name in (*PREDICTORS, f"score_{min(steps)}"):
+        found = (rank_correlation(of(band, name), of(band, f"score_{n}")) for band, n in columns)
+        line(name, ("" if rho is None else f"{rho:.2f}" for rho in found))
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Judge, train, and judge the judgement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet20", choices=("resnet20", "resnet56"))
-    parser.add_argument("--seconds", type=float, default=30.0)
-    parser.add_argument("--policies", type=int, default=14)
+    parser.add_argument("--steps", default="80,320")
+    parser.add_argument("--policies", type=int, default=24)
+    parser.add_argument("--images", type=int, default=50_000)
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    bench = Bench(options.model, options.images, options.seed, tuple(map(int, options.steps.split(","))))
+    setting, _ = opened(bench)
+    forecast = Forecast.start(setting, find_suggest("default", setting.graphs[None], setting.device.profile), load_task(None, {}).limits)
+    forecast.calibrate(CALIBRATION_S, options.seed, lambda phase, done, total: None)
+    chosen = [*candidates(forecast, options.policies, options.seed)]
+    policies = [proposal.policy.model_copy(update={"quant": QuantSpec()}) for _, proposal in chosen]
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // options.jobs))
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        setting = setting_of(options.model, Path(folder), options.seed)
-        print(f"original: {score_original(setting).value:.4f}", flush=True)
-        space = find_suggest("default", setting.graphs[None], setting.device.profile)
-        forecast = Forecast.start(setting, space, load_task(None, {}).limits)
-        forecast.calibrate(CALIBRATION_S, options.seed, lambda phase, done, total: None)
-        likeness = Likeness(setting)
-        for band, proposal in candidates(forecast, options.policies, options.seed):
-            known = {"model": options.model, "seconds": options.seconds, "seed": options.seed, "band": band}
-            known |= {"policy": proposal.policy.in_words(), "latency_s": proposal.latency_s} | judged(proposal, likeness)
-            rows.append(known | {"score": trained(setting, proposal, options.seconds, known["likeness"])})
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        for (band, proposal), found in zip(chosen, pool.map(functools.partial(tried, bench), policies), strict=True):
+            latency = proposal.latency_s / setting.baseline.latency_s.median
+            known = {"band": band, "policy": proposal.policy.in_words(), "latency": latency}
+            shape = {"inheritance": proposal.inheritance, "capacity": proposal.capacity, "promise": proposal.promise}
+            rows.append(known | shape | found)
             print(rows[-1], flush=True)
-    path, now = RESULTS / "rungs.json", {"torch": torch.__version__, "machine": open_device("onnxruntime:cpu?threads=1").environment()}
-    before = json.loads(path.read_text())["rows"] if path.exists() else []
-    same = {(row["model"], row["seconds"], row["seed"]) for row in rows}
-    rows = [row for row in before if (row["model"], row["seconds"], row["seed"]) not in same] + rows
+    machine = open_device("onnxruntime:cpu?threads=1").environment() | {"gpu": gpu()}
+    told = {"model": bench.model, "images": bench.images, "seed": bench.seed, "torch": torch.__version__, "machine": machine, "rows": rows}
     RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps(now | {"rows": rows}, indent=1) + "\n")
-    (RESULTS / "rungs.md").write_text(table(rows))
-    print(table(rows))
+    (RESULTS / "rungs.json").write_text(json.dumps(told, indent=1) + "\n")
+    (RESULTS / "rungs.md").write_text(table(rows, bench.steps))
+    print(table(rows, bench.steps))
+
+
+def gpu() -> str:
+    """Its name, or that there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
 
 
 if __name__ == "__main__":

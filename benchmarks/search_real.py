@@ -1,0 +1,151 @@
+"""Who finds the better structures of a real network: samplers, and the search's own start, with equally many appraisals each.
+
+    AUTOCOMPRESS_DATA=../shared/data .venv/bin/python benchmarks/search_real.py --model resnet20 --evaluations 60 --seeds 3
+
+Structures of a CIFAR-10 ResNet under a budget, two objectives: likeness to the teacher, repaired and untrained (1 to 5 s each; see
+`rungs.py` for what it foretells), and predicted latency. What prediction rules out costs no sampler anything, as in a search.
+
+* search: as a search does it, the structures that promise most first, then what FrontSampler suggests
+* promise: only the first of these, so many of them
+* front, tpe, nsga2, random: samplers from their own start
+
+Counted, not timed. The share of the hypervolume of the best front that all runs together found, from no likeness and the budget's latency.
+Writes benchmarks/results/search_real.{json,md}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+
+sys.path.insert(0, str(Path(__file__).parent))
+import cifar10
+
+from autocompress.appraisals import Appraisals
+from autocompress.controller import APPRAISED_FIRST
+from autocompress.devices import open_device
+from autocompress.forecast import Forecast
+from autocompress.front import hypervolume
+from autocompress.graph import Structure
+from autocompress.likeness import Likeness
+from autocompress.policy import Policy
+from autocompress.preparation import load, prepare
+from autocompress.proposals import Proposal
+from autocompress.sampler import FrontSampler
+from autocompress.schedule import cover
+from autocompress.search_space import find_suggest
+from autocompress.study import open_journal
+from autocompress.task import Task, load_task
+
+RESULTS = Path(__file__).parent / "results"
+CALIBRATION_S, POOL_S, PATIENCE_S = 60.0, 20.0, 600.0
+CHECKPOINTS = (12, 25, 50, 100)
+SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
+    "search": lambda seed: FrontSampler(seed=seed),
+    "promise": lambda seed: RandomSampler(seed=seed),
+    "front": lambda seed: FrontSampler(seed=seed),
+    "tpe": lambda seed: TPESampler(seed=seed, multivariate=True),
+    "nsga2": lambda seed: NSGAIISampler(seed=seed),
+    "random": lambda seed: RandomSampler(seed=seed),
+}
+FIRST = {"search": APPRAISED_FIRST, "promise": 10**6}
+"""Structures of most promise that come before what the sampler suggests."""
+Point = tuple[float, float]
+
+
+class Remembered:
+    """Likeness, asked for once by all runs."""
+
+    def __init__(self, forecast: Forecast) -> None:
+        self._forecast, self._likeness = forecast, Likeness(forecast.setting)
+        self._known: dict[Structure, float] = {}
+
+    def __call__(self, policy: Policy) -> float:
+        structure = self._forecast.structure(policy)
+        if structure not in self._known:
+            self._known[structure] = self._likeness(policy)
+        return self._known[structure]
+
+
+def first(pool: Sequence[Proposal], appraisals: Appraisals, n: int) -> Iterator[Proposal]:
+    """What a search appraises first, in its order."""
+    promising = [p for p in appraisals.forecast.again(pool) if p.policy not in appraisals]
+    for index in cover([(p.promise, p.latency_s) for p in promising], min(n, len(promising))):
+        yield promising[index]
+
+
+def found(task: Task, forecast: Forecast, remembered: Remembered, pool: Sequence[Proposal], kind: str, seed: int, n: int) -> list[Point]:
+    """(likeness, latency in seconds) of `n` structures in the order in which they were appraised; fewer where there are no more."""
+    with tempfile.TemporaryDirectory() as folder:
+        journal = open_journal(Path(folder), task, resume=False, sampler=SAMPLERS[kind](seed))
+        appraisals = Appraisals(journal, forecast)
+        appraisals.__dict__["_likeness"] = remembered
+        begin, points = first(pool, appraisals, min(n, FIRST.get(kind, 0))), []
+        while len(points) < n:
+            proposal = next(begin, None)
+            next_one = appraisals.appraise(proposal) if proposal is not None else appraisals.suggested([], PATIENCE_S)
+            if next_one is None:
+                break
+            points.append((next_one.worth, next_one.latency_s))
+    return points
+
+
+def table(runs: dict[str, list[list[Point]]], budget_s: float) -> str:
+    """Markdown: a line for each kind, a column for each number of appraisals: mean over the seeds, and the least and the most."""
+    reference = (0.0, budget_s)
+    best = hypervolume(np.array([point for kind in runs.values() for run in kind for point in run]), reference)
+    longest = max(len(run) for kind in runs.values() for run in kind)
+    columns = [n for n in CHECKPOINTS if n <= longest]
+    lines = ["| | " + " | ".join(f"{n} appraisals" for n in columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for kind, mine in runs.items():
+        shares = [[100 * hypervolume(np.array(run[:n]), reference) / best for run in mine] for n in columns]
+        cells = (f"{statistics.mean(s):.1f} % ({min(s):.1f} to {max(s):.1f})" for s in shares)
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Let every kind look for structures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet20", choices=("resnet20", "resnet56"))
+    parser.add_argument("--space", default="default")
+    parser.add_argument("--budget", default="0.5x")
+    parser.add_argument("--evaluations", type=int, default=60)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--samplers", default=",".join(SAMPLERS))
+    options = parser.parse_args()
+    weights = cifar10.folder() / "cifar10_resnets" / f"{options.model}.safetensors"
+    own = {"model": f"{cifar10.__file__}:{options.model}", "data": f"{cifar10.__file__}:data", "weights": str(weights)}
+    task = load_task(None, own | {"budget": (options.budget,), "space": options.space})
+    runs: dict[str, list[list[Point]]] = {kind: [] for kind in options.samplers.split(",")}
+    with tempfile.TemporaryDirectory() as folder:
+        setting = prepare(task, Path(folder), load(task))
+        forecast = Forecast.start(setting, find_suggest(options.space, setting.graphs[None], setting.device.profile), task.limits)
+        forecast.calibrate(CALIBRATION_S, 0, lambda phase, done, total: None)
+        remembered = Remembered(forecast)
+        for seed in range(options.seeds):
+            pool = forecast.pool(seed, POOL_S)
+            for kind in runs:
+                runs[kind].append(found(task, forecast, remembered, pool, kind, seed, options.evaluations))
+                print(kind, seed, [(round(worth, 3), round(1e6 * latency)) for worth, latency in sorted(runs[kind][-1])[-3:]], flush=True)
+        budget_s = forecast.budget.latency_s
+    assert budget_s is not None
+    machine = open_device("onnxruntime:cpu?threads=1").environment()
+    told = {"model": options.model, "space": options.space, "budget": options.budget, "budget_s": budget_s}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "search_real.json").write_text(json.dumps(told | {"torch": torch.__version__, "machine": machine, "runs": runs}) + "\n")
+    (RESULTS / "search_real.md").write_text(table(runs, budget_s))
+    print(table(runs, budget_s))
+
+
+if __name__ == "__main__":
+    main()
