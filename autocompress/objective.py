@@ -42,7 +42,7 @@ REPAIR_SHARE, LEAST_REPAIR_S = 0.5, 10.0
 FLOAT_WEIGHTS = "float.safetensors"
 SECONDS_EACH = 0.5
 """Of measuring a file in a search; the front is measured for longer at its end."""
-DRIFT_RETRIES = 2
+DRIFT_RETRIES = 3
 DRIFT_PAUSE_S = 1.0
 LATELY = 7
 

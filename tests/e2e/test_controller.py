@@ -10,7 +10,7 @@ import optuna
 import pytest
 from tasks import SLOW_CALLS, Diary
 
-from autocompress.appraisals import Appraisals, Appraised
+from autocompress.appraisals import Appraisals
 from autocompress.controller import APPRAISED_A_TRIAL, APPRAISED_FIRST, Choice, Search
 from autocompress.data import SPLITS, Split
 from autocompress.devices.timing import MOST_DRIFT

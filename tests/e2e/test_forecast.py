@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -63,6 +64,15 @@ def test_a_budget_just_out_of_reach_is_refused_once_the_device_is_known(setting)
     assert f"the time goes to {caught.value.binds}" in caught.value.hint
     found.limits = Budget.parse(re.search(r"--budget (\S+?)[;,]", caught.value.hint)[1])
     found.require_feasible(found.pool(0, 2.0))
+
+
+@pytest.mark.parametrize(("spread", "counted"), [(1.0, 1.0), (1.03, 1.03), (1.4, 1.05)], ids=["exact", "wide", "noisy"])
+def test_a_prediction_is_judged_by_the_upper_end_of_an_interval_as_wide_as_the_originals(setting, spread, counted):
+    latency = setting.baseline.latency_s
+    wide = replace(setting.baseline, latency_s=latency.model_copy(update={"high": spread * latency.median}))
+    found = forecast(replace(setting, baseline=wide))
+    found.limits = Budget(latency_s=1e-3)
+    assert found.violation(found.original, 1e-3) == pytest.approx(counted - 1)
 
 
 def test_what_binds_is_said_before_anything_was_measured(setting):
