@@ -112,11 +112,11 @@ def test_where_a_policy_was_trained_in_vain_the_next_is_elsewhere(search, pool, 
 
 def test_what_is_not_appraised_is_chosen_by_its_promise_spread_over_the_latencies(search, pool):
     first = search._structure(pool)
-    assert first.policy == max(search._promising(pool, [], MOST_DRIFT), key=lambda p: p.promise).policy
-    assert first.policy in search.appraisals
+    promising = search._promising(pool, [], MOST_DRIFT)
+    assert search.appraisals.of(first.policy).proposal.promise == pytest.approx(max(p.promise for p in promising))
     trained(search, first.policy, 1e-3, predicted_latency_s=search.forecast.predict(first.policy))
     second = search._structure(pool)
-    assert search.forecast.predict(second.policy).value < 0.8 * search.forecast.predict(first.policy).value, "no twin of the first"
+    assert search.forecast.predict(second.policy).value < 0.9 * search.forecast.predict(first.policy).value, "no twin of the first"
 
 
 def test_structures_are_appraised_before_anything_is_trained_and_optuna_suggests_most_of_them(search, pool, monkeypatch):
@@ -138,6 +138,7 @@ def test_the_unchanged_network_in_int8_costs_nothing_where_it_is_over_the_budget
     int8 = search.forecast.predict(Policy(quant=QuantSpec(bits=8)))
     search.forecast.limits = Budget(latency_s=0.99 * (int8.value if known else int8.low))
     if known:
+        search.forecast.networks = dict(search.forecast.networks)
         search.forecast._note(Policy(quant=QuantSpec(bits=8)), int8.value)
     search._evaluate_unchanged()
     assert not search.journal.outcomes
