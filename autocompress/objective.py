@@ -149,13 +149,12 @@ def realise(
     started = time.monotonic()
     known = {"id": id, "policy": policy, "rung": rung, "predicted_latency_s": predicted, "worth": worth}
     stage, training_s = "compress", 0.0
-    likeness = worth if worth is not None and setting.one_architecture else 0.0  # elsewhere worth is a promise
     shutil.rmtree(setting.models / id, ignore_errors=True)  # of a run that was interrupted, perhaps of another policy
     try:
         student = build_student(setting.graph_of(policy), policy)
         stage = "train"
         begun = time.monotonic()
-        student = _trained(setting, student, policy, id, rung, deadline, continues, tick, likeness=likeness)
+        student = _trained(setting, student, policy, id, rung, deadline, continues, tick)
         training_s = time.monotonic() - begun
         stage = "export"
         manifest = setting.write(setting.models / id, student, policy)
@@ -189,8 +188,6 @@ def _trained(
     deadline: float,
     continues: str | None,
     tick: Tick | None,
-    *,
-    likeness: float,
 ) -> fx.GraphModule:
     """Train a student of another shape; the teacher in fewer bits is calibrated first, and trained through them on the full rung."""
     reshaped = changes_shape(setting, policy)
@@ -207,7 +204,7 @@ def _trained(
         seed=setting.seed,
         calibration=setting.calibration,
         quant_fraction=TrainPlan.quant_fraction if reshaped else 1.0,
-        likeness=1.0 if continued or not reshaped else likeness if policy.student.reference is None else None,
+        to_learn=setting.teacher.distance(student) if needs_training else 0.0,
     )
     classifies = setting.data.loss is None  # a loss of one's own has a unit of its own, beside which features have no known weight
     shared = shared_features(setting.graph_of(policy), policy) if classifies else None

@@ -20,9 +20,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
-from repair import examples, shared_answers, students
+from repair import examples, students
 
-import autocompress.compress.train as training
 from autocompress.compress.repair import repair
 from autocompress.compress.student import build_student, shared_features
 from autocompress.compress.teacher import Teacher
@@ -39,6 +38,8 @@ from autocompress.sources import load_data
 
 RESULTS = Path(__file__).parent / "results"
 SCORED = 2000
+RATES = {"demo": LEARNING_RATE, "resnet20": 0.1, "resnet56": 0.1}
+"""Peak learning rates of a search of each."""
 
 
 def trained(name: str) -> tuple[nn.Module, Data]:
@@ -55,11 +56,11 @@ def trained(name: str) -> tuple[nn.Module, Data]:
 
 def table(rows: list[dict], shares: list[float]) -> str:
     """Markdown: a line for each student and number of steps."""
-    lines = ["| student | likeness | untrained | steps | " + " | ".join(f"x {share:g}" for share in shares) + " |"]
+    lines = ["| student | distance | untrained | steps | " + " | ".join(f"x {share:g}" for share in shares) + " |"]
     lines.append("|---" * (4 + len(shares)) + "|")
     for row in rows:
         scores = " | ".join(f"{100 * score:.1f} %" for score in row["scores"])
-        lines.append(f"| {row['student']} | {row['likeness']:.2f} | {100 * row['untrained']:.1f} % | {row['steps']} | {scores} |")
+        lines.append(f"| {row['student']} | {row['distance']:.2f} | {100 * row['untrained']:.1f} % | {row['steps']} | {scores} |")
     return "\n".join(lines) + "\n"
 
 
@@ -77,14 +78,14 @@ def main() -> None:
     for name, policy in students(graph):
         student = build_student(graph, policy)
         repair(student, graph, policy, inputs)
-        known = {"student": name, "likeness": shared_answers(graph, student, data)}
+        known = {"student": name, "distance": teacher.distance(student)}
         known["untrained"] = score_model(copy.deepcopy(student), data, val).value
         lesson = Lesson(teacher, DistillSpec(), shared_features(graph, policy))
         for steps in map(int, options.steps.split(",")):
             scores = []
             for share in shares:
-                training._gentleness = lambda likeness, steps, share=share: share
-                scores.append(score_model(train(copy.deepcopy(student), data, TrainPlan(steps), lesson=lesson), data, val).value)
+                plan = TrainPlan(steps, learning_rate=share * RATES[options.model])
+                scores.append(score_model(train(copy.deepcopy(student), data, plan, lesson=lesson), data, val).value)
             rows.append(known | {"steps": steps, "scores": scores})
             print(rows[-1], flush=True)
     machine = open_device("onnxruntime:cpu?threads=1").environment()

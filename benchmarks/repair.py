@@ -28,7 +28,7 @@ from autocompress.compress.repair import examples_for, repair
 from autocompress.compress.student import build_student, shared_features
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import CALIBRATION_INPUTS, Lesson, TrainPlan, train
-from autocompress.data import Data, sample
+from autocompress.data import Data
 from autocompress.devices import open_device
 from autocompress.evaluate import score_model
 from autocompress.graph import Graph
@@ -71,26 +71,18 @@ def settle(student: nn.Module, inputs: torch.Tensor) -> nn.Module:
     return student.eval()
 
 
-@torch.no_grad()
-def shared_answers(graph: Graph, student: nn.Module, data: Data) -> float:
-    """Likeness to the teacher, as a search knows it of its structures."""
-    inputs = torch.cat([inputs for inputs, _ in data.batches(sample(data.val, 512), 128)])
-    return float(torch.minimum(student(inputs).softmax(1), graph.module(inputs).softmax(1)).sum(1).mean())
-
-
 def run(graph: Graph, policy: Policy, data: Data, teacher: Teacher, way: str, seconds: float, seed: int) -> dict[str, float]:
     """Test accuracy after so many seconds."""
     deadline, inputs = time.monotonic() + seconds, examples(graph, data)
-    student, repair_s, likeness = build_student(graph, policy), 0.0, None
+    student, repair_s = build_student(graph, policy), 0.0
     if way == "repaired":
         started = time.monotonic()
         repair(student, graph, policy, inputs)
         repair_s = time.monotonic() - started
-        likeness = shared_answers(graph, student, data)
     elif not seconds:
         settle(student, inputs)
     if seconds:
-        plan = TrainPlan(10**9, deadline, seed=seed, likeness=likeness)
+        plan = TrainPlan(10**9, deadline, seed=seed, to_learn=teacher.distance(student))
         train(student, data, plan, lesson=Lesson(teacher, DistillSpec(), shared_features(graph, policy)))
     return {"test_accuracy": score_model(student, data, data.test).value, "repair_s": repair_s}
 

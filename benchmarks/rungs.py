@@ -130,7 +130,7 @@ def tried(bench: Bench, policy: Policy) -> dict[str, float]:
         known["likeness_512"] = shared(likeness.answers(student.eval()), wanted)
     lesson = Lesson(setting.teacher, policy.distill, shared_features(graph, policy))
     for steps in bench.steps:
-        plan = TrainPlan(steps, learning_rate=setting.learning_rate, seed=bench.seed, likeness=known["likeness"])
+        plan = TrainPlan(steps, learning_rate=setting.learning_rate, seed=bench.seed, to_learn=setting.teacher.distance(student))
         trained = train(copy.deepcopy(student), data, plan, lesson=lesson)
         known[f"score_{steps}"] = score_model(trained, data, sample(data.test, SCORED)).value
     return known

@@ -24,6 +24,8 @@ LEAST_VIEWS = 4
 BATCH = 256
 BATCH_BYTES = 2**28
 """Of the inputs of a batch: what a network computes of them takes several times as much."""
+COMPARED = 256
+"""Inputs that tell how far a student is from its teacher."""
 TIMED_BATCHES = 4
 FEW, HOPELESS = 16, 8.0
 """A first guess from so few inputs is off by that factor at most."""
@@ -65,6 +67,19 @@ class Teacher:
             kept = self._kept[view] = _Kept.room_for(n, answers)
         kept.put(indices, answers)
         return answers
+
+    @torch.no_grad()
+    def distance(self, student: nn.Module) -> float:
+        """How far a student is from its teacher, from 0 to 1, on some training inputs; it is left in eval mode.
+
+        Of classifiers the share of decisions that differ, of other networks the squared difference relative to the variance.
+        """
+        indices = torch.arange(min(COMPARED, self._batch, len(self._data.train)))
+        inputs = self._data.view(indices, 0, self._seed)
+        wanted, answers = self.answers(indices, inputs, 0).outputs, student.eval()(inputs).float()
+        if self._data.classes is not None:
+            return float((answers.argmax(1) != wanted.argmax(1)).float().mean())
+        return float(((answers - wanted).square().mean() / wanted.var().clamp_min(torch.finfo().tiny)).clamp_max(1.0))
 
     def prepare(self, seconds: float, tick: Callable[[int, int], None] | None = None) -> None:
         """Answer whole views ahead of training for about `seconds`, and let students cycle through these.

@@ -37,11 +37,9 @@ CALIBRATION_INPUTS, CALIBRATION_BATCH = 512, 64
 FEW_STEPS = 50
 """After fewer, the running statistics of batch norms are still those that training began with: 0.9 to the 50th is half a percent."""
 MOST_SETTLING = 16
-TOO_FEW_STEPS = 100
-"""Fewer undo more of what a student has of its teacher than they teach, unless they are small: `benchmarks/rates.py`."""
 WARM_STEPS, MUCH_TO_LEARN = 300, 0.15
-"""A student that answers like its teacher is trained at the full rates from so many steps on. Where so much of its answers differs it has
-more to learn than to lose."""
+"""A student that answers like its teacher is trained at the full rates from so many steps on: fewer undo more than they teach. Where so
+much of its answers differs it has more to learn than to lose (`benchmarks/rates.py`)."""
 FEATURE_SCALE = 25.0
 """Weight of the difference of features beside the loss of answers, which is T^2 times a divergence: 16 times at the default T = 4 only."""
 
@@ -59,8 +57,8 @@ class TrainPlan:
         learning_rate: scale of all peaks: SGD runs at SGD_SHARE of it, Muon at MUON_SHARE.
         quant_fraction: share of the steps at the end that run through fake quantization.
         calibration: inputs that int8 ranges are fitted to.
-        likeness: how much of its answers, from 0 to 1, the student has in common with its teacher at the start: the more it has to lose
-            the lower are rates where steps are few. None: it is not made of its teacher, and has nothing to lose.
+        to_learn: how far the student is from its teacher at the start, from 0 to 1 (`Teacher.distance`): the less it has to learn, the
+            lower are rates where there are fewer than WARM_STEPS.
     """
 
     steps: int
@@ -70,7 +68,7 @@ class TrainPlan:
     quant_fraction: float = 0.1
     calibration: int = CALIBRATION_INPUTS
     seed: int = 0
-    likeness: float | None = None
+    to_learn: float = 1.0
 
 
 def one_cycle(progress: float) -> float:
@@ -134,7 +132,7 @@ class _Steps:
 
     def __init__(self, plan: TrainPlan) -> None:
         self.total = plan.steps
-        self._likeness = plan.likeness
+        self._least = min(1.0, plan.to_learn / MUCH_TO_LEARN)
         self.done = 0
         self._started = time.monotonic()
         self._allowed = plan.deadline - self._started
@@ -150,15 +148,7 @@ class _Steps:
         """Fraction of the peak learning rates at this moment."""
         progress = self.progress
         expected = self.done / progress if progress else self.total
-        return one_cycle(progress) * _gentleness(self._likeness, expected)
-
-
-def _gentleness(likeness: float | None, steps: float) -> float:
-    """Fraction of the rates at which so many steps teach most."""
-    if likeness is None:
-        return 1.0
-    to_learn = math.sqrt(max(0.0, 1.0 - likeness) / MUCH_TO_LEARN)
-    return min(1.0, (steps / TOO_FEW_STEPS) ** 2, max(to_learn, steps / WARM_STEPS))
+        return one_cycle(progress) * min(1.0, max(self._least, expected / WARM_STEPS))
 
 
 def _run(model: nn.Module, data: Data, plan: TrainPlan, steps: _Steps, *, until: float, lesson: Lesson | None, tick: Tick | None) -> None:

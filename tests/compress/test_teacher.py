@@ -1,5 +1,6 @@
 """Cached answers are the answers."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -31,8 +32,8 @@ def view(indices, epoch, seed=0):
     return torch.stack(rows)
 
 
-def make(cache_bytes=10 * EPOCH_BYTES, classifier=None, most=256):
-    data = SimpleNamespace(train=range(N), view=view, at_most=lambda n, limit: min(n, most))
+def make(cache_bytes=10 * EPOCH_BYTES, classifier=None, most=256, classes=CLASSES):
+    data = SimpleNamespace(train=range(N), view=view, at_most=lambda n, limit: min(n, most), classes=classes)
     return Teacher(Counting().eval(), data, classifier=classifier, cache_bytes=cache_bytes)
 
 
@@ -128,3 +129,24 @@ def test_answers_can_be_targets_of_any_loss():
     weights = torch.ones(CLASSES, requires_grad=True)
     torch.nn.functional.mse_loss(answers.outputs * weights, answers.outputs).backward()
     assert weights.grad is not None
+
+
+@pytest.mark.parametrize("classes", [CLASSES, None], ids=["classes", "numbers"])
+def test_a_student_is_as_far_from_its_teacher_as_their_answers(classes):
+    teacher = make(classes=classes)
+    same, other = copy.deepcopy(teacher.model).train(), copy.deepcopy(teacher.model)
+    with torch.no_grad():
+        other.linear.weight.neg_()
+        other.linear.bias.neg_()
+    assert teacher.distance(same) == pytest.approx(0.0, abs=TOLERANCE)
+    assert not same.training
+    assert teacher.distance(other) == 1.0
+
+
+def test_the_distance_of_decisions_is_the_share_that_differs():
+    teacher = make()
+    last = copy.deepcopy(teacher.model)
+    with torch.no_grad():
+        last.linear.bias[CLASSES - 1] += 1e3
+    decisions = teacher.answers(torch.arange(N), view(range(N), 0), 0).outputs.argmax(1)
+    assert teacher.distance(last) == pytest.approx(float((decisions != CLASSES - 1).float().mean()))
