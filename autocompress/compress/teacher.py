@@ -7,6 +7,7 @@ one teacher: what the first one paid for, the others read. Students that train f
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from autocompress.compress.arithmetic import fast_arithmetic
 from autocompress.compress.distill import Answers, observe
-from autocompress.data import Data
+from autocompress.data import Data, sample
 
 CACHE_BYTES = 2 * 2**30
 MOST_VIEWS = 16
@@ -25,7 +26,7 @@ BATCH = 256
 BATCH_BYTES = 2**28
 """Of the inputs of a batch: what a network computes of them takes several times as much."""
 COMPARED = 256
-"""Inputs that tell how far a student is from its teacher."""
+"""Validation inputs that tell how far a student is from its teacher."""
 TIMED_BATCHES = 4
 FEW, HOPELESS = 16, 8.0
 """A first guess from so few inputs is off by that factor at most."""
@@ -70,16 +71,21 @@ class Teacher:
 
     @torch.no_grad()
     def distance(self, student: nn.Module) -> float:
-        """How far a student is from its teacher, from 0 to 1, on some training inputs; it is left in eval mode.
+        """How far a student is from its teacher on inputs as they are deployed, from 0 to 1; it is left in eval mode.
 
         Of classifiers the share of decisions that differ, of other networks the squared difference relative to the variance.
         """
-        indices = torch.arange(min(COMPARED, self._batch, len(self._data.train)))
-        inputs = self._data.view(indices, 0, self._seed)
-        wanted, answers = self.answers(indices, inputs, 0).outputs, student.eval()(inputs).float()
+        inputs, wanted = self._held_out
+        answers = student.eval()(inputs.clone()).float()  # it may change them in place
         if self._data.classes is not None:
             return float((answers.argmax(1) != wanted.argmax(1)).float().mean())
         return float(((answers - wanted).square().mean() / wanted.var().clamp_min(torch.finfo().tiny)).clamp_max(1.0))
+
+    @functools.cached_property
+    def _held_out(self) -> tuple[Tensor, Tensor]:
+        """Some validation inputs, and the outputs for them."""
+        inputs = self._data.prepare(sample(self._data.val, min(COMPARED, self._batch)).inputs)
+        return inputs, self._answer(inputs).outputs
 
     def prepare(self, seconds: float, tick: Callable[[int, int], None] | None = None) -> None:
         """Answer whole views ahead of training for about `seconds`, and let students cycle through these.
