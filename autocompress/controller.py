@@ -177,7 +177,7 @@ class Search(Findings):
         return original.gain - share * abs(original.gain) if original is not None else -math.inf
 
     def _evaluate_unchanged(self) -> None:
-        """The teacher itself in int8, where the device has kernels for it: a free point, and the reference of every search."""
+        """The teacher itself in int8, where the device has kernels for it and it may be within the budget: a point for little."""
         profile = self.setting.device.profile
         if 8 not in profile.bits or self.clock.left <= 0 or any(o.rung == "unchanged" for o in self.journal.outcomes):
             return

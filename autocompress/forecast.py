@@ -107,17 +107,19 @@ class Forecast:
     def violation(self, workload: Workload, latency_s: float, budget: Budget | None = None) -> float:
         """Relative excess over the budget as predicted; the file is larger than its weights by as much as the baseline's.
 
-        A latency is uncertain, and has a tail, by as much as the baseline's; more than drift goes unnoticed is taken for noise.
         A network whose weights no file can hold is over every budget.
         """
         if workload.weight_bytes > MOST_WEIGHT_BYTES:
             return workload.weight_bytes / MOST_WEIGHT_BYTES - 1
         baseline = self.setting.baseline
         overhead = baseline.size_bytes - self.original.weight_bytes
-        measured = baseline.latency_s
-        high = latency_s * min(measured.high / measured.median, 1 + MOST_DRIFT)
-        p95 = latency_s * measured.p95 / measured.median
-        return (budget or self.budget).violation(high, workload.weight_bytes + max(0, overhead), p95)
+        p95 = latency_s * baseline.latency_s.p95 / baseline.latency_s.median
+        return (budget or self.budget).violation(latency_s, workload.weight_bytes + max(0, overhead), p95)
+
+    def upper(self, latency_s: float) -> float:
+        """The upper end of an interval around it as wide as the original's, which is what a budget limits; beyond drift it is noise."""
+        measured = self.setting.baseline.latency_s
+        return latency_s * min(measured.high / measured.median, 1 + MOST_DRIFT)
 
     def proposal(self, policy: Policy, params: dict[str, Any]) -> Proposal:
         return self.proposals([policy], [params])[0]
@@ -203,7 +205,7 @@ class Forecast:
     def again(self, pool: Sequence[Proposal], *, margin: float = 0.0) -> list[Proposal]:
         """The pool with latencies as predicted by now, without what is over the budget, or would be if it were slower by `margin`."""
         now = [replace(p, latency_s=self.latency_s(p)) for p in pool]
-        return [p for p in now if self.violation(p.workload, (1 + margin) * p.latency_s) <= 0]
+        return [p for p in now if self.violation(p.workload, self.upper((1 + margin) * p.latency_s)) <= 0]
 
     def excess(self, proposal: Proposal, *, measuring: bool = True) -> float:
         """Relative excess of a policy over the budget; where its prediction leaves that open, the untrained network is measured.
@@ -212,7 +214,7 @@ class Forecast:
         """
         known = self._measured(proposal.policy)
         if known is not None:
-            return self.violation(proposal.workload, known)
+            return self.violation(proposal.workload, self.upper(known))
         predicted = self.model.predict(proposal.workload)
         least = self.violation(proposal.workload, predicted.low)
         if not measuring or least > 0 or self.violation(proposal.workload, predicted.high) <= 0:

@@ -41,7 +41,7 @@ REPAIR_SHARE, LEAST_REPAIR_S = 0.5, 10.0
 """Of a student's training time, at most, for its repair; and what it may take in any case: half repaired it would be worth little."""
 FLOAT_WEIGHTS = "float.safetensors"
 SECONDS_EACH = 0.5
-"""Of measuring a file in a search; the front is measured for longer at its end."""
+"""Of measuring a file in a search, at least; every figure that is reported comes from the front, measured for longer at its end."""
 DRIFT_RETRIES = 3
 DRIFT_PAUSE_S = 1.0
 LATELY = 7
@@ -204,7 +204,7 @@ def _trained(
         seed=setting.seed,
         calibration=setting.calibration,
         quant_fraction=TrainPlan.quant_fraction if reshaped else 1.0,
-        to_learn=setting.teacher.distance(student) if needs_training else 0.0,
+        to_learn=setting.teacher.distance(student, setting.calibration) if needs_training else 0.0,
     )
     classifies = setting.data.loss is None  # a loss of one's own has a unit of its own, beside which features have no known weight
     shared = shared_features(setting.graph_of(policy), policy) if classifies else None

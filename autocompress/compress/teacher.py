@@ -7,7 +7,6 @@ one teacher: what the first one paid for, the others read. Students that train f
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,6 +49,7 @@ class Teacher:
         self._batch = data.at_most(BATCH, BATCH_BYTES)
         self._cache_bytes = cache_bytes
         self._kept: dict[int, _Kept] = {}
+        self._held_out: tuple[Tensor, Tensor] | None = None
 
     def view(self, epoch: int) -> int:
         """The view of the data that students see in this epoch."""
@@ -70,22 +70,28 @@ class Teacher:
         return answers
 
     @torch.no_grad()
-    def distance(self, student: nn.Module) -> float:
-        """How far a student is from its teacher on inputs as they are deployed, from 0 to 1; it is left in eval mode.
+    def distance(self, student: nn.Module, most: int = COMPARED) -> float:
+        """How far a student is from its teacher on inputs as they are deployed, from 0 to 1; it is left in eval mode, on the CPU.
 
-        Of classifiers the share of decisions that differ, of other networks the squared difference relative to the variance.
+        Of classifiers the share of decisions that differ, of other networks the squared difference relative to the variance. 1 where the
+        student cannot answer, for want of memory. `most` limits the inputs: the first call decides.
         """
-        inputs, wanted = self._held_out
-        answers = student.eval()(inputs.clone()).float()  # it may change them in place
+        inputs, wanted = self._held_out or self._answered(min(most, COMPARED))
+        self._held_out = inputs, wanted
+        student.eval()
+        try:
+            with fast_arithmetic(torch.device("cpu")):
+                answers = torch.cat([student(part.clone()).float() for part in inputs.split(self._batch)])  # it may change them in place
+        except RuntimeError:
+            return 1.0
         if self._data.classes is not None:
             return float((answers.argmax(1) != wanted.argmax(1)).float().mean())
         return float(((answers - wanted).square().mean() / wanted.var().clamp_min(torch.finfo().tiny)).clamp_max(1.0))
 
-    @functools.cached_property
-    def _held_out(self) -> tuple[Tensor, Tensor]:
+    def _answered(self, n: int) -> tuple[Tensor, Tensor]:
         """Some validation inputs, and the outputs for them."""
-        inputs = self._data.prepare(sample(self._data.val, min(COMPARED, self._batch)).inputs)
-        return inputs, self._answer(inputs).outputs
+        inputs = self._data.prepare(sample(self._data.val, n).inputs)
+        return inputs, torch.cat([self._answer(part).outputs for part in inputs.split(self._batch)])
 
     def prepare(self, seconds: float, tick: Callable[[int, int], None] | None = None) -> None:
         """Answer whole views ahead of training for about `seconds`, and let students cycle through these.

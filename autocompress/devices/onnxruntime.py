@@ -33,7 +33,7 @@ LOCK_POLL_S = 0.05
 
 
 class OnnxRuntimeCpu(Device):
-    """Runs ONNX files in a child process, and measures them there with a fixed number of threads."""
+    """Runs ONNX files in child processes, and measures them in one with a fixed number of threads."""
 
     def __init__(self, threads: int = 1) -> None:
         if importlib.util.find_spec("onnxruntime") is None:

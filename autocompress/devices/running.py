@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import IO
 
@@ -26,71 +26,108 @@ AT_ONCE_S = 0.05
 ALONE_S = 0.5
 """Until then a process works alone: another one takes about as long to start."""
 MOST_PROCESSES = 16
-PROCESS_BYTES, PROCESS_FILES = 2**29, 4
-"""What a process may take in memory, about: so much, and the size of its file so many times."""
+Batches = list[tuple[int, np.ndarray]]
+"""Each with its number."""
 
 
 def outputs_of(path: Path, threads: int, batches: Iterable[np.ndarray]) -> np.ndarray:
     """First output of a file for each batch of inputs, one below the other.
 
+    A helper that fails costs nothing but time: the first process does its batches too.
     Raises PolicyFailure when the runtime cannot run the file, crashes or hangs.
     """
     work, begun = _Work(batches), time.monotonic()
     helpers: list[Future[None]] = []
-    count = _affordable(path, threads) - 1
-    with ThreadPoolExecutor(max(1, count)) as pool:
+    with ThreadPoolExecutor(MOST_PROCESSES) as pool:
         try:
-            for _ in _journeys(path, threads, work):
-                if not helpers and time.monotonic() - begun > ALONE_S:
-                    helpers = [pool.submit(_help, path, threads, work) for _ in range(count)]
-            for helper in helpers:
-                helper.result()
+            while True:
+                for child in _journeys(path, threads, work):
+                    if not helpers and time.monotonic() - begun > ALONE_S:
+                        helpers = [pool.submit(_help, path, threads, work) for _ in range(_helpers(child.pid, threads))]
+                if not work.is_broken:
+                    wait(helpers)
+                if not work.is_left:
+                    return work.outputs()
         finally:
             work.end()
-    return work.outputs()
 
 
-def _affordable(path: Path, threads: int) -> int:
-    """Processes that the machine has cores and memory for."""
-    size = path.stat().st_size if path.is_file() else 0
-    room = psutil.virtual_memory().available // (PROCESS_BYTES + PROCESS_FILES * size)
-    return max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) // threads, room))
+def _helpers(pid: int, threads: int) -> int:
+    """Processes like this one that the machine has cores and memory for, beside it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        room = psutil.virtual_memory().available // max(1, psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return 0
+    return max(0, min(MOST_PROCESSES, cores // threads - 1, room // 2))
 
 
 class _Work:
-    """Batches that several threads take in turns, and what became of them."""
+    """Batches that several threads take in turns, the processes that they give them to, and what became of them."""
 
     def __init__(self, batches: Iterable[np.ndarray]) -> None:
         self._waiting = enumerate(batches)
+        self._back: Batches = []
         self._done: dict[int, np.ndarray] = {}
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._error: BaseException | None = None
         self._lock = threading.Lock()
 
-    def take(self, n: int) -> tuple[int, list[np.ndarray]]:
-        """(the number of the first, up to `n` batches): none when all are taken."""
+    def take(self, n: int) -> Batches:
+        """Up to `n` batches; none when all are taken, or the next one could not be made."""
         with self._lock:
-            taken = list(itertools.islice(self._waiting, n))
-        return (taken[0][0] if taken else 0), [batch for _, batch in taken]
+            taken, self._back = self._back[:n], self._back[n:]
+            try:
+                taken += itertools.islice(self._waiting, n - len(taken))
+            except BaseException as error:  # whatever makes the inputs; `outputs` raises it
+                self._error = error
+                self._waiting, taken = enumerate(()), []
+        return taken
 
-    def put(self, first: int, outputs: np.ndarray) -> None:
-        """Outputs of the batches that were taken together, as batches x rows x ..."""
-        self._done[first] = outputs.reshape(-1, *outputs.shape[2:])
+    def give_back(self, taken: Batches) -> None:
+        """Batches that a process failed over."""
+        with self._lock:
+            self._back += taken
+
+    @property
+    def is_left(self) -> bool:
+        """Whether batches were given back, and nobody has done them since."""
+        return bool(self._back) and not self.is_broken
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether what makes the inputs has raised something."""
+        return self._error is not None
+
+    def put(self, taken: Batches, outputs: np.ndarray) -> None:
+        """Outputs of the batches, as batches x rows x ..."""
+        self._done.update(zip((number for number, _ in taken), outputs, strict=True))
+
+    def employ(self, child: subprocess.Popen[bytes]) -> None:
+        """A process that is given batches, to be ended with the work."""
+        self._children.append(child)
 
     def end(self) -> None:
-        """Nobody is given anything any more."""
+        """Nobody is given anything any more, and no process goes on with what it was given."""
         with self._lock:
-            self._waiting = enumerate(())
+            self._waiting, self._back = enumerate(()), []
+        for child in self._children:
+            child.kill()
 
     def outputs(self) -> np.ndarray:
-        """Of all batches, in their order."""
-        return np.concatenate([self._done[first] for first in sorted(self._done)])
+        """Of all batches, in their order. Raises what the inputs raised."""
+        if self._error is not None:
+            raise self._error
+        return np.concatenate([self._done[number] for number in sorted(self._done)])
 
 
 def _help(path: Path, threads: int, work: _Work) -> None:
-    for _ in _journeys(path, threads, work):
-        pass
+    with contextlib.suppress(PolicyFailure, OSError):  # no memory, no more processes: the first one is there
+        for _ in _journeys(path, threads, work):
+            pass
 
 
-def _journeys(path: Path, threads: int, work: _Work) -> Iterator[None]:
+def _journeys(path: Path, threads: int, work: _Work) -> Iterator[subprocess.Popen[bytes]]:
     """Take more and more batches at once to a process of its own, until those of one journey take AT_ONCE_S. Raises PolicyFailure."""
     at_once, line = 1, processes.line({"kind": "run", "path": str(path), "threads": threads}).encode()
     with tempfile.TemporaryFile() as complaints:
@@ -98,18 +135,19 @@ def _journeys(path: Path, threads: int, work: _Work) -> Iterator[None]:
             processes.COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, env=processes.environment()
         )
         assert child.stdin is not None
+        work.employ(child)
         with child:
             try:
-                while (taken := work.take(at_once))[1]:
-                    first, inputs = taken
+                while taken := work.take(at_once):
                     begun = time.monotonic()
-                    outputs = _answer(child, line, np.stack(inputs))
+                    outputs = _answer(child, line, np.stack([batch for _, batch in taken]))
                     line = b""
                     if outputs is None:
+                        work.give_back(taken)
                         raise _stopped(child, path, time.monotonic() - begun, complaints)
-                    work.put(first, outputs)
+                    work.put(taken, outputs)
                     at_once *= 2 if time.monotonic() - begun < AT_ONCE_S else 1
-                    yield
+                    yield child
             finally:
                 child.kill()
                 with contextlib.suppress(BrokenPipeError):  # what it has not read

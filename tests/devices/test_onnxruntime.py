@@ -97,7 +97,7 @@ def test_outputs_are_those_of_the_runtime_in_the_order_of_the_inputs(device, tmp
 def test_several_processes_share_the_batches_and_keep_their_order(device, tmp_path, monkeypatch):
     monkeypatch.setattr(running, "ALONE_S", 0.0)
     monkeypatch.setattr(running, "AT_ONCE_S", 0.0)
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(running, "_helpers", lambda pid, threads: 2)
     onnx.save(linear_model(4, inputs=[2, 4]), tmp_path / "two.onnx")
     batches = [np.random.default_rng(seed).standard_normal((2, 4), dtype=np.float32) for seed in range(200)]
     seen = []
@@ -129,13 +129,62 @@ def test_what_the_inputs_raise_ends_all_processes(device, tiny, monkeypatch, fai
     assert not [p for p in psutil.Process().children() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_processes_are_as_many_as_cores_and_memory_allow(tiny, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert [running._affordable(tiny, threads) for threads in (1, 2, 4, 8)] == [6, 3, 1, 1]
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * running.PROCESS_BYTES + 2**20))
-    assert running._affordable(tiny, 1) == 2
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
-    assert running._affordable(tiny, 1) == 1
+def test_processes_are_as_many_as_cores_and_memory_allow(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(6))
+    size = psutil.Process().memory_info().rss
+    for available, expected in ((100, [5, 2, 0, 0]), (4.5, [2, 2, 0, 0]), (0, [0, 0, 0, 0])):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda available=available: SimpleNamespace(available=available * size))
+        assert [running._helpers(os.getpid(), threads) for threads in (1, 2, 4, 8)] == expected
+    assert running._helpers(2**22 + 1, 1) == 0, "it has ended"
+
+
+FIRST_ONLY = """
+import os, sys, signal
+sys.argv = ["child"]
+from pathlib import Path
+mark = Path({mark!r})
+if mark.exists():
+    sys.stdin.buffer.readline()
+    os.kill(os.getpid(), signal.SIGKILL)
+mark.touch()
+from autocompress.devices.child import main
+main()
+"""
+
+
+def test_what_a_helper_fails_over_is_done_by_the_first_process(device, tmp_path, monkeypatch, child):
+    monkeypatch.setattr(running, "ALONE_S", 0.0)
+    monkeypatch.setattr(running, "AT_ONCE_S", 0.0)
+    monkeypatch.setattr(running, "_helpers", lambda pid, threads: 2)
+    child(FIRST_ONLY.format(mark=str(tmp_path / "started")))
+    onnx.save(linear_model(4, inputs=[2, 4]), tmp_path / "two.onnx")
+    batches = [np.random.default_rng(seed).standard_normal((2, 4), dtype=np.float32) for seed in range(60)]
+
+    def slowly():
+        for batch in batches:
+            time.sleep(0.02)
+            yield batch
+
+    np.testing.assert_array_equal(device.run(tmp_path / "two.onnx", slowly()), np.concatenate(batches))
+
+
+def test_an_interruption_does_not_wait_for_helpers(device, tmp_path, monkeypatch, child):
+    """One that hangs is ended at once."""
+    monkeypatch.setattr(running, "ALONE_S", 0.0)
+    monkeypatch.setattr(running, "_helpers", lambda pid, threads: 1)
+    child(FIRST_ONLY.format(mark=str(tmp_path / "started")).replace("os.kill(os.getpid(), signal.SIGKILL)", "import time; time.sleep(60)"))
+    onnx.save(linear_model(4, inputs=[2, 4]), tmp_path / "two.onnx")
+    begun = time.monotonic()
+
+    def batches():
+        while time.monotonic() < begun + 3.0:
+            time.sleep(0.02)
+            yield np.zeros((2, 4), np.float32)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        device.run(tmp_path / "two.onnx", batches())
+    assert time.monotonic() - begun < 20.0
 
 
 @pytest.mark.parametrize("rows", [1, 100_000], ids=["small", "more than a pipe holds"])

@@ -71,8 +71,11 @@ def test_a_prediction_is_judged_by_the_upper_end_of_an_interval_as_wide_as_the_o
     latency = setting.baseline.latency_s
     wide = replace(setting.baseline, latency_s=latency.model_copy(update={"high": spread * latency.median}))
     found = forecast(replace(setting, baseline=wide))
-    found.limits = Budget(latency_s=1e-3)
-    assert found.violation(found.original, 1e-3) == pytest.approx(counted - 1)
+    assert found.upper(1e-3) == pytest.approx(counted * 1e-3)
+    proposal = found.proposal(Policy(), {})
+    for limit, within in ((0.999, False), (1.001, True)):
+        found.limits = Budget(latency_s=limit * counted * found.latency_s(proposal))
+        assert bool(found.again([proposal])) is within
 
 
 def test_what_binds_is_said_before_anything_was_measured(setting):

@@ -321,3 +321,14 @@ def test_a_model_that_takes_one_batch_size_only_is_refused(data, tmp_path):
     with pytest.raises(UsageError, match=r"must take inputs of shape \(2, 3, 8, 8\)") as caught:
         ready(Flat().eval(), data, tmp_path / "run")
     assert "x.flatten(1)" in caught.value.hint
+
+
+def test_how_gently_a_student_is_trained_follows_from_its_distance_to_the_teacher(net, data, tmp_path, monkeypatch):
+    plans = []
+    setting = ready(net, data, tmp_path / "run")
+    group = next(group for group in setting.graphs[None].groups if group.prunable)
+    monkeypatch.setattr("autocompress.objective.train_quantized", lambda student, quant, data, plan, **_: plans.append(plan) or student)
+    monkeypatch.setattr(type(setting.teacher), "distance", lambda self, student, most: 0.03)
+    policy = Policy(prune=PruneSpec(ratios={group.name: 0.5}))
+    realise(setting, policy, id="00000", rung="short", deadline=time.monotonic() + 5.0)
+    assert [plan.to_learn for plan in plans] == [0.03]
