@@ -121,6 +121,7 @@ def test_what_is_not_appraised_is_chosen_by_its_promise_spread_over_the_latencie
 
 def test_structures_are_appraised_before_anything_is_trained_and_optuna_suggests_most_of_them(search, pool, monkeypatch):
     monkeypatch.setattr("autocompress.schedule.APPRAISAL_SHARE", 0.25)
+    monkeypatch.setattr(Search, "_leading", lambda self: [])
     search.run = search.setting.models.parent
     search.appraise(pool)
     found = search.appraisals.within_budget()
