@@ -41,7 +41,7 @@ REPAIR_SHARE, LEAST_REPAIR_S = 0.5, 10.0
 """Of a student's training time, at most, for its repair; and what it may take in any case: half repaired it would be worth little."""
 FLOAT_WEIGHTS = "float.safetensors"
 SECONDS_EACH = 0.5
-"""Of measuring a file in a search, at least; every figure that is reported comes from the front, measured for longer at its end."""
+"""Of measuring a file in a search: half of what a figure deserves, since the front is measured again, for longer, at the end."""
 DRIFT_RETRIES = 3
 DRIFT_PAUSE_S = 1.0
 LATELY = 7

@@ -37,8 +37,7 @@ class Device(ABC):
     def run(self, path: Path, batches: Iterable[np.ndarray]) -> np.ndarray:
         """First output of a file for each batch of inputs, one below the other; batches are of the size that the file takes.
 
-        With the threads that it is measured with, perhaps in several processes; `batches` may be drawn in
-        other threads, one at a time.
+        With the threads that it is measured with, perhaps in several processes; `batches` may be drawn in other threads, one at a time.
         Raises PolicyFailure when the runtime cannot run the file, crashes or hangs.
         """
 
