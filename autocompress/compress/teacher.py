@@ -71,7 +71,7 @@ class Teacher:
 
     @torch.no_grad()
     def distance(self, student: nn.Module, most: int = COMPARED) -> float:
-        """How far a student is from its teacher on inputs as they are deployed, from 0 to 1. The student is on the CPU, and left in eval mode.
+        """How far a student is from its teacher on inputs as they are deployed, from 0 to 1; it is on the CPU, and left in eval mode.
 
         Of classifiers the share of decisions that differ, of other networks the squared difference relative to the variance. 1 where the
         student cannot answer, for want of memory. `most` limits the inputs: the first call decides.
