@@ -66,13 +66,16 @@ class Appraisals:
         return self._likeness(proposal.policy) if self.forecast.setting.one_architecture else self.promise(proposal)
 
     def recall(self) -> None:
-        """Take up what the trials of a resumed search say; what a function of the user's draws otherwise by now is left out."""
+        """Take up what the trials of a resumed search say; what a function of the user's draws otherwise by now is left out.
+
+        Of several policies of one structure the first is kept, as it was when they were appraised.
+        """
         for params, worth in self.journal.appraised():
             try:
                 proposal = self.forecast.proposal(self.forecast.suggest(FixedTrial(params)), params)
             except UsageError:
                 continue
-            self._known[self.forecast.structure(proposal.policy)] = Appraised(proposal, worth)
+            self._known.setdefault(self.forecast.structure(proposal.policy), Appraised(proposal, worth))
 
     def __len__(self) -> int:
         return len(self._known)

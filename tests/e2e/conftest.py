@@ -1,7 +1,23 @@
 """Whole searches: a cache of operator times that is thrown away, few networks to calibrate on, and little time to appraise."""
 
+from __future__ import annotations
+
+from dataclasses import replace
+
 import pytest
-from tasks import blobs, trained_net
+from running import TASK
+from tasks import SLOW_CALLS, blobs, trained_net
+
+from autocompress.controller import Search
+from autocompress.forecast import Forecast
+from autocompress.latency import FittedLatencyModel, OperatorTable
+from autocompress.preparation import load, prepare
+from autocompress.progress import SilentProgress
+from autocompress.records import Budget, Score
+from autocompress.schedule import Clock
+from autocompress.search_space import find_suggest
+from autocompress.study import open_journal
+from autocompress.testing.devices import FakeDevice
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -21,3 +37,24 @@ def data():
 @pytest.fixture(scope="session")
 def net(data):
     return trained_net(data)
+
+
+@pytest.fixture(scope="module")
+def forecast(net, data, tmp_path_factory):
+    setting = prepare(TASK, tmp_path_factory.mktemp("controller") / "run", load(TASK, model=net, data=data, device=FakeDevice(SLOW_CALLS)))
+    setting = replace(setting, baseline=replace(setting.baseline, val_score=Score(value=0.9)))
+    suggest = find_suggest("default", setting.graphs[None], setting.device.profile)
+    found = Forecast(setting, suggest, Budget(), FittedLatencyModel(OperatorTable()))
+    found.calibrate(4.0, 0, lambda *_: None)
+    return found
+
+
+@pytest.fixture(scope="module")
+def pool(forecast):
+    return forecast.pool(0, 4.0)
+
+
+@pytest.fixture
+def search(forecast, tmp_path):
+    journal = open_journal(tmp_path, TASK, resume=False)
+    return Search(TASK, tmp_path, journal, replace(forecast), Clock.start(60.0), SilentProgress(), points=[])

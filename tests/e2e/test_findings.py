@@ -1,0 +1,324 @@
+"""What a search has found, and its end: the front measured again and scored, files that are lost, what is said and what is resumed."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import replace
+
+import pytest
+from running import TASK, measurement, trained
+from tasks import SLOW_CALLS, Diary
+
+from autocompress.controller import Search
+from autocompress.data import SPLITS, Split
+from autocompress.errors import InfeasibleBudget, PolicyFailure, TooManyFailures
+from autocompress.final import measure_front, score_test
+from autocompress.forecast import Untrained
+from autocompress.objective import untrained
+from autocompress.policy import Policy, QuantSpec
+from autocompress.progress import SilentProgress
+from autocompress.records import Budget, Failure, Measurement, Outcome, Score
+from autocompress.schedule import FEWEST_EXAMPLES, Clock, Division
+from autocompress.session import _result
+from autocompress.task import Task
+from autocompress.testing.devices import FakeDevice
+
+
+class Worn(FakeDevice):
+    """Cannot run some files any more; everything else takes this time."""
+
+    def __init__(self, latency, broken=()):
+        super().__init__()
+        self.latency, self.broken, self.asked = latency, broken, []
+
+    def measure(self, paths, *, seconds_each=1.0):
+        self.asked.append([path.parent.name for path in paths])
+        if any(path.parent.name in self.broken for path in paths):
+            raise PolicyFailure("the runtime crashed with SIGSEGV")
+        return [self.latency] * len(paths)
+
+
+def with_device(search, device):
+    search.setting = replace(search.setting, device=device)
+
+
+def on_front(search, pool, n=3):
+    """Outcomes that are all on the front: the slower the more accurate, and all more so than the original."""
+    for index in range(n):
+        id = f"{index:05d}"
+        trained(search, pool[index].policy, 1e-3 * (index + 1), score=0.91 + 0.01 * index, id=id, artifact=f"models/{id}/model.onnx")
+
+
+def test_the_end_of_a_search_keeps_little_time_while_there_is_no_front_to_measure(search, pool):
+    """Seen where the original is slow and the search short: it ended with a quarter of its time unused, and nothing trained."""
+    search.clock = Clock.start(60.0, already=45.0).with_reserve(18.0)
+    assert search.clock.left == 0.0
+    assert 9.0 < search._left_for_short() < 15.0
+    assert search._room_for_short(time.monotonic() - 1.0, Division(5.0, 1.0))
+    trained(search, pool[0].policy, 1e-6)
+    assert search._left_for_short() == 0.0
+
+
+def test_a_file_that_can_no_longer_be_measured_leaves_the_front_and_the_search_goes_on(search, pool):
+    on_front(search, pool)
+    with_device(search, Worn(measurement(1e-3), broken=("00001",)))
+    measure_front(search)
+    failures = {o.id: o.failure for o in search.journal.outcomes if o.failure is not None}
+    assert {id: (f.stage, f.reason) for id, f in failures.items()} == {"00001": ("measure", "the runtime crashed with SIGSEGV")}
+    assert [o.id for o in search.front()] == ["00002"], "all take the same time now"
+
+
+def test_files_that_cannot_be_measured_together_are_measured_one_by_one(search, pool):
+    class Small(Worn):
+        def measure(self, paths, *, seconds_each=1.0):
+            if len(paths) > 2:
+                raise PolicyFailure("the runtime was killed: out of memory")
+            return super().measure(paths, seconds_each=seconds_each)
+
+    on_front(search, pool)
+    device = Small(measurement(7e-3))
+    with_device(search, device)
+    measure_front(search)
+    assert device.asked == [["baseline", f"0000{index}"] for index in range(3)]
+    assert [(o.latency_s.median, o.failure) for o in search.journal.outcomes] == [(7e-3, None)] * 3
+    assert search.setting.baseline.latency_s.median == 7e-3
+
+
+def test_the_less_time_is_left_the_shorter_the_front_is_measured(search, pool):
+    class Hasty(Worn):
+        def measure(self, paths, *, seconds_each=1.0):
+            self.asked.append(seconds_each)
+            return [self.latency] * len(paths)
+
+    on_front(search, pool)
+    asked = []
+    for already in (0.0, 56.0, 59.9):
+        search.clock = Clock.start(60.0, already=already)
+        device = Hasty(measurement(1e-3))
+        with_device(search, device)
+        measure_front(search)
+        asked.append(device.asked[0])
+    assert asked[0] == 1.5 > asked[1] > asked[2] == 0.3
+
+
+def test_a_file_that_was_lost_comes_back_when_it_is_intact_and_else_its_policy_may_be_tried_again(search, pool):
+    on_front(search, pool)
+    for id, proposal in zip(("00000", "00001"), pool, strict=False):
+        search.setting.write(search.run / "models" / id, untrained(search.setting, proposal.policy), proposal.policy)
+    (search.run / "models" / "00001" / "model.onnx").write_bytes(b"damaged")
+    with_device(search, Worn(measurement(1e-3), broken=("00000", "00001", "00002")))
+    measure_front(search)
+    assert search.front() == []
+    assert search.retry_failures() == 3
+    assert [(o.id, o.failure) for o in search.journal.outcomes] == [("00000", None)]
+    assert search.retry_failures() == 0
+
+
+@pytest.mark.parametrize(("score", "climbs"), [(0.899, False), (0.8, True)], ids=["spared", "hurt"])
+def test_the_unchanged_network_is_trained_only_where_its_bits_cost_accuracy(search, monkeypatch, score, climbs):
+    trained(search, Policy(quant=QuantSpec(bits=8)), 1e-3, score=score, id="int8", rung="unchanged")
+    asked = []
+
+    def realised(setting, policy, **known):
+        asked.append((known["id"], known["rung"]))
+        return Outcome(id=known["id"], policy=policy, rung="full", failure=Failure(stage="train", reason="not here"))
+
+    monkeypatch.setattr("autocompress.controller.realise", realised)
+    monkeypatch.setattr(search, "keep", lambda outcome: None)
+    search.full_rung()
+    assert asked == ([("int8-full", "full")] if climbs else [])
+
+
+def test_what_misses_a_95th_percentile_when_it_is_measured_again_is_no_longer_within_the_budget(search, pool):
+    """Although its median got faster."""
+    trained(search, pool[0].policy, 5e-3)
+    search.task = Task(model="own:net", data="own:blobs", search_time="60s", budget=("p95=6ms",))
+    search.forecast.limits = search.task.limits
+    with_device(search, Worn(measurement(4e-3, p95=7e-3)))
+    measure_front(search)
+    assert search.front() == []
+
+
+def test_what_was_measured_first_is_kept_beside_what_was_measured_last(search, pool):
+    trained(search, pool[0].policy, 5e-3)
+    with_device(search, Worn(measurement(4e-3)))
+    for _ in range(2):
+        measure_front(search)
+        (outcome,) = search.journal.outcomes
+        assert (outcome.latency_s.median, outcome.search_latency_s.median) == (4e-3, 5e-3)
+
+
+def test_a_part_of_the_test_split_is_scored_where_time_is_short_and_it_is_said(search, pool):
+    test = search.setting.data.test
+    search.clock, search.per_example_s, search.progress = Clock.start(60.0, already=60.0), 1.0, Diary()
+    score_test(search)
+    assert search.progress.messages[0].startswith(f"scoring {FEWEST_EXAMPLES} of {len(test)} test examples")
+    assert search.setting.baseline.test_score.n == FEWEST_EXAMPLES
+    search.clock = Clock.start(60.0)
+    score_test(search)
+    assert search.setting.baseline.test_score.n == FEWEST_EXAMPLES, "the same part when the search is resumed"
+
+
+def test_a_model_that_is_no_slower_than_usual_has_a_test_score_of_some_worth_even_beyond_the_deadline(search):
+    search.clock, search.per_example_s = Clock.start(60.0, already=61.0), 0.05
+    score_test(search)
+    assert search.setting.baseline.test_score.n == 0.05 * 60.0 / 0.05
+
+
+def test_a_file_that_cannot_be_scored_on_the_test_set_leaves_the_front(search, pool):
+    on_front(search, pool, 1)
+    score_test(search)
+    (lost,) = search.journal.outcomes
+    assert lost.failure.stage == "test"
+    assert search.setting.baseline.test_score is not None
+
+
+def test_the_cost_beside_training_is_what_it_was_as_a_rule(search, pool):
+    assert search._overhead() == 5.0
+    for index, (seconds, training) in enumerate([(30.0, 28.0), (90.0, 50.0), (33.0, 30.0)]):
+        trained(search, pool[index].policy, 1e-3, id=f"{index:05d}", seconds=seconds, training_s=training)
+    assert search._overhead() == 3.0
+
+
+@pytest.mark.parametrize(
+    ("score", "words"),
+    [(Score(value=0.8125), "81.25 %"), (Score(name="signal to noise", value=31.7, n=9), "31.7")],
+    ids=["share", "number"],
+)
+def test_a_score_is_told_in_percent_only_where_it_is_a_share(search, score, words):
+    search.progress = diary = Diary()
+    latency = Measurement(median=1e-3, low=1e-3, high=1e-3, p95=1e-3, n=9)
+    search.best = Outcome(id="00000", policy=Policy(), rung="short", val_score=score, latency_s=latency, artifact="a.onnx", size_bytes=9)
+    search.announce(search.best)
+    search.show("full training", 0, 1)
+    assert diary.messages[0].startswith(f"policy 00000: {words} {score.name}, 1 ms, ")
+    assert diary.best == f"{words} at 1 ms"
+
+
+@pytest.mark.parametrize(
+    ("classes", "score", "told"),
+    [(2, 0.5, True), (2, 0.6, False), (4, 0.27, True), (4, 0.3, False)],
+    ids=["coin", "two classes", "four, guessing", "four"],
+)
+def test_an_original_that_hardly_beats_guessing_is_asked_for_its_weights(search, monkeypatch, classes, score, told):
+    search.progress = diary = Diary()
+    data = search.setting.data
+    parts = {name: Split(part.inputs, part.targets % classes) for name in SPLITS for part in [getattr(data, name)]}
+    search.setting = replace(search.setting, data=replace(data, classes=classes, **parts))
+    monkeypatch.setattr("autocompress.controller.score_original", lambda setting: Score(value=score))
+    search.score_original()
+    assert any("hardly more than guessing" in message for message in diary.messages) == told
+
+
+def test_a_search_in_which_nothing_met_the_budget_says_how_fast_the_fastest_was(search, pool):
+    search.task = search.task.model_copy(update={"budget": ("1us",)})
+    search.forecast.limits, search.run = search.task.limits, search.setting.models.parent
+    trained(search, pool[0].policy, 2e-3)
+    trained(search, pool[1].policy, 1e-3, id="00001")
+    search.write_front()
+    with pytest.raises(InfeasibleBudget, match="the fastest policy took 1 ms") as caught:
+        _result(search)
+    assert caught.value.smallest_latency_s == 1e-3
+
+
+def test_a_search_in_which_nothing_could_be_measured_says_so(search):
+    search.task, search.run = search.task.model_copy(update={"budget": ("1us",)}), search.setting.models.parent
+    search.write_front()
+    with pytest.raises(InfeasibleBudget, match="no policy could be measured in time"):
+        _result(search)
+
+
+def test_a_file_within_the_budget_comes_before_a_better_one_of_the_same_policy_that_is_not(search, pool):
+    search.forecast.limits = Budget(latency_s=1e-3)
+    policy = pool[0].policy
+    trained(search, policy, 0.99e-3, score=0.7)
+    trained(search, policy, 1.01e-3, score=0.8, id="00000-full", rung="full")
+    assert [o.id for o in search.outcomes()] == ["00000"]
+    search.forecast.limits = Budget()
+    assert [o.id for o in search.outcomes()] == ["00000-full"]
+
+
+def test_a_resumed_search_knows_the_original_as_it_was_measured_beside_the_others(search, forecast):
+    found = {"latency_s": measurement(3.0), "val_score": Score(value=0.8), "test_score": Score(value=0.7)}
+    search.keep_original(replace(search.setting.baseline, **found))
+    half = replace(forecast, limits=Budget(relative=0.5))
+    again = Search(TASK, search.run, search.journal, half, search.clock, SilentProgress(), points=[])
+    again.recall()
+    known = again.setting.baseline
+    assert (known.latency_s.median, known.val_score.value, known.test_score.value) == (3.0, 0.8, 0.7)
+    assert again.budget.latency_s == 1.5
+
+
+def test_a_test_split_that_cannot_be_scored_costs_the_test_scores_only(search, pool, monkeypatch):
+    search.progress = diary = Diary()
+    trained(search, pool[0].policy, 1e-3)
+
+    def fail(*_):
+        raise PolicyFailure("the outputs of a model must be finite, but some are NaN or infinite")
+
+    monkeypatch.setattr("autocompress.final.score_artifact", fail)
+    score_test(search)
+    assert any("the test split cannot be scored" in message and "finite" in message for message in diary.messages)
+    assert search.front()
+
+
+def test_a_search_in_which_all_failed_says_why(search, pool):
+    failure = Failure(stage="export", reason="the exporter failed")
+    search.journal.record(Outcome(id="00000", policy=pool[0].policy, rung="short", failure=failure))
+    search.run = search.setting.models.parent
+    search.write_front()
+    with pytest.raises(TooManyFailures, match="the first failed to export: the exporter failed"):
+        _result(search)
+
+
+def test_a_policy_whose_prediction_straddles_the_budget_is_measured_before_it_is_trained(search, pool, monkeypatch):
+    """Else the minutes of its training are lost where it turns out to be over the budget."""
+    found, device = search.forecast, FakeDevice(SLOW_CALLS)
+    found.networks, found.model = {}, replace_spread(found.model, 0.5)
+    leader = max(pool, key=lambda p: p.latency_s)
+    truth = device.seconds_of(leader.workload)
+    measured = []
+    monkeypatch.setattr(found, "_measure_untrained", lambda policy: measured.append(policy) or Untrained(policy, measurement(truth), 9))
+    for limit, over in ((0.9 * truth, True), (1.1 * truth, False)):
+        found.limits = Budget(latency_s=limit)
+        assert (found.excess(leader) > 0) is over
+    assert measured == [leader.policy] * 2
+    for limit in (0.1 * truth, 10 * truth):
+        found.limits = Budget(latency_s=limit)
+        found.excess(leader)
+    assert len(measured) == 2, "where the prediction is clear nothing is measured"
+    found.networks[found.structure(leader.policy)] = (leader.workload, truth)
+    found.limits = Budget(latency_s=0.99 * truth)
+    assert found.excess(leader) > 0 and len(measured) == 2, "what was measured is not measured again"
+    assert leader.policy not in [p.policy for p in found.again(pool)]
+
+
+def replace_spread(model, spread):
+    other = copy.copy(model)
+    other._spread = spread
+    other.fit = lambda pairs: None
+    return other
+
+
+def test_what_the_original_beats_is_not_on_the_front(search, pool):
+    """Where the budget allows the original itself, a file that is slower and no better is worth nothing."""
+    original = search.setting.baseline.latency_s.median
+    search.keep_original(replace(search.setting.baseline, val_score=Score(value=0.8)))
+    trained(search, pool[0].policy, 1.2 * original, score=0.8, id="00000")
+    assert search.front() == []
+    trained(search, pool[1].policy, 1.1 * original, score=0.9, id="00001")
+    trained(search, pool[2].policy, 0.5 * original, score=0.5, id="00002")
+    assert [o.id for o in search.front()] == ["00002", "00001"]
+    search.forecast.limits = Budget(latency_s=0.9 * original)
+    assert [o.id for o in search.front()] == ["00002"], "an original over the budget beats nothing"
+
+
+def test_a_prediction_is_judged_as_it_was_before_the_network_was_measured(search, pool):
+    policy = pool[3].policy
+    before = search.forecast.predict(policy)
+    for proposal in pool[3:15]:
+        search.forecast._note(proposal.policy, 3.0 * search.forecast.predict(proposal.policy).value)
+    search.forecast.learn([])
+    assert search.forecast.predict(policy).value > 1.1 * before.value
+    assert search.forecast.foretell(policy) == before
