@@ -195,22 +195,29 @@ class Search(Findings):
         return self._structure(pool) or self._lesson()
 
     def _structure(self, pool: list[Proposal]) -> Choice | None:
-        """The next structure to train, as usual; what measuring rules out teaches the forecast, which then leads to another."""
-        leader = None
-        for _ in range(MOST_MEASURED):
-            leader = self._leader(pool)
-            if leader is None or self.forecast.excess(leader.proposal) <= 0:
-                break
-        leader = leader or self._least_over_budget(pool)
+        """The next structure to train, as usual; what measuring rules out teaches the forecast, which then leads to another.
+
+        Until the search is safe, one that is within the budget by a margin where there is one.
+        """
+        margins = (0.0,) if self._is_safe() else (MOST_DRIFT, 0.0)
+        leaders = (self._measured_leader(pool, margin) for margin in margins)
+        leader = next((leader for leader in leaders if leader is not None), None) or self._least_over_budget(pool)
         return Choice(leader.policy, leader.worth) if leader is not None else None
 
-    def _leader(self, pool: list[Proposal]) -> Appraised | None:
-        """The structure to train next. Until one was within the budget, it is so by a margin that drift of the machine does not use up."""
-        margins = (0.0,) if self._climbers() else (MOST_DRIFT, 0.0)
-        leaders = (self._leader_within(pool, margin) for margin in margins)
-        return next((leader for leader in leaders if leader is not None), None)
+    def _is_safe(self) -> bool:
+        """Whether something was within the budget by what a machine may drift until it is measured once more, at the end."""
+        return any(o.latency_s is not None and self.budget.allows(o.latency_s, o.size_bytes, margin=MOST_DRIFT) for o in self._climbers())
 
-    def _leader_within(self, pool: list[Proposal], margin: float) -> Appraised | None:
+    def _measured_leader(self, pool: list[Proposal], margin: float) -> Appraised | None:
+        """The first to lead that measuring does not rule out either, or the last that was tried."""
+        leader = None
+        for _ in range(MOST_MEASURED):
+            leader = self._leader(pool, margin)
+            if leader is None or self.forecast.excess(leader.proposal, margin=margin) <= 0:
+                break
+        return leader
+
+    def _leader(self, pool: list[Proposal], margin: float) -> Appraised | None:
         """What, as appraised, adds most to those that were trained; of what is not appraised, as its promise says."""
         candidates = self._untrained(margin)
         if candidates:

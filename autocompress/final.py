@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from dataclasses import replace
 
 from autocompress.data import Split, sample
 from autocompress.errors import PolicyFailure, one_line
 from autocompress.evaluate import score_artifact
 from autocompress.findings import Findings
-from autocompress.objective import fails_policy
+from autocompress.objective import fails_policy, measure_beside_baseline
 from autocompress.records import Measurement, Outcome
 from autocompress.schedule import FEWEST_EXAMPLES
 
@@ -41,12 +43,12 @@ def measure_front(search: Findings) -> None:
 
 def _measured_again(search: Findings, front: list[Outcome]) -> tuple[Measurement | None, list[tuple[Outcome, Measurement]]]:
     """Latencies of the baseline and of these, all together; one by one where that fails, and what fails even so is lost."""
-    setting = search.setting
-    left = search.clock.until_end / (len(front) + 1)
-    seconds = max(LEAST_FINAL_SECONDS_EACH, min(FINAL_SECONDS_EACH, FINAL_SHARE * left))
+    setting, left = search.setting, max(0.0, search.clock.until_end)
+    seconds = max(LEAST_FINAL_SECONDS_EACH, min(FINAL_SECONDS_EACH, FINAL_SHARE * left / (len(front) + 1)))
+    measure = functools.partial(measure_beside_baseline, setting, seconds_each=seconds, until=time.monotonic() + FINAL_SHARE * left)
     paths = {o.id: search.run / (o.artifact or "") for o in front}
     try:
-        baseline, *others = setting.device.measure([setting.baseline.path, *paths.values()], seconds_each=seconds)
+        baseline, *others = measure([*paths.values()])
     except PolicyFailure:
         baseline = None
     else:
@@ -54,7 +56,7 @@ def _measured_again(search: Findings, front: list[Outcome]) -> tuple[Measurement
     again: list[tuple[Outcome, Measurement]] = []
     for outcome in front:
         try:
-            baseline, latency = setting.device.measure([setting.baseline.path, paths[outcome.id]], seconds_each=seconds)
+            baseline, latency = measure([paths[outcome.id]])
         except PolicyFailure as error:
             search.lose(outcome, error, "measure")
         else:

@@ -207,21 +207,21 @@ class Forecast:
         now = [replace(p, latency_s=self.latency_s(p)) for p in pool]
         return [p for p in now if self.violation(p.workload, self.upper((1 + margin) * p.latency_s)) <= 0]
 
-    def excess(self, proposal: Proposal, *, measuring: bool = True) -> float:
-        """Relative excess of a policy over the budget; where its prediction leaves that open, the untrained network is measured.
+    def excess(self, proposal: Proposal, *, margin: float = 0.0, measuring: bool = True) -> float:
+        """Relative excess of a policy, were it slower by `margin`; where prediction leaves that open, its untrained network is measured.
 
         That takes seconds, and training what turns out to be over the budget takes minutes. Not `measuring`: the least that it may be.
         """
-        known = self._measured(proposal.policy)
+        slower, known = 1 + margin, self._measured(proposal.policy)
         if known is not None:
-            return self.violation(proposal.workload, self.upper(known))
+            return self.violation(proposal.workload, self.upper(slower * known))
         predicted = self.model.predict(proposal.workload)
-        least = self.violation(proposal.workload, predicted.low)
-        if not measuring or least > 0 or self.violation(proposal.workload, predicted.high) <= 0:
+        least = self.violation(proposal.workload, slower * predicted.low)
+        if not measuring or least > 0 or self.violation(proposal.workload, slower * predicted.high) <= 0:
             return least
         found = self._measure_untrained(proposal.policy)
         self.learn([])
-        return found.violation(self.budget) if found is not None else least
+        return found.violation(self.budget, 1 / slower) if found is not None else least
 
     def latency_s(self, proposal: Proposal) -> float:
         """Seconds as they were measured, else as they are predicted by now."""

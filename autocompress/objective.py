@@ -11,6 +11,7 @@ import math
 import shutil
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -163,7 +164,7 @@ def realise(
         outputs, _ = check_artifact(setting, student, path, policy)
         score = score_outputs(outputs, setting.data.val.targets, setting.data)
         stage = "measure"
-        latency = measure_beside_baseline(setting, path)
+        _, latency = measure_beside_baseline(setting, [path])
     except Exception as error:  # torch, onnx, the runtime and the user's own loss and score each raise their own kinds
         if not fails_policy(error):
             raise
@@ -246,22 +247,31 @@ def check_artifact(setting: Setting, student: fx.GraphModule, path: Path, policy
     return outputs, check_parity(_answers(student, setting), outputs, policy.quant, layers, decisions=decisions)
 
 
-def measure_beside_baseline(setting: Setting, path: Path) -> Measurement:
-    """Latency of a file, interleaved with the baseline's; where the baseline is not what it was lately, wait and measure again.
+def measure_beside_baseline(
+    setting: Setting, paths: Sequence[Path], *, seconds_each: float = SECONDS_EACH, until: float = math.inf
+) -> list[Measurement]:
+    """Latencies of the baseline and of files, interleaved; where the baseline is not what it was lately, wait and measure again.
 
-    A measurement whose baseline stays away from that is flagged noisy: it cannot be compared with the others. Lately is the median of the
-    last times, so that one odd measurement is outvoted, whether it was the first or not.
+    Measurements whose baseline stays away from that are flagged noisy: they cannot be compared with others. Lately is the median of the
+    last times, so that one odd measurement is outvoted, whether it was the first or not. Nothing is measured again after `until`.
     """
     for attempt in range(DRIFT_RETRIES):
-        reference = statistics.median(setting.beside[-LATELY:] or [setting.baseline.latency_s.median])
-        baseline, latency = setting.device.measure([setting.baseline.path, path], seconds_each=SECONDS_EACH)
+        begun = time.monotonic()
+        reference = statistics.median_low(setting.beside[-LATELY:] or [setting.baseline.latency_s.median])
+        baseline, *others = setting.device.measure([setting.baseline.path, *paths], seconds_each=seconds_each)
         setting.beside.append(baseline.median)
         drift = baseline.median / reference - 1
         if abs(drift) <= MOST_DRIFT:
-            return latency
-        if attempt < DRIFT_RETRIES - 1:
-            time.sleep(DRIFT_PAUSE_S)
+            return [baseline, *others]
+        now = time.monotonic()
+        if attempt == DRIFT_RETRIES - 1 or now + DRIFT_PAUSE_S + (now - begun) > until:
+            break
+        time.sleep(DRIFT_PAUSE_S)
     reason = f"the baseline beside it took {100 * drift:+.0f} % of its time"
+    return [baseline, *(_noisy(latency, reason) for latency in others)]
+
+
+def _noisy(latency: Measurement, reason: str) -> Measurement:
     return latency.model_copy(update={"noisy": True, "noise_reason": "; ".join(filter(None, [latency.noise_reason, reason]))})
 
 

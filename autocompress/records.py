@@ -171,9 +171,9 @@ class Budget(Record):
         pairs = [(latency_s, self.latency_s), (size_bytes, self.size_bytes), (p95_s, self.p95_s)]
         return max((value / limit - 1.0 for value, limit in pairs if limit is not None and value is not None), default=-1.0)
 
-    def allows(self, measurement: Measurement, size_bytes: float) -> bool:
-        """Whether a measured artifact is within the budget."""
-        return self.violation(measurement.high, size_bytes, measurement.p95) <= 0
+    def allows(self, measurement: Measurement, size_bytes: float, *, margin: float = 0.0) -> bool:
+        """Whether a measured artifact is within the budget, and would be if it were slower by `margin`."""
+        return self.violation((1 + margin) * measurement.high, size_bytes, (1 + margin) * measurement.p95) <= 0
 
     @property
     def of_time(self) -> Budget:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -57,4 +58,5 @@ def pool(forecast):
 @pytest.fixture
 def search(forecast, tmp_path):
     journal = open_journal(tmp_path, TASK, resume=False)
-    return Search(TASK, tmp_path, journal, replace(forecast), Clock.start(60.0), SilentProgress(), points=[])
+    own = replace(forecast, model=copy.copy(forecast.model), networks=dict(forecast.networks), _foretold=dict(forecast._foretold))
+    return Search(TASK, tmp_path, journal, own, Clock.start(60.0), SilentProgress(), points=[])

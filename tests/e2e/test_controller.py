@@ -16,7 +16,7 @@ from autocompress.policy import DistillSpec, Policy, PruneSpec, QuantSpec
 from autocompress.progress import SilentProgress
 from autocompress.records import Budget, Failure
 from autocompress.schedule import Clock, Division, cover
-from autocompress.search_space import own_suggest
+from autocompress.search_space import fitted, own_suggest
 
 PATIENCE = 5.0
 
@@ -45,12 +45,28 @@ def test_until_one_is_within_the_budget_the_next_is_so_by_a_margin_where_one_is(
     monkeypatch.setattr(Appraisals, "_worth", lambda self, p: 0.9 if p is slow else 0.8)
     monkeypatch.setattr(search.forecast, "proposal", lambda policy, params: next(p for p in pool if p.policy == policy))
     search.forecast.limits = Budget(latency_s=1.02 * search.forecast.latency_s(slow))
+    for proposal in (slow, fast):
+        search.forecast._note(proposal.policy, proposal.latency_s)
     appraised(search, [slow])
-    assert search._leader(pool[:0]).policy == slow.policy, "there is nothing else"
+    assert search._structure(pool[:0]).policy == slow.policy, "there is nothing else"
     appraised(search, [fast])
-    assert search._leader(pool[:0]).policy == fast.policy
-    monkeypatch.setattr(Search, "_climbers", lambda self: ["one"])
-    assert search._leader(pool[:0]).policy == slow.policy
+    assert search._structure(pool[:0]).policy == fast.policy
+    trained(search, pool[0].policy, search.budget.latency_s / 1.04)
+    assert search._structure(pool[:0]).policy == fast.policy, "the one that is within the budget now may not be so in the end"
+    trained(search, pool[0].policy, search.budget.latency_s / 1.06)
+    assert search._structure(pool[:0]).policy == slow.policy
+
+
+def test_the_margin_is_kept_by_what_is_measured_as_by_what_is_predicted(search, pool, monkeypatch):
+    slow, fast = max(pool, key=lambda p: p.latency_s), min(pool, key=lambda p: p.latency_s)
+    monkeypatch.setattr(Appraisals, "_worth", lambda self, p: 0.9 if p is slow else 0.8)
+    monkeypatch.setattr(search.forecast, "proposal", lambda policy, params: next(p for p in pool if p.policy == policy))
+    limit = 1.1 * search.forecast.latency_s(slow)
+    search.forecast.limits = Budget(latency_s=limit)
+    appraised(search, [slow, fast])
+    search.forecast._note(slow.policy, limit / 1.03)
+    assert search.forecast.excess(slow) <= 0 < search.forecast.excess(slow, margin=MOST_DRIFT)
+    assert search._structure(pool[:0]).policy == fast.policy
 
 
 @pytest.mark.parametrize("trouble", ["failed", "over the budget"])
@@ -93,11 +109,11 @@ def test_structures_are_appraised_before_anything_is_trained_and_optuna_suggests
 
 @pytest.mark.parametrize("known", [False, True], ids=["predicted", "measured"])
 def test_the_unchanged_network_in_int8_costs_nothing_where_it_is_over_the_budget(search, pool, known):
-    int8 = search.forecast.predict(Policy(quant=QuantSpec(bits=8)))
+    policy = fitted(Policy(quant=QuantSpec(bits=8)), search.setting.device.profile)
+    int8 = search.forecast.predict(policy)
     search.forecast.limits = Budget(latency_s=0.99 * (int8.value if known else int8.low))
     if known:
-        search.forecast.networks = dict(search.forecast.networks)
-        search.forecast._note(Policy(quant=QuantSpec(bits=8)), int8.value)
+        search.forecast._note(policy, int8.value)
     search._evaluate_unchanged()
     assert not search.journal.outcomes
 
