@@ -17,6 +17,7 @@ from autocompress.likeness import Likeness
 from autocompress.policy import Policy
 from autocompress.proposals import Proposal, outclassed
 from autocompress.ranks import partial_rank_correlation
+from autocompress.sensitivity import Sensitivity
 
 MOST_RULED_OUT = 150
 """Suggestions in a row that prediction rules out before the search turns to its own draws."""
@@ -57,6 +58,16 @@ class Appraisals:
     @functools.cached_property
     def _original(self) -> Proposal:
         return self.forecast.proposal(Policy(), {})
+
+    @functools.cached_property
+    def sensitivity(self) -> Sensitivity:
+        """What the dimensions of the space lose by themselves, as far as they were appraised."""
+
+        def worth(policy: Policy) -> float | None:
+            known = self.of(policy)
+            return known.worth if known is not None else None
+
+        return Sensitivity(self.forecast, worth)
 
     def promise(self, proposal: Proposal) -> float:
         """In units of the original's."""
@@ -137,6 +148,15 @@ class Appraisals:
         return found
 
     def agreement(self) -> float | None:
-        """Whether promise ranks policies of the same latency as their worth does."""
-        every = self._known.values()
-        return partial_rank_correlation([a.proposal.promise for a in every], [a.worth for a in every], [a.latency_s for a in every])
+        """Whether policies of the same latency are ranked as their worth does: by what is foreseen of them, else by their promise."""
+        every, foreseen = [*self._known.values()], [a.proposal.promise for a in self._known.values()]
+        if self.is_sensitivity_known:
+            alone = {self.forecast.structure(single.proposal.policy) for single in self.sensitivity.levels}
+            every = [appraised for structure, appraised in self._known.items() if structure not in alone]
+            foreseen = self.sensitivity.foreseen([appraised.proposal for appraised in every]).tolist()
+        return partial_rank_correlation(foreseen, [a.worth for a in every], [a.latency_s for a in every])
+
+    @property
+    def is_sensitivity_known(self) -> bool:
+        """Whether enough dimensions were appraised by themselves; students of another architecture have nothing of the teacher to lose."""
+        return self.forecast.setting.one_architecture and self.sensitivity.missing == 0

@@ -11,7 +11,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from optuna.trial import Trial
@@ -51,7 +51,9 @@ LESSON_SHARE = 1 / 4
 TAUGHT = 3
 """Of the policies that lead: those that are distilled in other ways."""
 APPRAISED_FIRST, MOST_APPRAISED, APPRAISED_A_TRIAL = 12, 1000, 12
-"""Structures of most promise that are appraised before Optuna suggests; how many in all; how many for each run that `trials` allows."""
+"""Structures that are likely to be best, appraised before Optuna suggests; how many in all; how many for each run that `trials` allows."""
+SINGLES_SHARE = 0.5
+"""Of appraisal: what trying the dimensions alone may take."""
 UNKNOWN_OVERHEAD_S = 5.0
 SAME_FAILURES = 3
 NUMBER = re.compile(r"\d+(\.\d+)?(e[-+]?\d+)?|\bnan\b|\binf\b")
@@ -120,21 +122,44 @@ class Search(Findings):
         self.setting.teacher.prepare(seconds, lambda done, total: self.show("asking the teacher", done, total))
 
     def appraise(self, pool: list[Proposal]) -> None:
-        """Find out what structures are worth untrained: first what promises most at each latency, then what Optuna suggests."""
+        """Find out what structures are worth untrained: first what is likely to be best at each latency, then what Optuna suggests."""
         self._evaluate_unchanged()
         started, seconds, leading = time.monotonic(), appraisal_seconds(self.clock), self._leading()
-        promising = [p for p in self._promising(pool, leading) if p.policy not in self.appraisals]
-        seeds = [promising[index] for index in reversed(cover([(p.promise, p.latency_s) for p in promising], APPRAISED_FIRST))]
         most = min(MOST_APPRAISED, APPRAISED_A_TRIAL * self.task.trials) if self.task.trials is not None else MOST_APPRAISED
+        first = self._first(pool, leading, started + SINGLES_SHARE * seconds, round(SINGLES_SHARE * most))
         while not self._stop() and len(self.appraisals) < most:
             until = started + extended(seconds, self.appraisals.agreement())
             if time.monotonic() + self.appraisals.seconds_each >= until:
                 return
             self.show("appraising untrained students", round(100 * (time.monotonic() - started) / (until - started)), 100)
-            if seeds:
-                self.appraisals.appraise(seeds.pop())
+            proposal = next(first, None)
+            if proposal is not None:
+                self.appraisals.appraise(proposal)
             elif self.appraisals.suggested(leading, until - time.monotonic()) is None:
                 return
+
+    def _first(self, pool: list[Proposal], leading: list[Proposal], until: float, most: int) -> Iterator[Proposal]:
+        """What is appraised before Optuna suggests: the dimensions alone, then what loses least by them; in short, what promises most."""
+        yield from self._singles(until, most)
+        if self.appraisals.is_sensitivity_known:
+            best = self.appraisals.sensitivity.best(APPRAISED_FIRST)
+        else:
+            promising = self._promising(pool, leading)
+            best = (promising[index] for index in cover([(p.promise, p.latency_s) for p in promising], APPRAISED_FIRST))
+        for proposal in best:
+            if proposal.policy not in self.appraisals:
+                yield proposal
+
+    def _singles(self, until: float, most: int) -> Iterator[Proposal]:
+        """Dimensions alone, until then and up to so many appraisals; none where that is too little to learn from."""
+        if not self.forecast.setting.one_architecture:
+            return
+        sensitivity = self.appraisals.sensitivity
+        for single in sensitivity.untried():
+            needed, left = sensitivity.missing, until - time.monotonic()
+            if left < max(1, needed) * self.appraisals.seconds_each or len(self.appraisals) + max(1, needed) > most:
+                return
+            yield single
 
     def short_rung(self, pool: list[Proposal]) -> None:
         """Train many policies a little: the best structures, spread over the latencies; then these distilled in other ways."""

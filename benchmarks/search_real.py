@@ -5,8 +5,8 @@
 Structures of a CIFAR-10 ResNet under a budget, two objectives: likeness to the teacher, repaired and untrained (1 to 5 s each; see
 `rungs.py` for what it foretells), and predicted latency. What prediction rules out costs no sampler anything, as in a search.
 
-* search: as a search does it, the structures that promise most first, then what FrontSampler suggests
-* promise: only the first of these, so many of them
+* search: as a search does it, the dimensions alone, up to half of all; then what loses least by them; then what FrontSampler suggests
+* promise: as a short search does it, the structures that promise most first, then what FrontSampler suggests
 * front, tpe, nsga2, random: samplers from their own start
 
 Counted, not timed. The share of the hypervolume of the best front that all runs together found, from no likeness and the budget's latency.
@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
 from autocompress.appraisals import Appraisals
-from autocompress.controller import APPRAISED_FIRST
+from autocompress.controller import APPRAISED_FIRST, SINGLES_SHARE
 from autocompress.devices import open_device
 from autocompress.forecast import Forecast
 from autocompress.front import hypervolume
@@ -51,14 +51,12 @@ CALIBRATION_S, POOL_S, PATIENCE_S = 60.0, 20.0, 600.0
 CHECKPOINTS = (12, 25, 50, 100)
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "search": lambda seed: FrontSampler(seed=seed),
-    "promise": lambda seed: RandomSampler(seed=seed),
+    "promise": lambda seed: FrontSampler(seed=seed),
     "front": lambda seed: FrontSampler(seed=seed),
     "tpe": lambda seed: TPESampler(seed=seed, multivariate=True),
     "nsga2": lambda seed: NSGAIISampler(seed=seed),
     "random": lambda seed: RandomSampler(seed=seed),
 }
-FIRST = {"search": APPRAISED_FIRST, "promise": 10**6}
-"""Structures of most promise that come before what the sampler suggests."""
 Point = tuple[float, float]
 
 
@@ -76,11 +74,18 @@ class Remembered:
         return self._known[structure]
 
 
-def first(pool: Sequence[Proposal], appraisals: Appraisals, n: int) -> Iterator[Proposal]:
-    """What a search appraises first, in its order."""
-    promising = [p for p in appraisals.forecast.again(pool) if p.policy not in appraisals]
-    for index in cover([(p.promise, p.latency_s) for p in promising], min(n, len(promising))):
-        yield promising[index]
+def first(pool: Sequence[Proposal], appraisals: Appraisals, kind: str, n: int) -> Iterator[Proposal]:
+    """What a search of this kind appraises before its sampler suggests, of `n` appraisals in all."""
+    if kind == "search":
+        for single in appraisals.sensitivity.untried():
+            if len(appraisals) >= SINGLES_SHARE * n:
+                break
+            yield single
+        yield from appraisals.sensitivity.best(APPRAISED_FIRST)
+    elif kind == "promise":
+        promising = appraisals.forecast.again(pool)
+        for index in cover([(p.promise, p.latency_s) for p in promising], APPRAISED_FIRST):
+            yield promising[index]
 
 
 def found(task: Task, forecast: Forecast, remembered: Remembered, pool: Sequence[Proposal], kind: str, seed: int, n: int) -> list[Point]:
@@ -89,7 +94,7 @@ def found(task: Task, forecast: Forecast, remembered: Remembered, pool: Sequence
         journal = open_journal(Path(folder), task, resume=False, sampler=SAMPLERS[kind](seed))
         appraisals = Appraisals(journal, forecast)
         appraisals.__dict__["_likeness"] = remembered
-        begin, points = first(pool, appraisals, min(n, FIRST.get(kind, 0))), []
+        begin, points = first(pool, appraisals, kind, n), list[Point]()
         while len(points) < n:
             proposal = next(begin, None)
             next_one = appraisals.appraise(proposal) if proposal is not None else appraisals.suggested([], PATIENCE_S)
@@ -102,12 +107,16 @@ def found(task: Task, forecast: Forecast, remembered: Remembered, pool: Sequence
 def table(runs: dict[str, list[list[Point]]], budget_s: float) -> str:
     """Markdown: a line for each kind, a column for each number of appraisals: mean over the seeds, and the least and the most."""
     reference = (0.0, budget_s)
-    best = hypervolume(np.array([point for kind in runs.values() for run in kind for point in run]), reference)
+
+    def area(points: list[Point]) -> float:
+        return hypervolume(np.array([p for p in points if p[1] <= budget_s]).reshape(-1, 2), reference)
+
+    best = area([point for kind in runs.values() for run in kind for point in run])
     longest = max(len(run) for kind in runs.values() for run in kind)
     columns = [n for n in CHECKPOINTS if n <= longest]
     lines = ["| | " + " | ".join(f"{n} appraisals" for n in columns) + " |", "|---" * (1 + len(columns)) + "|"]
     for kind, mine in runs.items():
-        shares = [[100 * hypervolume(np.array(run[:n]), reference) / best for run in mine] for n in columns]
+        shares = [[100 * area(run[:n]) / best for run in mine] for n in columns]
         cells = (f"{statistics.mean(s):.1f} % ({min(s):.1f} to {max(s):.1f})" for s in shares)
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -136,7 +145,7 @@ def main() -> None:
             pool = forecast.pool(seed, POOL_S)
             for kind in runs:
                 runs[kind].append(found(task, forecast, remembered, pool, kind, seed, options.evaluations))
-                print(kind, seed, [(round(worth, 3), round(1e6 * latency)) for worth, latency in sorted(runs[kind][-1])[-3:]], flush=True)
+                print(kind, seed, [(round(worth, 3), round(1e6 * latency)) for worth, latency in runs[kind][-1]], flush=True)
         budget_s = forecast.budget.latency_s
     assert budget_s is not None
     machine = open_device("onnxruntime:cpu?threads=1").environment()
