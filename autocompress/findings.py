@@ -112,7 +112,7 @@ class Findings:
     def ladder(self) -> dict[str, Any]:
         """How many policies stood on each rung of the search, and whether each rung ranked them as the one below it."""
         every = measured(self.journal.outcomes)
-        appraised = {"appraised": len(self.appraisals), "promise_appraised_spearman": self.appraisals.agreement()}
+        appraised = {"appraised": len(self.appraisals), "foreseen_appraised_spearman": self.appraisals.agreement()}
         short, full = ([o for o in every if o.rung == rung] for rung in ("short", "full"))
         return appraised | ladder_quality(short, full, self.forecast.structure)
 

@@ -119,7 +119,7 @@ def _ladder(results: Results) -> list[tuple[str, str]]:
     """How far each step of the search could be trusted to rank policies as the next one did."""
     names = {
         "appraised": "structures appraised untrained",
-        "promise_appraised_spearman": "rank correlation of promise and appraisal, at the same latency",
+        "foreseen_appraised_spearman": "rank correlation of what was foreseen and appraisal, at the same latency",
         "appraised_short_spearman": "rank correlation of appraisal and short training, at the same latency",
         "short_full_spearman": "rank correlation of short and full training",
     }

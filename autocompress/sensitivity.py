@@ -12,23 +12,19 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from autocompress.devices.timing import MOST_DRIFT
+from autocompress.dimensions import Dimensions
 from autocompress.forecast import Forecast
 from autocompress.knapsack import Array, Knapsack
 from autocompress.policy import Policy
 from autocompress.proposals import Proposal
 from autocompress.records import Budget
-from autocompress.search_space import Otherwise
 
-MOST_VALUES = 9
-"""Of a dimension with more values so many, evenly spaced, are looked at."""
-PASSES = 8
-"""Times that every dimension is looked at in search of the least compressed policy; a value that leads changes which others do."""
 LEVELS = 3
 """Values of a dimension that are tried alone, at most; between them losses are interpolated."""
 FASTEST_SHARE = 0.3
@@ -37,39 +33,8 @@ STEPS = 8
 """Solutions of one budget, each around the one before."""
 LEAST_WORTH = 1e-3
 SAME = 1e-6
-Params = Mapping[str, Any]
 LEAST_TRIED = 0.5
 """Share of the dimensions that must have been tried before the losses of all are relied upon."""
-
-
-@dataclass
-class Explorer:
-    """Draws the first value of everything, like `optuna.Trial`, and notes which values there are."""
-
-    values: dict[str, tuple[Any, ...]]
-
-    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        whole = np.geomspace(low, high, MOST_VALUES) if log else low + step * _thinned((high - low) // step)
-        return int(self._first(name, sorted({int(value) for value in np.rint(whole)})))
-
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
-        if step is not None:
-            values = low + step * _thinned(math.floor((high - low) / step + 1e-9))
-        else:
-            values = np.geomspace(low, high, MOST_VALUES) if log else np.linspace(low, high, MOST_VALUES)
-        return float(self._first(name, sorted({min(high, float(value)) for value in values})))
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        return self._first(name, choices)
-
-    def _first(self, name: str, values: Sequence[Any]) -> Any:
-        self.values[name] = tuple(values)
-        return values[0]
-
-
-def _thinned(steps: int) -> Array:
-    """Up to MOST_VALUES of the steps from 0 on."""
-    return np.unique(np.rint(np.linspace(0, steps, min(steps + 1, MOST_VALUES))))
 
 
 @dataclass(frozen=True)
@@ -91,29 +56,17 @@ class Sensitivity:
 
     forecast: Forecast
     worth: Callable[[Policy], float | None]
-    _values: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
     # -- the space ---------------------------------------------------------------------------------------------------
 
     @functools.cached_property
     def base(self) -> Proposal:
-        """The least compressed policy of the space: it keeps most of the teacher, and of those it is most like it in size."""
-        current = self._drawn([{}])[0]
-        for _ in range(PASSES):
-            best = {name: max(around, key=self._closeness).params[name] for name, around in self._around(current.params).items()}
-            alone = self._drawn([{**current.params, name: value} for name, value in best.items()])
-            together = self._drawn([{**current.params, **best}])[0]
-            following = max([current, together, *alone], key=self._closeness)
-            if following is current:
-                break
-            current = following
-        return current
+        """The least compressed policy, away from which dimensions are moved."""
+        return self._space.base
 
-    def _closeness(self, proposal: Proposal) -> tuple[float, ...]:
-        """To the original: by what is inherited; then by the number of parameters, which tells added channels; then by bytes."""
-        own, whole = proposal.workload, self.forecast.original
-        ratios = (max(1, own.params) / max(1, whole.params), max(1, own.weight_bytes) / max(1, whole.weight_bytes))
-        return round(proposal.inheritance, 9), *(-round(abs(math.log(ratio)), 9) for ratio in ratios)
+    @functools.cached_property
+    def _space(self) -> Dimensions:
+        return Dimensions(self.forecast)
 
     @functools.cached_property
     def singles(self) -> list[list[Single]]:
@@ -123,20 +76,7 @@ class Sensitivity:
         def single(name: str, proposal: Proposal) -> Single:
             return Single(name, proposal.params[name], proposal, max(0.0, math.log(base.inheritance / proposal.inheritance)))
 
-        return [[single(name, proposal) for proposal in beside] for name, beside in self._around(base.params).items()]
-
-    def _around(self, centre: Params) -> dict[str, list[Proposal]]:
-        """For each dimension the policies that differ from this one in its value alone, in the order of the values."""
-        known = dict(self._values)  # drawing may find others
-        drawn = iter(self._drawn([{**centre, name: value} for name, values in known.items() for value in values]))
-        return {name: [next(drawn) for _ in values] for name, values in known.items()}
-
-    def _drawn(self, params: Sequence[Params]) -> list[Proposal]:
-        """A policy for each of these; dimensions that they leave open take their first value, and are known from then on."""
-        explorer = Explorer(self._values)
-        policies = [self.forecast.suggest(Otherwise(told, explorer)) for told in params]
-        first = {name: values[0] for name, values in self._values.items()}
-        return self.forecast.proposals(policies, [{**first, **told} for told in params])
+        return [[single(name, proposal) for proposal in beside] for name, beside in self._space.around(base.params).items()]
 
     # -- what is tried and what it says ------------------------------------------------------------------------------
 
@@ -216,10 +156,8 @@ class Sensitivity:
         """What policies of the space are worth as far as the losses of their dimensions tell; thousands at once take milliseconds."""
         choices = np.array([[self._index(singles, proposal) for singles in self.singles] for proposal in proposals], dtype=np.int64)
         losses = self.losses()
-        total, _ = Knapsack(losses, [np.zeros((len(values), 0)) for values in losses]).totals(
-            choices.reshape(len(proposals), len(self.singles))
-        )
-        return np.exp(-total)
+        free = Knapsack(losses, [np.zeros((len(values), 0)) for values in losses])
+        return np.exp(-free.totals(choices.reshape(len(proposals), len(losses)))[0])
 
     def _index(self, singles: Sequence[Single], proposal: Proposal) -> int:
         """The value of this dimension that the policy has, or the nearest one that is looked at."""
@@ -252,7 +190,7 @@ class Sensitivity:
             chosen = knapsack.best(limits, near=here, changes=changes)
             if chosen is None:
                 break
-            following = self._drawn([{s[index].dimension: s[index].value for s, index in zip(self.singles, chosen, strict=True)}])[0]
+            following = self._space.drawn([{s[index].dimension: s[index].value for s, index in zip(self.singles, chosen, strict=True)}])[0]
             loss = float(knapsack.totals(np.array([chosen]))[0][0])
             if loss < least and following.latency_s <= limit_s and self._excess_bytes(following) <= 0:
                 best, least = following, loss
@@ -263,7 +201,7 @@ class Sensitivity:
 
     def _linearised(self, losses: Sequence[Array], centre: Proposal, limit_s: float) -> tuple[Knapsack, Array, list[int]]:
         """The knapsack around a policy, its limits (of time, and of bytes where they are limited; relative), and the policy in it."""
-        around, here = self._around(centre.params), self._costs(centre, limit_s)
+        around, here = self._space.around(centre.params), self._costs(centre, limit_s)
         costs = [np.array([self._costs(p, limit_s) - here for p in around[singles[0].dimension]]) for singles in self.singles]
         limits = np.array([1.0, 0.0])[: len(here)] - here
         return Knapsack(losses, costs), limits, [self._index(singles, centre) for singles in self.singles]

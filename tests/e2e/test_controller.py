@@ -118,6 +118,31 @@ def test_the_unchanged_network_in_int8_costs_nothing_where_it_is_over_the_budget
     assert not search.journal.outcomes
 
 
+def test_dimensions_are_appraised_alone_and_then_what_loses_least_by_them(search, pool, monkeypatch):
+    monkeypatch.setattr(Appraisals, "_worth", lambda self, p: p.inheritance)
+    search.forecast.limits = Budget(latency_s=0.6 * search.setting.baseline.latency_s.median)
+    base, appraised = search.appraisals.sensitivity.base, []
+    for proposal in search._first(pool, [], time.monotonic() + 60.0, 1000):
+        appraised.append(search.appraisals.appraise(proposal))
+    changes = [sum(a.proposal.params[name] != value for name, value in base.params.items()) for a in appraised]
+    alone = changes.index(next(n for n in changes if n != 1))
+    assert alone == len([*search.appraisals.sensitivity.levels]), "all of them: there was time"
+    best = [a for a in appraised[alone:] if a.latency_s <= search.budget.latency_s]
+    assert len(best) == len(appraised) - alone > 3
+    rivals = [p for p in search.forecast.again(pool) if p.latency_s <= best[0].latency_s]
+    assert best[0].worth >= max(p.inheritance for p in rivals)
+    for proposal in pool[:10]:
+        search.appraisals.appraise(proposal)
+    assert search.appraisals.agreement() > 0.8, "what is foreseen here is what it is worth"
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(-1.0, 1000), (60.0, 2)], ids=["no time", "few trials"])
+def test_where_too_few_dimensions_could_be_appraised_alone_what_promises_most_comes_first(search, pool, seconds, most):
+    first = [*search._first(pool, [], time.monotonic() + seconds, most)]
+    promising = search._promising(pool, [])
+    assert first == [promising[index] for index in cover([(p.promise, p.latency_s) for p in promising], APPRAISED_FIRST)]
+
+
 def test_appraisal_is_limited_where_few_policies_will_be_trained(search, pool, monkeypatch):
     monkeypatch.setattr("autocompress.schedule.APPRAISAL_SHARE", 0.5)
     search.task, search.run = search.task.model_copy(update={"trials": 1}), search.setting.models.parent

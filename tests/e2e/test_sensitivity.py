@@ -9,9 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from autocompress.dimensions import MOST_VALUES, Explorer
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.records import Budget
-from autocompress.sensitivity import LEVELS, MOST_VALUES, Explorer, Sensitivity
+from autocompress.sensitivity import LEVELS, Sensitivity
 
 
 @pytest.fixture
