@@ -25,10 +25,12 @@ from autocompress.policy import Policy
 from autocompress.proposals import Proposal
 from autocompress.records import Budget
 
-LEVELS = 3
+LEVELS = 2
 """Values of a dimension that are tried alone, at most; between them losses are interpolated."""
 FASTEST_SHARE = 0.3
 """Of the budget's latency: the least that is solved for."""
+DENSER = 1.5
+"""Budgets lie at this power of equal steps of their logarithm: the closer together, the nearer they are to the one asked for."""
 STEPS = 8
 """Solutions of one budget, each around the one before."""
 LEAST_WORTH = 1e-3
@@ -172,7 +174,8 @@ class Sensitivity:
     def best(self, n: int) -> Iterator[Proposal]:
         """Policies of least loss for `n` budgets, from the one asked for down to FASTEST_SHARE of it; different ones, slowest first."""
         losses, current, found = self.losses(), self.base, set[tuple[float, ...]]()
-        for share in np.geomspace(1 / (1 + MOST_DRIFT), FASTEST_SHARE, n) if losses else ():
+        for place in np.linspace(0, 1, n) ** DENSER if losses else ():
+            share = FASTEST_SHARE**place / (1 + MOST_DRIFT)
             solution = self._solved(losses, current, share * self._most_latency_s)
             if solution is not None and solution.known not in found:
                 found.add(solution.known)
