@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from autocompress.sensitivity import Sensitivity
 
 MOST_RULED_OUT = 150
 """Suggestions in a row that prediction rules out before the search turns to its own draws."""
+LATELY = 7
+"""The last so many appraisals say what one takes."""
 MOST_REPEATED = 50
 """Suggestions in a row that were appraised before: then the space is exhausted."""
 
@@ -47,13 +50,19 @@ class Appraisals:
 
     journal: Journal
     forecast: Forecast
-    seconds_each: float = 0.0
-    """What the last one took that was new."""
+    dimensions_come_first: bool = False
+    """Whether dimensions are appraised alone, and what is foreseen is what they lose."""
+    _seconds: list[float] = field(default_factory=list)
     _known: dict[Structure, Appraised] = field(default_factory=dict)
 
     @functools.cached_property
     def _likeness(self) -> Likeness:
         return Likeness(self.forecast.setting)
+
+    @property
+    def seconds_each(self) -> float:
+        """What an appraisal took lately, as a rule; 0 before the first."""
+        return statistics.median_low(self._seconds[-LATELY:] or [0.0])
 
     @functools.cached_property
     def _original(self) -> Proposal:
@@ -133,15 +142,18 @@ class Appraisals:
 
     def _tell(self, trial: Trial, proposal: Proposal) -> Appraised:
         """What the structure is worth, told to the sampler; an interrupted appraisal waits."""
-        structure, started = self.forecast.structure(proposal.policy), time.monotonic()
+        structure = self.forecast.structure(proposal.policy)
         found = self._known.get(structure)
         if found is None:
+            if self.forecast.setting.one_architecture:
+                _ = self._likeness  # what is made once is not what each takes
+            started = time.monotonic()
             try:
                 found = Appraised(proposal, self._worth(proposal))
             except BaseException:
                 self.journal.abandon(trial)
                 raise
-            self.seconds_each = time.monotonic() - started
+            self._seconds.append(time.monotonic() - started)
             self._known[structure] = found
         violation = self.forecast.violation(proposal.workload, proposal.latency_s)
         self.journal.tell_appraised(trial, found.worth, proposal.latency_s, violation)
@@ -158,5 +170,5 @@ class Appraisals:
 
     @property
     def is_sensitivity_known(self) -> bool:
-        """Whether enough dimensions were appraised by themselves; students of another architecture have nothing of the teacher to lose."""
-        return self.forecast.setting.one_architecture and self.sensitivity.missing == 0
+        """Whether enough dimensions were appraised alone."""
+        return self.dimensions_come_first and self.sensitivity.missing == 0

@@ -126,7 +126,7 @@ class Search(Findings):
         self._evaluate_unchanged()
         started, seconds, leading = time.monotonic(), appraisal_seconds(self.clock), self._leading()
         most = min(MOST_APPRAISED, APPRAISED_A_TRIAL * self.task.trials) if self.task.trials is not None else MOST_APPRAISED
-        first = self._first(pool, leading, started + SINGLES_SHARE * seconds, round(SINGLES_SHARE * most))
+        first = self._first(pool, leading, started + seconds, most)
         while not self._stop() and len(self.appraisals) < most:
             until = started + extended(seconds, self.appraisals.agreement())
             if time.monotonic() + self.appraisals.seconds_each >= until:
@@ -140,9 +140,9 @@ class Search(Findings):
 
     def _first(self, pool: list[Proposal], leading: list[Proposal], until: float, most: int) -> Iterator[Proposal]:
         """What is appraised before Optuna suggests: the dimensions alone, then what loses least by them; in short, what promises most."""
-        yield from self._singles(until, most)
+        yield from self._singles(time.monotonic() + SINGLES_SHARE * (until - time.monotonic()), round(SINGLES_SHARE * most))
         if self.appraisals.is_sensitivity_known:
-            best = self.appraisals.sensitivity.best(APPRAISED_FIRST)
+            best = self.appraisals.sensitivity.best(APPRAISED_FIRST, until=until)
         else:
             promising = self._promising(pool, leading)
             best = (promising[index] for index in cover([(p.promise, p.latency_s) for p in promising], APPRAISED_FIRST))
@@ -151,8 +151,12 @@ class Search(Findings):
                 yield proposal
 
     def _singles(self, until: float, most: int) -> Iterator[Proposal]:
-        """Dimensions alone, until then and up to so many appraisals; none where that is too little to learn from."""
-        if not self.forecast.setting.one_architecture:
+        """Dimensions alone, until then and up to so many appraisals; no more where that is too little to learn from.
+
+        Students of another architecture have nothing of the teacher to lose.
+        """
+        self.appraisals.dimensions_come_first = self.forecast.setting.one_architecture and time.monotonic() < until
+        if not self.appraisals.dimensions_come_first:
             return
         sensitivity = self.appraisals.sensitivity
         for single in sensitivity.untried():
@@ -234,13 +238,13 @@ class Search(Findings):
         return any(o.latency_s is not None and self.budget.allows(o.latency_s, o.size_bytes, margin=MOST_DRIFT) for o in self._climbers())
 
     def _measured_leader(self, pool: list[Proposal], margin: float) -> Appraised | None:
-        """The first to lead that measuring does not rule out either, or the last that was tried."""
+        """The first to lead that measuring does not rule out either; without a margin, else the last that was tried."""
         leader = None
         for _ in range(MOST_MEASURED):
             leader = self._leader(pool, margin)
             if leader is None or self.forecast.excess(leader.proposal, margin=margin) <= 0:
-                break
-        return leader
+                return leader
+        return leader if margin == 0 else None
 
     def _leader(self, pool: list[Proposal], margin: float) -> Appraised | None:
         """What, as appraised, adds most to those that were trained; of what is not appraised, as its promise says."""

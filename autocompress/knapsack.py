@@ -1,8 +1,8 @@
 """The multiple-choice knapsack: one value of each dimension, so that the losses add up to least while the costs keep their limits.
 
-Solved to proven optimality as an integer programme by HiGHS (`scipy.optimize.milp`); Kellerer, Pferschy & Pisinger 2004, "Knapsack
-Problems", chapter 11. As SPDY (Frantar & Alistarh 2022, arXiv 2201.13096) and HAWQ-V3 (Yao et al. 2021, arXiv 2011.10680) use it for
-layers; here a dimension is whatever a search space draws.
+An integer programme for HiGHS (`scipy.optimize.milp`), solved to proven optimality unless that takes longer than PATIENCE_S; Kellerer,
+Pferschy & Pisinger 2004, "Knapsack Problems", chapter 11. SPDY (Frantar & Alistarh 2022, arXiv 2201.13096) and HAWQ-V3 (Yao et al. 2021,
+arXiv 2011.10680) state it for layers; here a dimension is whatever a search space draws.
 """
 
 from __future__ import annotations
@@ -49,6 +49,11 @@ class Knapsack:
 
         None where HiGHS finds nothing in time.
         """
+        found = self._solved(limits, near, changes, most_excess=0.0)
+        return found if found is not None else self._solved(limits, near, changes, most_excess=np.inf)
+
+    def _solved(self, limits: Array, near: Sequence[int] | None, changes: int, *, most_excess: float) -> list[int] | None:
+        """With a variable for the excess over each limit, which weighs more than all losses."""
         sizes, resources = [len(losses) for losses in self.losses], len(limits)
         dimension, loss = np.repeat(np.arange(len(sizes)), sizes), np.concatenate(self.losses)
         excess = np.full(resources, EXCESS * (1.0 + sum(float(losses.max()) for losses in self.losses)))
@@ -64,8 +69,8 @@ class Knapsack:
             np.concatenate([loss, excess]),
             constraints=constraints,
             integrality=np.concatenate([np.ones(len(loss)), np.zeros(resources)]),
-            bounds=Bounds(0, np.concatenate([np.ones(len(loss)), np.full(resources, np.inf)])),
-            options={"time_limit": PATIENCE_S},
+            bounds=Bounds(0, np.concatenate([np.ones(len(loss)), np.full(resources, most_excess)])),
+            options={"time_limit": PATIENCE_S, "mip_rel_gap": 0.0},
         )
         if found.x is None:
             return None

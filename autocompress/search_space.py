@@ -369,12 +369,12 @@ class UsuallyDistilled:
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
         if name not in USUAL:
             return self.asked.suggest_int(name, low, high, step=step, log=log)
-        return int(_on_grid(USUAL[name], low, high, step))
+        return int(on_grid(USUAL[name], low, high, step))
 
     def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
         if name not in USUAL:
             return self.asked.suggest_float(name, low, high, step=step, log=log)
-        return _on_grid(USUAL[name], low, high, step)
+        return on_grid(USUAL[name], low, high, step)
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
         if name not in USUAL or not all(isinstance(choice, (int, float)) for choice in choices):
@@ -382,7 +382,7 @@ class UsuallyDistilled:
         return min(choices, key=lambda choice: abs(choice - USUAL[name]))
 
 
-def _on_grid(value: float, low: float, high: float, step: float | None) -> float:
+def on_grid(value: float, low: float, high: float, step: float | None) -> float:
     """The nearest value between two ends, in steps from the lower one."""
     value = min(high, max(low, value))
     return value if not step else low + step * min(round((value - low) / step), math.floor((high - low) / step + 1e-9))

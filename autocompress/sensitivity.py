@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +27,17 @@ from autocompress.proposals import Proposal
 from autocompress.records import Budget
 
 LEVELS = 2
-"""Values of a dimension that are tried alone, at most; between them losses are interpolated."""
+"""Values of a dimension that are tried alone, at most: its far end and the middle; between them losses are interpolated."""
 FASTEST_SHARE = 0.3
 """Of the budget's latency: the least that is solved for."""
 DENSER = 1.5
 """Budgets lie at this power of equal steps of their logarithm: the closer together, the nearer they are to the one asked for."""
 STEPS = 8
 """Solutions of one budget, each around the one before."""
+BITS_LOSS = 0.02
+"""Of a change of bits, where none was tried."""
+TIE = 1e-6
+"""What any change loses at least: what neither costs nor gains stays as it is."""
 LEAST_WORTH = 1e-3
 SAME = 1e-6
 LEAST_TRIED = 0.5
@@ -84,7 +89,8 @@ class Sensitivity:
 
     def untried(self) -> Iterator[Proposal]:
         """What to try next, alone: the far end of each dimension first, then what lies between; what saves most time first."""
-        if self.base.inheritance < 1 - SAME and self.worth(self.base.policy) is None:
+        same = self.forecast.structure(self.base.policy) == self.forecast.structure(Policy())
+        if not same and self.worth(self.base.policy) is None:
             yield self.base
         for level in range(LEVELS):
             here = [ladder[level] for ladder in self._ladders if level < len(ladder)]
@@ -109,10 +115,10 @@ class Sensitivity:
         return [ladder for ladder in map(self._levels, self.singles) if ladder]
 
     def _levels(self, singles: Sequence[Single]) -> list[Single]:
-        """The values of a dimension that are worth trying, at most LEVELS, from the far end; none of those that gain nothing."""
+        """The values of a dimension that are worth trying, evenly spaced from the far end; none of those that gain nothing."""
         apart = sorted((single for single in singles if self._costs_something(single) and self._saves(single)), key=lambda s: s.lost)
-        places = np.unique(np.rint(np.linspace(0, len(apart) - 1, min(len(apart), LEVELS))))
-        return [apart[int(place)] for place in places[::-1]]
+        places = dict.fromkeys(int(place) for place in np.linspace(len(apart) - 1, 0, LEVELS + 1)[:LEVELS])
+        return [apart[place] for place in places] if apart else []
 
     def _costs_something(self, single: Single) -> bool:
         """Whether the student is not the same function: it has lost channels or blocks, or has other bits."""
@@ -124,11 +130,19 @@ class Sensitivity:
         return saves_bytes or single.proposal.latency_s < self.base.latency_s
 
     def losses(self) -> list[Array]:
-        """Of each dimension, one a value: as tried, else interpolated over what is lost, else as the others lose for as much."""
+        """Of each dimension, one a value: as tried, else interpolated over what is lost, else as the others lose for as much.
+
+        Of bits inheritance says nothing: those that were not tried lose as much as the worst that were.
+        """
         known = [self._known(singles) for singles in self.singles]
         slopes = [max(losses.values()) / lost for losses in known if (lost := max(losses)) > SAME]
         slope = float(np.median(slopes)) if slopes else 1.0
-        return [self._interpolated(singles, losses, slope) for singles, losses in zip(self.singles, known, strict=True)]
+        bits = [self._loss(single) for single in itertools.chain(*self.singles) if self._changes_bits_only(single)]
+        worst = max((loss for loss in bits if loss is not None), default=BITS_LOSS)
+        return [self._interpolated(singles, losses, slope, worst) for singles, losses in zip(self.singles, known, strict=True)]
+
+    def _changes_bits_only(self, single: Single) -> bool:
+        return single.lost <= SAME and self._costs_something(single)
 
     def _known(self, singles: Sequence[Single]) -> dict[float, float]:
         """Losses that were found, by what inheritance says is lost."""
@@ -141,7 +155,7 @@ class Sensitivity:
         worth, whole = self.worth(single.proposal.policy), self.worth(self.base.policy)
         return max(0.0, math.log((whole or 1.0) / max(worth, LEAST_WORTH))) if worth is not None else None
 
-    def _interpolated(self, singles: Sequence[Single], known: Mapping[float, float], slope: float) -> Array:
+    def _interpolated(self, singles: Sequence[Single], known: Mapping[float, float], slope: float, bits: float) -> Array:
         lost = sorted(known)
         values = np.array([known[place] for place in lost])
         own = values[-1] / lost[-1] if lost[-1] > SAME else slope
@@ -150,9 +164,12 @@ class Sensitivity:
             found = self._loss(single)
             if found is not None:
                 return found
+            if self._changes_bits_only(single):
+                return bits
             return float(np.interp(single.lost, lost, values)) + own * max(0.0, single.lost - lost[-1])
 
-        return np.array([loss(single) for single in singles])
+        name = singles[0].dimension
+        return np.array([loss(single) + TIE * (single.value != self.base.params.get(name)) for single in singles])
 
     def foreseen(self, proposals: Sequence[Proposal]) -> Array:
         """What policies of the space are worth as far as the losses of their dimensions tell; thousands at once take milliseconds."""
@@ -171,24 +188,31 @@ class Sensitivity:
 
     # -- the best policies ---------------------------------------------------------------------------------------------
 
-    def best(self, n: int) -> Iterator[Proposal]:
-        """Policies of least loss for `n` budgets, from the one asked for down to FASTEST_SHARE of it; different ones, slowest first."""
+    def best(self, n: int, *, until: float = math.inf) -> Iterator[Proposal]:
+        """Policies of least loss for `n` budgets, from just below the one asked for down to FASTEST_SHARE of it; different ones.
+
+        Ends at `until` (`time.monotonic()`), or with a budget that nothing keeps.
+        """
         losses, current, found = self.losses(), self.base, set[tuple[float, ...]]()
         for place in np.linspace(0, 1, n) ** DENSER if losses else ():
             share = FASTEST_SHARE**place / (1 + MOST_DRIFT)
-            solution = self._solved(losses, current, share * self._most_latency_s)
-            if solution is not None and solution.known not in found:
+            solution = self._solved(losses, current, share * self._most_latency_s, until)
+            if solution is None:
+                return
+            current = solution
+            if solution.known not in found:
                 found.add(solution.known)
-                current = solution
                 yield solution
 
-    def _solved(self, losses: Sequence[Array], start: Proposal, limit_s: float) -> Proposal | None:
+    def _solved(self, losses: Sequence[Array], start: Proposal, limit_s: float, until: float) -> Proposal | None:
         """Of the solutions that are found from this start on, the one of least loss that keeps the limits as predicted.
 
         Each differs from the one before in at most half as many dimensions (a trust region), since sums hold near by only.
         """
         current, best, least, changes = start, None, math.inf, len(losses)
         for _ in range(STEPS):
+            if time.monotonic() > until:
+                break
             knapsack, limits, here = self._linearised(losses, current, limit_s)
             chosen = knapsack.best(limits, near=here, changes=changes)
             if chosen is None:

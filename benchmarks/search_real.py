@@ -81,7 +81,7 @@ def first(pool: Sequence[Proposal], appraisals: Appraisals, kind: str, n: int) -
             if len(appraisals) >= SINGLES_SHARE * n:
                 break
             yield single
-        yield from appraisals.sensitivity.best(APPRAISED_FIRST)
+        yield from (best for best in appraisals.sensitivity.best(APPRAISED_FIRST) if best.policy not in appraisals)
     elif kind == "promise":
         promising = appraisals.forecast.again(pool)
         for index in cover([(p.promise, p.latency_s) for p in promising], APPRAISED_FIRST):

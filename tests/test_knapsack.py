@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from autocompress.knapsack import Knapsack
@@ -22,6 +22,7 @@ def every(knapsack: Knapsack) -> np.ndarray:
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.floats(-1.0, 1.0))
+@example(93730106, -0.36923076520505)  # something keeps the limits, and something that loses less exceeds them by little
 def test_the_best_choice_is_the_one_that_trying_all_finds(seed, limit):
     knapsack, limits = drawn(seed), np.array([limit, limit])
     choices = every(knapsack)
@@ -49,6 +50,12 @@ def test_no_more_dimensions_change_than_may(seed, changes):
     assert (np.array(best) != 0).sum() <= changes
     if within.any():
         assert knapsack.totals(np.array([best]))[0][0] == pytest.approx(losses[within].min(), abs=1e-6)
+
+
+def test_a_limit_is_kept_where_something_keeps_it_whatever_that_loses():
+    knapsack = Knapsack([np.array([0.0, 5.0])], [np.array([[0.0005], [-1.0]])])
+    assert knapsack.best(np.array([0.0])) == [1]
+    assert knapsack.best(np.array([-2.0])) == [1], "nothing does: what is nearest"
 
 
 def test_sums_are_those_of_each_choice():
