@@ -213,9 +213,14 @@ class _Repair(fx.Interpreter):
         return rows, target if aim.beside is None else target - _rows_of(self.env[aim.beside], last=aim.last)[:, rows]
 
     def _write(self, aim: _Aim, layer: nn.Conv2d | nn.Linear, kept: Tensor, weight: Tensor, bias: Tensor) -> None:
-        """Where a batch norm follows, filters keep the length that they had, on which the speed of their training depends."""
+        """Where a batch norm follows, filters keep the length that they had, on which the speed of their training depends.
+
+        What had hardly any, a filter that decayed to nothing, gets that of its neighbours: the shorter a filter in front of a norm, the
+        larger its gradient, and one that was fitted for real work would be destroyed by the first step.
+        """
         if aim.norm is not None:
-            scale = layer.weight[kept].flatten(1).norm(dim=1) / weight.norm(dim=1).clamp_min(1e-12)
+            lengths = layer.weight[kept].flatten(1).norm(dim=1)
+            scale = lengths.clamp_min(float(lengths.median())) / weight.norm(dim=1).clamp_min(1e-12)
             self._fitted[aim.norm.name] = _Fit(kept, scale, bias)
             weight, bias = weight * scale[:, None], torch.zeros_like(bias)
         layer.weight[kept] = weight.view_as(layer.weight[kept])

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,10 @@ FEW_STEPS = 50
 MOST_SETTLING = 16
 WARM_STEPS, MUCH_TO_LEARN = 300, 0.15
 """A student that answers like its teacher is trained at the full rates from so many steps on: fewer undo more than they teach. Where so
-much of its answers differs it has more to learn than to lose (`benchmarks/rates.py`)."""
+much of its answers differs it has more to learn than to lose (`benchmarks/rates.py`), but by Muon only, whose steps have the same length
+whatever the gradient: of SGD the first steps follow the largest gradients that there will be, and a few of them ruin a repaired student."""
+CAUTION = 3
+"""Power of what there is to learn that SGD's rates keep where steps are few: all from scratch, a fortieth where 0.3 of answers differ."""
 FEATURE_SCALE = 25.0
 """Weight of the difference of features beside the loss of answers, which is T^2 times a divergence: 16 times at the default T = 4 only."""
 
@@ -115,13 +119,23 @@ def train_quantized(
     float_share = 1.0 - (plan.quant_fraction if rounds else 0.0)
     if plan.steps:
         _run(student, data, plan, steps, until=float_share, lesson=lesson, tick=tick)
+        _settle_norms(student, data, plan, steps.done)
     if not rounds:
         return student.eval()
     quantized = fake_quantize(student.eval(), quant)
     calibrate(quantized, data.calibration(plan.calibration, CALIBRATION_BATCH))
     if plan.steps:
+        begun = steps.done
         _run(quantized, data, plan, steps, until=1.0, lesson=lesson, tick=tick)
+        _settle_norms(quantized, data, plan, steps.done - begun)
     return settle_biases(quantized.eval())
+
+
+class Rates(NamedTuple):
+    """Fractions of the peak learning rates of the two optimisers."""
+
+    sgd: float
+    muon: float
 
 
 class _Steps:
@@ -132,7 +146,7 @@ class _Steps:
 
     def __init__(self, plan: TrainPlan) -> None:
         self.total = plan.steps
-        self._least = min(1.0, plan.to_learn / MUCH_TO_LEARN)
+        self._least = Rates(plan.to_learn**CAUTION, min(1.0, plan.to_learn / MUCH_TO_LEARN))
         self.done = 0
         self._started = time.monotonic()
         self._allowed = plan.deadline - self._started
@@ -144,11 +158,12 @@ class _Steps:
         return min(1.0, max(self.done / self.total, (time.monotonic() - self._started) / self._allowed))
 
     @property
-    def rate(self) -> float:
-        """Fraction of the peak learning rates at this moment."""
+    def rates(self) -> Rates:
+        """Fractions of the peak learning rates at this moment."""
         progress = self.progress
         expected = self.done / progress if progress else self.total
-        return one_cycle(progress) * min(1.0, max(self._least, expected / WARM_STEPS))
+        warm, cycle = min(1.0, expected / WARM_STEPS), one_cycle(progress)
+        return Rates(*(cycle * max(least, warm) for least in self._least))
 
 
 def _run(model: nn.Module, data: Data, plan: TrainPlan, steps: _Steps, *, until: float, lesson: Lesson | None, tick: Tick | None) -> None:
@@ -163,7 +178,7 @@ def _run(model: nn.Module, data: Data, plan: TrainPlan, steps: _Steps, *, until:
         loss = _loss(model, data, indices, inputs, view, lesson, device)
         if not math.isfinite(loss.item()):
             raise PolicyFailure(f"training diverged: the loss must stay finite, but is {loss.item()} at step {steps.done}")
-        optimizer.step(loss, steps.rate)
+        optimizer.step(loss, steps.rates)
         steps.done += 1
         if tick is not None:
             tick(steps.progress)
@@ -246,9 +261,9 @@ class _Optimizer:
         if hidden:
             self._parts.append((Muon(hidden, lr=0.0, weight_decay=MUON_DECAY), MUON_SHARE * learning_rate))
 
-    def step(self, loss: Tensor, rate: float) -> None:
-        """Descend along the gradient of `loss` at `rate` times the peak."""
-        for optimizer, peak in self._parts:
+    def step(self, loss: Tensor, rates: Rates) -> None:
+        """Descend along the gradient of `loss` at these fractions of the peaks."""
+        for (optimizer, peak), rate in zip(self._parts, rates, strict=False):  # Muon only where there is something for it
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
                 group["lr"] = peak * rate

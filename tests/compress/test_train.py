@@ -126,14 +126,19 @@ def test_muon_allocates_its_momentum_once(monkeypatch):
     assert torch.allclose(optimizer.state[weight]["momentum"], torch.full((4, 6), 1 + 0.95 + 0.95**2))
 
 
+def trained_as_a_student(net, data, plan):
+    train_quantized(net, QuantSpec(), data, plan)
+
+
 @pytest.mark.parametrize("steps", [4, 80])
-def test_batch_norms_know_the_weights_that_training_ends_with(data, steps):
+@pytest.mark.parametrize("trained", [train, trained_as_a_student], ids=["teacher", "student"])
+def test_batch_norms_know_the_weights_that_training_ends_with(data, steps, trained):
     """After a few steps the running statistics would still be those of the beginning."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, CLASSES))
     with torch.no_grad():
         net[0].weight.mul_(30.0)
-    train(net, data, TrainPlan(steps=steps, batch_size=16))
+    trained(net, data, TrainPlan(steps=steps, batch_size=16))
     norm, seen = net[1], net[0](data.train.inputs).detach()
     assert torch.allclose(norm.running_mean, seen.mean((0, 2, 3)), atol=0.2 * float(seen.std()))
     assert torch.allclose(norm.running_var, seen.var((0, 2, 3)), rtol=0.2)
@@ -141,19 +146,29 @@ def test_batch_norms_know_the_weights_that_training_ends_with(data, steps):
 
 
 @pytest.mark.parametrize(
-    ("to_learn", "steps", "share"),
-    [(1.0, 30, 1.0), (0.15, 30, 1.0), (0.03, 30, 0.2), (0.0, 30, 0.1), (0.0, 300, 1.0), (0.03, 150, 0.5), (0.0, 3000, 1.0)],
+    ("to_learn", "steps", "muon", "sgd"),
+    [
+        (1.0, 30, 1.0, 1.0),
+        (0.5, 30, 1.0, 0.125),
+        (0.15, 30, 1.0, 0.1),
+        (0.03, 30, 0.2, 0.1),
+        (0.0, 30, 0.1, 0.1),
+        (0.0, 300, 1.0, 1.0),
+        (0.03, 150, 0.5, 0.5),
+        (0.0, 3000, 1.0, 1.0),
+    ],
 )
-def test_a_student_with_much_to_lose_is_trained_gently_where_steps_are_few(to_learn, steps, share):
+def test_a_student_with_much_to_lose_is_trained_gently_where_steps_are_few(to_learn, steps, muon, sgd):
     so_far = train_module._Steps(TrainPlan(steps, to_learn=to_learn))
     so_far.done = steps // 2
-    assert so_far.rate == pytest.approx(share * train_module.one_cycle(0.5), rel=0.01)
+    cycle = train_module.one_cycle(0.5)
+    assert so_far.rates == pytest.approx((sgd * cycle, muon * cycle), rel=0.01)
 
 
 def test_how_many_steps_there_will_be_is_told_by_the_clock():
     so_far = train_module._Steps(TrainPlan(10**9, time.monotonic() + 10.0, to_learn=0.0))
-    assert so_far.rate == 0.0, "before the first step nobody knows"
+    assert so_far.rates == (0.0, 0.0), "before the first step nobody knows"
     so_far._started -= 10.0
     so_far._allowed += 10.0
     so_far.done = 15
-    assert so_far.rate == pytest.approx(0.1 * train_module.one_cycle(0.5), rel=0.05)
+    assert so_far.rates == pytest.approx([0.1 * train_module.one_cycle(0.5)] * 2, rel=0.05)
