@@ -52,12 +52,14 @@ TAUGHT = 3
 """Of the policies that lead: those that are distilled in other ways."""
 APPRAISED_FIRST, MOST_APPRAISED, APPRAISED_A_TRIAL = 12, 1000, 12
 """Structures that are likely to be best, appraised before Optuna suggests; how many in all; how many for each run that `trials` allows."""
+CLEAR = 2 * MOST_DRIFT
+"""Of the budget, what a structure leaves unused while nothing is safe: for drift, and for how far an interval reaches above its median."""
 SINGLES_SHARE = 0.5
 """Of appraisal: what trying the dimensions alone may take."""
 UNKNOWN_OVERHEAD_S = 5.0
 SAME_FAILURES = 3
 NUMBER = re.compile(r"\d+(\.\d+)?(e[-+]?\d+)?|\bnan\b|\binf\b")
-MOST_MEASURED = 8
+MOST_MEASURED = 4
 """Of the policies that promise most: how many are measured in search of one that is within the budget."""
 COLLAPSED = 0.5
 """Share of the original's score that a network has to lose before its training counts as failed."""
@@ -228,7 +230,7 @@ class Search(Findings):
 
         Until the search is safe, one that is within the budget by a margin where there is one.
         """
-        margins = (0.0,) if self._is_safe() else (MOST_DRIFT, 0.0)
+        margins = (0.0,) if self._is_safe() else (CLEAR, 0.0)
         leaders = (self._measured_leader(pool, margin) for margin in margins)
         leader = next((leader for leader in leaders if leader is not None), None) or self._least_over_budget(pool)
         return Choice(leader.policy, leader.worth) if leader is not None else None

@@ -27,7 +27,9 @@ UNTRACED_SPREAD = 4.0
 UNKNOWN_S = 1.0
 COVERAGE = 0.9
 LEAST_TO_FIT = 3
-LEAST_S, LEAST_SPREAD = 1e-7, 0.02
+LEAST_S = 1e-7
+LEAST_SPREAD, MOST_SPREAD = 0.02, 1.0
+"""Of three networks that are left out in turn each tells little of the others: beyond a factor of two it is their number that errs."""
 
 
 class FittedLatencyModel(LatencyModel):
@@ -86,7 +88,7 @@ class FittedLatencyModel(LatencyModel):
         self._errors = left_out
         factors = np.array([abs(np.log(predicted / measured)) for predicted, measured in left_out])  # the interval is one of factors too
         rank = min(len(factors) - 1, int(np.ceil(COVERAGE * (len(factors) + 1))) - 1)
-        self._spread = max(LEAST_SPREAD, float(np.expm1(np.sort(factors)[rank])))
+        self._spread = min(MOST_SPREAD, max(LEAST_SPREAD, float(np.expm1(np.sort(factors)[rank]))))
 
     def held_out_error(self) -> dict[str, float | int | None]:
         """Median relative error and Spearman's rho, each network predicted by a fit without it."""
