@@ -69,7 +69,7 @@ def test_students_of_another_architecture_are_searched_and_made_again(net, data,
     monkeypatch.setattr("autocompress.controller.Search._overhead", lambda self: 0.2)
     monkeypatch.setattr("autocompress.controller.Search.full_rung", lambda self: None)
     reference = "torchvision:shufflenet_v2_x0_5"
-    task = Task(model="own:net", data="own:blobs", student=reference, search_time="60s", trials=1)
+    task = Task(model="own:net", data="own:blobs", student=reference, search_time="90s", trials=1)
     result = run_search(task, tmp_path / "run", model=net, data=data, device=FakeDevice(SLOW_CALLS))
     (entry,) = [entry for entry in result.content["points"] if entry["rung"] == "short"]
     assert entry["policy"]["student"]["reference"] == reference
