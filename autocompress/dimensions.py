@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from autocompress.forecast import Forecast
 from autocompress.proposals import Proposal
-from autocompress.search_space import on_grid
+from autocompress.search_space import Otherwise
 
 MOST_VALUES = 9
 """Of a dimension with more values so many, evenly spaced, are looked at."""
@@ -52,31 +52,6 @@ def _thinned(steps: int) -> NDArray[np.float64]:
     return np.unique(np.rint(np.linspace(0, steps, min(steps + 1, MOST_VALUES))))
 
 
-@dataclass(frozen=True)
-class Told:
-    """Draws what it is told to, as far as it may be drawn here, and asks an explorer for the rest; `params` is what was drawn."""
-
-    told: Params
-    explorer: Explorer
-    params: dict[str, Any] = field(default_factory=dict)
-
-    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        value = self.explorer.suggest_int(name, low, high, step=step, log=log) if name not in self.told else self.told[name]
-        return int(self._keep(name, int(on_grid(value, low, high, step))))
-
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
-        value = self.explorer.suggest_float(name, low, high, step=step, log=log) if name not in self.told else self.told[name]
-        return float(self._keep(name, on_grid(value, low, high, step)))
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        known = name in self.told and self.told[name] in choices
-        return self._keep(name, self.told[name] if known else self.explorer.suggest_categorical(name, choices))
-
-    def _keep(self, name: str, value: Any) -> Any:
-        self.params[name] = value
-        return value
-
-
 @dataclass
 class Dimensions:
     """The dimensions of a forecast's space; those that only some policies have are found when one is drawn."""
@@ -113,7 +88,7 @@ class Dimensions:
     def drawn(self, params: Sequence[Params]) -> list[Proposal]:
         """A policy for each of these; dimensions that they leave open take their first value, and are known from then on."""
         explorer = Explorer(self.values)
-        suggesters = [Told(told, explorer) for told in params]
+        suggesters = [Otherwise(told, explorer) for told in params]
         policies = [self.forecast.suggest(suggester) for suggester in suggesters]
         first = {name: values[0] for name, values in self.values.items()}
-        return self.forecast.proposals(policies, [{**first, **suggester.told, **suggester.params} for suggester in suggesters])
+        return self.forecast.proposals(policies, [{**first, **suggester.known, **suggester.params} for suggester in suggesters])

@@ -10,7 +10,7 @@ import math
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -369,12 +369,12 @@ class UsuallyDistilled:
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
         if name not in USUAL:
             return self.asked.suggest_int(name, low, high, step=step, log=log)
-        return int(on_grid(USUAL[name], low, high, step))
+        return int(_on_grid(USUAL[name], low, high, step))
 
     def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
         if name not in USUAL:
             return self.asked.suggest_float(name, low, high, step=step, log=log)
-        return on_grid(USUAL[name], low, high, step)
+        return _on_grid(USUAL[name], low, high, step)
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
         if name not in USUAL or not all(isinstance(choice, (int, float)) for choice in choices):
@@ -382,7 +382,7 @@ class UsuallyDistilled:
         return min(choices, key=lambda choice: abs(choice - USUAL[name]))
 
 
-def on_grid(value: float, low: float, high: float, step: float | None) -> float:
+def _on_grid(value: float, low: float, high: float, step: float | None) -> float:
     """The nearest value between two ends, in steps from the lower one."""
     value = min(high, max(low, value))
     return value if not step else low + step * min(round((value - low) / step), math.floor((high - low) / step + 1e-9))
@@ -395,19 +395,29 @@ def structural(suggest: Suggest) -> Suggest:
 
 @dataclass(frozen=True)
 class Otherwise:
-    """Takes what is known of a policy's dimensions, and asks for the others."""
+    """Takes what is known of a policy's dimensions, as far as it may be drawn here, and asks for the others; `params` is what was drawn."""
 
     known: Mapping[str, Any]
     asked: Suggester
+    params: dict[str, Any] = field(default_factory=dict)
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        return int(self.known[name]) if name in self.known else self.asked.suggest_int(name, low, high, step=step, log=log)
+        if name not in self.known:
+            return int(self._keep(name, self.asked.suggest_int(name, low, high, step=step, log=log)))
+        return int(self._keep(name, int(_on_grid(self.known[name], low, high, step))))
 
     def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
-        return float(self.known[name]) if name in self.known else self.asked.suggest_float(name, low, high, step=step, log=log)
+        if name not in self.known:
+            return float(self._keep(name, self.asked.suggest_float(name, low, high, step=step, log=log)))
+        return float(self._keep(name, _on_grid(self.known[name], low, high, step)))
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        return self.known[name] if name in self.known else self.asked.suggest_categorical(name, choices)
+        is_known = name in self.known and self.known[name] in choices
+        return self._keep(name, self.known[name] if is_known else self.asked.suggest_categorical(name, choices))
+
+    def _keep(self, name: str, value: Any) -> Any:
+        self.params[name] = value
+        return value
 
 
 def fastest(suggest: Suggest) -> list[Policy]:

@@ -234,8 +234,8 @@ class Sensitivity:
         return Knapsack(losses, costs), limits, [self._index(singles, centre) for singles in self.singles]
 
     def _costs(self, proposal: Proposal, limit_s: float) -> Array:
-        time = proposal.latency_s / limit_s
-        return np.array([time, self._excess_bytes(proposal)] if self._limits_bytes else [time])
+        share = proposal.latency_s / limit_s
+        return np.array([share, self._excess_bytes(proposal)] if self._limits_bytes else [share])
 
     def _excess_bytes(self, proposal: Proposal) -> float:
         return self.forecast.violation(proposal.workload, proposal.latency_s, self.forecast.budget.of_size)
