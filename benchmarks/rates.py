@@ -3,7 +3,9 @@
     AUTOCOMPRESS_DATA=../shared/data .venv/bin/python benchmarks/rates.py --model demo --steps 20,40,100
     AUTOCOMPRESS_DATA=../shared/data .venv/bin/python benchmarks/rates.py --model resnet20 --steps 30,100
 
-Steps are counted and not timed, so that a busy machine changes nothing. Float32 students of `repair.students`, scored on up to 2,000
+First as a search trains it, whose rates follow from the distance to the teacher.
+Steps are counted and not timed, so that a busy machine changes nothing.
+Float32 students of `repair.students`, scored on up to 2,000
 validation examples: what is found here sets constants of `compress/train.py`. Writes benchmarks/results/rates_MODEL.{json,md}.
 """
 
@@ -25,7 +27,7 @@ from repair import examples, students
 from autocompress.compress.repair import repair
 from autocompress.compress.student import build_student, shared_features
 from autocompress.compress.teacher import Teacher
-from autocompress.compress.train import Lesson, TrainPlan, train
+from autocompress.compress.train import Lesson, TrainPlan, train, train_quantized
 from autocompress.data import Data, sample
 from autocompress.demo import LEARNING_RATE, TEACHER_EPOCHS
 from autocompress.demo import teacher as demo_teacher
@@ -56,8 +58,8 @@ def trained(name: str) -> tuple[nn.Module, Data]:
 
 def table(rows: list[dict], shares: list[float]) -> str:
     """Markdown: a line for each student and number of steps."""
-    lines = ["| student | distance | untrained | steps | " + " | ".join(f"x {share:g}" for share in shares) + " |"]
-    lines.append("|---" * (4 + len(shares)) + "|")
+    lines = ["| student | distance | untrained | steps | as a search | " + " | ".join(f"x {share:g}" for share in shares) + " |"]
+    lines.append("|---" * (5 + len(shares)) + "|")
     for row in rows:
         scores = " | ".join(f"{100 * score:.1f} %" for score in row["scores"])
         lines.append(f"| {row['student']} | {row['distance']:.2f} | {100 * row['untrained']:.1f} % | {row['steps']} | {scores} |")
@@ -82,7 +84,9 @@ def main() -> None:
         known["untrained"] = score_model(copy.deepcopy(student), data, val).value
         lesson = Lesson(teacher, DistillSpec(), shared_features(graph, policy))
         for steps in map(int, options.steps.split(",")):
-            scores = []
+            plan = TrainPlan(steps, learning_rate=RATES[options.model], to_learn=known["distance"])
+            as_a_search = train_quantized(copy.deepcopy(student), policy.quant, data, plan, lesson=lesson)
+            scores = [score_model(as_a_search, data, val).value]
             for share in shares:
                 plan = TrainPlan(steps, learning_rate=share * RATES[options.model])
                 scores.append(score_model(train(copy.deepcopy(student), data, plan, lesson=lesson), data, val).value)
