@@ -149,7 +149,8 @@ class Appraisals:
                 _ = self._likeness  # what is made once is not what each takes
             started = time.monotonic()
             try:
-                found = Appraised(proposal, self._worth(proposal))
+                with self.forecast.setting.ledger.spend("appraise"):
+                    found = Appraised(proposal, self._worth(proposal))
             except BaseException:
                 self.journal.abandon(trial)
                 raise

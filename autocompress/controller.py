@@ -121,7 +121,8 @@ class Search(Findings):
     def ask_teacher(self) -> None:
         """Answer the training data ahead, so that no student pays for what the others read."""
         seconds = teacher_seconds(self.clock)
-        self.setting.teacher.prepare(seconds, lambda done, total: self.show("asking the teacher", done, total))
+        with self.setting.ledger.spend("teach"):
+            self.setting.teacher.prepare(seconds, lambda done, total: self.show("asking the teacher", done, total))
 
     def appraise(self, pool: list[Proposal]) -> None:
         """Find out what structures are worth untrained: first what is likely to be best at each latency, then what Optuna suggests."""

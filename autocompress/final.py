@@ -83,7 +83,8 @@ def score_test(search: Findings) -> None:
     search.show("scoring the test set", 0, len(front) + 1)
     if setting.baseline.test_score is None:
         try:
-            score = score_artifact(setting.device, setting.baseline.path, setting.data, test, setting.batch)
+            with setting.ledger.spend("score"):
+                score = score_artifact(setting.device, setting.baseline.path, setting.data, test, setting.batch)
         except Exception as error:  # the original has answered the validation split: something is wrong with these examples
             if not fails_policy(error):
                 raise
@@ -99,7 +100,8 @@ def score_test(search: Findings) -> None:
 def _score_test_of(search: Findings, outcome: Outcome, test: Split) -> None:
     try:
         setting = search.setting
-        score = score_artifact(setting.device, search.run / (outcome.artifact or ""), setting.data, test, setting.batch)
+        with setting.ledger.spend("score"):
+            score = score_artifact(setting.device, search.run / (outcome.artifact or ""), setting.data, test, setting.batch)
     except Exception as error:
         if not fails_policy(error):
             raise

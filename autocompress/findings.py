@@ -107,6 +107,7 @@ class Findings:
             "failures": [{"id": o.id, **o.failure.model_dump()} for o in every if o.failure is not None],
             "trials": self.journal.finished,
             "elapsed_s": self.clock.elapsed,
+            "spent_s": self.setting.ledger.spent(),
         }
 
     def ladder(self) -> dict[str, Any]:
@@ -132,9 +133,14 @@ class Findings:
         self.forecast.learn([outcome])
         self.points.append(progress_point(self.outcomes(), self.setting.baseline, self.budget, self.clock.elapsed, self.journal.finished))
         self.journal.note("progress", self.points)
-        self.journal.note("elapsed_s", self.clock.elapsed)
+        self.note_time()
         self.write_front()
         self.announce(outcome)
+
+    def note_time(self) -> None:
+        """Keep how much time has passed, and on what: a resumed search goes on from there."""
+        self.journal.note("elapsed_s", self.clock.elapsed)
+        self.journal.note("spent", self.setting.ledger.spent())
 
     def write_front(self) -> None:
         """Write RUN/front.json: after every policy, so that a killed search leaves a folder that can be shown and exported."""

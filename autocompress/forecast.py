@@ -246,9 +246,10 @@ class Forecast:
         until, generator = time.monotonic() + seconds, np.random.default_rng(seed)
         policies = [self.suggest(LevelSuggester(generator)) for _ in range(OPERATOR_DRAWS)]
         workloads = [self.workload(Policy()), *(self.workload(policy) for policy in policies)]
-        self.model.table.calibrate(
-            self.setting.device, workloads, 0.5 * seconds, lambda done, total: tick("measuring operators", done, total)
-        )
+        with self.setting.ledger.spend("calibrate"):
+            self.model.table.calibrate(
+                self.setting.device, workloads, 0.5 * seconds, lambda done, total: tick("measuring operators", done, total)
+            )
         self._note(Policy(), self.setting.baseline.latency_s.median)
         by_latency = sorted(policies, key=lambda p: self.predict(p).value)
         chosen = [by_latency[round(i)] for i in np.linspace(0, len(by_latency) - 1, WHOLE_NETWORKS)]
@@ -271,7 +272,8 @@ class Forecast:
 
     def _measure_untrained(self, policy: Policy) -> Untrained | None:
         """What the policy's structure takes; None when it cannot be built."""
-        with tempfile.TemporaryDirectory(prefix=UNTRAINED, dir=self.setting.models) as name:
+        models, spend = self.setting.models, self.setting.ledger.spend
+        with spend("measure"), tempfile.TemporaryDirectory(prefix=UNTRAINED, dir=models) as name:
             folder = Path(name)
             try:
                 manifest = self.setting.write(folder, untrained(self.setting, policy), policy)

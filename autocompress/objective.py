@@ -32,6 +32,7 @@ from autocompress.evaluate import model_answers, run_artifact, score_outputs
 from autocompress.export import Manifest, Parity, check_parity, weights_bytes, write_bundle
 from autocompress.graph import Graph, Structure
 from autocompress.graph.nodes import follows_batch
+from autocompress.ledger import Ledger
 from autocompress.policy import Policy
 from autocompress.records import Failure, Measurement, Outcome, Prediction, Rung, Score
 from autocompress.run_folder import write_atomically
@@ -72,6 +73,7 @@ class Setting:
         example: one batch of inputs at the deployment batch, as the model takes it.
         models: folder of the bundles, one folder an id.
         beside: seconds that the baseline took, first alone and then beside each policy; grows as the search measures.
+        ledger: what the search has spent its time on; grows too.
     """
 
     data: Data
@@ -86,6 +88,7 @@ class Setting:
     batch_size: int = 128
     seed: int = 0
     beside: list[float] = field(default_factory=list)
+    ledger: Ledger = field(default_factory=Ledger)
 
     @property
     def batch(self) -> int:
@@ -110,7 +113,10 @@ class Setting:
 
     def write(self, folder: Path, student: fx.GraphModule, policy: Policy) -> Manifest:
         """Export a student of this search as a bundle."""
-        return write_bundle(folder, student, policy, (self.example,), model=self.model_reference, classes=self.data.classes, seed=self.seed)
+        with self.ledger.spend("export"):
+            return write_bundle(
+                folder, student, policy, (self.example,), model=self.model_reference, classes=self.data.classes, seed=self.seed
+            )
 
 
 def untrained(setting: Setting, policy: Policy, *, repaired: bool = False) -> fx.GraphModule:
@@ -155,7 +161,8 @@ def realise(
         student = build_student(setting.graph_of(policy), policy)
         stage = "train"
         begun = time.monotonic()
-        student = _trained(setting, student, policy, id, rung, deadline, continues, tick)
+        with setting.ledger.spend("train"):
+            student = _trained(setting, student, policy, id, rung, deadline, continues, tick)
         training_s = time.monotonic() - begun
         stage = "export"
         manifest = setting.write(setting.models / id, student, policy)
@@ -234,17 +241,20 @@ def _repair(setting: Setting, student: fx.GraphModule, policy: Policy, until: fl
     graph, inherited = setting.graph_of(policy), copy.deepcopy(student.state_dict())
     n = min(setting.calibration, examples_for(graph))
     try:
-        repair(student, graph, policy, torch.cat([*setting.data.calibration(n, n)]), until=until)
+        with setting.ledger.spend("repair"):
+            repair(student, graph, policy, torch.cat([*setting.data.calibration(n, n)]), until=until)
     except RuntimeError:  # out of memory, or equations without a solution: the student can be trained all the same
         student.load_state_dict(inherited)
 
 
 def check_artifact(setting: Setting, student: fx.GraphModule, path: Path, policy: Policy) -> tuple[Tensor, Parity]:
     """Outputs of the exported file on the validation split. Raises PolicyFailure unless they are the student's."""
-    outputs = run_artifact(setting.device, path, setting.data, setting.data.val, setting.batch)
+    with setting.ledger.spend("score"):
+        outputs = run_artifact(setting.device, path, setting.data, setting.data.val, setting.batch)
+        expected = _answers(student, setting)
     layers = [layer.name for layer in setting.graph_of(policy).layers]
     decisions = setting.data.classes is not None
-    return outputs, check_parity(_answers(student, setting), outputs, policy.quant, layers, decisions=decisions)
+    return outputs, check_parity(expected, outputs, policy.quant, layers, decisions=decisions)
 
 
 def measure_beside_baseline(
@@ -255,20 +265,21 @@ def measure_beside_baseline(
     Measurements whose baseline stays away from that are flagged noisy: they cannot be compared with others. Lately is the median of the
     last times, so that one odd measurement is outvoted, whether it was the first or not. Nothing is measured again after `until`.
     """
-    for attempt in range(DRIFT_RETRIES):
-        begun = time.monotonic()
-        reference = statistics.median_low(setting.beside[-LATELY:] or [setting.baseline.latency_s.median])
-        baseline, *others = setting.device.measure([setting.baseline.path, *paths], seconds_each=seconds_each)
-        setting.beside.append(baseline.median)
-        drift = baseline.median / reference - 1
-        if abs(drift) <= MOST_DRIFT:
-            return [baseline, *others]
-        now = time.monotonic()
-        if attempt == DRIFT_RETRIES - 1 or now + DRIFT_PAUSE_S + (now - begun) > until:
-            break
-        time.sleep(DRIFT_PAUSE_S)
-    reason = f"the baseline beside it took {100 * drift:+.0f} % of its time"
-    return [baseline, *(_noisy(latency, reason) for latency in others)]
+    with setting.ledger.spend("measure"):
+        for attempt in range(DRIFT_RETRIES):
+            begun = time.monotonic()
+            reference = statistics.median_low(setting.beside[-LATELY:] or [setting.baseline.latency_s.median])
+            baseline, *others = setting.device.measure([setting.baseline.path, *paths], seconds_each=seconds_each)
+            setting.beside.append(baseline.median)
+            drift = baseline.median / reference - 1
+            if abs(drift) <= MOST_DRIFT:
+                return [baseline, *others]
+            now = time.monotonic()
+            if attempt == DRIFT_RETRIES - 1 or now + DRIFT_PAUSE_S + (now - begun) > until:
+                break
+            time.sleep(DRIFT_PAUSE_S)
+        reason = f"the baseline beside it took {100 * drift:+.0f} % of its time"
+        return [baseline, *(_noisy(latency, reason) for latency in others)]
 
 
 def _noisy(latency: Measurement, reason: str) -> Measurement:

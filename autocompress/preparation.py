@@ -258,7 +258,7 @@ def _about_the_model(reference: str) -> Iterator[None]:
 
 def score_original(setting: Setting) -> Score:
     """The original's validation score, taken from its exported file. Raises UsageError where it has none."""
-    with _about_the_model(setting.model_reference):
+    with _about_the_model(setting.model_reference), setting.ledger.spend("score"):
         return score_artifact(setting.device, setting.baseline.path, setting.data, setting.data.val, setting.batch)
 
 
@@ -286,7 +286,8 @@ def train_demo_teacher(setting: Setting, run: Path, seconds: float, tick: Tick) 
     deadline = time.monotonic() + seconds
     torch.manual_seed(setting.seed)
     plan = TrainPlan(steps, deadline, LEARNING_RATE, setting.batch_size, seed=setting.seed)
-    train(model, data, plan, tick=tick)
+    with setting.ledger.spend("train"):
+        train(model, data, plan, tick=tick)
     if time.monotonic() < deadline:
         write_atomically(weights, weights_bytes(model))
     graph = Graph.trace(model.cpu(), (setting.example,))

@@ -45,6 +45,7 @@ def render(results: Results, run: Path) -> str:
         failures=Counter((f.stage, f.reason) for f in results.failures).most_common(),
         quality=_quality(results),
         ladder=_ladder(results),
+        spent=_spent(results),
         plotly=get_plotlyjs(),
     )
 
@@ -125,6 +126,27 @@ def _ladder(results: Results) -> list[tuple[str, str]]:
     }
     pairs = [(names.get(key, str(key).replace("_", " ")), _number(value)) for key, value in results.ladder.items()]
     return [(name, value) for name, value in pairs if value]
+
+
+def _spent(results: Results) -> list[tuple[str, str]]:
+    """Shares of the time by what it was spent on; what is none of that was the search's own."""
+    names = {
+        "train": "training",
+        "measure": "measuring",
+        "appraise": "appraising untrained students",
+        "repair": "repairing",
+        "score": "scoring",
+        "export": "exporting",
+        "teach": "answers of the original",
+        "calibrate": "operators measured ahead",
+        "prepare": "loading and tracing",
+    }
+    spent = results.spent_s
+    if not spent or not results.elapsed_s:
+        return []
+    shares = {names.get(work, work): seconds / results.elapsed_s for work, seconds in spent.items()}
+    shares["the search itself"] = max(0.0, 1.0 - sum(shares.values()))
+    return [(name, f"{100 * share:.0f} %") for name, share in sorted(shares.items(), key=lambda pair: -pair[1])]
 
 
 def _number(value: object) -> str:

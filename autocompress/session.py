@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType, NoneType
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from autocompress.errors import AutocompressError, InfeasibleBudget, Terminated,
 from autocompress.final import measure_front, score_test
 from autocompress.forecast import Forecast
 from autocompress.journal import Journal
+from autocompress.ledger import Ledger
 from autocompress.objective import Setting
 from autocompress.policy import Policy
 from autocompress.preparation import TEACHER_WEIGHTS, contents, kept_teacher, load, prepare, train_demo_teacher
@@ -208,9 +209,11 @@ def run_search(
             _forget_teacher(run)
         clock = Clock.start(task.search_seconds, already=clock.elapsed + (journal.noted("elapsed_s") or 0.0))
         try:
-            loaded = load(task, model=model, data=data, device=device, weights=kept_teacher(task, run))
-            require_same_contents(journal, run, contents(task, loaded))
-            setting = prepare(task, run, loaded)
+            ledger = Ledger(journal.noted("spent"))
+            with ledger.spend("prepare"):
+                loaded = load(task, model=model, data=data, device=device, weights=kept_teacher(task, run))
+                require_same_contents(journal, run, contents(task, loaded))
+                setting = replace(prepare(task, run, loaded), ledger=ledger)
         except BaseException:
             if fresh:
                 shutil.rmtree(run, ignore_errors=True)
@@ -270,7 +273,7 @@ def _phases(search_: Search) -> None:
 def _finish(search_: Search) -> None:
     """Write what there is, however the search ended."""
     search_.journal.retire_lost_trials()
-    search_.journal.note("elapsed_s", search_.clock.elapsed)
+    search_.note_time()
     search_.write_front()
     write_report(search_.content(), search_.run)
 

@@ -107,6 +107,7 @@ class Results(_Read):
     ladder: dict[str, Any] = {}
     failures: tuple[FailedTrial, ...] = ()
     elapsed_s: float = 0.0
+    spent_s: dict[str, float] = {}
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> Self:

@@ -175,6 +175,7 @@ def main() -> int:
     parser.add_argument("--search-time", default="60m")
     parser.add_argument("--seed", type=int, default=0, help="of the search; other seeds than 0 write files of their own")
     parser.add_argument("--skip-rivals", action="store_true", help="score and measure our own files only")
+    parser.add_argument("--name", help="of the result files; cifar10_resnet56, with the seed where it is not 0")
     options = parser.parse_args()
     os.environ.setdefault("AUTOCOMPRESS_DATA", "../shared/data")
     run = options.run or options.out
@@ -198,7 +199,7 @@ def main() -> int:
         "prediction": front["prediction"], "ladder": front["ladder"], "trials": front["trials"],
     }  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"cifar10_resnet56{f'_seed{seed}' if seed else ''}"
+    target = RESULTS / (options.name or f"cifar10_resnet56{f'_seed{seed}' if seed else ''}")
     target.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     target.with_suffix(".md").write_text(table(rows))
     shutil.copyfile(run / "pareto.png", target.with_suffix(".png"))

@@ -47,7 +47,8 @@ def hostile(content):
     failure = {"id": EVIL, "stage": EVIL, "reason": EVIL}
     task = content["task"] | {"model": EVIL, "data": EVIL, "batch": EVIL}
     return content | {"task": task, "device": EVIL, "environment": {EVIL: EVIL}, "front": [entry], "points": [entry], "best": EVIL,
-                      "failures": [failure], "ladder": {EVIL: 0.5}, "prediction": {EVIL: EVIL}}  # fmt: skip
+                      "failures": [failure], "ladder": {EVIL: 0.5}, "prediction": {EVIL: EVIL}, "spent_s": {EVIL: 1.0},
+                      "elapsed_s": 2.0}  # fmt: skip
 
 
 def test_the_report_is_one_file_that_needs_no_network(content, tmp_path):

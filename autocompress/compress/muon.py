@@ -29,31 +29,41 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
+            alike: dict[torch.Size, list[nn.Parameter]] = {}
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                momentum = state["momentum"]
-                momentum.mul_(group["momentum"]).add_(parameter.grad)
-                update = orthogonalised(parameter.grad.add(momentum, alpha=group["momentum"]).flatten(1))
-                rows, columns = update.shape
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.view(parameter.shape), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+                if parameter.grad is not None:
+                    alike.setdefault(parameter.flatten(1).shape, []).append(parameter)
+            for (rows, columns), parameters in alike.items():
+                updates = orthogonalised(torch.stack([self._gradient(p, group["momentum"]).flatten(1) for p in parameters]))
+                step = group["lr"] * max(1.0, rows / columns) ** 0.5
+                for parameter, update in zip(parameters, updates, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(update.view(parameter.shape), alpha=-step)
+
+    def _gradient(self, parameter: nn.Parameter, momentum: float) -> Tensor:
+        """The gradient with Nesterov momentum."""
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].mul_(momentum).add_(parameter.grad)
+        return parameter.grad.add(state["momentum"], alpha=momentum)
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """About U V^T of the singular value decomposition U S V^T of a matrix (rows x columns)."""
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """About U V^T of the singular value decomposition U S V^T of each of n matrices (n x rows x columns).
+
+    Matrices of one shape are taken together: a network has many that are small, and one by one the calls take longer than the arithmetic.
+    """
     linear, cubic, quintic = COEFFICIENTS
-    x = matrix.bfloat16() if bf16_is_faster(matrix.device) else matrix
-    x = x / (x.norm() + 1e-7)
-    tall = x.shape[0] > x.shape[1]
+    x = matrices.bfloat16() if bf16_is_faster(matrices.device) else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     for _ in range(STEPS):
         square = x @ x.mT
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=cubic, alpha=quintic), x, beta=linear)
-    return (x.mT if tall else x).to(matrix.dtype)
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=cubic, alpha=quintic), x, beta=linear)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:

@@ -223,6 +223,13 @@ def test_the_deadline_holds(finished):
     assert finished.result.content["elapsed_s"] <= finished.seconds
 
 
+def test_it_says_what_its_time_went_to(finished):
+    spent, elapsed = finished.result.content["spent_s"], finished.result.content["elapsed_s"]
+    assert {"prepare", "appraise", "train", "export", "score", "measure"} <= spent.keys()
+    assert all(seconds > 0 for seconds in spent.values())
+    assert 0.5 * elapsed < sum(spent.values()) <= elapsed
+
+
 def test_the_test_split_is_touched_once_at_the_end(finished):
     assert {phase for phase, _ in finished.test_accesses} == {"scoring the test set"}
     rows = sum(count for _, count in finished.test_accesses)
