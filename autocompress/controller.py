@@ -29,6 +29,7 @@ from autocompress.preparation import limit_validation, score_original
 from autocompress.proposals import Proposal, outclassed
 from autocompress.records import Outcome
 from autocompress.schedule import (
+    FULL_FACTOR,
     Division,
     appraisal_seconds,
     calibration_seconds,
@@ -57,6 +58,7 @@ CLEAR = 2 * MOST_DRIFT
 SINGLES_SHARE = 0.5
 """Of appraisal: what trying the dimensions alone may take."""
 UNKNOWN_OVERHEAD_S = 5.0
+LEAST_TRAINING_S = 1.0
 SAME_FAILURES = 3
 NUMBER = re.compile(r"\d+(\.\d+)?(e[-+]?\d+)?|\bnan\b|\binf\b")
 MOST_MEASURED = 4
@@ -170,15 +172,16 @@ class Search(Findings):
 
     def short_rung(self, pool: list[Proposal]) -> None:
         """Train many policies a little: the best structures, spread over the latencies; then these distilled in other ways."""
-        division = Division.of(self.clock.left, self._overhead())
-        started = time.monotonic()
-        while self._room_for_short(started + self._short_seconds(division), division) and not self._stop() and not self._enough():
+        started, left = time.monotonic(), self.clock.left
+        while not self._stop() and not self._enough():
+            begun, division = time.monotonic(), Division.of(left, self._overhead())
+            if not self._room_for_short(started + self._short_seconds(division), division):
+                return
             choice = self._next(pool)
             if choice is None:
                 self.progress.message("the search space is exhausted: every policy that can be drawn was trained before")
                 return
-            deadline = time.monotonic() + max(1.0, min(division.short_each, self._left_for_short()) - self._overhead())
-            self._train_shortly(choice, deadline)
+            self._train_shortly(choice, begun, division)
 
     def _short_seconds(self, division: Division) -> float:
         """More than its share where appraisal does not foretell what short training makes of policies."""
@@ -218,7 +221,7 @@ class Search(Findings):
             return
         predicted = self.forecast.foretell(policy)
         self.show("the unchanged network in int8")
-        self.keep(realise(self.setting, policy, id="int8", rung="unchanged", deadline=time.monotonic(), predicted=predicted))
+        self.keep(realise(self.setting, policy, id="int8", rung="unchanged", seconds=0.0, predicted=predicted))
 
     def _next(self, pool: list[Proposal]) -> Choice | None:
         """A structure, or in its turn another way to distil one; the other where there is none. None when the space is exhausted."""
@@ -320,19 +323,22 @@ class Search(Findings):
         short = [o for o in self.journal.outcomes if o.rung == "short"]
         return {o.id for o in short if first.setdefault(self.forecast.structure(o.policy), o.id) != o.id}
 
-    def _train_shortly(self, choice: Choice, deadline: float) -> None:
+    def _train_shortly(self, choice: Choice, begun: float, division: Division) -> None:
+        """Train what was chosen from `begun` on."""
         number = self._short_count() + 1
+        left, chosen_in = self._left_for_short() - self._finishing(), time.monotonic() - begun
         outcome = realise(
             self.setting,
             choice.policy,
             id=self.journal.next_id(),
             rung="short",
-            deadline=deadline,
+            seconds=max(LEAST_TRAINING_S, division.training),
+            latest=time.monotonic() + max(LEAST_TRAINING_S, left),
             predicted=self.forecast.foretell(choice.policy),
             worth=choice.worth,
             tick=self.percent(f"short training, policy {number}"),
         )
-        self.keep(outcome)
+        self.keep(outcome.model_copy(update={"seconds": outcome.seconds + chosen_in}))
         if choice.trial is not None and choice.base is not None:
             self.journal.tell_lesson(choice.trial, gain(outcome) - gain(choice.base) if outcome.failure is None else None)
         self._require_progress()
@@ -341,7 +347,7 @@ class Search(Findings):
         """Continue the leading policies until the time is used."""
         done = {o.policy.digest for o in self.journal.outcomes if o.rung == "full"}
         candidates = [o for o in [*self._climbers(), *self._hurt_by_bits()] if o.policy.digest not in done]
-        each = Division.of(self.clock.total, self._overhead()).short_each
+        each = FULL_FACTOR * Division.of(self.clock.total, self._overhead()).training + self._finishing()
         trials = self.task.trials
         count = full_runs(self.clock.left, each, len(candidates), trials)
         climbs = {o.id for o in candidates}
@@ -352,8 +358,8 @@ class Search(Findings):
             if self._stop():
                 return
             share = full_seconds(self.clock.left, costs[position:], each, trials)
-            deadline = time.monotonic() + share - self._overhead()
-            if deadline <= time.monotonic():
+            seconds = share - self._finishing()
+            if seconds <= 0:
                 return
             name = f"full training {position + 1} of {len(climbing)}"
             self.keep(
@@ -362,7 +368,8 @@ class Search(Findings):
                     outcome.policy,
                     id=f"{outcome.id}-full",
                     rung="full",
-                    deadline=deadline,
+                    seconds=seconds,
+                    latest=time.monotonic() + self.clock.left - self._finishing(),
                     predicted=outcome.predicted_latency_s,
                     continues=outcome.id,
                     tick=self.percent(name),
@@ -390,9 +397,14 @@ class Search(Findings):
         return sum(o.rung == "short" for o in self.journal.outcomes)
 
     def _overhead(self) -> float:
-        """Seconds that a policy costs beside training, as a rule: where the machine was restless, measuring took longer."""
-        spent = [o.seconds - o.training_s for o in measured(self.journal.outcomes)]
-        return statistics.median_low(spent) if spent else UNKNOWN_OVERHEAD_S
+        """Seconds that a short run costs beside training, as a rule: where the machine was restless, measuring took longer."""
+        outcomes = measured(self.journal.outcomes)
+        known = [o for o in outcomes if o.rung == "short"] or [o for o in outcomes if o.rung == "unchanged"]
+        return statistics.median_low([o.seconds - o.training_s for o in known] or [UNKNOWN_OVERHEAD_S])
+
+    def _finishing(self) -> float:
+        """Seconds of it that come after training."""
+        return statistics.median_low([o.finishing_s for o in measured(self.journal.outcomes)] or [UNKNOWN_OVERHEAD_S])
 
     def _stop(self) -> bool:
         if self.clock.left <= 0:

@@ -39,8 +39,8 @@ from autocompress.run_folder import write_atomically
 from autocompress.schedule import FEWEST_EXAMPLES
 
 CALIBRATION_S = 20.0
-REPAIR_SHARE, LEAST_REPAIR_S = 0.5, 10.0
-"""Of a student's training time, at most, for its repair; and what it may take in any case: half repaired it would be worth little."""
+LEAST_REPAIR_S = 10.0
+"""A student's repair may take as long as its training, and so long in any case: half repaired it would be worth little."""
 FLOAT_WEIGHTS = "float.safetensors"
 SECONDS_EACH = 0.5
 """Of measuring a file in a search: half of what a figure deserves, since the front is measured again, for longer, at the end."""
@@ -139,7 +139,8 @@ def realise(
     *,
     id: str,
     rung: Rung,
-    deadline: float,
+    seconds: float,
+    latest: float = math.inf,
     predicted: Prediction | None = None,
     worth: float | None = None,
     continues: str | None = None,
@@ -149,7 +150,8 @@ def realise(
 
     Args:
         id: name of the bundle's folder.
-        deadline: `time.monotonic()` at which training ends; export, scoring and measuring come after it.
+        seconds: of training, once the student is repaired; export, scoring and measuring come after it.
+        latest: `time.monotonic()` at which training ends in any case.
         worth: of the structure before it is trained, see `Outcome`.
         continues: id of a lower rung of the same policy, whose float weights are the start.
     """
@@ -160,10 +162,12 @@ def realise(
     try:
         student = build_student(setting.graph_of(policy), policy)
         stage = "train"
+        _begin(setting, student, policy, continues, until=max(started + LEAST_REPAIR_S, min(latest, started + seconds)))
         begun = time.monotonic()
         with setting.ledger.spend("train"):
-            student = _trained(setting, student, policy, id, rung, deadline, continues, tick)
-        training_s = time.monotonic() - begun
+            student = _trained(setting, student, policy, id, rung, min(latest, begun + seconds), tick)
+        trained = time.monotonic()
+        training_s = trained - begun
         stage = "export"
         manifest = setting.write(setting.models / id, student, policy)
         path = setting.models / id / manifest.artifact
@@ -184,26 +188,24 @@ def realise(
         artifact=f"models/{id}/{manifest.artifact}",
         seconds=time.monotonic() - started,
         training_s=training_s,
+        finishing_s=time.monotonic() - trained,
     )
 
 
+def _begin(setting: Setting, student: fx.GraphModule, policy: Policy, continues: str | None, until: float) -> None:
+    """Let a student begin with the weights of the lower rung that it continues, else repaired where it has another shape."""
+    if continues is not None and _continue_from(student, setting.models / continues / FLOAT_WEIGHTS):
+        return
+    if changes_shape(setting, policy):
+        _repair(setting, student, policy, until)
+
+
 def _trained(
-    setting: Setting,
-    student: fx.GraphModule,
-    policy: Policy,
-    id: str,
-    rung: Rung,
-    deadline: float,
-    continues: str | None,
-    tick: Tick | None,
+    setting: Setting, student: fx.GraphModule, policy: Policy, id: str, rung: Rung, deadline: float, tick: Tick | None
 ) -> fx.GraphModule:
     """Train a student of another shape; the teacher in fewer bits is calibrated first, and trained through them on the full rung."""
     reshaped = changes_shape(setting, policy)
     needs_training = reshaped or (rung == "full" and quantizes(policy.quant))
-    continued = continues is not None and _continue_from(student, setting.models / continues / FLOAT_WEIGHTS)
-    if reshaped and not continued:
-        now = time.monotonic()
-        _repair(setting, student, policy, until=now + max(LEAST_REPAIR_S, REPAIR_SHARE * (deadline - now)))
     plan = TrainPlan(
         steps=10**9 if needs_training else 0,
         deadline=deadline if needs_training else math.inf,

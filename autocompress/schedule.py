@@ -26,10 +26,14 @@ EXTENSION = 1.5
 VALIDATION_SHARE = 0.01
 FINAL_CALLS, FINAL_S = 60.0, 12.0
 """For the end of a search: calls of a slow original (a dozen rounds of it and of a faster front, with warm-up), and seconds beside."""
+MOST_RESERVE = 0.12
+"""Of the time: what the end may take. Where the test split takes longer, a part of it is scored, which is no great loss."""
 SHORT_SHARE, MOST_SHORT_SHARE = 0.25, 0.5
 SHORT_RUNS, FEWEST_SHORT_RUNS = 12, 3
 """Short runs take a quarter of the time, twelve of them where that is possible; up to a half where there would be fewer than three."""
-FULL_FACTOR = 9.0
+LEAST_TRAINING = 0.5
+FULL_FACTOR = 10.0
+"""A full run is meant to train so many times as long as a short one."""
 MOST_FULL_RUNS = 6
 TRIALS_A_FULL_RUN = 4
 OUTLIER = 8.0
@@ -70,7 +74,7 @@ class Clock:
         return max(0.0, self.until_end - self.reserve)
 
     def with_reserve(self, seconds: float) -> Clock:
-        return Clock(self.started, self.total, min(seconds, 0.3 * self.total))
+        return Clock(self.started, self.total, min(seconds, MOST_RESERVE * self.total))
 
 
 def calibration_seconds(clock: Clock) -> float:
@@ -107,36 +111,43 @@ def reserve_seconds(per_test: float, latency_s: float) -> float:
 
 @dataclass(frozen=True)
 class Division:
-    """Seconds for the short rung as a whole and for one short run (training, export and measuring)."""
+    """Seconds for the short rung as a whole; and of one short run for training, and for all else that a policy costs."""
 
     short_total: float
-    short_each: float
+    training: float
+    overhead: float
 
     @classmethod
     def of(cls, left: float, overhead: float) -> Division:
-        """Divide what is `left`; a run is never shorter than twice its overhead (export, scoring, measuring)."""
-        each = max(SHORT_SHARE * left / SHORT_RUNS, 2.0 * overhead)
-        return cls(max(SHORT_SHARE * left, min(MOST_SHORT_SHARE * left, FEWEST_SHORT_RUNS * each)), each)
+        """Divide what is `left`; a run trains for LEAST_TRAINING of its overhead at least (choice, repair, export, scoring, measuring)."""
+        each = max(SHORT_SHARE * left / SHORT_RUNS, (1 + LEAST_TRAINING) * overhead)
+        total = max(SHORT_SHARE * left, min(MOST_SHORT_SHARE * left, FEWEST_SHORT_RUNS * each))
+        return cls(total, each - overhead, overhead)
+
+    @property
+    def short_each(self) -> float:
+        """Of one short run, all in all."""
+        return self.training + self.overhead
 
 
-def full_runs(left: float, short_each: float, candidates: int, trials: int | None = None) -> int:
-    """How many policies share the time that is left, each with about FULL_FACTOR short runs' worth.
+def full_runs(left: float, each: float, candidates: int, trials: int | None = None) -> int:
+    """How many policies share the time that is left, where one is meant to have `each` seconds.
 
     A limit on trials limits them too: one climbs for every TRIALS_A_FULL_RUN that were allowed.
     """
-    affordable = round(left / max(FULL_FACTOR * short_each, 1e-9))
+    affordable = round(left / max(each, 1e-9))
     allowed = MOST_FULL_RUNS if trials is None else math.ceil(trials / TRIALS_A_FULL_RUN)
     return max(0, min(MOST_FULL_RUNS, allowed, candidates, max(1, affordable)))
 
 
-def full_seconds(left: float, costs: Sequence[float], short_each: float, trials: int | None = None) -> float:
-    """Seconds for the first of the full runs whose steps cost so much each; no more than its worth where trials are what is limited.
+def full_seconds(left: float, costs: Sequence[float], each: float, trials: int | None = None) -> float:
+    """Seconds for the first of the full runs whose steps cost so much each; no more than `each` where trials are what is limited.
 
     All see the data equally often: in equal times a large student would be left half trained when a small one has long converged.
     """
     weights = np.maximum(costs, LEAST_COST * max(costs))
     share = left * float(weights[0] / weights.sum())
-    return share if trials is None else min(share, FULL_FACTOR * short_each)
+    return share if trials is None else min(share, each)
 
 
 def halfway(scores: Sequence[float]) -> float:

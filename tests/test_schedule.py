@@ -125,8 +125,8 @@ def test_a_clock_counts_what_was_spent_before():
     clock = Clock.start(100.0, already=30.0)
     assert clock.elapsed == pytest.approx(30.0, abs=1.0)
     assert clock.left == pytest.approx(70.0, abs=1.0)
-    assert clock.with_reserve(20.0).left == pytest.approx(50.0, abs=1.0)
-    assert clock.with_reserve(1000.0).left == pytest.approx(40.0, abs=1.0), "the reserve takes at most 30 %"
+    assert clock.with_reserve(5.0).left == pytest.approx(65.0, abs=1.0)
+    assert clock.with_reserve(1000.0).left == pytest.approx(58.0, abs=1.0), "the reserve takes at most 12 %"
     assert Clock.start(10.0, already=20.0).left == 0.0
 
 
@@ -142,15 +142,17 @@ def test_calibration_takes_a_small_share(total, expected):
     assert calibration_seconds(Clock.start(total, already=total)) == 0.0
 
 
-def test_a_short_run_is_never_shorter_than_twice_its_overhead():
+def test_a_short_run_trains_for_no_less_than_half_of_its_overhead():
     division = Division.of(left=100.0, overhead=1.0)
     assert division.short_total == pytest.approx(100 * schedule.SHORT_SHARE)
-    assert division.short_each == pytest.approx(max(2.0, 100 * schedule.SHORT_SHARE / schedule.SHORT_RUNS))
-    assert Division.of(left=100.0, overhead=10.0).short_each == 20.0
+    assert division.short_each == pytest.approx(100 * schedule.SHORT_SHARE / schedule.SHORT_RUNS)
+    assert division.training == pytest.approx(division.short_each - 1.0)
+    division = Division.of(left=100.0, overhead=10.0)
+    assert (division.training, division.short_each) == (5.0, 15.0)
 
 
 def test_short_runs_take_more_than_their_share_where_they_would_be_too_few():
-    assert Division.of(left=100.0, overhead=5.0).short_total == pytest.approx(schedule.FEWEST_SHORT_RUNS * 10.0)
+    assert Division.of(left=100.0, overhead=10.0).short_total == pytest.approx(schedule.FEWEST_SHORT_RUNS * 15.0)
     assert Division.of(left=100.0, overhead=20.0).short_total == pytest.approx(100 * schedule.MOST_SHORT_SHARE)
     assert Division.of(left=0.0, overhead=1.0).short_total == 0.0
 
@@ -158,11 +160,11 @@ def test_short_runs_take_more_than_their_share_where_they_would_be_too_few():
 @pytest.mark.parametrize(
     ("left", "each", "candidates", "expected"),
     [
-        (100.0, 4.0, 10, 3),
-        (1000.0, 4.0, 10, schedule.MOST_FULL_RUNS),
-        (1000.0, 4.0, 2, 2),
-        (1.0, 4.0, 10, 1),
-        (100.0, 4.0, 0, 0),
+        (100.0, 36.0, 10, 3),
+        (1000.0, 36.0, 10, schedule.MOST_FULL_RUNS),
+        (1000.0, 36.0, 2, 2),
+        (1.0, 36.0, 10, 1),
+        (100.0, 36.0, 0, 0),
         (9.0, 0.0, 3, 3),
     ],
 )
@@ -177,8 +179,8 @@ def test_a_limit_on_trials_limits_full_runs(trials, expected):
 
 def test_full_runs_share_the_time_unless_trials_are_what_is_limited():
     assert full_seconds(900.0, [1e-3] * 3, 4.0) == pytest.approx(300.0)
-    assert full_seconds(900.0, [1e-3] * 3, 4.0, trials=2) == schedule.FULL_FACTOR * 4.0
-    assert full_seconds(9.0, [1e-3] * 3, 4.0, trials=2) == pytest.approx(3.0)
+    assert full_seconds(900.0, [1e-3] * 3, 36.0, trials=2) == 36.0
+    assert full_seconds(9.0, [1e-3] * 3, 36.0, trials=2) == pytest.approx(3.0)
 
 
 def test_full_runs_see_the_data_equally_often():

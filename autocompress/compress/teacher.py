@@ -27,8 +27,10 @@ BATCH_BYTES = 2**28
 COMPARED = 256
 """Validation inputs that tell how far a student is from its teacher."""
 TIMED_BATCHES = 4
-FEW, HOPELESS = 16, 8.0
-"""A first guess from so few inputs is off by that factor at most."""
+FEW = 16
+"""Inputs for a first guess."""
+WARM_SHARE = 0.1
+"""Of the time to answer ahead: a first call that takes more, loading of kernels included, is not tried again."""
 
 
 class Teacher:
@@ -99,9 +101,9 @@ class Teacher:
         Answering during training would charge the first students for what the later ones read. Where not even LEAST_VIEWS can be had
         in that time and kept, answers are computed as they are asked for.
         """
-        if LEAST_VIEWS * self._roughly_a_view() > HOPELESS * seconds:
+        if self._is_hopeless(seconds):
             return
-        affordable = min(int(seconds / self._seconds_a_view()), self._keepable())
+        affordable = min(int(seconds / self._seconds_a_view(seconds)), self._keepable())
         if affordable < LEAST_VIEWS:
             return
         self.views = min(MOST_VIEWS, affordable - affordable % 2)  # even: mirroring alternates between views
@@ -111,21 +113,36 @@ class Teacher:
             if tick is not None:
                 tick(view + 1, self.views)
 
-    def _roughly_a_view(self) -> float:
-        """From a few inputs, before more of a slow network's time is spent."""
-        few = torch.arange(min(FEW, self._batch, len(self._data.train)))
-        started = time.monotonic()
-        self._answer(self._data.view(few, 0, self._seed))
-        return (time.monotonic() - started) * len(self._data.train) / len(few)
+    def _is_hopeless(self, seconds: float) -> bool:
+        """Whether LEAST_VIEWS take longer even if a whole batch took no longer than a few inputs, as it may on a GPU.
 
-    def _seconds_a_view(self) -> float:
+        Asked before more of a slow network's time is spent. A first call warms up.
+        """
+        few = torch.arange(min(FEW, self._batch, len(self._data.train)))
+        inputs = self._data.view(few, 0, self._seed)
+        for _ in range(2):
+            started = time.monotonic()
+            self._answer(inputs)
+            took = time.monotonic() - started
+            if LEAST_VIEWS * took * len(self._data.train) / self._batch <= seconds:
+                return False
+            if took > WARM_SHARE * seconds:
+                break
+        return True
+
+    def _seconds_a_view(self, patience_s: float) -> float:
+        """From a few batches, or one where these take longer than that; what they answer is kept."""
         batches = torch.arange(len(self._data.train)).split(self._batch)
         timed = batches[: TIMED_BATCHES + 1]
+        counted, started = 0, time.monotonic()
         for position, indices in enumerate(timed):
             if position == min(1, len(timed) - 1):  # the first batch warms up
-                started = time.monotonic()
+                counted, started = 0, time.monotonic()
             self.answers(indices, self._data.view(indices, 0, self._seed), 0)
-        return (time.monotonic() - started) * len(batches) / max(1, len(timed) - 1)
+            counted += 1
+            if time.monotonic() - started > patience_s:
+                break
+        return (time.monotonic() - started) * len(batches) / counted
 
     def _keepable(self) -> int:
         """Views that the cache has room for, once one has been asked for."""

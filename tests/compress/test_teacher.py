@@ -1,6 +1,7 @@
 """Cached answers are the answers."""
 
 import copy
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -19,9 +20,12 @@ TOLERANCE = 0.03
 class Counting(nn.Module):
     def __init__(self):
         super().__init__()
-        self.linear, self.rows, self.largest = nn.Linear(FEATURES, CLASSES), 0, 0
+        self.linear, self.rows, self.largest, self.slow_calls = nn.Linear(FEATURES, CLASSES), 0, 0, 0
 
     def forward(self, x):
+        if self.slow_calls:
+            self.slow_calls -= 1
+            time.sleep(0.1)
         self.rows += len(x)
         self.largest = max(self.largest, len(x))
         return self.linear(x)
@@ -105,6 +109,16 @@ def test_as_many_views_are_prepared_as_can_be_kept(keepable, views):
     for epoch in range(views if keepable > 3 else 0):
         teacher.answers(torch.arange(N), view(range(N), epoch), epoch)
     assert teacher.model.rows == asked
+
+
+@pytest.mark.parametrize(("slow_calls", "views", "asked"), [(1, 8, None), (100, 16, 2)])
+def test_a_first_call_that_loads_kernels_does_not_make_a_teacher_slow(slow_calls, views, asked):
+    """Of a GPU the first takes a second, which says nothing of the others; of a network that stays slow, no more is asked."""
+    teacher = make(9 * EPOCH_BYTES, most=1)
+    teacher.model.slow_calls = slow_calls
+    teacher.prepare(seconds=2.0)
+    assert teacher.views == views
+    assert asked is None or teacher.model.rows <= asked
 
 
 def test_a_batch_of_huge_inputs_is_smaller():

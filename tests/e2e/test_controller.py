@@ -172,7 +172,7 @@ def test_students_of_another_architecture_are_worth_what_they_promise(search, po
 @pytest.mark.parametrize(("rho", "seconds"), [(None, 10.0), (0.8, 10.0), (0.05, 15.0)])
 def test_where_worth_does_not_tell_short_runs_get_more_time(search, monkeypatch, rho, seconds):
     monkeypatch.setattr(Search, "ladder", lambda self: {"appraised_short_spearman": rho})
-    assert search._short_seconds(Division(10.0, 1.0)) == seconds
+    assert search._short_seconds(Division(10.0, 1.0, 1.0)) == seconds
 
 
 def test_policies_that_lead_are_distilled_in_other_ways(search, pool):

@@ -53,10 +53,10 @@ def on_front(search, pool, n=3):
 
 def test_the_end_of_a_search_keeps_little_time_while_there_is_no_front_to_measure(search, pool):
     """Seen where the original is slow and the search short: it ended with a quarter of its time unused, and nothing trained."""
-    search.clock = Clock.start(60.0, already=45.0).with_reserve(18.0)
+    search.clock = Clock.start(600.0, already=540.0).with_reserve(180.0)
     assert search.clock.left == 0.0
-    assert 9.0 < search._left_for_short() < 15.0
-    assert search._room_for_short(time.monotonic() - 1.0, Division(5.0, 1.0))
+    assert 40.0 < search._left_for_short() < 50.0
+    assert search._room_for_short(time.monotonic() - 1.0, Division(5.0, 1.0, 1.0))
     trained(search, pool[0].policy, 1e-6)
     assert search._left_for_short() == 0.0
 
@@ -199,10 +199,14 @@ def test_a_file_that_cannot_be_scored_on_the_test_set_leaves_the_front(search, p
 
 
 def test_the_cost_beside_training_is_what_it_was_as_a_rule(search, pool):
-    assert search._overhead() == 5.0
+    assert search._overhead() == search._finishing() == 5.0
+    trained(search, pool[0].policy, 1e-3, id="int8", rung="unchanged", seconds=4.0)
+    assert search._overhead() == 4.0
     for index, (seconds, training) in enumerate([(30.0, 28.0), (90.0, 50.0), (33.0, 30.0)]):
-        trained(search, pool[index].policy, 1e-3, id=f"{index:05d}", seconds=seconds, training_s=training)
-    assert search._overhead() == 3.0
+        trained(search, pool[index].policy, 1e-3, id=f"{index:05d}", seconds=seconds, training_s=training, finishing_s=2.0 * index)
+    trained(search, pool[0].policy, 1e-3, id="00000-full", rung="full", seconds=60.0, training_s=60.0, finishing_s=2.0)
+    assert search._overhead() == 3.0, "a full run neither chooses nor repairs"
+    assert search._finishing() == 2.0
 
 
 @pytest.mark.parametrize(
