@@ -30,6 +30,7 @@ from autocompress.proposals import Proposal, outclassed
 from autocompress.records import Outcome
 from autocompress.schedule import (
     FULL_FACTOR,
+    LEAST_FULL_STEPS,
     Division,
     appraisal_seconds,
     calibration_seconds,
@@ -347,7 +348,7 @@ class Search(Findings):
         """Continue the leading policies until the time is used."""
         done = {o.policy.digest for o in self.journal.outcomes if o.rung == "full"}
         candidates = [o for o in [*self._climbers(), *self._hurt_by_bits()] if o.policy.digest not in done]
-        each = FULL_FACTOR * Division.of(self.clock.total, self._overhead()).training + self._finishing()
+        each = self._full_each()
         trials = self.task.trials
         count = full_runs(self.clock.left, each, len(candidates), trials)
         climbs = {o.id for o in candidates}
@@ -375,6 +376,12 @@ class Search(Findings):
                     tick=self.percent(name),
                 )
             )
+
+    def _full_each(self) -> float:
+        """Seconds that one full run is meant to take, in a search of this length on this machine."""
+        training = FULL_FACTOR * Division.of(self.clock.total, self._overhead()).training
+        step_s = statistics.median_low([o.training_s / o.steps for o in self.journal.outcomes if o.steps] or [0.0])
+        return max(training, LEAST_FULL_STEPS * step_s) + self._finishing()
 
     def _step_cost(self, policy: Policy) -> float:
         """What a training step of the student costs, up to a factor: as its latency in float32 tells, in which it is trained."""

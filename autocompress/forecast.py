@@ -22,6 +22,7 @@ from autocompress.objective import UNTRAINED, Setting, fails_policy, untrained
 from autocompress.policy import Policy
 from autocompress.proposals import LevelSuggester, Proposal, Variation, capacity, elites, inheritance
 from autocompress.records import Budget, Measurement, Outcome, Prediction, Workload
+from autocompress.schedule import FEWEST_EXAMPLES
 from autocompress.search_space import Suggest, fastest, smallest, structural
 from autocompress.units import format_duration, format_size
 
@@ -242,7 +243,7 @@ class Forecast:
         self.model.fit(list(self.networks.values()))
 
     def calibrate(self, seconds: float, seed: int, tick: Tick) -> None:
-        """Measure operators, then a few whole networks without training."""
+        """Measure operators, then a few whole networks of the latencies of interest, without training."""
         until, generator = time.monotonic() + seconds, np.random.default_rng(seed)
         policies = [self.suggest(LevelSuggester(generator)) for _ in range(OPERATOR_DRAWS)]
         workloads = [self.workload(Policy()), *(self.workload(policy) for policy in policies)]
@@ -251,7 +252,9 @@ class Forecast:
                 self.setting.device, workloads, 0.5 * seconds, lambda done, total: tick("measuring operators", done, total)
             )
         self._note(Policy(), self.setting.baseline.latency_s.median)
-        by_latency = sorted(policies, key=lambda p: self.predict(p).value)
+        values = [self.predict(policy).value for policy in policies]
+        interest = max(HOPE * self.latency_limit, sorted(values)[WHOLE_NETWORKS])  # what is slower takes long, and is of no use
+        by_latency = [policies[index] for index in np.argsort(values) if values[index] <= interest]
         chosen = [by_latency[round(i)] for i in np.linspace(0, len(by_latency) - 1, WHOLE_NETWORKS)]
         for done, policy in enumerate(chosen):
             if time.monotonic() > until and done >= LEAST_NETWORKS:
@@ -276,7 +279,7 @@ class Forecast:
         with spend("measure"), tempfile.TemporaryDirectory(prefix=UNTRAINED, dir=models) as name:
             folder = Path(name)
             try:
-                manifest = self.setting.write(folder, untrained(self.setting, policy), policy)
+                manifest = self.setting.write(folder, untrained(self.setting, policy, calibration=FEWEST_EXAMPLES), policy)
                 latency = self.setting.device.measure([folder / manifest.artifact], seconds_each=0.3)[0]
             except Exception as error:
                 if not fails_policy(error):

@@ -119,12 +119,15 @@ class Setting:
             )
 
 
-def untrained(setting: Setting, policy: Policy, *, repaired: bool = False) -> fx.GraphModule:
-    """The student's structure with calibrated quantizers: as fast as the trained one, without its accuracy; `repaired`, with some of it."""
+def untrained(setting: Setting, policy: Policy, *, repaired: bool = False, calibration: int | None = None) -> fx.GraphModule:
+    """The student's structure with calibrated quantizers: as fast as the trained one, without its accuracy; `repaired`, with some of it.
+
+    A few inputs for `calibration` are enough where only its latency is asked for.
+    """
     student = build_student(setting.graph_of(policy), policy)
     if repaired and changes_shape(setting, policy):
         _repair(setting, student, policy, until=math.inf)
-    plan = TrainPlan(steps=0, calibration=setting.calibration)
+    plan = TrainPlan(steps=0, calibration=calibration or setting.calibration)
     return train_quantized(student, policy.quant, setting.data, plan)
 
 
@@ -157,7 +160,14 @@ def realise(
     """
     started = time.monotonic()
     known = {"id": id, "policy": policy, "rung": rung, "predicted_latency_s": predicted, "worth": worth}
-    stage, training_s = "compress", 0.0
+    stage, training_s, steps = "compress", 0.0, 0
+
+    def count(progress: float) -> None:
+        nonlocal steps
+        steps += 1
+        if tick is not None:
+            tick(progress)
+
     shutil.rmtree(setting.models / id, ignore_errors=True)  # of a run that was interrupted, perhaps of another policy
     try:
         student = build_student(setting.graph_of(policy), policy)
@@ -165,7 +175,7 @@ def realise(
         _begin(setting, student, policy, continues, until=max(started + LEAST_REPAIR_S, min(latest, started + seconds)))
         begun = time.monotonic()
         with setting.ledger.spend("train"):
-            student = _trained(setting, student, policy, id, rung, min(latest, begun + seconds), tick)
+            student = _trained(setting, student, policy, id, rung, min(latest, begun + seconds), count)
         trained = time.monotonic()
         training_s = trained - begun
         stage = "export"
@@ -188,6 +198,7 @@ def realise(
         artifact=f"models/{id}/{manifest.artifact}",
         seconds=time.monotonic() - started,
         training_s=training_s,
+        steps=steps,
         finishing_s=time.monotonic() - trained,
     )
 
@@ -200,9 +211,7 @@ def _begin(setting: Setting, student: fx.GraphModule, policy: Policy, continues:
         _repair(setting, student, policy, until)
 
 
-def _trained(
-    setting: Setting, student: fx.GraphModule, policy: Policy, id: str, rung: Rung, deadline: float, tick: Tick | None
-) -> fx.GraphModule:
+def _trained(setting: Setting, student: fx.GraphModule, policy: Policy, id: str, rung: Rung, deadline: float, tick: Tick) -> fx.GraphModule:
     """Train a student of another shape; the teacher in fewer bits is calibrated first, and trained through them on the full rung."""
     reshaped = changes_shape(setting, policy)
     needs_training = reshaped or (rung == "full" and quantizes(policy.quant))

@@ -208,8 +208,8 @@ class Failure(Record):
 class Outcome(Record):
     """One evaluated policy: a score and a measurement, or a failure.
 
-    `seconds` is what it cost, choosing it included; of it `training_s` went to training and `finishing_s` to what came after: exporting,
-    scoring and measuring.
+    `seconds` is what it cost, choosing it included; of it `training_s` went to training (so many `steps`) and `finishing_s` to what
+    came after: exporting, scoring and measuring.
     `worth` is what was known of its structure before it was trained, as a rule likeness to the teacher.
     A failure that names an artifact lost it: the file worked once. `search_latency_s` is what was measured first, where the file was
     measured again together with the front.
@@ -230,3 +230,4 @@ class Outcome(Record):
     seconds: float = 0.0
     training_s: float = 0.0
     finishing_s: float = 0.0
+    steps: int = 0

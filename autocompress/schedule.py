@@ -33,7 +33,9 @@ SHORT_RUNS, FEWEST_SHORT_RUNS = 12, 3
 """Short runs take a quarter of the time, twelve of them where that is possible; up to a half where there would be fewer than three."""
 LEAST_TRAINING = 0.5
 FULL_FACTOR = 10.0
-"""A full run is meant to train so many times as long as a short one."""
+"""A full run is meant to train so many times as long as a short one..."""
+LEAST_FULL_STEPS = 1000
+"""... and for so many steps: where the time is short, one that is trained is worth more than three that have only begun."""
 MOST_FULL_RUNS = 6
 TRIALS_A_FULL_RUN = 4
 OUTLIER = 8.0

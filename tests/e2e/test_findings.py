@@ -19,7 +19,7 @@ from autocompress.objective import untrained
 from autocompress.policy import Policy, QuantSpec
 from autocompress.progress import SilentProgress
 from autocompress.records import Budget, Failure, Measurement, Outcome, Score
-from autocompress.schedule import FEWEST_EXAMPLES, Clock, Division
+from autocompress.schedule import FEWEST_EXAMPLES, FULL_FACTOR, LEAST_FULL_STEPS, Clock, Division
 from autocompress.session import _result
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
@@ -207,6 +207,17 @@ def test_the_cost_beside_training_is_what_it_was_as_a_rule(search, pool):
     trained(search, pool[0].policy, 1e-3, id="00000-full", rung="full", seconds=60.0, training_s=60.0, finishing_s=2.0)
     assert search._overhead() == 3.0, "a full run neither chooses nor repairs"
     assert search._finishing() == 2.0
+
+
+def test_a_full_run_has_time_for_many_steps(search, pool):
+    """Seen where the search was short and the machine slow: three full runs of half an epoch each, where one could have had two."""
+    search.clock = Clock.start(600.0)
+    trained(search, pool[0].policy, 1e-3, seconds=11.0, training_s=10.0, finishing_s=1.0, steps=10_000)
+    quick = search._full_each()
+    assert quick == pytest.approx(FULL_FACTOR * Division.of(600.0, 1.0).training + 1.0)
+    trained(search, pool[0].policy, 1e-3, seconds=11.0, training_s=10.0, finishing_s=1.0, steps=20)
+    assert search._full_each() == pytest.approx(LEAST_FULL_STEPS * 0.5 + 1.0)
+    assert search._full_each() > quick
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import load, prepare
 from autocompress.proposals import CELLS, KEPT_EACH, LevelSuggester, Variation
 from autocompress.records import Budget, Workload
+from autocompress.schedule import FEWEST_EXAMPLES
 from autocompress.search_space import fastest, find_suggest
 from autocompress.session import run_search
 from autocompress.task import Task
@@ -64,6 +65,23 @@ def test_a_budget_just_out_of_reach_is_refused_once_the_device_is_known(setting)
     assert f"the time goes to {caught.value.binds}" in caught.value.hint
     found.limits = Budget.parse(re.search(r"--budget (\S+?)[;,]", caught.value.hint)[1])
     found.require_feasible(found.pool(0, 2.0))
+
+
+def test_whole_networks_that_are_measured_ahead_are_of_the_latencies_of_interest(setting, monkeypatch):
+    """A student that is wider than the teacher takes long to be made and measured, and says nothing of those within the budget."""
+    found, measured = forecast(setting, "0.6x"), []
+    monkeypatch.setattr(Forecast, "_measure_untrained", lambda self, policy: measured.append(policy))
+    found.calibrate(5.0, 0, lambda *_: None)
+    slowest = max(found.predict(policy).value for policy in measured)
+    assert len(measured) > 1
+    assert slowest <= HOPE * found.latency_limit < found.setting.baseline.latency_s.median
+
+
+def test_a_network_that_is_only_timed_is_hardly_calibrated(setting, monkeypatch):
+    plans = []
+    monkeypatch.setattr("autocompress.objective.train_quantized", lambda student, quant, data, plan: plans.append(plan) or student.eval())
+    forecast(setting)._measure_untrained(Policy(student=StudentSpec(width=0.5)))
+    assert [plan.calibration for plan in plans] == [FEWEST_EXAMPLES]
 
 
 @pytest.mark.parametrize(("spread", "counted"), [(1.0, 1.0), (1.03, 1.03), (1.4, 1.05)], ids=["exact", "wide", "noisy"])
