@@ -7,6 +7,7 @@ failure; it never ends the search.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import shutil
 import statistics
@@ -20,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, fx
 
-from autocompress.compress.repair import examples_for, repair
+from autocompress.compress.repair import Reference, examples_for, repair
 from autocompress.compress.student import build_student, shared_features
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import CALIBRATION_INPUTS, Lesson, Tick, TrainPlan, quantizes, train_quantized
@@ -104,6 +105,13 @@ class Setting:
     def one_architecture(self) -> bool:
         """Whether all students are made of the teacher: others have nothing of it before they are trained."""
         return len(self.graphs) == 1
+
+    @functools.cached_property
+    def reference(self) -> Reference:
+        """What students that are made of the teacher are repaired with."""
+        graph = self.graphs[None]
+        n = min(self.calibration, examples_for(graph))
+        return Reference(graph, torch.cat([*self.data.calibration(n, n)]))
 
     def graph_of(self, policy: Policy) -> Graph:
         return self.graphs[policy.student.reference]
@@ -249,11 +257,10 @@ def _repair(setting: Setting, student: fx.GraphModule, policy: Policy, until: fl
     """Let a student that was made of its teacher begin with what it can do of the teacher's work."""
     if policy.student.reference is not None:
         return
-    graph, inherited = setting.graph_of(policy), copy.deepcopy(student.state_dict())
-    n = min(setting.calibration, examples_for(graph))
+    inherited = copy.deepcopy(student.state_dict())
     try:
         with setting.ledger.spend("repair"):
-            repair(student, graph, policy, torch.cat([*setting.data.calibration(n, n)]), until=until)
+            repair(student, setting.reference, policy, until=until)
     except RuntimeError:  # out of memory, or equations without a solution: the student can be trained all the same
         student.load_state_dict(inherited)
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 from repair import examples, students
 
-from autocompress.compress.repair import repair
+from autocompress.compress.repair import Reference, repair
 from autocompress.compress.student import build_student, shared_features
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import Lesson, TrainPlan, train, train_quantized
@@ -76,10 +76,10 @@ def main() -> None:
     shares = [float(share) for share in options.shares.split(",")]
     model, data = trained(options.model)
     graph, rows, val = Graph.trace(model, (data.example(1),)), [], sample(data.val, SCORED)
-    teacher, inputs = Teacher(model, data, classifier=graph.classifier), examples(graph, data)
+    teacher, reference = Teacher(model, data, classifier=graph.classifier), Reference(graph, examples(graph, data))
     for name, policy in students(graph):
         student = build_student(graph, policy)
-        repair(student, graph, policy, inputs)
+        repair(student, reference, policy)
         known = {"student": name, "distance": teacher.distance(student)}
         known["untrained"] = score_model(copy.deepcopy(student), data, val).value
         lesson = Lesson(teacher, DistillSpec(), shared_features(graph, policy))

@@ -24,7 +24,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
-from autocompress.compress.repair import examples_for, repair
+from autocompress.compress.repair import Reference, examples_for, repair
 from autocompress.compress.student import build_student, shared_features
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import CALIBRATION_INPUTS, Lesson, TrainPlan, train
@@ -77,7 +77,7 @@ def run(graph: Graph, policy: Policy, data: Data, teacher: Teacher, way: str, se
     student, repair_s = build_student(graph, policy), 0.0
     if way == "repaired":
         started = time.monotonic()
-        repair(student, graph, policy, inputs)
+        repair(student, Reference(graph, inputs), policy)
         repair_s = time.monotonic() - started
     elif not seconds:
         settle(student, inputs)

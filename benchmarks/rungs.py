@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
 from autocompress.compress.distill import soft_loss
-from autocompress.compress.repair import repair
+from autocompress.compress.repair import Reference, repair
 from autocompress.compress.student import build_student, shared_features
 from autocompress.compress.train import Lesson, TrainPlan, train
 from autocompress.data import Data, sample
@@ -125,7 +125,7 @@ def tried(bench: Bench, policy: Policy) -> dict[str, float]:
     known["agreement"] = float((answers.argmax(1) == wanted.argmax(1)).float().mean())
     known["-KL"] = -float(soft_loss(answers, wanted, 1.0))
     student = build_student(graph, policy)
-    repair(student, graph, policy, torch.cat([*data.calibration(MANY, MANY)]))
+    repair(student, Reference(graph, torch.cat([*data.calibration(MANY, MANY)])), policy)
     with torch.no_grad():
         known["likeness_512"] = shared(likeness.answers(student.eval()), wanted)
     lesson = Lesson(setting.teacher, policy.distill, shared_features(graph, policy))

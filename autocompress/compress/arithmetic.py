@@ -1,4 +1,4 @@
-"""Where training runs, and in which arithmetic: CUDA when it is there; bfloat16 where this processor is faster in it."""
+"""Where training runs, in which arithmetic and on which layout: CUDA when it is there; bfloat16 where this processor is faster in it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+from autocompress.graph.trace import is_opaque
 
 _bf16_faster: dict[str, bool] = {}
 
@@ -42,3 +45,14 @@ def _seconds(dtype: torch.dtype, device: torch.device) -> float:
             float(F.conv2d(x, weight, padding=1).sum())
             best = min(best, time.perf_counter() - start)
     return best
+
+
+def fast_layout(model: nn.Module) -> torch.memory_format:
+    """Channels last where all weights have a form for it: convolutions of images run faster so.
+
+    Not for a network that could not be traced: its code may take views that only contiguous maps have.
+    """
+    if is_opaque(model):
+        return torch.preserve_format
+    images = all(p.dim() in (1, 2, 4) for p in model.parameters()) and any(p.dim() == 4 for p in model.parameters())
+    return torch.channels_last if images else torch.preserve_format

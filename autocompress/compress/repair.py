@@ -26,10 +26,13 @@ from autocompress.graph.nodes import folds, fused, kind_of, module_of
 from autocompress.graph.resize import NEW, Selection
 from autocompress.policy import Policy
 
+_Value = tuple[str, bool]
+"""Name of a node, and whether channels are the last axis of its values, else the second."""
 MOST_EXAMPLES = 512
+KEPT_BYTES = 2**29
+"""Of the teacher's values, for the next student."""
 MAP_BYTES = 2**28
 """Of the largest value in the network, for all examples together."""
-PATCH_BYTES = 2**27
 ROWS = 8192
 """Positions in the maps of all examples together to which a layer is fitted, about."""
 MOST_INPUTS = 2304
@@ -44,18 +47,40 @@ def examples_for(graph: Graph) -> int:
     return max(1, min(MOST_EXAMPLES, int(MAP_BYTES / (4 * largest))))
 
 
-@torch.no_grad()
-def repair(student: fx.GraphModule, graph: Graph, policy: Policy, inputs: Tensor, *, until: float = math.inf) -> None:
-    """Fit the student's convolutions and linear layers to the teacher on `inputs`, in place.
+class Reference:
+    """What the teacher computes on some inputs, at the positions that repairs look at: one for all students that are repaired on these.
 
     Args:
-        student: what `build_student` makes of the graph and the policy, in eval mode.
         inputs: n x ..., as the network takes them. All values that a layer has for them are held at once.
+    """
+
+    def __init__(self, graph: Graph, inputs: Tensor) -> None:
+        self.graph, self.inputs = graph, inputs
+        self._kept: dict[_Value, Tensor] = {}
+
+    def values(self, wanted: set[_Value]) -> dict[_Value, Tensor]:
+        """These values of the teacher, each as rows x channels; kept as far as KEPT_BYTES reach."""
+        missing = wanted - self._kept.keys()
+        found = _Recorder(self.graph.module, missing).of(self.inputs) if missing else {}
+        known = {value: self._kept[value] for value in wanted - missing} | found
+        for value, rows in found.items():
+            if sum(kept.nbytes for kept in self._kept.values()) + rows.nbytes <= KEPT_BYTES:
+                self._kept[value] = rows
+        return known
+
+
+@torch.no_grad()
+def repair(student: fx.GraphModule, reference: Reference, policy: Policy, *, until: float = math.inf) -> None:
+    """Fit the student's convolutions and linear layers to the teacher on the inputs of the reference, in place.
+
+    Args:
+        student: what `build_student` makes of the reference's graph and the policy, in eval mode.
         until: `time.monotonic()` after which no other layer is fitted; those behind it keep what they inherited.
     """
+    graph = reference.graph
     aims = {aim.layer.name: aim for aim in _aims(student, _roles(student, graph.module))}
-    known = _Recorder(graph.module, {(aim.teacher, aim.last) for aim in aims.values()}).of(inputs)
-    _Repair(student, graph, graph.selection(policy), aims, known, until).run(inputs)
+    known = reference.values({(aim.teacher, aim.last) for aim in aims.values()})
+    _Repair(student, graph, graph.selection(policy), aims, known, until).run(reference.inputs)
 
 
 @dataclass(frozen=True)
@@ -144,12 +169,12 @@ def _beside(end: fx.Node, student: fx.GraphModule) -> fx.Node | None:
 class _Recorder(fx.Interpreter):
     """Runs a network and keeps some of its values, each as rows x channels."""
 
-    def __init__(self, module: fx.GraphModule, wanted: set[tuple[str, bool]]) -> None:
+    def __init__(self, module: fx.GraphModule, wanted: set[_Value]) -> None:
         super().__init__(module)
         self._wanted = wanted
-        self._known: dict[tuple[str, bool], Tensor] = {}
+        self._known: dict[_Value, Tensor] = {}
 
-    def of(self, inputs: Tensor) -> dict[tuple[str, bool], Tensor]:
+    def of(self, inputs: Tensor) -> dict[_Value, Tensor]:
         self.run(inputs)
         return self._known
 
@@ -170,7 +195,7 @@ class _Repair(fx.Interpreter):
         graph: Graph,
         selection: Selection,
         aims: dict[str, _Aim],
-        known: dict[tuple[str, bool], Tensor],
+        known: dict[_Value, Tensor],
         until: float,
     ) -> None:
         super().__init__(student)
@@ -278,14 +303,22 @@ def _positions(n: int, size: int) -> Tensor:
 
 
 def _patches(layer: nn.Conv2d | nn.Linear, value: Tensor) -> Tensor:
-    """rows x groups x inputs of a filter, at the positions of the outputs that are looked at."""
+    """rows x groups x inputs of a filter, at the positions of the outputs that are looked at.
+
+    Taken one by one: `F.unfold` makes all of a map's patches, a hundred times as many in a large one.
+    """
     if isinstance(layer, nn.Linear):
         return _rows_of(value, last=True)[:, None]
     assert not isinstance(layer.padding, str)
-    step, picked, found = max(1, PATCH_BYTES // (4 * value[0].numel() * math.prod(layer.kernel_size))), None, []
-    for start in range(0, len(value), step):
-        patches = F.unfold(value[start : start + step], layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-        picked = _positions(len(value), patches.shape[2]) if picked is None else picked
-        here = picked[start : start + step, None, :].expand(-1, patches.shape[1], -1)
-        found.append(patches.gather(2, here).transpose(1, 2).flatten(0, 1))
-    return torch.cat(found).unflatten(1, (layer.groups, -1))
+    padded = F.pad(value, [side for padding in reversed(layer.padding) for side in (padding, padding)])
+    reach = [dilation * (kernel - 1) + 1 for dilation, kernel in zip(layer.dilation, layer.kernel_size, strict=True)]
+    height, width = ((size - r) // stride + 1 for size, r, stride in zip(padded.shape[2:], reach, layer.stride, strict=True))
+    picked = _positions(len(value), height * width)
+    corners = picked.div(width, rounding_mode="floor"), picked % width
+    y, x = (
+        corner[:, :, None] * stride + dilation * torch.arange(kernel)
+        for corner, stride, dilation, kernel in zip(corners, layer.stride, layer.dilation, layer.kernel_size, strict=True)
+    )
+    examples = torch.arange(len(value))[:, None, None, None]
+    patches = padded.movedim(1, -1)[examples, y[:, :, :, None], x[:, :, None, :]]  # n x positions x kernel x channels
+    return patches.movedim(-1, 2).flatten(0, 1).flatten(1).unflatten(1, (layer.groups, -1))

@@ -17,14 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from autocompress.compress.arithmetic import best_training_device, fast_arithmetic
+from autocompress.compress.arithmetic import best_training_device, fast_arithmetic, fast_layout
 from autocompress.compress.distill import SharedFeatures, distillation_loss, feature_loss, observe
 from autocompress.compress.muon import Muon, hidden_matrices
 from autocompress.compress.quantize import calibrate, fake_quantize, settle_biases
 from autocompress.compress.teacher import Teacher
 from autocompress.data import Data
 from autocompress.errors import PolicyFailure
-from autocompress.graph.trace import is_opaque
 from autocompress.policy import DistillSpec, QuantSpec
 
 RISE = 0.15
@@ -168,7 +167,7 @@ class _Steps:
 
 def _run(model: nn.Module, data: Data, plan: TrainPlan, steps: _Steps, *, until: float, lesson: Lesson | None, tick: Tick | None) -> None:
     device = best_training_device()
-    _train_mode(model, lesson).to(device).to(memory_format=_memory_format(model))
+    _train_mode(model, lesson).to(device).to(memory_format=fast_layout(model))
     optimizer = _Optimizer(model, plan.learning_rate)
     for indices, epoch in _draws(len(data.train), plan, start=steps.done):
         if steps.progress >= until:
@@ -270,14 +269,3 @@ class _Optimizer:
         loss.backward()
         for optimizer, _ in self._parts:
             optimizer.step()
-
-
-def _memory_format(model: nn.Module) -> torch.memory_format:
-    """Channels last where all weights have a form for it: convolutions of images run faster so.
-
-    Not for a network that could not be traced: its code may take views that only contiguous maps have.
-    """
-    if is_opaque(model):
-        return torch.preserve_format
-    images = all(p.dim() in (1, 2, 4) for p in model.parameters()) and any(p.dim() == 4 for p in model.parameters())
-    return torch.channels_last if images else torch.preserve_format

@@ -11,7 +11,7 @@ from laws.networks import NETWORKS, network, random_policy
 from torch import nn
 
 from autocompress.compress import repair as module
-from autocompress.compress.repair import examples_for, repair
+from autocompress.compress.repair import Reference, examples_for, repair
 from autocompress.compress.student import build_student
 from autocompress.graph import Graph
 from autocompress.policy import Policy, PruneSpec, StudentSpec
@@ -46,7 +46,7 @@ def settled(model, inputs):
 
 def repaired(graph, policy, inputs, **options):
     student = build_student(graph, policy)
-    repair(student, graph, policy, inputs, **options)
+    repair(student, Reference(graph, inputs), policy, **options)
     return student
 
 
@@ -173,6 +173,36 @@ def test_a_layer_that_is_used_twice_stays_as_it_was():
     graph = Graph.trace(model, (inputs[:1],))
     student = repaired(graph, Policy(), inputs)
     assert torch.equal(student.shared.weight, model.shared.weight)
+
+
+@pytest.mark.parametrize("kernel", [1, 3, (5, 3)])
+@pytest.mark.parametrize("stride", [1, (2, 1)])
+@pytest.mark.parametrize("padding", [0, (1, 2)])
+@pytest.mark.parametrize(("dilation", "groups"), [(1, 1), (2, 1), (1, 2)])
+def test_patches_are_what_a_convolution_multiplies(kernel, stride, padding, dilation, groups):
+    layer = nn.Conv2d(4, 6, kernel, stride, padding, dilation, groups, bias=False)
+    value = inputs_like(torch.empty(1, 4, 13, 11), n=700)
+    with torch.no_grad():
+        wanted = module._rows_of(layer(value), last=False)
+        found = torch.einsum("rgi,goi->rgo", module._patches(layer, value), layer.weight.view(groups, 6 // groups, -1)).flatten(1)
+    assert len(wanted) < 13 * 11 * len(value), "at some positions"
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 20_000, 2**29])
+def test_what_the_teacher_computes_is_kept_for_the_next_student_as_far_as_memory_reaches(monkeypatch, kept_bytes):
+    monkeypatch.setattr(module, "KEPT_BYTES", kept_bytes)
+    runs, record = [], module._Recorder.of
+    monkeypatch.setattr(module._Recorder, "of", lambda self, inputs: runs.append(1) or record(self, inputs))
+    graph = Graph.trace(settled(tiny_resnet(), inputs_like(torch.empty(1, 3, 16, 16))), (torch.randn(1, 3, 16, 16),))
+    shared, policy = Reference(graph, inputs_like(torch.empty(1, 3, 16, 16))), Policy(student=StudentSpec(width=0.5))
+    students = [build_student(graph, policy) for _ in range(2)]
+    for student in students:
+        repair(student, shared, policy)
+    assert len(runs) == (2 if kept_bytes < 2**29 else 1)
+    assert sum(rows.nbytes for rows in shared._kept.values()) <= kept_bytes
+    for name, value in repaired(graph, policy, shared.inputs).state_dict().items():
+        assert all(torch.equal(student.state_dict()[name], value) for student in students), name
 
 
 def test_large_maps_are_repaired_on_fewer_examples(monkeypatch):

@@ -166,3 +166,34 @@ def test_the_distance_of_decisions_is_the_share_that_differs():
         last.linear.bias[CLASSES - 1] += 1e3
     decisions = teacher.model(view(range(N), 9)).argmax(1)
     assert teacher.distance(last) == pytest.approx(float((decisions != CLASSES - 1).float().mean()))
+
+
+class Reading(nn.Module):
+    """Its classifier reads a map in the order of its channels; by a view, which only contiguous maps have, or as it lies in memory."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.conv, self.linear, self.read = nn.Conv2d(3, 8, 3), nn.Linear(8 * 36, CLASSES), read
+
+    def forward(self, x):
+        return self.linear(self.read(self.conv(x)))
+
+
+@pytest.mark.parametrize(
+    ("read", "layout"),
+    [
+        (lambda x: x.flatten(1), torch.channels_last),
+        (lambda x: x.view(len(x), -1), torch.contiguous_format),
+        (lambda x: x.as_strided((len(x), 288), (288, 1)), torch.contiguous_format),
+    ],
+    ids=["any", "raises", "differs"],
+)
+def test_a_teacher_is_asked_in_the_layout_that_is_fast_where_its_code_takes_it(read, layout):
+    images = torch.randn(N, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    data = SimpleNamespace(train=range(N), view=lambda indices, *_: images[indices], at_most=lambda n, limit: n, classes=CLASSES)
+    model = Reading(read).eval()
+    with torch.no_grad():
+        wanted = model(images)
+    answers = Teacher(model, data).answers(torch.arange(N), images, 0)
+    torch.testing.assert_close(answers.outputs, wanted, atol=TOLERANCE, rtol=TOLERANCE)
+    assert model.conv.weight.is_contiguous(memory_format=layout)

@@ -111,7 +111,7 @@ def test_the_unchanged_network_is_calibrated_first_and_trained_through_its_bits_
 
 def test_a_student_is_repaired_once_and_only_where_something_was_cut(net, data, tmp_path, monkeypatch):
     repaired = []
-    monkeypatch.setattr("autocompress.objective.repair", lambda student, graph, policy, inputs, until: repaired.append(len(inputs)))
+    monkeypatch.setattr("autocompress.objective.repair", lambda student, reference, policy, until: repaired.append(len(reference.inputs)))
     setting, narrow = ready(net, data, tmp_path / "run"), Policy(student=StudentSpec(width=0.5))
 
     def made(policy, id, rung="short", continues=None):
