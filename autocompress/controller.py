@@ -119,7 +119,7 @@ class Search(Findings):
             cure = "search longer (--search-time)" if self.task.is_demo else "give its trained weights (--weights FILE)"
             self.progress.message(f"the original scores {100 * score.value:.1f} %, hardly more than guessing: {cure}")
         latency = self.setting.baseline.latency_s.median
-        self.clock = self.clock.with_reserve(reserve_seconds(self.per_example_s * len(data.test), latency))
+        self.clock = self.clock.with_reserve(reserve_seconds(self.clock.total, self.per_example_s, len(data.test), latency))
 
     def ask_teacher(self) -> None:
         """Answer the training data ahead, so that no student pays for what the others read."""
@@ -404,14 +404,20 @@ class Search(Findings):
         return sum(o.rung == "short" for o in self.journal.outcomes)
 
     def _overhead(self) -> float:
-        """Seconds that a short run costs beside training, as a rule: where the machine was restless, measuring took longer."""
+        """Seconds that a short run costs beside training, as a rule: where the machine was restless, measuring took longer.
+
+        Before the first, as much as the unchanged network in int8, and its repair about as much as an appraisal.
+        """
         outcomes = measured(self.journal.outcomes)
-        known = [o for o in outcomes if o.rung == "short"] or [o for o in outcomes if o.rung == "unchanged"]
-        return statistics.median_low([o.seconds - o.training_s for o in known] or [UNKNOWN_OVERHEAD_S])
+        if short := [o.seconds - o.training_s for o in outcomes if o.rung == "short"]:
+            return statistics.median_low(short)
+        unchanged = [o.seconds - o.training_s for o in outcomes if o.rung == "unchanged"]
+        return statistics.median_low(unchanged or [UNKNOWN_OVERHEAD_S]) + self.appraisals.seconds_each
 
     def _finishing(self) -> float:
-        """Seconds of it that come after training."""
-        return statistics.median_low([o.finishing_s for o in measured(self.journal.outcomes)] or [UNKNOWN_OVERHEAD_S])
+        """Seconds that any run costs after its training."""
+        known = [o.finishing_s for o in measured(self.journal.outcomes) if o.finishing_s]
+        return statistics.median_low(known or [UNKNOWN_OVERHEAD_S])
 
     def _stop(self) -> bool:
         if self.clock.left <= 0:

@@ -140,7 +140,7 @@ class Findings:
     def note_time(self) -> None:
         """Keep how much time has passed, and on what: a resumed search goes on from there."""
         self.journal.note("elapsed_s", self.clock.elapsed)
-        self.journal.note("spent", self.setting.ledger.spent())
+        self.journal.note("spent_s", self.setting.ledger.spent())
 
     def write_front(self) -> None:
         """Write RUN/front.json: after every policy, so that a killed search leaves a folder that can be shown and exported."""

@@ -7,7 +7,7 @@ import heapq
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -252,9 +252,7 @@ class Forecast:
                 self.setting.device, workloads, 0.5 * seconds, lambda done, total: tick("measuring operators", done, total)
             )
         self._note(Policy(), self.setting.baseline.latency_s.median)
-        values = [self.predict(policy).value for policy in policies]
-        interest = max(HOPE * self.latency_limit, sorted(values)[WHOLE_NETWORKS])  # what is slower takes long, and is of no use
-        by_latency = [policies[index] for index in np.argsort(values) if values[index] <= interest]
+        by_latency = self._of_interest({self.structure(policy): policy for policy in policies}.values())
         chosen = [by_latency[round(i)] for i in np.linspace(0, len(by_latency) - 1, WHOLE_NETWORKS)]
         for done, policy in enumerate(chosen):
             if time.monotonic() > until and done >= LEAST_NETWORKS:
@@ -262,6 +260,15 @@ class Forecast:
             tick("measuring whole networks", done, len(chosen))
             self._measure_untrained(policy)
         self.learn([])
+
+    def _of_interest(self, policies: Iterable[Policy]) -> list[Policy]:
+        """Fastest first, without those far over the limit, which take long to measure and are of no use; a few in any case.
+
+        As predicted from operators alone, in units of what these predict for the original.
+        """
+        limit = HOPE * self.latency_limit / self.setting.baseline.latency_s.median * self.predict(Policy()).value
+        by_latency = sorted(policies, key=lambda policy: self.predict(policy).value)
+        return [policy for rank, policy in enumerate(by_latency) if rank < WHOLE_NETWORKS or self.predict(policy).value <= limit]
 
     def _note(self, policy: Policy, seconds: float) -> None:
         structure = self.structure(policy)

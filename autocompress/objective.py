@@ -180,7 +180,7 @@ def realise(
     try:
         student = build_student(setting.graph_of(policy), policy)
         stage = "train"
-        _begin(setting, student, policy, continues, until=max(started + LEAST_REPAIR_S, min(latest, started + seconds)))
+        _begin(setting, student, policy, continues, until=min(latest, started + max(LEAST_REPAIR_S, seconds)))
         begun = time.monotonic()
         with setting.ledger.spend("train"):
             student = _trained(setting, student, policy, id, rung, min(latest, begun + seconds), count)

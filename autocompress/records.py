@@ -208,8 +208,8 @@ class Failure(Record):
 class Outcome(Record):
     """One evaluated policy: a score and a measurement, or a failure.
 
-    `seconds` is what it cost, choosing it included; of it `training_s` went to training (so many `steps`) and `finishing_s` to what
-    came after: exporting, scoring and measuring.
+    `seconds` is what it cost, of a short run choosing it included; of it `training_s` went to training (so many `steps`) and `finishing_s`
+    to what came after: exporting, scoring and measuring.
     `worth` is what was known of its structure before it was trained, as a rule likeness to the teacher.
     A failure that names an artifact lost it: the file worked once. `search_latency_s` is what was measured first, where the file was
     measured again together with the front.

@@ -26,12 +26,16 @@ EXTENSION = 1.5
 VALIDATION_SHARE = 0.01
 FINAL_CALLS, FINAL_S = 60.0, 12.0
 """For the end of a search: calls of a slow original (a dozen rounds of it and of a faster front, with warm-up), and seconds beside."""
-MOST_RESERVE = 0.12
-"""Of the time: what the end may take. Where the test split takes longer, a part of it is scored, which is no great loss."""
+MOST_RESERVE = 0.3
+"""Of the time: what the end may take."""
+TEST_SHARE = 0.08
+"""Of the time: what scoring the test split may take of it. Where all of it takes longer a part is scored, which is no great loss."""
+FRONT = 2.0
+"""What the files of a front take together to answer an example, in units of the original's."""
 SHORT_SHARE, MOST_SHORT_SHARE = 0.25, 0.5
 SHORT_RUNS, FEWEST_SHORT_RUNS = 12, 3
 """Short runs take a quarter of the time, twelve of them where that is possible; up to a half where there would be fewer than three."""
-LEAST_TRAINING = 0.5
+LEAST_TRAINING_RATIO = 0.5
 FULL_FACTOR = 10.0
 """A full run is meant to train so many times as long as a short one..."""
 LEAST_FULL_STEPS = 1000
@@ -106,9 +110,10 @@ def validation_seconds(clock: Clock) -> float:
     return VALIDATION_SHARE * clock.total
 
 
-def reserve_seconds(per_test: float, latency_s: float) -> float:
+def reserve_seconds(total: float, per_example_s: float, examples: int, latency_s: float) -> float:
     """For the end of a search: the test split for the original and a front of faster networks, and measuring them together."""
-    return 3.0 * per_test + FINAL_S + FINAL_CALLS * latency_s
+    each = (1 + FRONT) * per_example_s
+    return FINAL_S + FINAL_CALLS * latency_s + max(FEWEST_EXAMPLES * each, min(examples * each, TEST_SHARE * total))
 
 
 @dataclass(frozen=True)
@@ -121,8 +126,8 @@ class Division:
 
     @classmethod
     def of(cls, left: float, overhead: float) -> Division:
-        """Divide what is `left`; a run trains for LEAST_TRAINING of its overhead at least (choice, repair, export, scoring, measuring)."""
-        each = max(SHORT_SHARE * left / SHORT_RUNS, (1 + LEAST_TRAINING) * overhead)
+        """Divide what is `left`; a run trains for LEAST_TRAINING_RATIO of its overhead at least (choice, repair, export, measuring)."""
+        each = max(SHORT_SHARE * left / SHORT_RUNS, (1 + LEAST_TRAINING_RATIO) * overhead)
         total = max(SHORT_SHARE * left, min(MOST_SHORT_SHARE * left, FEWEST_SHORT_RUNS * each))
         return cls(total, each - overhead, overhead)
 

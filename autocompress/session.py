@@ -209,7 +209,7 @@ def run_search(
             _forget_teacher(run)
         clock = Clock.start(task.search_seconds, already=clock.elapsed + (journal.noted("elapsed_s") or 0.0))
         try:
-            ledger = Ledger(journal.noted("spent"))
+            ledger = Ledger(journal.noted("spent_s"))
             with ledger.spend("prepare"):
                 loaded = load(task, model=model, data=data, device=device, weights=kept_teacher(task, run))
                 require_same_contents(journal, run, contents(task, loaded))

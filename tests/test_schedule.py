@@ -11,7 +11,7 @@ from autocompress.front import hypervolume
 from autocompress.policy import DistillSpec, Policy
 from autocompress.ranks import partial_rank_correlation, rank_correlation
 from autocompress.records import Failure, Measurement, Outcome, Score
-from autocompress.schedule import Clock, Division, calibration_seconds, extended, full_runs, full_seconds, promoted
+from autocompress.schedule import Clock, Division, calibration_seconds, extended, full_runs, full_seconds, promoted, reserve_seconds
 
 
 def outcome(id, score, latency_s, **changes):
@@ -125,9 +125,20 @@ def test_a_clock_counts_what_was_spent_before():
     clock = Clock.start(100.0, already=30.0)
     assert clock.elapsed == pytest.approx(30.0, abs=1.0)
     assert clock.left == pytest.approx(70.0, abs=1.0)
-    assert clock.with_reserve(5.0).left == pytest.approx(65.0, abs=1.0)
-    assert clock.with_reserve(1000.0).left == pytest.approx(58.0, abs=1.0), "the reserve takes at most 12 %"
+    assert clock.with_reserve(20.0).left == pytest.approx(50.0, abs=1.0)
+    assert clock.with_reserve(1000.0).left == pytest.approx(40.0, abs=1.0), "the reserve takes at most 30 %"
     assert Clock.start(10.0, already=20.0).left == 0.0
+
+
+@pytest.mark.parametrize("total", [60.0, 480.0, 3600.0])
+@pytest.mark.parametrize("latency", [1e-3, 0.5])
+@pytest.mark.parametrize("examples", [40, 10_000])
+def test_the_end_has_time_to_measure_the_front_and_to_score_a_part_of_the_test_split_at_least(total, latency, examples):
+    reserve = reserve_seconds(total, latency, examples, latency)
+    measuring = schedule.FINAL_S + schedule.FINAL_CALLS * latency
+    whole, least = (3.0 * latency * n for n in (examples, schedule.FEWEST_EXAMPLES))
+    assert measuring + least <= reserve <= measuring + whole
+    assert reserve == measuring + whole or reserve <= measuring + max(least, schedule.TEST_SHARE * total)
 
 
 def test_a_clock_is_monotonic(monkeypatch):

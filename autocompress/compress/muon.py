@@ -8,6 +8,7 @@ torch.optim.Muon takes matrices only; filters are flattened to one here.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from autocompress.compress.arithmetic import bf16_is_faster
 
 STEPS = 4
+MOST_TOGETHER = 2**24
+"""Elements of the matrices that are taken together: calls cost time where matrices are small, memory where they are large."""
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Quintic Newton-Schulz iteration, tuned by the authors for speed: singular values end in about [0.7, 1.2]."""
 
@@ -29,16 +32,21 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
-            alike: dict[torch.Size, list[nn.Parameter]] = {}
+            alike: dict[tuple[int, int], list[nn.Parameter]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    alike.setdefault(parameter.flatten(1).shape, []).append(parameter)
+                    alike.setdefault((len(parameter), parameter[0].numel()), []).append(parameter)
             for (rows, columns), parameters in alike.items():
-                updates = orthogonalised(torch.stack([self._gradient(p, group["momentum"]).flatten(1) for p in parameters]))
-                step = group["lr"] * max(1.0, rows / columns) ** 0.5
-                for parameter, update in zip(parameters, updates, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update.view(parameter.shape), alpha=-step)
+                together = max(1, MOST_TOGETHER // (rows * columns))
+                for start in range(0, len(parameters), together):
+                    self._update(parameters[start : start + together], max(1.0, rows / columns) ** 0.5, group)
+
+    def _update(self, parameters: list[nn.Parameter], scale: float, group: dict[str, Any]) -> None:
+        """Step along these, which are matrices of one shape."""
+        updates = orthogonalised(torch.stack([self._gradient(p, group["momentum"]).flatten(1) for p in parameters]))
+        for parameter, update in zip(parameters, updates, strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(update.view(parameter.shape), alpha=-group["lr"] * scale)
 
     def _gradient(self, parameter: nn.Parameter, momentum: float) -> Tensor:
         """The gradient with Nesterov momentum."""

@@ -29,7 +29,7 @@ from autocompress.policy import Policy
 _Value = tuple[str, bool]
 """Name of a node, and whether channels are the last axis of its values, else the second."""
 MOST_EXAMPLES = 512
-KEPT_BYTES = 2**29
+KEPT_BYTES = 2**28
 """Of the teacher's values, for the next student."""
 MAP_BYTES = 2**28
 """Of the largest value in the network, for all examples together."""
@@ -59,14 +59,11 @@ class Reference:
         self._kept: dict[_Value, Tensor] = {}
 
     def values(self, wanted: set[_Value]) -> dict[_Value, Tensor]:
-        """These values of the teacher, each as rows x channels; kept as far as KEPT_BYTES reach."""
+        """These values of the teacher, each as rows x channels; kept, unless all that was asked for takes more than KEPT_BYTES."""
         missing = wanted - self._kept.keys()
-        found = _Recorder(self.graph.module, missing).of(self.inputs) if missing else {}
-        known = {value: self._kept[value] for value in wanted - missing} | found
-        for value, rows in found.items():
-            if sum(kept.nbytes for kept in self._kept.values()) + rows.nbytes <= KEPT_BYTES:
-                self._kept[value] = rows
-        return known
+        found = self._kept | (_Recorder(self.graph.module, missing).of(self.inputs) if missing else {})
+        self._kept = found if sum(rows.nbytes for rows in found.values()) <= KEPT_BYTES else {}
+        return {value: found[value] for value in wanted}
 
 
 @torch.no_grad()

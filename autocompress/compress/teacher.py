@@ -31,16 +31,17 @@ COMPARED = 256
 TIMED_BATCHES = 4
 SAME = 0.02
 """Relative difference of outputs that other arithmetic explains, bfloat16 included; another function differs by far more."""
-FEW = 16
-"""Inputs for a first guess."""
-WARM_SHARE = 0.1
-"""Of the time to answer ahead: a first call that takes more, loading of kernels included, is not tried again."""
+FEW, MORE = 16, 64
+"""Inputs for a first guess, and for a second."""
+IMAGES = 4
+"""Axes of a batch of images."""
 
 
 class Teacher:
     """Answers for batches of training data; keeps them as far as `cache_bytes` reach.
 
     Args:
+        model: asked as it is but for its memory layout, which is changed in place where that makes it faster.
         classifier: name of the linear layer whose inputs are part of an answer, as features; None: outputs only.
     """
 
@@ -120,19 +121,16 @@ class Teacher:
     def _is_hopeless(self, seconds: float) -> bool:
         """Whether LEAST_VIEWS take longer even if a whole batch took no longer than a few inputs, as it may on a GPU.
 
-        Asked before more of a slow network's time is spent. A first call warms up.
+        Asked of more and more, before much of a slow network's time is spent; once for nothing, since a first call loads kernels.
         """
-        few = torch.arange(min(FEW, self._batch, len(self._data.train)))
-        inputs = self._data.view(few, 0, self._seed)
-        for _ in range(2):
+        batches = LEAST_VIEWS * max(1.0, len(self._data.train) / self._batch)
+        for size in (1, FEW, MORE):
+            inputs = self._data.view(torch.arange(min(size, self._batch, len(self._data.train))), 0, self._seed)
             started = time.monotonic()
             self._answer(inputs)
-            took = time.monotonic() - started
-            if LEAST_VIEWS * took * len(self._data.train) / self._batch <= seconds:
-                return False
-            if took > WARM_SHARE * seconds:
-                break
-        return True
+            if size > 1 and batches * (time.monotonic() - started) > seconds:
+                return True
+        return False
 
     def _seconds_a_view(self, patience_s: float) -> float:
         """From a few batches, or one where these take longer than that; what they answer is kept."""
@@ -156,16 +154,18 @@ class Teacher:
     def _layout(self) -> torch.memory_format:
         """The layout that is fast, where the model takes it, as two inputs tell: its code may take views that only contiguous maps have."""
         layout = fast_layout(self.model)
-        if layout is not torch.preserve_format:
-            few = self._data.view(torch.arange(min(2, len(self._data.train))), 0, self._seed)
-            wanted = self._said(few, torch.contiguous_format).outputs
-            try:
-                found = self._said(few, layout).outputs
-            except RuntimeError:
-                found = torch.full_like(wanted, math.nan)
-            if not torch.allclose(found, wanted, rtol=SAME, atol=SAME * float(wanted.abs().max())):
-                layout = torch.contiguous_format
-        self.model.to(memory_format=layout)
+        if layout is torch.preserve_format:
+            return layout
+        few = self._data.view(torch.arange(min(2, len(self._data.train))), 0, self._seed)
+        wanted = self._said(few, torch.contiguous_format).outputs
+        nn.Module.to(self.model, memory_format=layout)  # its own `to` may take devices only
+        try:
+            found = self._said(few, layout).outputs
+        except Exception:  # whatever the user's code raises over strides
+            found = torch.full_like(wanted, math.nan)
+        if not torch.allclose(found, wanted, rtol=SAME, atol=SAME * float(wanted.abs().max())):
+            layout = torch.contiguous_format
+            nn.Module.to(self.model, memory_format=layout)
         return layout
 
     def _answer(self, inputs: Tensor) -> Answers:
@@ -174,13 +174,10 @@ class Teacher:
     @torch.no_grad()
     def _said(self, inputs: Tensor, layout: torch.memory_format) -> Answers:
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        own = inputs.to(device, copy=True)  # it may change them in place
         with fast_arithmetic(device):
-            said = observe(self.model.to(memory_format=layout), self._laid(inputs.to(device, copy=True), layout), self._classifier)
+            said = observe(self.model, own.to(memory_format=layout) if own.dim() == IMAGES else own, self._classifier)
         return Answers(said.outputs.float().cpu(), said.features.float().cpu() if said.features is not None else None)
-
-    @staticmethod
-    def _laid(inputs: Tensor, layout: torch.memory_format) -> Tensor:
-        return inputs.to(memory_format=layout) if inputs.dim() == 4 else inputs
 
 
 @dataclass(frozen=True)

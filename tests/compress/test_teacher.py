@@ -169,7 +169,7 @@ def test_the_distance_of_decisions_is_the_share_that_differs():
 
 
 class Reading(nn.Module):
-    """Its classifier reads a map in the order of its channels; by a view, which only contiguous maps have, or as it lies in memory."""
+    """Its classifier reads a map in the order of its channels."""
 
     def __init__(self, read):
         super().__init__()
@@ -178,6 +178,14 @@ class Reading(nn.Module):
     def forward(self, x):
         return self.linear(self.read(self.conv(x)))
 
+    def to(self, device):
+        raise AssertionError("models have a `to` of their own, which takes devices only")
+
+
+def picky(x):
+    assert x.is_contiguous()
+    return x.flatten(1)
+
 
 @pytest.mark.parametrize(
     ("read", "layout"),
@@ -185,8 +193,9 @@ class Reading(nn.Module):
         (lambda x: x.flatten(1), torch.channels_last),
         (lambda x: x.view(len(x), -1), torch.contiguous_format),
         (lambda x: x.as_strided((len(x), 288), (288, 1)), torch.contiguous_format),
+        (picky, torch.contiguous_format),
     ],
-    ids=["any", "raises", "differs"],
+    ids=["any", "raises", "differs", "asserts"],
 )
 def test_a_teacher_is_asked_in_the_layout_that_is_fast_where_its_code_takes_it(read, layout):
     images = torch.randn(N, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -114,6 +114,23 @@ def test_all_of_a_frozen_teachers_student_learns(data, width):
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
+@pytest.mark.parametrize("together", [1, 2 * 6 * 4, 2**24])
+def test_muon_updates_matrices_of_one_shape_together_as_each_alone(monkeypatch, together):
+    monkeypatch.setattr("autocompress.compress.muon.MOST_TOGETHER", together)
+    shapes = [(6, 4), (4, 6), (6, 4), (6, 4), (4, 6), (6, 2, 1, 2), (5, 5)]
+    weights = [nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(i))) for i, shape in enumerate(shapes)]
+    alone = [nn.Parameter(weight.detach().clone()) for weight in weights]
+    optimizers = [Muon(weights, lr=0.1, weight_decay=0.01), *(Muon([weight], lr=0.1, weight_decay=0.01) for weight in alone)]
+    for step in range(3):
+        for index, pair in enumerate(zip(weights, alone, strict=True)):
+            for weight in pair:
+                weight.grad = (10.0**index) * torch.randn(weight.shape, generator=torch.Generator().manual_seed(100 * step + index))
+        for optimizer in optimizers:
+            optimizer.step()
+    for weight, expected in zip(weights, alone, strict=True):
+        torch.testing.assert_close(weight, expected, atol=0.02, rtol=0.02)  # bfloat16, where that is faster
+
+
 def test_muon_allocates_its_momentum_once(monkeypatch):
     weight, made = nn.Parameter(torch.randn(4, 6)), []
     zeros = torch.zeros_like

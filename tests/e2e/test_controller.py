@@ -13,7 +13,7 @@ from autocompress.appraisals import Appraisals
 from autocompress.controller import APPRAISED_A_TRIAL, APPRAISED_FIRST, CLEAR, Choice, Search
 from autocompress.policy import DistillSpec, Policy, PruneSpec, QuantSpec
 from autocompress.progress import SilentProgress
-from autocompress.records import Budget, Failure
+from autocompress.records import Budget, Failure, Outcome
 from autocompress.schedule import Clock, Division, cover
 from autocompress.search_space import fitted, own_suggest
 
@@ -173,6 +173,22 @@ def test_students_of_another_architecture_are_worth_what_they_promise(search, po
 def test_where_worth_does_not_tell_short_runs_get_more_time(search, monkeypatch, rho, seconds):
     monkeypatch.setattr(Search, "ladder", lambda self: {"appraised_short_spearman": rho})
     assert search._short_seconds(Division(10.0, 1.0, 1.0)) == seconds
+
+
+def test_what_choosing_a_policy_took_is_part_of_what_it_cost(search, pool, monkeypatch):
+    asked, kept = {}, []
+
+    def made(setting, policy, **known):
+        asked.update(known)
+        return Outcome(id=known["id"], policy=policy, rung="short", seconds=3.0)
+
+    monkeypatch.setattr("autocompress.controller.realise", made)
+    monkeypatch.setattr(Search, "keep", lambda self, outcome: kept.append(outcome))
+    search.clock = Clock.start(60.0, already=30.0)
+    search._train_shortly(Choice(pool[0].policy, 0.5), time.monotonic() - 2.0, Division(20.0, 4.0, 1.0))
+    assert kept[0].seconds == pytest.approx(5.0, abs=0.5)
+    assert asked["seconds"] == 4.0
+    assert asked["latest"] - time.monotonic() == pytest.approx(30.0 - search._finishing(), abs=1.0)
 
 
 def test_policies_that_lead_are_distilled_in_other_ways(search, pool):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from dataclasses import replace
 
 import pytest
@@ -123,6 +124,25 @@ def test_a_student_is_repaired_once_and_only_where_something_was_cut(net, data, 
     assert repaired == [min(setting.calibration, len(data.train))]
     assert made(narrow, "00000-full", "full", "00000") == 1, "what it has learnt is kept"
     assert made(narrow, "00001-full", "full", "00001") == 2, "the checkpoint is lost"
+
+
+def test_training_has_its_time_after_the_repair_and_both_end_at_the_latest(net, data, tmp_path, monkeypatch):
+    untils = []
+
+    def slow(student, reference, policy, until):
+        untils.append(until)
+        time.sleep(1.0)
+
+    monkeypatch.setattr("autocompress.objective.repair", slow)
+    setting, narrow = ready(net, data, tmp_path / "run"), Policy(student=StudentSpec(width=0.5))
+    outcome = realise(setting, narrow, id="00000", rung="short", seconds=1.0)
+    assert outcome.failure is None
+    assert 0.8 < outcome.training_s < 1.9, "the repair takes nothing of it"
+    assert outcome.seconds > outcome.training_s + outcome.finishing_s + 0.9
+    latest = time.monotonic() + 1.5
+    outcome = realise(setting, narrow, id="00001", rung="short", seconds=60.0, latest=latest)
+    assert outcome.training_s < 2.0
+    assert untils[1] == latest
 
 
 def test_a_student_that_cannot_be_repaired_is_trained_as_it_is(net, data, tmp_path, monkeypatch):
