@@ -16,6 +16,9 @@ from autocompress.run_folder import write_atomically
 from autocompress.units import format_duration, format_size
 from autocompress.view import Entry, Results, caveats, format_score, headline, score_interval
 
+LEAST_SHARE = 0.005
+"""Of the time; what took less is not listed."""
+
 
 def write_report(front_json: Mapping[str, Any], run: Path) -> None:
     """Write RUN/report.html and RUN/pareto.png from the content of front.json.
@@ -146,7 +149,7 @@ def _spent(results: Results) -> list[tuple[str, str]]:
         return []
     shares = {names.get(work, work): seconds / results.elapsed_s for work, seconds in spent.items()}
     shares["the search itself"] = max(0.0, 1.0 - sum(shares.values()))
-    return [(name, f"{100 * share:.0f} %") for name, share in sorted(shares.items(), key=lambda pair: -pair[1])]
+    return [(name, f"{100 * share:.0f} %") for name, share in sorted(shares.items(), key=lambda pair: -pair[1]) if share >= LEAST_SHARE]
 
 
 def _number(value: object) -> str:

@@ -126,3 +126,11 @@ def test_damaged_content_and_folders_that_are_gone(content, tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(RunFolderError, match="cannot be written"):
         pareto_png(content, tmp_path / "absent" / "pareto.png")
+
+
+def test_it_says_where_the_time_went_largest_share_first(content, tmp_path):
+    spent = {"train": 30.0, "measure": 50.0, "teach": 0.1}
+    text = " ".join(" ".join(write(content | {"elapsed_s": 100.0, "spent_s": spent}, tmp_path).text[""]).split())
+    assert "Where the time went: measuring 50 % training 30 % the search itself 20 %" in text
+    assert "answers of the original" not in text
+    assert "Where the time went" not in " ".join(write(content | {"spent_s": {}}, tmp_path).text[""])
