@@ -235,6 +235,20 @@ def test_what_is_over_the_budget_leads_nothing(search):
     assert search._leading() == []
 
 
+def test_what_is_over_the_budget_by_prediction_is_told_and_not_appraised(search, monkeypatch):
+    """However many suggestions there is time for: nothing here depends on how busy the machine is."""
+    monkeypatch.setattr(Appraisals, "_worth", lambda self, p: p.inheritance)
+    search.forecast.limits = Budget(latency_s=0.3 * search.setting.baseline.latency_s.median)
+    for _ in range(5):
+        search.appraisals.suggested([], PATIENCE)
+    told = search.journal.study.get_trials(deepcopy=False)
+    ruled_out, appraised = ([t for t in told if ("worth" in t.user_attrs) is wanted] for wanted in (False, True))
+    assert len(ruled_out) > 5
+    assert all(t.values[0] == 0.0 and t.constraints["budget"] > 0 == t.constraints["outclassed"] for t in ruled_out)
+    assert 0 < len(appraised) == len(search.appraisals) <= 5
+    assert all(t.values[0] == t.user_attrs["worth"] > 0 for t in appraised)
+
+
 def test_all_suggestions_that_are_known_or_ruled_out_are_no_suggestion(search, pool):
     assert search.appraisals.suggested([], 0.0) is None
     search.forecast.limits = Budget(size_bytes=8)
