@@ -31,6 +31,7 @@ from autocompress.records import Outcome
 from autocompress.schedule import (
     FULL_FACTOR,
     LEAST_FULL_STEPS,
+    TELLING_STEPS,
     Division,
     appraisal_seconds,
     calibration_seconds,
@@ -353,7 +354,7 @@ class Search(Findings):
         count = full_runs(self.clock.left, each, len(candidates), trials)
         climbs = {o.id for o in candidates}
         settled = [o for o in self.outcomes() if (o.rung == "unchanged" and o.id not in climbs) or o.policy.digest in done]
-        climbing = promoted(candidates, count, settled)
+        climbing = promoted(candidates, count, settled, gain if self._short_runs_tell() else self._worth)
         costs = [self._step_cost(outcome.policy) for outcome in climbing]
         for position, outcome in enumerate(climbing):
             if self._stop():
@@ -376,6 +377,16 @@ class Search(Findings):
                     tick=self.percent(name),
                 )
             )
+
+    def _short_runs_tell(self) -> bool:
+        """Whether they were long enough to rank policies better than appraisal did."""
+        steps = [o.steps for o in measured(self.journal.outcomes) if o.rung == "short"]
+        return not steps or statistics.median_low(steps) >= TELLING_STEPS
+
+    def _worth(self, outcome: Outcome) -> float:
+        """What a policy was worth untrained; the unchanged network is its own."""
+        appraised = self.appraisals.of(outcome.policy)
+        return appraised.worth if appraised is not None else 1.0
 
     def _full_each(self) -> float:
         """Seconds that one full run is meant to take, in a search of this length on this machine."""

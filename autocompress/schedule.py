@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +38,9 @@ SHORT_RUNS, FEWEST_SHORT_RUNS = 12, 3
 LEAST_TRAINING_RATIO = 0.5
 FULL_FACTOR = 10.0
 """A full run is meant to train so many times as long as a short one..."""
+TELLING_STEPS = 80
+"""After so many a student's score tells more than its worth untrained (`benchmarks/rungs.py`); after fewer, hardly anything else than how
+many they were."""
 LEAST_FULL_STEPS = 1000
 """... and for so many steps: where the time is short, one that is trained is worth more than three that have only begun."""
 MOST_FULL_RUNS = 6
@@ -196,12 +199,22 @@ def cover(points: Sequence[Point], n: int, taken: Sequence[Point] = ()) -> list[
     return chosen
 
 
-def promoted(outcomes: Sequence[Outcome], n: int, settled: Sequence[Outcome] = ()) -> list[Outcome]:
-    """The `n` outcomes that cover most, beside those that are `settled` (trained to the end, or in no need of it)."""
+def _scored(outcome: Outcome) -> float:
+    assert outcome.val_score is not None
+    return outcome.val_score.gain
+
+
+def promoted(
+    outcomes: Sequence[Outcome], n: int, settled: Sequence[Outcome] = (), merit: Callable[[Outcome], float] = _scored
+) -> list[Outcome]:
+    """The `n` outcomes that cover most, beside those that are `settled` (trained to the end, or in no need of it).
+
+    merit: what is covered beside latency; the score where nothing else is said.
+    """
+
+    def point(outcome: Outcome) -> Point:
+        assert outcome.latency_s is not None
+        return merit(outcome), outcome.latency_s.median
+
     candidates = measured(outcomes)
-    return [candidates[index] for index in cover([_point(o) for o in candidates], n, [_point(o) for o in measured(settled)])]
-
-
-def _point(outcome: Outcome) -> Point:
-    assert outcome.val_score is not None and outcome.latency_s is not None
-    return outcome.val_score.gain, outcome.latency_s.median
+    return [candidates[index] for index in cover([point(o) for o in candidates], n, [point(o) for o in measured(settled)])]

@@ -191,6 +191,23 @@ def test_what_choosing_a_policy_took_is_part_of_what_it_cost(search, pool, monke
     assert asked["latest"] - time.monotonic() == pytest.approx(30.0 - search._finishing(), abs=1.0)
 
 
+@pytest.mark.parametrize(("steps", "climbs"), [((7, 38), "00000"), ((90, 300), "00001")])
+def test_after_a_handful_of_steps_what_was_worth_most_untrained_is_trained_to_the_end(search, pool, monkeypatch, steps, climbs):
+    """Seen where a short run of seven steps lost to one of 38: the search then trained the wrong policy for all of its time."""
+    begun = []
+    monkeypatch.setattr("autocompress.controller.realise", lambda *_, continues, **known: begun.append(continues))
+    monkeypatch.setattr(Search, "keep", lambda self, outcome: None)
+    monkeypatch.setattr("autocompress.controller.full_runs", lambda *_: 1)
+    worth = {search.forecast.structure(policy): value for policy, value in ((pool[0].policy, 0.9), (pool[1].policy, 0.4))}
+    monkeypatch.setattr(Appraisals, "_worth", lambda self, p: worth[self.forecast.structure(p.policy)])
+    for proposal in pool[:2]:
+        search.appraisals.appraise(proposal)
+    trained(search, pool[0].policy, 2e-3, score=0.55, steps=steps[0])
+    trained(search, pool[1].policy, 1e-3, score=0.61, id="00001", steps=steps[1])
+    search.full_rung()
+    assert begun == [climbs]
+
+
 def test_policies_that_lead_are_distilled_in_other_ways(search, pool):
     assert search._lesson() is None, "nothing leads"
     for index, proposal in enumerate(pool[:2]):
