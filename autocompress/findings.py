@@ -12,6 +12,7 @@ from typing import Any
 from autocompress.appraisals import Appraisals
 from autocompress.compress.train import Tick
 from autocompress.content import entry, feasible, front_of, ladder_quality, prediction_quality, progress_point
+from autocompress.devices.timing import MOST_DRIFT
 from autocompress.export import is_intact
 from autocompress.forecast import Forecast
 from autocompress.front import measured, pick
@@ -129,6 +130,7 @@ class Findings:
     def keep(self, outcome: Outcome) -> None:
         """Record what became of a policy, learn from it, and tell of it."""
         self.journal.record(outcome)
+        self._follow_original()
         self.best = pick(self.outcomes(), self.budget)
         self.forecast.learn([outcome])
         self.points.append(progress_point(self.outcomes(), self.setting.baseline, self.budget, self.clock.elapsed, self.journal.finished))
@@ -136,6 +138,12 @@ class Findings:
         self.note_time()
         self.write_front()
         self.announce(outcome)
+
+    def _follow_original(self) -> None:
+        """Where the original is no longer what it was when the search began, relative budgets and speed-ups go by what it takes lately."""
+        baseline, lately = self.setting.baseline, self.setting.lately
+        if abs(lately.median / baseline.latency_s.median - 1) > MOST_DRIFT:
+            self.keep_original(replace(baseline, latency_s=lately))
 
     def note_time(self) -> None:
         """Keep how much time has passed, and on what: a resumed search goes on from there."""

@@ -10,7 +10,6 @@ import copy
 import functools
 import math
 import shutil
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -73,7 +72,7 @@ class Setting:
         graphs: traced networks by `StudentSpec.reference`; None is the teacher's own.
         example: one batch of inputs at the deployment batch, as the model takes it.
         models: folder of the bundles, one folder an id.
-        beside: seconds that the baseline took, first alone and then beside each policy; grows as the search measures.
+        beside: what the baseline took, first alone and then beside each policy; grows as the search measures.
         ledger: what the search has spent its time on; grows too.
     """
 
@@ -88,7 +87,7 @@ class Setting:
     learning_rate: float = 0.1
     batch_size: int = 128
     seed: int = 0
-    beside: list[float] = field(default_factory=list)
+    beside: list[Measurement] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
 
     @property
@@ -105,6 +104,12 @@ class Setting:
     def one_architecture(self) -> bool:
         """Whether all students are made of the teacher: others have nothing of it before they are trained."""
         return len(self.graphs) == 1
+
+    @property
+    def lately(self) -> Measurement:
+        """What the baseline took lately: the median, so that one odd measurement is outvoted."""
+        last = self.beside[-LATELY:] or [self.baseline.latency_s]
+        return sorted(last, key=lambda measurement: measurement.median)[(len(last) - 1) // 2]
 
     @functools.cached_property
     def reference(self) -> Reference:
@@ -286,9 +291,9 @@ def measure_beside_baseline(
     with setting.ledger.spend("measure"):
         for attempt in range(DRIFT_RETRIES):
             begun = time.monotonic()
-            reference = statistics.median_low(setting.beside[-LATELY:] or [setting.baseline.latency_s.median])
+            reference = setting.lately.median
             baseline, *others = setting.device.measure([setting.baseline.path, *paths], seconds_each=seconds_each)
-            setting.beside.append(baseline.median)
+            setting.beside.append(baseline)
             drift = baseline.median / reference - 1
             if abs(drift) <= MOST_DRIFT:
                 return [baseline, *others]
