@@ -20,8 +20,8 @@ from autocompress.appraisals import Appraised
 from autocompress.content import feasible
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import TooManyFailures
-from autocompress.findings import Findings, gain
-from autocompress.front import measured
+from autocompress.findings import Findings
+from autocompress.front import gain, measured
 from autocompress.graph import Structure
 from autocompress.objective import realise
 from autocompress.policy import Policy, QuantSpec

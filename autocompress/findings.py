@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from autocompress.content import entry, feasible, front_of, ladder_quality, pred
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.export import is_intact
 from autocompress.forecast import Forecast
-from autocompress.front import measured, pick
+from autocompress.front import gain, measured, pick
 from autocompress.journal import Journal
 from autocompress.objective import Baseline, Setting, failure_of
 from autocompress.policy import Policy
@@ -209,11 +208,6 @@ class Findings:
             words = f"{format_score(best.val_score)} at {format_duration(best.latency_s.median)}"
         left = self.clock.until_end
         self.progress.update(phase=phase, done=done, total=total, tried=len(self.points), best=words, seconds_left=left)
-
-
-def gain(outcome: Outcome) -> float:
-    """Score on validation where more is better; below all others where there is none."""
-    return outcome.val_score.gain if outcome.val_score is not None and outcome.failure is None else -math.inf
 
 
 def _json(record: Any) -> Any:

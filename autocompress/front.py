@@ -5,6 +5,7 @@ A point is (gain, cost): gain is better when larger (accuracy), cost when smalle
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -55,6 +56,11 @@ def hypervolume(points: Points, reference: tuple[float, float]) -> float:
 def _point(outcome: Outcome) -> tuple[float, float]:
     assert outcome.val_score is not None and outcome.latency_s is not None
     return outcome.val_score.gain, outcome.latency_s.median
+
+
+def gain(outcome: Outcome) -> float:
+    """Score on validation where more is better; below all others where there is none."""
+    return outcome.val_score.gain if outcome.val_score is not None and outcome.failure is None else -math.inf
 
 
 def measured(outcomes: Iterable[Outcome]) -> list[Outcome]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autocompress.front import hypervolume, measured
+from autocompress.front import gain, hypervolume, measured
 from autocompress.ranks import is_low
 from autocompress.records import Outcome
 
@@ -199,13 +199,8 @@ def cover(points: Sequence[Point], n: int, taken: Sequence[Point] = ()) -> list[
     return chosen
 
 
-def _scored(outcome: Outcome) -> float:
-    assert outcome.val_score is not None
-    return outcome.val_score.gain
-
-
 def promoted(
-    outcomes: Sequence[Outcome], n: int, settled: Sequence[Outcome] = (), merit: Callable[[Outcome], float] = _scored
+    outcomes: Sequence[Outcome], n: int, settled: Sequence[Outcome] = (), merit: Callable[[Outcome], float] = gain
 ) -> list[Outcome]:
     """The `n` outcomes that cover most, beside those that are `settled` (trained to the end, or in no need of it).
 
