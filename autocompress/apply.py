@@ -31,7 +31,7 @@ RANDOM_INPUTS = 256
 
 
 def apply_policy(
-    model: str, *, policy: str, out: Path, weights: Path | None = None, data: str | None = None, batch: int = 1,
+    model: str, *, policy: Path | str, out: Path | str, weights: Path | str | None = None, data: str | None = None, batch: int = 1,
     device: str = DEFAULT_DEVICE, space: str = "default", student: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Compress, export and check one policy without training.
@@ -45,6 +45,7 @@ def apply_policy(
 
     Returns what was built and measured, for people. Raises UsageError, also when the policy cannot become an artifact.
     """
+    policy, out, weights = str(policy), Path(out), Path(weights) if weights is not None else None
     require_free(out)
     given = Policy.from_json(_read(policy)) if not policy.startswith(RANDOM) else None
     if given is not None and given.student.reference not in (None, model, student):

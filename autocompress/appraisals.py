@@ -135,10 +135,15 @@ class Appraisals:
         return None
 
     def appraise(self, proposal: Proposal) -> Appraised:
-        """Appraise this one, as a trial that the sampler learns from."""
+        """Appraise this one, as a trial that the sampler learns from; before it what an interrupted search left waiting.
+
+        Optuna hands out waiting trials in the order in which they came.
+        """
         self.journal.study.enqueue_trial(proposal.params)
-        trial = self.journal.study.ask()
-        return self._tell(trial, self.forecast.proposal(self.forecast.suggest(trial), trial.params))
+        for _ in range(self.journal.waiting):
+            trial = self.journal.study.ask()
+            appraised = self._tell(trial, self.forecast.proposal(self.forecast.suggest(trial), trial.params))
+        return appraised
 
     def _tell(self, trial: Trial, proposal: Proposal) -> Appraised:
         """What the structure is worth, told to the sampler; an interrupted appraisal waits."""

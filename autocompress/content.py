@@ -16,20 +16,20 @@ from autocompress.ranks import partial_rank_correlation, rank_correlation
 from autocompress.records import Budget, Outcome
 
 
-def feasible(outcome: Outcome, budget: Budget) -> bool:
-    """Whether the outcome's artifact was measured within the budget, and is still there."""
-    return outcome.failure is None and outcome.latency_s is not None and budget.allows(outcome.latency_s, outcome.size_bytes)
+def feasible(outcome: Outcome, limits: Budget, *, margin: float = 0.0) -> bool:
+    """Whether the outcome's artifact was measured within the budget as it was asked for, by this margin, and is still there."""
+    return outcome.failure is None and outcome.latency_s is not None and limits.allows(outcome.latency_s, outcome.size_bytes, margin=margin)
 
 
-def entry(outcome: Outcome, baseline: Baseline, budget: Budget, layers: list[dict[str, Any]], *, dominated: bool) -> dict[str, Any]:
+def entry(outcome: Outcome, baseline: Baseline, limits: Budget, layers: list[dict[str, Any]], *, dominated: bool) -> dict[str, Any]:
     """One measured policy as front.json and the report show it."""
     assert outcome.latency_s is not None
     own = outcome.model_dump(mode="json", by_alias=True, exclude={"failure", "seconds"})
     return own | {
         "digest": outcome.policy.digest,
         "words": outcome.policy.in_words(),
-        "speedup": baseline.latency_s.median / outcome.latency_s.median,
-        "feasible": feasible(outcome, budget),
+        "speedup": (outcome.latency_s.original_s or baseline.latency_s.median) / outcome.latency_s.median,
+        "feasible": feasible(outcome, limits),
         "dominated": dominated,
         "seconds": outcome.seconds,
         "layers": layers,
@@ -66,13 +66,13 @@ def ladder_quality(short: Sequence[Outcome], full: Sequence[Outcome], structure:
     }
 
 
-def progress_point(outcomes: Sequence[Outcome], baseline: Baseline, budget: Budget, elapsed_s: float, trials: int) -> dict[str, Any]:
+def progress_point(outcomes: Sequence[Outcome], baseline: Baseline, limits: Budget, elapsed_s: float, trials: int) -> dict[str, Any]:
     """Hypervolume and the best score within the budget, so far.
 
     The reference is the original's latency and a score of 0; for scores below 0, twice the original's.
     """
     points = [(o.val_score.gain, o.latency_s.median) for o in measured(outcomes) if o.val_score and o.latency_s]
-    within = [o.val_score.value for o in measured(outcomes) if o.val_score and feasible(o, budget)]
+    within = [o.val_score.value for o in measured(outcomes) if o.val_score and feasible(o, limits)]
     worst = min(0.0, 2.0 * baseline.val_score.gain) if baseline.val_score is not None else 0.0
     return {
         "elapsed_s": elapsed_s,
@@ -82,12 +82,13 @@ def progress_point(outcomes: Sequence[Outcome], baseline: Baseline, budget: Budg
     }
 
 
-def front_of(outcomes: Sequence[Outcome], budget: Budget, baseline: Baseline) -> list[Outcome]:
+def front_of(outcomes: Sequence[Outcome], limits: Budget, baseline: Baseline) -> list[Outcome]:
     """The front of what was measured within the budget, fastest first; without a budget everything is within it.
 
     What the original itself beats, where it is within the budget, is worth nothing to anybody.
     """
-    front = pareto_front(o for o in measured(outcomes) if feasible(o, budget))
+    front = pareto_front(o for o in measured(outcomes) if feasible(o, limits))
+    budget = limits.against(baseline.latency_s.median)
     if baseline.val_score is None or not budget.allows(baseline.latency_s, baseline.size_bytes):
         return front
     score, latency = baseline.val_score.gain, baseline.latency_s.median

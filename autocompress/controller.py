@@ -91,6 +91,7 @@ class Search(Findings):
     def calibrate(self) -> None:
         """Learn to predict latency, for a share of the time, and from what a resumed search had measured."""
         self.forecast.calibrate(calibration_seconds(self.clock), self.task.seed, self.show)
+        self.follow_original()
         self.forecast.learn(measured(self.journal.outcomes))
 
     def propose(self) -> list[Proposal]:
@@ -201,12 +202,12 @@ class Search(Findings):
 
     def _climbers(self) -> list[Outcome]:
         """Short runs within the budget; training longer changes no latency."""
-        return [o for o in self.journal.outcomes if o.rung == "short" and feasible(o, self.budget)]
+        return [o for o in self.journal.outcomes if o.rung == "short" and feasible(o, self.limits)]
 
     def _hurt_by_bits(self) -> list[Outcome]:
         """The unchanged network in int8 where calibrating alone costs accuracy: training through the bits may win that back."""
         least = self._gain_without(WORTH_TRAINING)
-        return [o for o in self.journal.outcomes if o.rung == "unchanged" and feasible(o, self.budget) and gain(o) < least]
+        return [o for o in self.journal.outcomes if o.rung == "unchanged" and feasible(o, self.limits) and gain(o) < least]
 
     def _gain_without(self, share: float) -> float:
         """What is left of the original's validation score when it loses this share of it."""
@@ -243,7 +244,7 @@ class Search(Findings):
 
     def _is_safe(self) -> bool:
         """Whether something was within the budget by what a machine may drift until it is measured once more, at the end."""
-        return any(o.latency_s is not None and self.budget.allows(o.latency_s, o.size_bytes, margin=MOST_DRIFT) for o in self._climbers())
+        return any(feasible(o, self.limits, margin=MOST_DRIFT) for o in self._climbers())
 
     def _measured_leader(self, pool: list[Proposal], margin: float) -> Appraised | None:
         """The first to lead that measuring does not rule out either; without a margin, else the last that was tried."""
@@ -278,7 +279,7 @@ class Search(Findings):
         """(merit, latency) of what was trained, in vain or not, and of the unchanged network within the budget: what is beside it waits."""
         short = [o for o in self.journal.outcomes if o.rung == "short" and o.predicted_latency_s is not None]
         known = [(self.appraisals.of(o.policy), o.predicted_latency_s) for o in short]
-        unchanged = [o for o in self.journal.outcomes if o.rung == "unchanged" and feasible(o, self.budget)]
+        unchanged = [o for o in self.journal.outcomes if o.rung == "unchanged" and feasible(o, self.limits)]
         points = [(merit(appraised), predicted.value) for appraised, predicted in known if appraised is not None and predicted is not None]
         return [*points, *((1.0, o.latency_s.median) for o in unchanged if o.latency_s is not None)]
 
@@ -300,7 +301,7 @@ class Search(Findings):
     def _leading(self) -> list[Proposal]:
         """Networks that may rule out others: within the budget, and with a score that says that their training has not gone wrong."""
         least = self._gain_without(COLLAPSED)
-        sound = [o for o in measured(self.journal.outcomes) if feasible(o, self.budget) and gain(o) >= least]
+        sound = [o for o in measured(self.journal.outcomes) if feasible(o, self.limits) and gain(o) >= least]
         return [self.forecast.proposal(o.policy, {}) for o in sound]
 
     def _lesson(self) -> Choice | None:

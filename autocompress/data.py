@@ -26,6 +26,7 @@ SPLITS = ("train", "val", "test")
 FINITE_ROWS = 4096
 """Inputs that are looked at together for values that are not finite."""
 FLOAT_BYTES = 4
+IMAGE_AXES = 3
 DIGEST_INPUTS = 8
 CALIBRATION_BYTES = 2**30
 """Of the inputs that int8 ranges are fitted to, all together."""
@@ -74,9 +75,13 @@ class Split:
         return tuple(self._array.shape[1:])
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self._array.dtype
+
+    @property
     def form(self) -> str:
         """Shape and type of an input, in words; floating point of any precision is one type, since models see float32."""
-        kind = "floating point" if self._array.is_floating_point() else str(self._array.dtype).removeprefix("torch.")
+        kind = "floating point" if self.dtype.is_floating_point else str(self.dtype).removeprefix("torch.")
         return f"{self.input_shape} {kind}"
 
     def rows(self, index: Tensor) -> Tensor:
@@ -156,6 +161,8 @@ class Data:
                     hint="give it examples that the other splits do not hold",
                 )
         self._require_one_form()
+        self._require_shift()
+        self._require_normalisation()
         self._require_finite()
         if (self.loss is None) != (self.score is None):
             raise UsageError(
@@ -175,10 +182,41 @@ class Data:
                 hint="prepare the inputs of all splits alike",
             )
 
+    def _require_shift(self) -> None:
+        """Raises UsageError unless the inputs are images that can be shifted so far."""
+        if self.shift and len(self.input_shape) != IMAGE_AXES:
+            raise UsageError(
+                f"only images of shape channels x height x width can be shifted, but the inputs have shape {self.input_shape}",
+                hint="leave `shift` out",
+            )
+        if self.shift and not 0 < self.shift < min(self.input_shape[1:]):
+            raise UsageError(
+                f"`shift` must lie in 0..{min(self.input_shape[1:]) - 1} pixels, but got {self.shift}", hint="a tenth of the width is usual"
+            )
+
+    def _require_normalisation(self) -> None:
+        """Raises UsageError unless `mean` and `std` say how uint8 images are normalised."""
+        if (self.mean is None) != (self.std is None):
+            raise UsageError("data must have both `mean` and `std`, or neither", hint="give both, one value a channel")
+        if self.mean is None or self.std is None or self.train.dtype != torch.uint8:
+            return
+        channels = self.input_shape[0] if self.input_shape else 1
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, channels):
+                raise UsageError(
+                    f"`{name}` must have a value for each of the {channels} channels, but has {len(values)}",
+                    hint="give one value a channel, or one for all",
+                )
+        if not all(value > 0 for value in self.std):
+            raise UsageError(
+                f"`std` must be greater than zero, but is {tuple(self.std)}", hint="give the standard deviation of each channel"
+            )
+
     def _require_finite(self) -> None:
         for name in ("train", "val"):  # nothing looks at the test split before the end
-            inputs = getattr(self, name).inputs
-            if inputs.is_floating_point() and not all(bool(torch.isfinite(part).all()) for part in inputs.split(FINITE_ROWS)):
+            split = getattr(self, name)
+            few = torch.arange(len(split)).split(FINITE_ROWS)  # the whole may be a mapped file that is larger than memory
+            if split.dtype.is_floating_point and not all(bool(torch.isfinite(split.rows(index)).all()) for index in few):
                 raise UsageError(
                     f"inputs must be finite, but some of {name} are NaN or infinite", hint="fill in or leave out such examples"
                 )

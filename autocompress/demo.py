@@ -12,6 +12,7 @@ WIDTHS = (64, 128, 192)
 BLOCKS = (3, 3, 3)
 TEACHER_EPOCHS = 12
 LEARNING_RATE = 0.05
+BATCH_SIZE = 128
 
 
 class ResidualBlock(nn.Module):

@@ -96,12 +96,16 @@ def whole_folder(out: Path) -> Iterator[Path]:
     try:
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
+            for left in out.glob(f"{UNFINISHED}*"):  # by an export that was killed
+                shutil.rmtree(left, ignore_errors=True)
             with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=out) as name:
                 yield Path(name)
-                for earlier in (*OTHER_FORMATS, *BUNDLE):
-                    (out / earlier).unlink(missing_ok=True)
-                for file in Path(name).iterdir():
-                    file.replace(out / file.name)
+                made = {file.name: file for file in Path(name).iterdir()}
+                for file_name in (*OTHER_FORMATS, *BUNDLE):  # the manifest last: it tells whether the others belong to it
+                    if file_name in made:
+                        made[file_name].replace(out / file_name)
+                    else:
+                        (out / file_name).unlink(missing_ok=True)
     except BaseException:
         if fresh:
             shutil.rmtree(out, ignore_errors=True)
@@ -139,14 +143,16 @@ def require_free(out: Path) -> None:
         place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
             raise UsageError(f"--out {str(out)!r} cannot be written: {str(place)!r} takes no files", hint="choose another --out")
-        if out.is_dir() and any(out.iterdir()) and not _is_export(out):
+        if out.is_dir() and not _is_export(out):
             raise UsageError(f"{str(out)!r} holds other files", hint="choose an empty folder, or one that an earlier export wrote")
 
 
 def _is_export(folder: Path) -> bool:
-    """Whether an export wrote everything in the folder, as its manifest says."""
-    known = {*BUNDLE, *OTHER_FORMATS}
-    if any(entry.name not in known and not entry.name.startswith(UNFINISHED) for entry in folder.iterdir()):
+    """Whether an export wrote everything in the folder, as its manifest says; or there is nothing but what a killed one left."""
+    found = {entry.name for entry in folder.iterdir() if not entry.name.startswith(UNFINISHED)}
+    if not found:
+        return True
+    if found - {*BUNDLE, *OTHER_FORMATS}:
         return False
     try:
         read_manifest(folder)

@@ -1,7 +1,7 @@
 """Interactive figures of the report, as plain plotly JSON.
 
-Their colours are names such as `"$accent"`, which the page replaces by its
-own CSS variables: so that a figure follows the light and the dark scheme, and a colour is defined in one place.
+Their colours are names such as `"$accent"`, which the page replaces by its own CSS variables, so that a figure follows the light and the
+dark scheme; elsewhere `in_colour` replaces them by those of the light one.
 """
 
 from __future__ import annotations
@@ -20,8 +20,24 @@ from autocompress.view import Entry, ProgressPoint, Results, format_score, is_sh
 
 Figure = dict[str, Any]
 
+LIGHT = {
+    "accent": "#3257d6", "area": "rgba(50, 87, 214, .12)", "bad": "#c92a2a", "best": "#e8590c", "card": "#ffffff", "faint": "#aeb6c4",
+    "float": "#98a2b3", "grid": "#eef0f4", "half": "#2f9e8f", "hatch": "rgba(135, 145, 163, .08)", "ink": "#14171f", "line": "#dfe3ea",
+    "low": "#8a5cd6", "muted": "#5d6677", "outline": "#8791a3", "shade": "rgba(201, 42, 42, .055)", "whisker": "rgba(50, 87, 214, .4)",
+    "font": 'ui-sans-serif, system-ui, -apple-system, "Segoe UI", "Inter", "Helvetica Neue", Arial, sans-serif',
+}  # fmt: skip
+"""The light scheme, of the page too; its dark one stands in templates/report.html.j2."""
 AIR = 0.08
 """Of the score axis beyond the outermost points, as a share of their span."""
+
+
+def in_colour(figure: Any) -> Any:
+    """The figure with the colours of the light scheme instead of their names."""
+    if isinstance(figure, dict):
+        return {key: in_colour(value) for key, value in figure.items()}
+    if isinstance(figure, (list, tuple)):
+        return [in_colour(value) for value in figure]
+    return LIGHT.get(figure[1:], figure) if isinstance(figure, str) and figure.startswith("$") else figure
 
 
 def _latency_axis(axis: Axis, title: str) -> Figure:

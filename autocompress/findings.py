@@ -14,7 +14,7 @@ from autocompress.content import entry, feasible, front_of, ladder_quality, pred
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.export import is_intact
 from autocompress.forecast import Forecast
-from autocompress.front import gain, measured, pick
+from autocompress.front import gain, measured
 from autocompress.journal import Journal
 from autocompress.objective import Baseline, Setting, failure_of
 from autocompress.policy import Policy
@@ -58,14 +58,20 @@ class Findings:
         self.forecast.setting = setting
 
     @property
+    def limits(self) -> Budget:
+        """The budget as it was asked for: what measured files are held against."""
+        return self.forecast.limits
+
+    @property
     def budget(self) -> Budget:
+        """The same in seconds, for the original as it is known now."""
         return self.forecast.budget
 
     def outcomes(self) -> list[Outcome]:
         """One outcome a policy: of its files within the budget, else of all, the most accurate; a failure where there is none."""
 
         def worth(outcome: Outcome) -> tuple[bool, float]:
-            return feasible(outcome, self.budget), gain(outcome)
+            return feasible(outcome, self.limits), gain(outcome)
 
         kept: dict[str, Outcome] = {}
         for outcome in self.journal.outcomes:
@@ -76,14 +82,19 @@ class Findings:
 
     def front(self) -> list[Outcome]:
         """What is worth having by now, fastest and least accurate first."""
-        return front_of(self.outcomes(), self.budget, self.setting.baseline)
+        return front_of(self.outcomes(), self.limits, self.setting.baseline)
+
+    def _best(self) -> Outcome | None:
+        """The most accurate of the front."""
+        front = self.front()
+        return front[-1] if front else None
 
     def content(self) -> dict[str, Any]:
         """What front.json holds now."""
         baseline, results = self.setting.baseline, self.outcomes()
-        front = front_of(results, self.budget, baseline)
+        front = front_of(results, self.limits, baseline)
         on_front = {o.id for o in front}
-        entries = [entry(o, baseline, self.budget, self._layers(o.policy), dominated=o.id not in on_front) for o in measured(results)]
+        entries = [entry(o, baseline, self.limits, self._layers(o.policy), dominated=o.id not in on_front) for o in measured(results)]
         every = self.journal.outcomes
         return {
             "schema": 1,
@@ -129,16 +140,16 @@ class Findings:
     def keep(self, outcome: Outcome) -> None:
         """Record what became of a policy, learn from it, and tell of it."""
         self.journal.record(outcome)
-        self._follow_original()
-        self.best = pick(self.outcomes(), self.budget)
+        self.follow_original()
+        self.best = self._best()
         self.forecast.learn([outcome])
-        self.points.append(progress_point(self.outcomes(), self.setting.baseline, self.budget, self.clock.elapsed, self.journal.finished))
+        self.points.append(progress_point(self.outcomes(), self.setting.baseline, self.limits, self.clock.elapsed, self.journal.finished))
         self.journal.note("progress", self.points)
         self.note_time()
         self.write_front()
         self.announce(outcome)
 
-    def _follow_original(self) -> None:
+    def follow_original(self) -> None:
         """Where the original is no longer what it was when the search began, relative budgets and speed-ups go by what it takes lately."""
         baseline, lately = self.setting.baseline, self.setting.lately
         if abs(lately.median / baseline.latency_s.median - 1) > MOST_DRIFT:
@@ -193,7 +204,7 @@ class Findings:
             latency_s = Measurement.model_validate(known["latency_s"])
             baseline = replace(baseline, latency_s=latency_s, val_score=val_score, test_score=test_score)
         self.keep_original(baseline)
-        self.best = pick(self.outcomes(), self.budget)
+        self.best = self._best()
 
     # -- what the user sees ----------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import InfeasibleBudget, UsageError
 from autocompress.graph import Graph, Structure
 from autocompress.latency import FittedLatencyModel, OperatorTable
-from autocompress.objective import UNTRAINED, Setting, fails_policy, untrained
+from autocompress.objective import UNTRAINED, Setting, fails_policy, measure_beside_baseline, untrained
 from autocompress.policy import Policy
 from autocompress.proposals import LevelSuggester, Proposal, Variation, capacity, elites, inheritance
 from autocompress.records import Budget, Measurement, Outcome, Prediction, Workload
@@ -31,6 +31,7 @@ GENERATIONS, CHILDREN = 100, 4
 """How often a pool is bred, and how many variations each of its latencies gets each time."""
 OPERATOR_DRAWS = 64
 WHOLE_NETWORKS, LEAST_NETWORKS = 6, 2
+UNTRAINED_SECONDS_EACH = 0.3
 CURE_MARGIN = 1.02
 """A suggested budget leaves this much room above what was measured."""
 MOST_WEIGHT_BYTES = 2**31 - 2**27
@@ -87,7 +88,7 @@ class Forecast:
     @property
     def budget(self) -> Budget:
         """The limits, against the original's latency as it is known now."""
-        return self.limits.against(self.setting.baseline.latency_s)
+        return self.limits.against(self.setting.baseline.latency_s.median)
 
     @functools.cached_property
     def original(self) -> Workload:
@@ -251,7 +252,6 @@ class Forecast:
             self.model.table.calibrate(
                 self.setting.device, workloads, 0.5 * seconds, lambda done, total: tick("measuring operators", done, total)
             )
-        self._note(Policy(), self.setting.baseline.latency_s.median)
         by_latency = self._of_interest({self.structure(policy): policy for policy in policies}.values())
         chosen = [by_latency[round(i)] for i in np.linspace(0, len(by_latency) - 1, WHOLE_NETWORKS)]
         for done, policy in enumerate(chosen):
@@ -259,6 +259,7 @@ class Forecast:
                 break
             tick("measuring whole networks", done, len(chosen))
             self._measure_untrained(policy)
+        self._note(Policy(), self.setting.lately.median)
         self.learn([])
 
     def _of_interest(self, policies: Iterable[Policy]) -> list[Policy]:
@@ -281,13 +282,13 @@ class Forecast:
         return self._foretold.get(self.structure(policy)) or self.predict(policy)
 
     def _measure_untrained(self, policy: Policy) -> Untrained | None:
-        """What the policy's structure takes; None when it cannot be built."""
+        """What the policy's structure takes, beside the original; None when it cannot be built."""
         models, spend = self.setting.models, self.setting.ledger.spend
         with spend("measure"), tempfile.TemporaryDirectory(prefix=UNTRAINED, dir=models) as name:
             folder = Path(name)
             try:
                 manifest = self.setting.write(folder, untrained(self.setting, policy, calibration=FEWEST_EXAMPLES), policy)
-                latency = self.setting.device.measure([folder / manifest.artifact], seconds_each=0.3)[0]
+                _, latency = measure_beside_baseline(self.setting, [folder / manifest.artifact], seconds_each=UNTRAINED_SECONDS_EACH)
             except Exception as error:
                 if not fails_policy(error):
                     raise

@@ -1,4 +1,4 @@
-"""The Pareto front: dominance, hypervolume and the choice under a budget. NumPy only.
+"""The Pareto front: dominance and hypervolume. NumPy only.
 
 A point is (gain, cost): gain is better when larger (accuracy), cost when smaller (latency in seconds).
 """
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocompress.errors import AutocompressError
-from autocompress.records import Budget, Outcome
+from autocompress.records import Outcome
 
 Points = NDArray[np.float64]
 
@@ -76,9 +76,3 @@ def pareto_front(outcomes: Iterable[Outcome]) -> list[Outcome]:
     keep = non_dominated(np.array([_point(o) for o in candidates]))
     front = [o for o, kept in zip(candidates, keep, strict=True) if kept]
     return sorted(front, key=lambda o: _point(o)[1])
-
-
-def pick(outcomes: Iterable[Outcome], budget: Budget) -> Outcome | None:
-    """The most accurate outcome within the budget (the faster of two equals), or None."""
-    within = [o for o in measured(outcomes) if o.latency_s and budget.allows(o.latency_s, o.size_bytes)]
-    return max(within, key=lambda o: (_point(o)[0], -_point(o)[1]), default=None)

@@ -11,7 +11,7 @@ from autocompress.models import example_for, load_model
 from autocompress.sources import load_data
 
 
-def inspect_model(reference: str, *, weights: Path | None = None, data: str | None = None) -> dict[str, Any]:
+def inspect_model(reference: str, *, weights: Path | str | None = None, data: str | None = None) -> dict[str, Any]:
     """Layers, channel groups, droppable blocks and frozen parts of a model, and how much of it each technique reaches.
 
     Args:
@@ -19,8 +19,8 @@ def inspect_model(reference: str, *, weights: Path | None = None, data: str | No
 
     Raises UsageError when the model or the data do not load or do not fit.
     """
-    loaded = load_data(data) if data is not None else None
-    model = load_model(reference, weights=weights, classes=loaded.classes if loaded is not None else None)
+    loaded, file = load_data(data) if data is not None else None, Path(weights) if weights is not None else None
+    model = load_model(reference, weights=file, classes=loaded.classes if loaded is not None else None)
     example = loaded.example(1) if loaded is not None else example_for(model, reference)
     graph = Graph.trace(model, (example,))
     return {"model": reference, "input": "x".join(map(str, example.shape))} | summary(graph) | {

@@ -133,6 +133,11 @@ class Journal:
         return len(self._trials())
 
     @property
+    def waiting(self) -> int:
+        """How many trials wait to be asked for."""
+        return len(self._trials(TrialState.WAITING))
+
+    @property
     def finished(self) -> int:
         """How many trials of structures are finished, ruled-out ones included."""
         return len(self._trials(TrialState.COMPLETE, TrialState.FAIL))

@@ -33,8 +33,9 @@ def measure_reference(reference: str, *, device: str, weights: Path | None = Non
         return target.measure([Path(folder) / manifest.artifact], seconds_each=MEASURE_S)[0]
 
 
-def measure_file(path: Path, *, device: str = DEFAULT_DEVICE) -> Measurement:
+def measure_file(path: Path | str, *, device: str = DEFAULT_DEVICE) -> Measurement:
     """Latency of an ONNX file. Raises UsageError when it is damaged, or the device cannot run it."""
+    path = Path(path)
     check_onnx(path)
     with refused(f"{str(path)!r} cannot be measured"):
         return open_device(device).measure([path])[0]

@@ -68,7 +68,10 @@ SearchTime = Annotated[str | None, typer.Option("--search-time", rich_help_panel
 Trials = Annotated[
     int | None,
     typer.Option(
-        "--trials", min=1, rich_help_panel=LIMITS, help="Suggest this many policies at most; the best are still trained to the end."
+        "--trials",
+        min=1,
+        rich_help_panel=LIMITS,
+        help="Train this many policies shortly at most; the best still train to the end.",
     ),
 ]
 TargetAccuracy = Annotated[

@@ -12,13 +12,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
 from autocompress.axes import Axis
-from autocompress.figures import front_end, latencies, percent, score_limits
+from autocompress.figures import LIGHT, front_end, latencies, percent, score_limits
 from autocompress.run_folder import write_atomically
 from autocompress.units import format_duration
 from autocompress.view import Entry, Results, headline
 
-INK, MUTED, FAINT, GRID = "#16181d", "#667085", "#b9c0cc", "#eceef2"
-ACCENT, BEST, BAD = "#3257d6", "#e8590c", "#c92a2a"
+INK, MUTED, FAINT, GRID, LINE, ACCENT, BEST, BAD = (
+    LIGHT[name] for name in ("ink", "muted", "faint", "grid", "line", "accent", "best", "bad")
+)
 
 
 def pareto_png(front_json: Mapping[str, Any], path: Path) -> None:
@@ -55,7 +56,7 @@ def _style(axes: Any, axis: Axis, results: Results) -> None:
     axes.tick_params(colors=MUTED, labelsize=9.5)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
-        spine.set_color("#d3d8e0")
+        spine.set_color(LINE)
     if results.points:
         score = results.points[0].val_score
         low, high = score_limits(results)

@@ -2,7 +2,7 @@
 
 Together with the teacher a policy is enough to build the student's structure; with
 `student.safetensors` it is the student. Order of application (compress/): student shape
-(dropped blocks, widths) -> channel removal -> quantization -> training with distillation.
+(dropped blocks, widths) -> channel removal -> repair -> distillation in float -> quantization -> distillation through it.
 """
 
 from __future__ import annotations

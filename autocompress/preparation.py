@@ -18,7 +18,7 @@ from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import Tick, TrainPlan, train
 from autocompress.data import Data, sample
-from autocompress.demo import LEARNING_RATE, TEACHER_EPOCHS
+from autocompress.demo import BATCH_SIZE, LEARNING_RATE, TEACHER_EPOCHS
 from autocompress.devices import open_device
 from autocompress.devices.base import Device
 from autocompress.errors import PolicyFailure, UsageError, one_line
@@ -282,10 +282,10 @@ def train_demo_teacher(setting: Setting, run: Path, seconds: float, tick: Tick) 
     if weights.is_file():
         return setting
     model, data = setting.teacher.model, setting.data
-    steps = TEACHER_EPOCHS * (len(data.train) // setting.batch_size)
+    steps = TEACHER_EPOCHS * (len(data.train) // BATCH_SIZE)
     deadline = time.monotonic() + seconds
     torch.manual_seed(setting.seed)
-    plan = TrainPlan(steps, deadline, LEARNING_RATE, setting.batch_size, seed=setting.seed)
+    plan = TrainPlan(steps, deadline, LEARNING_RATE, BATCH_SIZE, seed=setting.seed)
     with setting.ledger.spend("train"):
         train(model, data, plan, tick=tick)
     if time.monotonic() < deadline:

@@ -79,7 +79,10 @@ class Prediction(Record):
 
 
 class Measurement(Record):
-    """Latency of one artifact on one device, in seconds. [low, high] is the 95 % interval of the median."""
+    """Latency of one artifact on one device, in seconds. [low, high] is the 95 % interval of the median.
+
+    original_s: median of the original, where both were measured in turns: what a speed-up and a relative budget refer to.
+    """
 
     median: float = Field(gt=0)
     low: float
@@ -88,6 +91,7 @@ class Measurement(Record):
     n: int
     iqr: float = 0.0
     first_call: float = 0.0
+    original_s: float | None = None
     noisy: bool = False
     noise_reason: str = ""
     environment: dict[str, str] = {}
@@ -117,9 +121,9 @@ def _budget_duration(text: str) -> float:
 
 
 class Budget(Record):
-    """Limits on the product. `latency` bounds the upper end of the median's 95 % interval.
+    """Limits on the product. `latency_s` bounds the upper end of the median's 95 % interval, `p95_s` the 95th percentile.
 
-    `relative` bounds latency as a fraction of the measured baseline and is resolved by `against`.
+    `relative` bounds latency as a fraction of the original's: of what it took beside a measurement, or `against` what is known of it.
     """
 
     latency_s: float | None = Field(None, gt=0)
@@ -159,11 +163,11 @@ class Budget(Record):
             return "relative", factor
         return "latency_s", _budget_duration(part)
 
-    def against(self, baseline: Measurement) -> Budget:
-        """The same budget with `relative` turned into seconds of this baseline's median."""
+    def against(self, original_s: float) -> Budget:
+        """The same budget with `relative` turned into seconds, for an original of this latency."""
         if self.relative is None:
             return self
-        limit = self.relative * baseline.median
+        limit = self.relative * original_s
         return self.model_copy(update={"relative": None, "latency_s": min(limit, self.latency_s or limit)})
 
     def violation(self, latency_s: float, size_bytes: float, p95_s: float | None = None) -> float:
@@ -173,6 +177,9 @@ class Budget(Record):
 
     def allows(self, measurement: Measurement, size_bytes: float, *, margin: float = 0.0) -> bool:
         """Whether a measured artifact is within the budget, and would be if it were slower by `margin`."""
+        if self.relative is not None:
+            assert measurement.original_s is not None, "a relative budget needs the original beside each measurement"
+            return self.against(measurement.original_s).allows(measurement, size_bytes, margin=margin)
         return self.violation((1 + margin) * measurement.high, size_bytes, (1 + margin) * measurement.p95) <= 0
 
     @property

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from autocompress.errors import UsageError
+from autocompress.errors import UsageError, one_line
 
 FORMATS = ("onnx", "openvino", "torch")
 """What an export can write."""
@@ -87,7 +87,7 @@ def call_function(reference: str) -> Any:
     except UsageError:
         raise
     except USERS_ERRORS as error:
-        raise UsageError(f"{reference} raised {type(error).__name__}: {error}", hint="run it alone to see the traceback") from error
+        raise UsageError(f"{reference} raised {one_line(error)}", hint="run it alone to see the traceback") from error
 
 
 def _find_function(reference: str) -> Callable[[], Any]:
@@ -115,9 +115,7 @@ def _import_file(path: Path) -> Any:
         spec.loader.exec_module(module)
     except USERS_ERRORS as error:
         del sys.modules[name]
-        raise UsageError(
-            f"{str(path)!r} does not import: {type(error).__name__}: {error}", hint=f"python {path} must run without an error"
-        ) from error
+        raise UsageError(f"{str(path)!r} does not import: {one_line(error)}", hint=f"python {path} must run without an error") from error
     return module
 
 
@@ -132,5 +130,4 @@ def _import_module(name: str) -> Any:
         _importable(Path.cwd())
         return importlib.import_module(name)
     except USERS_ERRORS as error:  # whatever the module's own code raises
-        what = f"{type(error).__name__}: {error}"
-        raise UsageError(f"the module {name!r} does not import: {what}", hint="use file.py:function for a file") from error
+        raise UsageError(f"the module {name!r} does not import: {one_line(error)}", hint="use file.py:function for a file") from error

@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from autocompress.figures import Figure, layers_figure, pareto_figure, prediction_figure, progress_figure
+from autocompress.figures import LIGHT, Figure, layers_figure, pareto_figure, prediction_figure, progress_figure
 from autocompress.plots import pareto_png
 from autocompress.run_folder import write_atomically
 from autocompress.units import format_duration, format_size
@@ -44,6 +44,7 @@ def render(results: Results, run: Path) -> str:
         caveats=caveats(results),
         tiles=_tiles(results),
         figures=_script_json(figures(results)),
+        light=LIGHT,
         shown=_shown(results),
         failures=Counter((f.stage, f.reason) for f in results.failures).most_common(),
         quality=_quality(results),

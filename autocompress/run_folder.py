@@ -69,9 +69,10 @@ def locked(run: Path) -> Iterator[None]:
                 f"the run folder {str(run)!r} is in use by {file.read().strip() or 'another process'}",
                 hint="wait for it, or choose another --out",
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with writing(run):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
         yield
 
 

@@ -79,6 +79,12 @@ class DepthSpace(Record):
     min_blocks: int = Field(0, ge=0)
     per: Literal["stage", "block"] = "stage"
 
+    @model_validator(mode="after")
+    def _counted(self) -> DepthSpace:
+        if self.per == "block" and self.min_blocks:
+            raise ValueError(f'min_blocks counts the blocks of a stage: with per = "block" it must be left out, but got {self.min_blocks}')
+        return self
+
 
 class PruneSpace(Range):
     low: float = Field(ge=0)
@@ -98,10 +104,20 @@ class QuantSpace(Record):
         return self
 
 
+class TemperatureSpace(Range):
+    low: float = Field(gt=0)
+    high: float = Field(le=100)
+
+
+class ShareSpace(Range):
+    low: float = Field(ge=0)
+    high: float = Field(le=1)
+
+
 class DistillSpace(Record):
-    temperature: Range | None = None
-    alpha: Range | None = None
-    features: Range | None = None
+    temperature: TemperatureSpace | None = None
+    alpha: ShareSpace | None = None
+    features: ShareSpace | None = None
 
 
 class SpaceSpec(Record):

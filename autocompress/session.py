@@ -20,6 +20,7 @@ from autocompress.controller import Search
 from autocompress.data import Data
 from autocompress.devices.base import Device
 from autocompress.errors import AutocompressError, InfeasibleBudget, Terminated, TooManyFailures, UsageError
+from autocompress.figures import in_colour
 from autocompress.final import measure_front, score_test
 from autocompress.forecast import Forecast
 from autocompress.journal import Journal
@@ -88,7 +89,9 @@ class SearchResult:
 
     def figures(self) -> dict[str, Figure]:
         """The interactive plots of the report: `pareto`, `progress`, `prediction`, and the layers of each policy shown, by its id."""
-        return figures(Results.read(self.content))
+        from plotly.graph_objects import Figure
+
+        return {name: Figure(in_colour(figure)) for name, figure in figures(Results.read(self.content)).items()}
 
     def export(
         self,
@@ -207,6 +210,7 @@ def run_search(
         progress.message(f"searching in {run}")
         if not resume:
             _forget_teacher(run)
+        write_atomically(run / TASK_FILE, task.to_toml())
         clock = Clock.start(task.search_seconds, already=clock.elapsed + (journal.noted("elapsed_s") or 0.0))
         try:
             ledger = Ledger(journal.noted("spent_s"))
@@ -218,7 +222,6 @@ def run_search(
             if fresh:
                 shutil.rmtree(run, ignore_errors=True)
             raise
-        write_atomically(run / TASK_FILE, task.to_toml())
         search_ = _assemble(task, run, setting, journal, clock, progress, suggest)
         try:
             _phases(search_)

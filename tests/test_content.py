@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from autocompress.content import ladder_quality, prediction_quality, progress_point
+from autocompress.content import entry, feasible, front_of, ladder_quality, prediction_quality, progress_point
 from autocompress.objective import Baseline
 from autocompress.policy import DistillSpec, Policy, QuantSpec, StudentSpec
 from autocompress.records import Budget, Measurement, Outcome, Prediction, Score
@@ -34,6 +34,46 @@ def test_a_structure_counts_once_as_predicted_before_it_was_measured():
     quality = prediction_quality(outcomes, lambda policy: policy.student.width)
     assert quality["n"] == 2
     assert quality["median_error"] == pytest.approx((0.2 + 0.5) / 2)
+
+
+ORIGINAL = Baseline(Path("b.onnx"), latency(10.0), 100, val_score=Score(name="s", value=0.94))
+POINTS = [
+    outcome("big", Policy(), 10.0, 1.0, 0.95), outcome("small", Policy(), 2.0, 1.0, 0.80), outcome("worse", Policy(), 3.0, 1.0, 0.79),
+    outcome("middle", Policy(), 5.0, 1.0, 0.90), outcome("twin", Policy(), 6.0, 1.0, 0.90), outcome("slower", Policy(), 11.0, 1.0, 0.94),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("budget", "ids"),
+    [("20s", ["small", "middle", "big"]), ("9s", ["small", "middle"]), ("3s", ["small"]), ("1s", []), ("20s,8B", [])],
+)
+def test_the_front_holds_what_is_within_the_budget_fastest_first(budget, ids):
+    assert [o.id for o in front_of(POINTS, Budget.parse(budget), ORIGINAL)] == ids
+
+
+def test_what_the_original_beats_is_on_no_front_unless_the_budget_rules_the_original_out():
+    slow = [outcome("slow", Policy(), 12.0, 1.0, 0.93)]
+    assert front_of(slow, Budget(), ORIGINAL) == []
+    assert front_of(slow, Budget(size_bytes=50), ORIGINAL) == slow
+
+
+def test_of_losses_the_smaller_one_is_better():
+    losses = [outcome(name, Policy(), 1.0, 1.0, loss, "minimize") for name, loss in (("a", 2.0), ("b", 1.0))]
+    original = Baseline(Path("b.onnx"), latency(10.0), 100)
+    assert [o.id for o in front_of(losses, Budget(), original)] == ["b"]
+
+
+def test_speed_ups_and_relative_budgets_refer_to_the_original_as_it_was_beside_the_file():
+    """Seen on a shared machine: what was measured in a fast minute must not come into the budget when everything gets slower."""
+    fast = outcome("fast", Policy(), 5.5, 1.0)
+    fast = fast.model_copy(update={"latency_s": fast.latency_s.model_copy(update={"original_s": 10.0})})
+    slowed_down = Baseline(Path("b.onnx"), latency(13.0), 100)
+    assert not feasible(fast, Budget(relative=0.45))
+    assert feasible(fast, Budget(relative=0.56))
+    assert not feasible(fast, Budget(relative=0.56), margin=0.05)
+    assert not feasible(fast, Budget(relative=0.56, latency_s=5.0))
+    told = entry(fast, slowed_down, Budget(relative=0.45), [], dominated=True)
+    assert (told["feasible"], told["speedup"]) == (False, pytest.approx(10.0 / 5.5))
 
 
 def test_scores_below_zero_have_a_hypervolume_that_grows():

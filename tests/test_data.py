@@ -235,3 +235,39 @@ def test_all_splits_hold_inputs_of_one_form(name, other):
 def test_floating_point_of_several_precisions_is_one_form():
     targets = torch.arange(4) % 2
     Data(Split(torch.zeros(4, 3), targets), Split(torch.zeros(4, 3, dtype=torch.float64), targets), Split(np.zeros((4, 3), "f2"), targets))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mean": (0.5, 0.5)}, "both `mean` and `std`"),
+        ({"mean": (0.5, 0.5), "std": (0.5, 0.5, 0.5)}, "`mean` must have a value for each of the 3 channels, but has 2"),
+        ({"mean": (0.5,), "std": (0.5, 0.5)}, "`std` must have a value for each of the 3 channels, but has 2"),
+        ({"mean": (0.5,), "std": (0.0,)}, "`std` must be greater than zero"),
+        ({"shift": 5}, "`shift` must lie in 0..4"),
+        ({"shift": -1}, "`shift` must lie in 0..4"),
+    ],
+)
+def test_what_is_asked_of_images_must_fit_them(changes, message):
+    with pytest.raises(UsageError, match=message):
+        images(**changes)
+
+
+def test_only_images_are_shifted():
+    split = Split(torch.rand(8, 5), torch.arange(8) % 2)
+    with pytest.raises(UsageError, match="only images"):
+        Data(split, split, split, shift=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_no_split_is_read_as_a_whole(dtype):
+    """A part of a mapped file that is larger than memory would be copied into it."""
+
+    class Large(Split):
+        @property
+        def inputs(self):
+            pytest.fail("all inputs were asked for")
+
+    whole = Split(torch.zeros(9, 3, 4, 4, dtype=dtype), torch.arange(9) % 3)
+    split = Large(whole._array, whole.targets[:6], torch.arange(6))
+    assert Data(split, split, split).classes == 3

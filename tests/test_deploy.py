@@ -372,3 +372,35 @@ def test_what_the_device_cannot_run_is_no_bug(run, tmp_path, monkeypatch, capsys
 
 def test_a_model_is_measured_by_its_reference():
     assert measure_reference(MODEL, device="fake").median > 0
+
+
+def test_what_a_killed_export_left_is_no_hindrance(run, tmp_path):
+    out = tmp_path / "out"
+    (out / ".export-killed").mkdir(parents=True)
+    (out / ".export-killed" / "model.onnx").write_bytes(b"half")
+    exported = export_run(run, out=out)
+    assert {path.name for path in exported.folder.iterdir()} == {"model.onnx", "student.safetensors", "policy.json", "manifest.json"}
+
+
+def test_an_export_that_is_killed_between_two_files_is_told_by_its_manifest(run, tmp_path, monkeypatch):
+    export_run(run, out=tmp_path / "out")
+    moved = Path.replace
+
+    def killed(path, target):
+        if target.name == "manifest.json" and target.parent == tmp_path / "out":
+            raise KeyboardInterrupt
+        return moved(path, target)
+
+    (tmp_path / "out" / "model.onnx").write_bytes(b"of another policy")
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export_run(run, out=tmp_path / "out")
+    assert read_manifest(tmp_path / "out"), "the last file that is replaced"
+
+
+def test_paths_may_be_text(run, tmp_path):
+    assert autocompress.measure_file(str(run / "models" / "00000" / "model.onnx")).median > 0
+    with pytest.raises(UsageError, match="does not exist"):
+        autocompress.inspect_model(MODEL, weights=str(tmp_path / "absent.pt"))
+    with pytest.raises(UsageError, match="cannot be read"):
+        autocompress.apply_policy(MODEL, policy=tmp_path / "absent.json", out=str(tmp_path / "out"))

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autocompress.errors import AutocompressError
-from autocompress.front import hypervolume, non_dominated, pareto_front, pick
+from autocompress.front import hypervolume, non_dominated, pareto_front
 from autocompress.policy import Policy
-from autocompress.records import Budget, Failure, Measurement, Outcome, Score
+from autocompress.records import Failure, Measurement, Outcome, Score
 
 REFERENCE = (0.0, 10.0)
 numbers = st.integers(-2, 12).map(float) | st.floats(-2, 12, width=32)
@@ -88,7 +88,6 @@ def test_no_points_are_an_empty_front():
     assert non_dominated(empty).tolist() == []
     assert hypervolume(empty, REFERENCE) == 0.0
     assert pareto_front([]) == []
-    assert pick([], Budget()) is None
 
 
 def outcome(name, accuracy, latency, **others):
@@ -111,17 +110,3 @@ OUTCOMES = [
 
 def test_the_front_of_outcomes_is_fastest_first_without_failures():
     assert [o.id for o in pareto_front(OUTCOMES)] == ["small", "middle", "big"]
-
-
-@pytest.mark.parametrize(
-    ("budget", "chosen"),
-    [("20ms", "big"), ("10ms", "middle"), ("6ms", "middle"), ("3ms", "small"), ("1ms", None), ("20ms,99B", None)],
-)
-def test_pick_is_the_most_accurate_within_the_budget(budget, chosen):
-    picked = pick(OUTCOMES, Budget.parse(budget))
-    assert (picked.id if picked else None) == chosen
-
-
-def test_pick_follows_the_direction_of_the_score():
-    losses = [outcome(name, 0, 0.001, val_score=Score(name="loss", value=v, direction="minimize")) for name, v in (("a", 2.0), ("b", 1.0))]
-    assert pick(losses, Budget()).id == "b"

@@ -115,6 +115,7 @@ def test_a_function_of_a_module_is_called(tmp_path, monkeypatch):
 
 SOURCES = {
     "fine.py": "value = 3\ndef needs_argument(x): ...\ndef fails(): raise KeyError('lost')\ndef exits(): ...",
+    "wordy.py": "def explains(): raise ValueError('first\\nsecond')",
     "syntax.py": "def broken(:",
     "raising.py": "1 / 0",
 }
@@ -128,6 +129,7 @@ SOURCES = {
         ("fine.py:", "no function"),
         ("fine.py:needs_argument", "raised TypeError"),
         ("fine.py:fails", "raised KeyError"),
+        ("wordy.py:explains", "raised ValueError: first$"),
         ("syntax.py:broken", "SyntaxError"),
         ("raising.py:f", "ZeroDivisionError"),
         ("absent.py:f", "does not exist"),

@@ -117,3 +117,9 @@ def test_a_missing_damaged_or_foreign_front_json(tmp_path, content, error):
         (tmp_path / "front.json").write_bytes(content)
     with pytest.raises(error, match=r"front\.json"):
         read_front(tmp_path)
+
+
+def test_a_lock_that_cannot_be_written_is_no_bug(tmp_path):
+    (tmp_path / ".lock").symlink_to("/dev/full")
+    with pytest.raises(RunFolderError, match="cannot be written"), locked(tmp_path):
+        pytest.fail("it was locked")

@@ -150,6 +150,9 @@ def test_a_missing_table_leaves_a_technique_out(tmp_path, graph, text, kinds):
         ("name = 'x'\n[quant]\nbits = [9]", "bits must be some of"),
         ("name = 'x'\n[quant]\nbits = []", "bits must be some of"),
         ("name = 'x'\n[distill.temperature]\nlow = 0.0\nhigh = 1.0\nlog = true", "low > 0"),
+        ("name = 'x'\n[distill.temperature]\nlow = 1.0\nhigh = 200.0", "distill.temperature.high"),
+        ("name = 'x'\n[distill.alpha]\nlow = 0.5\nhigh = 1.5", "distill.alpha.high"),
+        ("name = 'x'\n[depth]\nper = 'block'\nmin_blocks = 2", "min_blocks counts the blocks of a stage"),
         ("name = ", "not TOML"),
     ],
 )

@@ -10,7 +10,7 @@ from torch import nn
 
 from autocompress import session
 from autocompress.errors import Terminated, UsageError
-from autocompress.task import DEMO_MODEL, TASK_FILE, Task
+from autocompress.task import DEMO_MODEL, TASK_FILE, Task, load_task
 
 
 @pytest.mark.parametrize(
@@ -71,3 +71,16 @@ def test_what_python_gives_is_checked_before_anything_is_done(tmp_path, monkeypa
     with pytest.raises(UsageError, match=says):
         session.search(**{"model": nn.Flatten(), "data": "digits", **given})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_search_that_is_killed_while_it_loads_can_be_resumed_without_its_task(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        """As far as the folder is concerned."""
+
+    def load(task, **_):
+        assert load_task(tmp_path / "run" / TASK_FILE, {}) == task
+        raise Killed
+
+    monkeypatch.setattr(session, "load", load)
+    with pytest.raises(Killed):
+        session.run_search(Task(model="torchvision:resnet18", data="digits"), tmp_path / "run")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -182,9 +182,14 @@ def fake_quantize(student: fx.GraphModule, quant: QuantSpec) -> fx.GraphModule:
             quantized.set_submodule(name, _rounded(quantized.get_submodule(name), quant.of(name), quant.reduced_range))
     for node in list(quantized.graph.nodes):
         if node.name in held:
-            _insert_quantizer(quantized, node)
+            readers = [user for user in node.users if held[node.name] != "feeds" or _is_int8_layer(user, quantized, quant)]
+            _insert_quantizer(quantized, node, readers)
     quantized.recompile()
     return quantized
+
+
+def _is_int8_layer(node: fx.Node, module: fx.GraphModule, quant: QuantSpec) -> bool:
+    return kind_of(node, module) in ("conv", "linear") and quant.of(str(node.target)) == 8
 
 
 def _shared_bits(module: nn.Module, quant: QuantSpec) -> QuantSpec:
@@ -197,19 +202,21 @@ def _shared_bits(module: nn.Module, quant: QuantSpec) -> QuantSpec:
     return quant.model_copy(update={"layers": {**quant.layers, **shared}}) if shared else quant
 
 
-def _insert_quantizer(module: fx.GraphModule, node: fx.Node) -> None:
-    """What only moves values keeps its source's quantizer: the same module at both ends, so that a runtime stays in int8."""
+def _insert_quantizer(module: fx.GraphModule, node: fx.Node, readers: Sequence[fx.Node]) -> None:
+    """Let these read the rounded values.
+
+    What only moves values keeps its source's quantizer: the same module at both ends, so that a runtime stays in int8.
+    """
     source = next((n for n in node.all_input_nodes if n.meta.get("quantizer")), None)
     moves = kind_of(node, module) in MOVERS and source is not None and len(node.all_input_nodes) == 1
     name = source.meta["quantizer"] if moves and source is not None else f"quantizer_{node.name}"
     if not moves:
         module.add_submodule(name, ActivationQuantizer())
-    users = list(node.users)
     with module.graph.inserting_after(node):
         quantizer = module.graph.call_module(name, (node,))
     quantizer.meta.update({"shape": node.meta.get("shape"), "quantizer": name, "kind": "identity", "relu": None})
-    for user in users:
-        user.replace_input_with(node, quantizer)
+    for reader in readers:
+        reader.replace_input_with(node, quantizer)
 
 
 def _rounded(layer: nn.Module, bits: int, reduced_range: bool) -> nn.Module:

@@ -104,8 +104,15 @@ class Teacher:
         """Answer whole views ahead of training for about `seconds`, and let students cycle through these.
 
         Answering during training would charge the first students for what the later ones read. Where not even LEAST_VIEWS can be had
-        in that time and kept, answers are computed as they are asked for.
+        in that time and kept, or there is no memory for such batches, answers are computed as they are asked for.
         """
+        try:
+            self._prepare(seconds, tick)
+        except RuntimeError:  # which torch raises when memory runs out, of whatever device
+            self.views = MOST_VIEWS
+            self._kept.clear()
+
+    def _prepare(self, seconds: float, tick: Callable[[int, int], None] | None) -> None:
         if self._is_hopeless(seconds):
             return
         affordable = min(int(seconds / self._seconds_a_view(seconds)), self._keepable())

@@ -1,7 +1,7 @@
 """The one training loop: training of a demonstration teacher, distillation, and training through fake quantization.
 
 Muon for hidden weights and SGD with Nesterov momentum for the rest, under a one-cycle schedule (Smith & Topin 2017, arXiv 1708.07120):
-a short linear rise, then a linear fall to zero. No weight decay on biases and norms.
+a short linear rise, then a linear fall to a hundredth. No weight decay on biases and norms.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from autocompress.compress.quantize import calibrate, fake_quantize, settle_bias
 from autocompress.compress.teacher import Teacher
 from autocompress.data import Data
 from autocompress.errors import PolicyFailure
+from autocompress.graph.nodes import is_stochastic_depth
 from autocompress.policy import DistillSpec, QuantSpec
 
 RISE = 0.15
@@ -194,7 +195,9 @@ def _settle_norms(model: nn.Module, data: Data, plan: TrainPlan, steps: int) -> 
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
-    model.train()
+    model.eval()  # but for these: what is dropped in training only would change the statistics
+    for norm in norms:
+        norm.train()
     for indices, epoch in itertools.islice(_draws(len(data.train), plan, start=0), min(steps, MOST_SETTLING)):
         model(data.view(indices, epoch, plan.seed))
     for norm, momentum in zip(norms, momenta, strict=True):
@@ -202,11 +205,11 @@ def _settle_norms(model: nn.Module, data: Data, plan: TrainPlan, steps: int) -> 
 
 
 def _train_mode(model: nn.Module, lesson: Lesson | None) -> nn.Module:
-    """Dropout is for students without a teacher: it would blur the features that are to be matched."""
+    """Dropout, of layers too, is for students without a teacher: it would blur the features that are to be matched."""
     model.train()
     if lesson is not None and lesson.shared is not None:
         for module in model.modules():
-            if isinstance(module, nn.Dropout):
+            if isinstance(module, nn.modules.dropout._DropoutNd) or is_stochastic_depth(module):
                 module.eval()
     return model
 

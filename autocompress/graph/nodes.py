@@ -254,7 +254,7 @@ def int8_tensors(root: fx.GraphModule, bits_of: Callable[[str], int]) -> dict[st
 
     The value of a fused convolution or linear layer with 8 bits is int8 (at the tail of the fusion), except of the one
     that makes the network's output. Adds, pools, concats, pads, slices and reshapes stay in int8 when all their inputs
-    are. What feeds an 8-bit layer from float32 is quantized on that edge's source when nothing else reads it ("feeds").
+    are. What feeds an 8-bit layer from float32 is quantized for these layers alone ("feeds"): whatever else reads it reads the float.
 
     Args:
         bits_of: layer name (module path) -> bits of the policy.

@@ -52,7 +52,7 @@ def trace(model: nn.Module, example: tuple[Tensor, ...]) -> Traced:
             expected = duplicate(*_copies(example))
         except Exception as error:  # whatever the user's own code raises
             raise UsageError(
-                f"the model does not run on its example input: {type(error).__name__}: {error}",
+                f"the model does not run on its example input: {one_line(error)}",
                 hint="model and data must belong together: does model(inputs[:1]) run on inputs of the data?",
             ) from None
     fold_computed_weights(duplicate)
@@ -149,7 +149,8 @@ def _opaque(model: nn.Module, example: tuple[Tensor, ...], reason: str) -> Trace
     root.add_module(OPAQUE, model)
     graph = fx.Graph()
     inputs = [graph.placeholder(f"input_{index}") for index in range(len(example))]
-    graph.output(graph.call_module(OPAQUE, tuple(inputs)))
+    own = [graph.call_method("clone", (placeholder,)) for placeholder in inputs]  # which it may change in place
+    graph.output(graph.call_module(OPAQUE, tuple(own)))
     module = fx.GraphModule(root, graph).eval()
     module.meta[OPAQUE] = True
     annotate_shapes(module, example)

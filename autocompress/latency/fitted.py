@@ -77,16 +77,16 @@ class FittedLatencyModel(LatencyModel):
         if len(pairs) < LEAST_TO_FIT:
             return
         features = np.array([self._features(workload) for workload, _ in pairs])
-        seconds = np.array([measured for _, measured in pairs]) - self.table.call_overhead
-        seconds = np.maximum(seconds, LEAST_S)
+        overhead, measured = self.table.call_overhead, np.array([seconds for _, seconds in pairs])
+        seconds = np.maximum(measured - overhead, LEAST_S)
         left_out = []
         for index in range(len(pairs)):
             others = np.arange(len(pairs)) != index
             scales = _solve(features[others], seconds[others])
-            left_out.append((max(float(features[index] @ scales), LEAST_S), float(seconds[index])))
+            left_out.append((max(float(overhead + features[index] @ scales), LEAST_S), float(measured[index])))
         self._scales = _solve(features, seconds)
         self._errors = left_out
-        factors = np.array([abs(np.log(predicted / measured)) for predicted, measured in left_out])  # the interval is one of factors too
+        factors = np.array([abs(np.log(predicted / actual)) for predicted, actual in left_out])  # the interval is one of factors too
         rank = min(len(factors) - 1, int(np.ceil(COVERAGE * (len(factors) + 1))) - 1)
         self._spread = min(MOST_SPREAD, max(LEAST_SPREAD, float(np.expm1(np.sort(factors)[rank]))))
 

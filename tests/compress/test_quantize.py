@@ -227,3 +227,16 @@ def test_a_pool_that_only_moves_values_keeps_their_range(pool, moves):
     assert len(used) == 4, "of the input, of both convolutions and of the pool between them"
     assert (used[1] == used[2]) is moves
     assert len(quantizers(quantized)) == len(set(used))
+
+
+def test_only_int8_layers_read_rounded_values_of_a_network_in_float():
+    """A shortcut beside the one int8 layer of a block stays as exact as it was."""
+    net = tiny_resnet()
+    graph = Graph.trace(net.eval(), (torch.randn(1, 3, 16, 16),))
+    block = next(block for block in graph.blocks)
+    quantized = fake_quantize(build_student(graph, Policy()), QuantSpec(layers={block.layers[0]: 8}))
+    (layer,) = (node for node in quantized.graph.nodes if str(node.target) == block.layers[0])
+    quantizer = layer.all_input_nodes[0]
+    assert isinstance(quantized.get_submodule(str(quantizer.target)), ActivationQuantizer)
+    assert list(quantizer.users) == [layer]
+    assert len(quantizer.all_input_nodes[0].users) > 1, "the shortcut reads what is not rounded"

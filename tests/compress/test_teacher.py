@@ -206,3 +206,18 @@ def test_a_teacher_is_asked_in_the_layout_that_is_fast_where_its_code_takes_it(r
     answers = Teacher(model, data).answers(torch.arange(N), images, 0)
     torch.testing.assert_close(answers.outputs, wanted, atol=TOLERANCE, rtol=TOLERANCE)
     assert model.conv.weight.is_contiguous(memory_format=layout)
+
+
+def test_a_teacher_without_memory_for_large_batches_answers_as_it_is_asked():
+    class Narrow(Counting):
+        def forward(self, x):
+            if len(x) > 16:
+                raise RuntimeError("CUDA out of memory")
+            return super().forward(x)
+
+    teacher = make()
+    teacher.model = Narrow().eval()
+    teacher.prepare(seconds=60.0)
+    indices = torch.arange(8)
+    answers = teacher.answers(indices, view(indices, 0), 0)
+    assert torch.allclose(answers.outputs, teacher.model.linear(view(indices, 0)), atol=TOLERANCE)

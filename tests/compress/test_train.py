@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 import autocompress.compress.train as train_module
 from autocompress.compress.muon import Muon
@@ -160,6 +161,15 @@ def test_batch_norms_know_the_weights_that_training_ends_with(data, steps, train
     assert torch.allclose(norm.running_mean, seen.mean((0, 2, 3)), atol=0.2 * float(seen.std()))
     assert torch.allclose(norm.running_var, seen.var((0, 2, 3)), rtol=0.2)
     assert (norm.momentum, norm.training) == (0.1, False)
+
+
+@pytest.mark.parametrize("dropped", [nn.Dropout2d(0.9), StochasticDepth(0.9, "row")], ids=["maps", "layers"])
+def test_batch_norms_do_not_see_what_is_dropped_in_training_only(data, dropped):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), dropped, nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, CLASSES))
+    train(net, data, TrainPlan(steps=4, batch_size=16))
+    seen = net[0](data.train.inputs).detach()
+    assert torch.allclose(net[2].running_var, seen.var((0, 2, 3)), rtol=0.2)
 
 
 @pytest.mark.parametrize(

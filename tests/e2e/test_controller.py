@@ -161,6 +161,13 @@ def test_an_appraisal_that_is_interrupted_waits(search, pool, monkeypatch):
     assert pool[7].policy in search.appraisals
 
 
+def test_what_waits_is_not_taken_for_what_is_asked_for(search, pool):
+    search.journal.study.enqueue_trial(pool[7].params)
+    assert search.appraisals.appraise(pool[3]).policy == pool[3].policy
+    assert pool[7].policy in search.appraisals
+    assert search.journal.waiting == 0
+
+
 def test_students_of_another_architecture_are_worth_what_they_promise(search, pool):
     """Nothing of them is inherited, so that untrained they are all alike."""
     search.run = search.setting.models.parent

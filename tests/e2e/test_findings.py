@@ -224,6 +224,20 @@ def test_a_relative_budget_follows_the_original_where_the_machine_has_changed(se
     assert search.budget.latency_s == pytest.approx(0.65 * first.median)
 
 
+def test_an_original_that_was_measured_too_fast_is_known_better_before_a_policy_is_chosen(search, monkeypatch):
+    """Seen on a shared machine: a budget relative to a moment of turbo was one that the device could not meet from then on."""
+    monkeypatch.setattr("autocompress.objective.DRIFT_PAUSE_S", 0.0)
+    truth = search.setting.baseline.latency_s
+    hasty = truth.model_copy(update={"median": 0.77 * truth.median, "high": 0.77 * truth.high})
+    search.setting = replace(search.setting, baseline=replace(search.setting.baseline, latency_s=hasty), beside=[hasty])
+    search.forecast.limits = Budget(relative=0.5)
+    search.calibrate()
+    assert search.setting.baseline.latency_s.median == pytest.approx(truth.median)
+    assert search.budget.latency_s == pytest.approx(0.5 * truth.median)
+    original = search.forecast.structure(Policy())
+    assert search.forecast.networks[original][1] == pytest.approx(truth.median)
+
+
 def test_a_full_run_has_time_for_many_steps(search, pool):
     """Seen where the search was short and the machine slow: three full runs of half an epoch each, where one could have had two."""
     search.clock = Clock.start(600.0)
@@ -376,3 +390,17 @@ def test_a_prediction_is_judged_as_it_was_before_the_network_was_measured(search
     search.forecast.learn([])
     assert search.forecast.predict(policy).value > 1.1 * before.value
     assert search.forecast.foretell(policy) == before
+
+
+def test_what_the_original_beats_is_neither_best_nor_reaches_a_target(search, pool):
+    """As int8 is where its kernels are slower than float32: the search must go on."""
+    original = search.setting.baseline
+    search.task, search.run = search.task.model_copy(update={"target_accuracy": 0.8}), search.setting.models.parent
+    trained(search, pool[0].policy, 2 * original.latency_s.median, score=0.85)
+    search.recall()
+    assert search.best is None
+    assert not search._stop()
+    trained(search, pool[1].policy, 0.5 * original.latency_s.median, score=0.85, id="00001")
+    search.recall()
+    assert search.best.id == "00001"
+    assert search._stop()

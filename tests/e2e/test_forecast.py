@@ -35,7 +35,7 @@ def setting(net, data, tmp_path_factory):
 
 def forecast(setting, budget=(), suggest=None, space="default") -> Forecast:
     suggest = suggest or find_suggest(space, setting.graphs[None], setting.device.profile)
-    limits = (Budget.parse(budget) if budget else Budget()).against(setting.baseline.latency_s)
+    limits = (Budget.parse(budget) if budget else Budget()).against(setting.baseline.latency_s.median)
     return Forecast(setting, suggest, limits, FittedLatencyModel(OperatorTable()))
 
 

@@ -16,10 +16,11 @@ from torch.nn.utils import weight_norm as old_weight_norm
 
 from autocompress.compress.student import build_student
 from autocompress.data import Data, Split
+from autocompress.demo import TEACHER_EPOCHS
 from autocompress.errors import DeviceUnavailable, PolicyFailure, UsageError
 from autocompress.objective import FLOAT_WEIGHTS, realise
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
-from autocompress.preparation import limit_validation, load, prepare, score_original
+from autocompress.preparation import limit_validation, load, prepare, score_original, train_demo_teacher
 from autocompress.search_space import unsaturated
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
@@ -72,6 +73,15 @@ def test_a_device_that_cannot_run_the_original_says_so(net, data, tmp_path):
         ready(net, data, tmp_path / "run", FakeDevice(failures={0: ValueError("no such operator")}))
     with pytest.raises(DeviceUnavailable):
         ready(net, data, tmp_path / "run", FakeDevice(failures={0: DeviceUnavailable("gone")}))
+
+
+def test_the_demonstrations_teacher_is_trained_whatever_the_batch_of_students(net, data, tmp_path, monkeypatch):
+    plans = []
+    monkeypatch.setattr("autocompress.preparation.train", lambda model, data, plan, tick: plans.append(plan))
+    setting = replace(ready(net, data, tmp_path / "run"), batch_size=4096)
+    train_demo_teacher(setting, tmp_path, 60.0, lambda _: None)
+    assert plans[0].steps >= TEACHER_EPOCHS
+    assert plans[0].batch_size < len(data.train)
 
 
 @pytest.mark.parametrize("error", [ValueError("no kernel"), KeyError("axes"), TypeError("none")])

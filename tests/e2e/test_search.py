@@ -11,6 +11,7 @@ import optuna
 import pytest
 import torch
 from optuna.trial import TrialState
+from plotly.graph_objects import Figure
 from tasks import SLOW_CALLS, BrokenDevice, Diary, Net, blobs
 
 import autocompress
@@ -197,6 +198,9 @@ def test_the_result_object(finished, tmp_path, monkeypatch):
     assert len(frame) == len(result.content["points"])
     assert result.plot() == finished.run / "pareto.png"
     assert result.plot(tmp_path / "own.png").stat().st_size > 1000
+    figures = result.figures()
+    assert set(figures) >= {"pareto", "progress", "prediction", result.best}
+    assert all(isinstance(figure, Figure) and "$" not in figure.to_json() for figure in figures.values())
     monkeypatch.setattr("autocompress.deploy.open_device", lambda name: finished.device)
     exported = result.export(tmp_path / "out")
     assert {path.name for path in exported.folder.iterdir()} == BUNDLE

@@ -276,6 +276,14 @@ def test_the_interval_covers_what_it_has_not_seen_at_the_stated_rate(workloads, 
     assert 0.84 <= np.mean(covered) <= 0.97, "90 % are stated"
 
 
+def test_an_error_is_one_of_the_whole_latency(workloads):
+    """Of networks that hardly take longer than a call, what is beside the call is nearly nothing."""
+    device = FakeDevice(Costs(call=1.0))
+    model = FittedLatencyModel(calibrated(device, workloads[:10]))
+    model.fit([(workload, (1 + 0.01 * (-1) ** i) * device.seconds_of(workload)) for i, workload in enumerate(workloads[:10])])
+    assert model.held_out_error()["median_error"] < 0.03
+
+
 def test_too_few_points_change_nothing(workloads):
     model = FittedLatencyModel(calibrated(FakeDevice(), workloads[:3]))
     before = model.predict(workloads[0])
