@@ -23,7 +23,7 @@ from autocompress.errors import TooManyFailures
 from autocompress.findings import Findings
 from autocompress.front import gain, measured
 from autocompress.graph import Structure
-from autocompress.objective import realise
+from autocompress.objective import evaluate_policy
 from autocompress.policy import Policy, QuantSpec
 from autocompress.preparation import limit_validation, score_original
 from autocompress.proposals import Proposal, outclassed
@@ -48,29 +48,31 @@ from autocompress.schedule import (
 from autocompress.search_space import Otherwise, fitted
 
 WITHOUT_FRONT = 0.8
-"""Of the time until the end: what training may take while nothing within the budget waits to be measured once more."""
-LESSON_SHARE = 1 / 4
-"""Of the short runs: those of a structure that was trained as usual before, distilled in another way."""
-TAUGHT = 3
-"""Of the policies that lead: those that are distilled in other ways."""
+"""Share of the time until the end that short runs may use while nothing within the budget was found: the end has little to measure then."""
+VARIANT_SHARE = 1 / 4
+"""Share of the short runs that distil a known structure in another way, instead of training a new one."""
+VARIED = 3
+"""Leading policies whose distillation is varied, at most."""
 APPRAISED_FIRST, MOST_APPRAISED, APPRAISED_A_TRIAL = 12, 1000, 12
-"""Structures that are likely to be best, appraised before Optuna suggests; how many in all; how many for each run that `trials` allows."""
+"""Structures that are appraised before Optuna suggests; at most in a search; at most for each policy that `--trials` allows."""
 CLEAR = 2 * MOST_DRIFT
-"""Of the budget, what a structure leaves unused while nothing is safe: for drift, and for how far an interval reaches above its median."""
+"""Share of the budget that structures leave unused until one is safely within it: for drift, and for an interval's upper half."""
 SINGLES_SHARE = 0.5
-"""Of appraisal: what trying the dimensions alone may take."""
+"""Share of appraisal's time for moving each dimension alone."""
 UNKNOWN_OVERHEAD_S = 5.0
+"""Seconds that a policy costs beside training, until one has told."""
 LEAST_TRAINING_S = 1.0
 SAME_FAILURES = 3
+"""Short runs in a row that may fail for one reason before the search ends."""
 NUMBER = re.compile(r"\d+(\.\d+)?(e[-+]?\d+)?|\bnan\b|\binf\b")
 MOST_MEASURED = 4
-"""Of the policies that promise most: how many are measured in search of one that is within the budget."""
+"""Untrained networks that are measured, at most, to find one within the budget for the next short run."""
 COLLAPSED = 0.5
-"""Share of the original's score that a network has to lose before its training counts as failed."""
+"""Share of the original's score: a network that lost more has failed to train, and rules out nothing."""
 WORTH_TRAINING = 0.005
-"""Share of the original's score that its own network in int8 has to lose before it is trained like the others."""
+"""Share of the original's score: where int8 alone costs more, the unchanged network is trained through its bits, like the others."""
 GUESSING = 0.05
-"""Share of the way from guessing to no error that an original has to go to look trained."""
+"""Share of the way from guessing to no error: an original that has not gone so far looks untrained, which is told."""
 
 
 @dataclass(frozen=True)
@@ -224,13 +226,13 @@ class Search(Findings):
             return
         predicted = self.forecast.foretell(policy)
         self.show("the unchanged network in int8")
-        self.keep(realise(self.setting, policy, id="int8", rung="unchanged", seconds=0.0, predicted=predicted))
+        self.keep(evaluate_policy(self.setting, policy, id="int8", rung="unchanged", seconds=0.0, predicted=predicted))
 
     def _next(self, pool: list[Proposal]) -> Choice | None:
         """A structure, or in its turn another way to distil one; the other where there is none. None when the space is exhausted."""
-        if len(self._taught) + 1 <= LESSON_SHARE * (self._short_count() + 1):
-            return self._lesson() or self._structure(pool)
-        return self._structure(pool) or self._lesson()
+        if len(self._variants) + 1 <= VARIANT_SHARE * (self._short_count() + 1):
+            return self._variant() or self._structure(pool)
+        return self._structure(pool) or self._variant()
 
     def _structure(self, pool: list[Proposal]) -> Choice | None:
         """The next structure to train, as usual; what measuring rules out teaches the forecast, which then leads to another.
@@ -304,23 +306,23 @@ class Search(Findings):
         sound = [o for o in measured(self.journal.outcomes) if feasible(o, self.limits) and gain(o) >= least]
         return [self.forecast.proposal(o.policy, {}) for o in sound]
 
-    def _lesson(self) -> Choice | None:
+    def _variant(self) -> Choice | None:
         """One of the policies that lead, distilled as Optuna suggests; None where none leads, or the space has nothing to suggest."""
-        usual = [o for o in self._climbers() if o.id not in self._taught]
-        leading = [o for o in promoted(usual, TAUGHT) if self.appraisals.of(o.policy) is not None]
+        usual = [o for o in self._climbers() if o.id not in self._variants]
+        leading = [o for o in promoted(usual, VARIED) if self.appraisals.of(o.policy) is not None]
         if not leading:
             return None
-        base = leading[len(self._taught) % len(leading)]
-        appraised, trial = self.appraisals.of(base.policy), self.journal.lessons.ask()
+        base = leading[len(self._variants) % len(leading)]
+        appraised, trial = self.appraisals.of(base.policy), self.journal.distillations.ask()
         assert appraised is not None
         policy = self.forecast.space(Otherwise(appraised.proposal.params, trial))
         if not trial.params or any(o.policy == policy for o in self.journal.outcomes):
-            self.journal.tell_lesson(trial, None)
+            self.journal.tell_distillation(trial, None)
             return None
         return Choice(policy, appraised.worth, trial, base)
 
     @property
-    def _taught(self) -> set[str]:
+    def _variants(self) -> set[str]:
         """Ids of the short runs that were distilled in another way than the first of their structure."""
         first: dict[Structure, str] = {}
         short = [o for o in self.journal.outcomes if o.rung == "short"]
@@ -330,7 +332,7 @@ class Search(Findings):
         """Train what was chosen from `begun` on."""
         number = self._short_count() + 1
         left, chosen_in = self._left_for_short() - self._finishing(), time.monotonic() - begun
-        outcome = realise(
+        outcome = evaluate_policy(
             self.setting,
             choice.policy,
             id=self.journal.next_id(),
@@ -343,7 +345,7 @@ class Search(Findings):
         )
         self.keep(outcome.model_copy(update={"seconds": outcome.seconds + chosen_in}))
         if choice.trial is not None and choice.base is not None:
-            self.journal.tell_lesson(choice.trial, gain(outcome) - gain(choice.base) if outcome.failure is None else None)
+            self.journal.tell_distillation(choice.trial, gain(outcome) - gain(choice.base) if outcome.failure is None else None)
         self._require_progress()
 
     def full_rung(self) -> None:
@@ -366,7 +368,7 @@ class Search(Findings):
                 return
             name = f"full training {position + 1} of {len(climbing)}"
             self.keep(
-                realise(
+                evaluate_policy(
                     self.setting,
                     outcome.policy,
                     id=f"{outcome.id}-full",

@@ -151,9 +151,9 @@ class Findings:
 
     def follow_original(self) -> None:
         """Where the original is no longer what it was when the search began, relative budgets and speed-ups go by what it takes lately."""
-        baseline, lately = self.setting.baseline, self.setting.lately
-        if abs(lately.median / baseline.latency_s.median - 1) > MOST_DRIFT:
-            self.keep_original(replace(baseline, latency_s=lately))
+        baseline, recent = self.setting.baseline, self.setting.recent_baseline
+        if abs(recent.median / baseline.latency_s.median - 1) > MOST_DRIFT:
+            self.keep_original(replace(baseline, latency_s=recent))
 
     def note_time(self) -> None:
         """Keep how much time has passed, and on what: a resumed search goes on from there."""

@@ -259,7 +259,7 @@ class Forecast:
                 break
             tick("measuring whole networks", done, len(chosen))
             self._measure_untrained(policy)
-        self._note(Policy(), self.setting.lately.median)
+        self._note(Policy(), self.setting.recent_baseline.median)
         self.learn([])
 
     def _of_interest(self, policies: Iterable[Policy]) -> list[Policy]:

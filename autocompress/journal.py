@@ -1,6 +1,6 @@
 """The journal of a search: what became of every policy, and what a resumed search has to know. It is written before it is believed.
 
-A trial of the study is one structure with its parameters, appraised or ruled out; a trial of `lessons` is one way of distilling a
+A trial of the study is one structure with its parameters, appraised or ruled out; a trial of `distillations` is one way of distilling a
 structure that was trained before. What became of a policy by training is an Outcome among the study's attributes, in the same database,
 so that a killed search loses nothing that was finished. One process writes it, and so it is read once.
 """
@@ -36,9 +36,9 @@ def appraised_in(study: optuna.Study) -> list[tuple[dict[str, Any], float]]:
 class Journal:
     """Two studies, and the outcomes that are kept in the first."""
 
-    def __init__(self, study: optuna.Study, lessons: optuna.Study) -> None:
+    def __init__(self, study: optuna.Study, distillations: optuna.Study) -> None:
         self.study = study
-        self.lessons = lessons
+        self.distillations = distillations
         self._notes = study.user_attrs
         self._outcomes = outcomes_in(study)
         self.is_exhausted = False
@@ -102,9 +102,9 @@ class Journal:
         """Parameters and worth of all that was appraised."""
         return appraised_in(self.study)
 
-    def tell_lesson(self, trial: Trial, advantage: float | None) -> None:
+    def tell_distillation(self, trial: Trial, advantage: float | None) -> None:
         """By how much a student learned more than with the usual distillation; None where its training failed."""
-        self.lessons.tell(trial, advantage, state=TrialState.COMPLETE if advantage is not None else TrialState.FAIL)
+        self.distillations.tell(trial, advantage, state=TrialState.COMPLETE if advantage is not None else TrialState.FAIL)
 
     def abandon(self, trial: Trial) -> None:
         """A trial that was interrupted: its structure waits for --resume."""
@@ -114,8 +114,8 @@ class Journal:
 
     def retire_lost_trials(self) -> int:
         """Fail the trials that a killed search left running and queue their structures again, at most twice; how many there were."""
-        for trial in self.lessons.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            self.lessons.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        for trial in self.distillations.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            self.distillations.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
         lost = self._trials(TrialState.RUNNING)
         for trial in lost:
             self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)

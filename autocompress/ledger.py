@@ -25,20 +25,20 @@ class Ledger:
     @contextmanager
     def spend(self, work: Work) -> Iterator[None]:
         """Charge what happens inside to this kind of work."""
-        self._settle()
+        self._charge()
         self._open.append(work)
         try:
             yield
         finally:
-            self._settle()
+            self._charge()
             self._open.pop()
 
     def spent(self) -> dict[str, float]:
         """Seconds by kind, by now."""
-        self._settle()
+        self._charge()
         return dict(self._spent)
 
-    def _settle(self) -> None:
+    def _charge(self) -> None:
         now = time.monotonic()
         if self._open:
             self._spent[self._open[-1]] = self._spent.get(self._open[-1], 0.0) + now - self._since

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from autocompress.compress.quantize import calibrate, fake_quantize
-from autocompress.compress.repair import Reference, examples_for, repair
+from autocompress.compress.repair import TeacherActivations, examples_for, repair
 from autocompress.compress.student import build_student
 from autocompress.compress.train import CALIBRATION_BATCH, quantizes
 from autocompress.data import sample
@@ -31,7 +31,7 @@ class Likeness:
     def __init__(self, setting: Setting) -> None:
         graph, data = setting.graphs[None], setting.data
         n = min(EXAMPLES, setting.calibration, examples_for(graph))
-        self._setting, self._reference = setting, Reference(graph, torch.cat([*data.calibration(n, n)]))
+        self._setting, self._activations = setting, TeacherActivations(graph, torch.cat([*data.calibration(n, n)]))
         self._held_out = [inputs for inputs, _ in data.batches(sample(data.val, min(HELD_OUT, 4 * n)), setting.batch_size)]
         self.wanted = self.answers(graph.module)
 
@@ -60,10 +60,10 @@ class Likeness:
         graph = self._setting.graph_of(policy)
         student = build_student(graph, policy)
         if changes_shape(self._setting, policy):
-            repair(student, self._reference, policy)
+            repair(student, self._activations, policy)
         if quantizes(policy.quant):
             student = fake_quantize(student.eval(), policy.quant)
-            calibrate(student, self._reference.inputs.split(CALIBRATION_BATCH))
+            calibrate(student, self._activations.inputs.split(CALIBRATION_BATCH))
         return student.eval()
 
     @torch.no_grad()

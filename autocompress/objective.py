@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, fx
 
-from autocompress.compress.repair import Reference, examples_for, repair
+from autocompress.compress.repair import TeacherActivations, examples_for, repair
 from autocompress.compress.student import build_student, shared_features
 from autocompress.compress.teacher import Teacher
-from autocompress.compress.train import CALIBRATION_INPUTS, Lesson, Tick, TrainPlan, quantizes, train_quantized
+from autocompress.compress.train import CALIBRATION_INPUTS, Distillation, Tick, TrainPlan, quantizes, train_quantized
 from autocompress.data import Data
 from autocompress.devices.base import Device
 from autocompress.devices.timing import MOST_DRIFT
@@ -46,9 +46,8 @@ SECONDS_EACH = 0.5
 """Of measuring a file in a search: half of what a figure deserves, since the front is measured again, for longer, at the end."""
 DRIFT_RETRIES = 3
 DRIFT_PAUSE_S = 1.0
-LATELY = 7
-
-
+RECENT = 7
+"""Of the baseline's measurements: what it takes now is their median."""
 UNTRAINED = "untrained-"
 """How the folders of networks begin that are only measured, and removed at once."""
 
@@ -72,7 +71,7 @@ class Setting:
         graphs: traced networks by `StudentSpec.reference`; None is the teacher's own.
         example: one batch of inputs at the deployment batch, as the model takes it.
         models: folder of the bundles, one folder an id.
-        beside: what the baseline took, first alone and then beside each policy; grows as the search measures.
+        baseline_history: what the baseline took, first alone and then beside each policy; grows as the search measures.
         ledger: what the search has spent its time on; grows too.
     """
 
@@ -87,7 +86,7 @@ class Setting:
     learning_rate: float = 0.1
     batch_size: int = 128
     seed: int = 0
-    beside: list[Measurement] = field(default_factory=list)
+    baseline_history: list[Measurement] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
 
     @property
@@ -106,17 +105,17 @@ class Setting:
         return len(self.graphs) == 1
 
     @property
-    def lately(self) -> Measurement:
+    def recent_baseline(self) -> Measurement:
         """What the baseline took lately: the median, so that one odd measurement is outvoted."""
-        last = self.beside[-LATELY:] or [self.baseline.latency_s]
+        last = self.baseline_history[-RECENT:] or [self.baseline.latency_s]
         return sorted(last, key=lambda measurement: measurement.median)[(len(last) - 1) // 2]
 
     @functools.cached_property
-    def reference(self) -> Reference:
+    def teacher_activations(self) -> TeacherActivations:
         """What students that are made of the teacher are repaired with."""
         graph = self.graphs[None]
         n = min(self.calibration, examples_for(graph))
-        return Reference(graph, torch.cat([*self.data.calibration(n, n)]))
+        return TeacherActivations(graph, torch.cat([*self.data.calibration(n, n)]))
 
     def graph_of(self, policy: Policy) -> Graph:
         return self.graphs[policy.student.reference]
@@ -149,7 +148,7 @@ def changes_shape(setting: Setting, policy: Policy) -> bool:
     return setting.structure(policy).shape != setting.graphs[None].structure(Policy()).shape
 
 
-def realise(
+def evaluate_policy(
     setting: Setting,
     policy: Policy,
     *,
@@ -240,8 +239,8 @@ def _trained(setting: Setting, student: fx.GraphModule, policy: Policy, id: str,
     )
     classifies = setting.data.loss is None  # a loss of one's own has a unit of its own, beside which features have no known weight
     shared = shared_features(setting.graph_of(policy), policy) if classifies else None
-    lesson = Lesson(setting.teacher, policy.distill, shared)
-    trained = train_quantized(student, policy.quant, setting.data, plan, lesson=lesson, tick=tick)
+    distillation = Distillation(setting.teacher, policy.distill, shared)
+    trained = train_quantized(student, policy.quant, setting.data, plan, distillation=distillation, tick=tick)
     if needs_training:
         folder = setting.models / id
         folder.mkdir(parents=True, exist_ok=True)
@@ -265,7 +264,7 @@ def _repair(setting: Setting, student: fx.GraphModule, policy: Policy, until: fl
     inherited = copy.deepcopy(student.state_dict())
     try:
         with setting.ledger.spend("repair"):
-            repair(student, setting.reference, policy, until=until)
+            repair(student, setting.teacher_activations, policy, until=until)
     except RuntimeError:  # out of memory, or equations without a solution: the student can be trained all the same
         student.load_state_dict(inherited)
 
@@ -291,10 +290,10 @@ def measure_beside_baseline(
     with setting.ledger.spend("measure"):
         for attempt in range(DRIFT_RETRIES):
             begun = time.monotonic()
-            reference = setting.lately.median
+            expected = setting.recent_baseline.median
             baseline, *others = setting.device.measure([setting.baseline.path, *paths], seconds_each=seconds_each)
-            setting.beside.append(baseline)
-            drift = baseline.median / reference - 1
+            setting.baseline_history.append(baseline)
+            drift = baseline.median / expected - 1
             if abs(drift) <= MOST_DRIFT:
                 return [baseline, *(_beside(baseline, latency) for latency in others)]
             now = time.monotonic()

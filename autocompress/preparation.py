@@ -129,7 +129,7 @@ def prepare(task: Task, run: Path, loaded: Loaded) -> Setting:
         graphs=loaded.graphs,
         device=loaded.device,
         baseline=baseline,
-        beside=[baseline.latency_s],
+        baseline_history=[baseline.latency_s],
         example=loaded.example,
         models=models,
         model_reference=task.model,

@@ -14,41 +14,45 @@ from autocompress.ranks import is_low
 from autocompress.records import Outcome
 
 FEWEST_EXAMPLES = 32
-"""Fewer say nothing of a model, however slow it is."""
-CALIBRATION_SHARE = 0.08
-CALIBRATION_CAP_S = 120.0
-POOL_SHARE = 0.02
-POOL_CAP_S = 30.0
+"""Validation or test examples at least, however slow a model is: fewer say nothing of it."""
+CALIBRATION_SHARE, CALIBRATION_CAP_S = 0.08, 120.0
+"""Share of the time, and seconds at most, for measuring operators and whole networks ahead."""
+POOL_SHARE, POOL_CAP_S = 0.02, 30.0
+"""Share of the time, and seconds at most, for drawing and predicting the first policies."""
 TEACHER_SHARE = 0.08
+"""Share of the time for the teacher's answers that are computed ahead."""
 APPRAISAL_SHARE = 0.12
+"""Share of the time for appraising untrained students."""
 EXTENSION = 1.5
-"""By this factor a rung gets more time where it ranks policies hardly as the one below it."""
+"""Factor on the time of a rung whose ranking the rung below it hardly foretells."""
 VALIDATION_SHARE = 0.01
+"""Share of the time that the original may take to answer the validation split; it is cut to that."""
 FINAL_CALLS, FINAL_S = 60.0, 12.0
-"""For the end of a search: calls of a slow original (a dozen rounds of it and of a faster front, with warm-up), and seconds beside."""
+"""Kept for the end: calls of the original (a dozen rounds of it and of a faster front, with warm-up), and seconds for all else."""
 MOST_RESERVE = 0.3
-"""Of the time: what the end may take."""
+"""Share of the time that is kept for the end, at most."""
 TEST_SHARE = 0.08
-"""Of the time: what scoring the test split may take of it. Where all of it takes longer a part is scored, which is no great loss."""
-FRONT = 2.0
-"""What the files of a front take together to answer an example, in units of the original's."""
+"""Share of the time for scoring the test split. Where all of it takes longer a part is scored, which is no great loss."""
+FRONT_COST = 2.0
+"""What the files of a front take together to answer an example, in units of the original's: assumed, since the front is not known yet."""
 SHORT_SHARE, MOST_SHORT_SHARE = 0.25, 0.5
 SHORT_RUNS, FEWEST_SHORT_RUNS = 12, 3
 """Short runs take a quarter of the time, twelve of them where that is possible; up to a half where there would be fewer than three."""
 LEAST_TRAINING_RATIO = 0.5
+"""Seconds of training, at least, for each second that a short run costs otherwise."""
 FULL_FACTOR = 10.0
 """A full run is meant to train so many times as long as a short one..."""
-TELLING_STEPS = 80
-"""After so many a student's score tells more than its worth untrained (`benchmarks/rungs.py`); after fewer, hardly anything else than how
-many they were."""
 LEAST_FULL_STEPS = 1000
 """... and for so many steps: where the time is short, one that is trained is worth more than three that have only begun."""
+TELLING_STEPS = 80
+"""Steps after which a short run tells more than worth untrained (`benchmarks/rungs.py`); after fewer it tells how many they were."""
 MOST_FULL_RUNS = 6
 TRIALS_A_FULL_RUN = 4
+"""Where `--trials` limits the short runs, one full run for each so many."""
 OUTLIER = 8.0
-"""Times the distance of the median from the best score: what is worse is an accident, not the end of a range."""
+"""Times the distance of the median from the best score: scores further off are accidents, not the end of a range."""
 LEAST_COST = 0.25
-"""Of the dearest step: a step has costs that no network is too small for."""
+"""Share of the dearest step that the cheapest is taken to cost: a step has costs that no network is too small for."""
 WORST_MARGIN, WORST_SLOWNESS = 0.02, 1.02
 """How far beyond the worst score, and at how many times the slowest latency, the reference point of a hypervolume lies."""
 Point = tuple[float, float]
@@ -115,7 +119,7 @@ def validation_seconds(clock: Clock) -> float:
 
 def reserve_seconds(total: float, per_example_s: float, examples: int, latency_s: float) -> float:
     """For the end of a search: the test split for the original and a front of faster networks, and measuring them together."""
-    each = (1 + FRONT) * per_example_s
+    each = (1 + FRONT_COST) * per_example_s
     return FINAL_S + FINAL_CALLS * latency_s + max(FEWEST_EXAMPLES * each, min(examples * each, TEST_SHARE * total))
 
 

@@ -18,7 +18,7 @@ from autocompress.run_folder import LOCK
 from autocompress.sampler import FrontSampler
 from autocompress.task import Task
 
-STUDY, LESSONS = "autocompress", "lessons"
+STUDY, DISTILLATIONS = "autocompress", "distillations"
 DATABASE = "study.db"
 SUFFIXES = ("", "-journal", "-wal", "-shm")
 """SQLite keeps up to three more files beside a database."""
@@ -62,10 +62,10 @@ def open_journal(run: Path, task: Task, *, resume: bool, sampler: BaseSampler | 
     storage = _storage(path)
     study = optuna.create_study(study_name=STUDY, storage=storage, directions=["maximize", "minimize"], load_if_exists=True)
     _require_same_task(study, task, run)
-    lessons = optuna.create_study(study_name=LESSONS, storage=storage, direction="maximize", load_if_exists=True)
+    distillations = optuna.create_study(study_name=DISTILLATIONS, storage=storage, direction="maximize", load_if_exists=True)
     study.sampler = sampler or FrontSampler(seed=_seed(task, study))
-    lessons.sampler = TPESampler(seed=_seed(task, lessons), multivariate=True)
-    return Journal(study, lessons)
+    distillations.sampler = TPESampler(seed=_seed(task, distillations), multivariate=True)
+    return Journal(study, distillations)
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def _forget_empty(path: Path) -> bool:
     Removes the database only where nothing but such a search is in it.
     """
     names = _studies(path)
-    if names is None or not {STUDY} <= set(names) <= {STUDY, LESSONS}:
+    if names is None or not {STUDY} <= set(names) <= {STUDY, DISTILLATIONS}:
         return names == []
     try:
         storage = _storage(path)

@@ -35,7 +35,7 @@ import cifar10
 from autocompress.compress.distill import SharedFeatures
 from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
-from autocompress.compress.train import Lesson, TrainPlan, train_quantized
+from autocompress.compress.train import Distillation, TrainPlan, train_quantized
 from autocompress.data import Data
 from autocompress.devices import open_device
 from autocompress.evaluate import score_artifact
@@ -108,8 +108,8 @@ def torch_pruning(data: Data, teacher: Teacher, folder: Path) -> tuple[Path, flo
     graph = Graph.trace(model, (example,))
     quant, steps = QuantSpec(bits=8), RIVAL_EPOCHS * (len(data.train) // 128)
     started = time.monotonic()
-    lesson = Lesson(teacher, DistillSpec(), kept_features(model, teacher.model))
-    student = train_quantized(build_student(graph, Policy()), quant, data, TrainPlan(steps), lesson=lesson)
+    distillation = Distillation(teacher, DistillSpec(), kept_features(model, teacher.model))
+    student = train_quantized(build_student(graph, Policy()), quant, data, TrainPlan(steps), distillation=distillation)
     seconds = time.monotonic() - started
     write_bundle(folder / "torch_pruning", student, Policy(quant=quant), (example,), model="torch-pruning 50 %")
     return folder / "torch_pruning" / "model.onnx", seconds

@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 from repair import examples, students
 
-from autocompress.compress.repair import Reference, repair
+from autocompress.compress.repair import TeacherActivations, repair
 from autocompress.compress.student import build_student, shared_features
 from autocompress.compress.teacher import Teacher
-from autocompress.compress.train import Lesson, TrainPlan, train, train_quantized
+from autocompress.compress.train import Distillation, TrainPlan, train, train_quantized
 from autocompress.data import Data, sample
 from autocompress.demo import LEARNING_RATE, TEACHER_EPOCHS
 from autocompress.demo import teacher as demo_teacher
@@ -76,20 +76,20 @@ def main() -> None:
     shares = [float(share) for share in options.shares.split(",")]
     model, data = trained(options.model)
     graph, rows, val = Graph.trace(model, (data.example(1),)), [], sample(data.val, SCORED)
-    teacher, reference = Teacher(model, data, classifier=graph.classifier), Reference(graph, examples(graph, data))
+    teacher, reference = Teacher(model, data, classifier=graph.classifier), TeacherActivations(graph, examples(graph, data))
     for name, policy in students(graph):
         student = build_student(graph, policy)
         repair(student, reference, policy)
         known = {"student": name, "distance": teacher.distance(student)}
         known["untrained"] = score_model(copy.deepcopy(student), data, val).value
-        lesson = Lesson(teacher, DistillSpec(), shared_features(graph, policy))
+        distillation = Distillation(teacher, DistillSpec(), shared_features(graph, policy))
         for steps in map(int, options.steps.split(",")):
             plan = TrainPlan(steps, learning_rate=RATES[options.model], to_learn=known["distance"])
-            as_a_search = train_quantized(copy.deepcopy(student), policy.quant, data, plan, lesson=lesson)
+            as_a_search = train_quantized(copy.deepcopy(student), policy.quant, data, plan, distillation=distillation)
             scores = [score_model(as_a_search, data, val).value]
             for share in shares:
                 plan = TrainPlan(steps, learning_rate=share * RATES[options.model])
-                scores.append(score_model(train(copy.deepcopy(student), data, plan, lesson=lesson), data, val).value)
+                scores.append(score_model(train(copy.deepcopy(student), data, plan, distillation=distillation), data, val).value)
             rows.append(known | {"steps": steps, "scores": scores})
             print(rows[-1], flush=True)
     machine = open_device("onnxruntime:cpu?threads=1").environment()

@@ -24,10 +24,10 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
-from autocompress.compress.repair import Reference, examples_for, repair
+from autocompress.compress.repair import TeacherActivations, examples_for, repair
 from autocompress.compress.student import build_student, shared_features
 from autocompress.compress.teacher import Teacher
-from autocompress.compress.train import CALIBRATION_INPUTS, Lesson, TrainPlan, train
+from autocompress.compress.train import CALIBRATION_INPUTS, Distillation, TrainPlan, train
 from autocompress.data import Data
 from autocompress.devices import open_device
 from autocompress.evaluate import score_model
@@ -77,13 +77,13 @@ def run(graph: Graph, policy: Policy, data: Data, teacher: Teacher, way: str, se
     student, repair_s = build_student(graph, policy), 0.0
     if way == "repaired":
         started = time.monotonic()
-        repair(student, Reference(graph, inputs), policy)
+        repair(student, TeacherActivations(graph, inputs), policy)
         repair_s = time.monotonic() - started
     elif not seconds:
         settle(student, inputs)
     if seconds:
         plan = TrainPlan(10**9, deadline, seed=seed, to_learn=teacher.distance(student))
-        train(student, data, plan, lesson=Lesson(teacher, DistillSpec(), shared_features(graph, policy)))
+        train(student, data, plan, distillation=Distillation(teacher, DistillSpec(), shared_features(graph, policy)))
     return {"test_accuracy": score_model(student, data, data.test).value, "repair_s": repair_s}
 
 

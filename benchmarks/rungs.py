@@ -33,9 +33,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
 from autocompress.compress.distill import soft_loss
-from autocompress.compress.repair import Reference, repair
+from autocompress.compress.repair import TeacherActivations, repair
 from autocompress.compress.student import build_student, shared_features
-from autocompress.compress.train import Lesson, TrainPlan, train
+from autocompress.compress.train import Distillation, TrainPlan, train
 from autocompress.data import Data, sample
 from autocompress.devices import open_device
 from autocompress.evaluate import score_model
@@ -125,13 +125,13 @@ def tried(bench: Bench, policy: Policy) -> dict[str, float]:
     known["agreement"] = float((answers.argmax(1) == wanted.argmax(1)).float().mean())
     known["-KL"] = -float(soft_loss(answers, wanted, 1.0))
     student = build_student(graph, policy)
-    repair(student, Reference(graph, torch.cat([*data.calibration(MANY, MANY)])), policy)
+    repair(student, TeacherActivations(graph, torch.cat([*data.calibration(MANY, MANY)])), policy)
     with torch.no_grad():
         known["likeness_512"] = shared(likeness.answers(student.eval()), wanted)
-    lesson = Lesson(setting.teacher, policy.distill, shared_features(graph, policy))
+    distillation = Distillation(setting.teacher, policy.distill, shared_features(graph, policy))
     for steps in bench.steps:
         plan = TrainPlan(steps, learning_rate=setting.learning_rate, seed=bench.seed, to_learn=setting.teacher.distance(student))
-        trained = train(copy.deepcopy(student), data, plan, lesson=lesson)
+        trained = train(copy.deepcopy(student), data, plan, distillation=distillation)
         known[f"score_{steps}"] = score_model(trained, data, sample(data.test, SCORED)).value
     return known
 

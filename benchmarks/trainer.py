@@ -56,12 +56,12 @@ def run(graph: Graph, chosen: Policy, data: Data, teacher: Teacher, recipe: str,
     optimiser, features = RECIPES[recipe]
     steps = int(epochs * (len(data.train) // 128))
     plan = trainer.TrainPlan(steps, seed=seed, learning_rate=SGD_LEARNING_RATE if optimiser == "sgd" else 0.1)
-    lesson = trainer.Lesson(teacher, DistillSpec(features=features), shared_features(graph, chosen))
+    distillation = trainer.Distillation(teacher, DistillSpec(features=features), shared_features(graph, chosen))
     keep, started = trainer.hidden_matrices, time.monotonic()
     try:
         if optimiser == "sgd":
             trainer.hidden_matrices = lambda model: []
-        student: nn.Module = trainer.train(build_student(graph, chosen), data, plan, lesson=lesson)
+        student: nn.Module = trainer.train(build_student(graph, chosen), data, plan, distillation=distillation)
     finally:
         trainer.hidden_matrices = keep
     seconds = time.monotonic() - started

@@ -72,12 +72,12 @@ def test_what_was_appraised_is_told_with_its_constraint_and_comes_back(journal, 
 
 def test_a_lesson_is_told_by_what_it_gained(journal, tmp_path):
     for advantage in (0.02, None):
-        journal.tell_lesson(journal.lessons.ask(), advantage)
-    journal.lessons.ask()
+        journal.tell_distillation(journal.distillations.ask(), advantage)
+    journal.distillations.ask()
     assert again(tmp_path).retire_lost_trials() == 0, "no structure was lost"
-    lessons = again(tmp_path).lessons.trials
-    assert [t.state for t in lessons] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.FAIL]
-    assert lessons[0].value == 0.02
+    distillations = again(tmp_path).distillations.trials
+    assert [t.state for t in distillations] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.FAIL]
+    assert distillations[0].value == 0.02
 
 
 def test_ids_count_on_from_the_last_one(journal):

@@ -269,7 +269,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
 
 @torch.no_grad()
-def settle_biases(student: fx.GraphModule) -> fx.GraphModule:
+def snap_biases(student: fx.GraphModule) -> fx.GraphModule:
     """Move the biases of int8 layers to values that a file can hold: multiples of input scale x weight scale (in place).
 
     An int8 layer adds its bias in the accumulator's unit. Rounded at export only, that is by far the largest difference between file and
@@ -282,11 +282,11 @@ def settle_biases(student: fx.GraphModule) -> fx.GraphModule:
         if not isinstance(layer, _Rounded) or layer.bits != 8 or not isinstance(source, ActivationQuantizer):
             continue
         norm = fused(node, student).norm
-        _settle(layer, modules[str(norm.target)] if norm is not None else None, float(source.scale))
+        _snap(layer, modules[str(norm.target)] if norm is not None else None, float(source.scale))
     return student
 
 
-def _settle(layer: _Rounded, norm: Any, input_scale: float) -> None:
+def _snap(layer: _Rounded, norm: Any, input_scale: float) -> None:
     unit = input_scale * weight_scale(layer.weight, largest_int(8, layer.reduced_range)).double()
     bias = layer.bias.double() if layer.bias is not None else torch.zeros_like(unit)
     held = layer.bias

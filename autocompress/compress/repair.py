@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from autocompress.compress.least_squares import solve
 from autocompress.graph import Graph
-from autocompress.graph.nodes import folds, fused, kind_of, module_of
+from autocompress.graph.nodes import fused, is_folded_norm, kind_of, module_of
 from autocompress.graph.resize import NEW, Selection
 from autocompress.policy import Policy
 
@@ -47,7 +47,7 @@ def examples_for(graph: Graph) -> int:
     return max(1, min(MOST_EXAMPLES, int(MAP_BYTES / (4 * largest))))
 
 
-class Reference:
+class TeacherActivations:
     """What the teacher computes on some inputs, at the positions that repairs look at: one for all students that are repaired on these.
 
     Args:
@@ -67,17 +67,17 @@ class Reference:
 
 
 @torch.no_grad()
-def repair(student: fx.GraphModule, reference: Reference, policy: Policy, *, until: float = math.inf) -> None:
-    """Fit the student's convolutions and linear layers to the teacher on the inputs of the reference, in place.
+def repair(student: fx.GraphModule, teacher: TeacherActivations, policy: Policy, *, until: float = math.inf) -> None:
+    """Fit the student's convolutions and linear layers to the teacher on the inputs of `teacher`, in place.
 
     Args:
-        student: what `build_student` makes of the reference's graph and the policy, in eval mode.
+        student: what `build_student` makes of the teacher's graph and the policy, in eval mode.
         until: `time.monotonic()` after which no other layer is fitted; those behind it keep what they inherited.
     """
-    graph = reference.graph
+    graph = teacher.graph
     aims = {aim.layer.name: aim for aim in _aims(student, _roles(student, graph.module))}
-    known = reference.values({(aim.teacher, aim.last) for aim in aims.values()})
-    _Repair(student, graph, graph.selection(policy), aims, known, until).run(reference.inputs)
+    known = teacher.values({(aim.teacher, aim.last) for aim in aims.values()})
+    _Repair(student, graph, graph.selection(policy), aims, known, until).run(teacher.inputs)
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,8 @@ class _Repair(fx.Interpreter):
         aim = self._aims.get(n.name)
         if aim is not None and time.monotonic() < self._until:
             self._fit(aim)
-        if folds(n, self._student):
-            self._settle(n)
+        if is_folded_norm(n, self._student):
+            self._reestimate(n)
         return super().run_node(n)
 
     def _fit(self, aim: _Aim) -> None:
@@ -249,7 +249,7 @@ class _Repair(fx.Interpreter):
         if layer.bias is not None:
             layer.bias[kept] = bias
 
-    def _settle(self, node: fx.Node) -> None:
+    def _reestimate(self, node: fx.Node) -> None:
         """Statistics of what the batch norm is given; where its layer was fitted, weights with which it gives the fitted values."""
         norm, value = module_of(node, self._student), self.env[node.all_input_nodes[0]]
         assert isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None and norm.running_var is not None

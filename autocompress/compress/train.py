@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from autocompress.compress.arithmetic import best_training_device, fast_arithmetic, fast_layout
 from autocompress.compress.distill import SharedFeatures, distillation_loss, feature_loss, observe
 from autocompress.compress.muon import Muon, hidden_matrices
-from autocompress.compress.quantize import calibrate, fake_quantize, settle_biases
+from autocompress.compress.quantize import calibrate, fake_quantize, snap_biases
 from autocompress.compress.teacher import Teacher
 from autocompress.data import Data
 from autocompress.errors import PolicyFailure
@@ -37,7 +37,7 @@ MUON_DECAY = 5e-3
 CALIBRATION_INPUTS, CALIBRATION_BATCH = 512, 64
 FEW_STEPS = 50
 """After fewer, the running statistics of batch norms are still those that training began with: 0.9 to the 50th is half a percent."""
-MOST_SETTLING = 16
+MOST_BATCHES = 16
 WARM_STEPS, MUCH_TO_LEARN = 300, 0.15
 """A student that answers like its teacher is trained at the full rates from so many steps on: fewer undo more than they teach. Where so
 much of its answers differs it has more to learn than to lose (`benchmarks/rates.py`), but by Muon only, whose steps have the same length
@@ -83,7 +83,7 @@ def one_cycle(progress: float) -> float:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Distillation:
     """What a student learns from: a teacher, how much of it, and the features that both share (None: answers only)."""
 
     teacher: Teacher
@@ -91,14 +91,16 @@ class Lesson:
     shared: SharedFeatures | None = None
 
 
-def train(student: nn.Module, data: Data, plan: TrainPlan, *, lesson: Lesson | None = None, tick: Tick | None = None) -> nn.Module:
+def train(
+    student: nn.Module, data: Data, plan: TrainPlan, *, distillation: Distillation | None = None, tick: Tick | None = None
+) -> nn.Module:
     """Train `student` in place and return it in eval mode.
 
-    Without a lesson the loss is the task's own. Raises PolicyFailure when the loss stops being finite.
+    Without a distillation the loss is the task's own. Raises PolicyFailure when the loss stops being finite.
     """
     steps = _Steps(plan)
-    _run(student, data, plan, steps, until=1.0, lesson=lesson, tick=tick)
-    _settle_norms(student, data, plan, steps.done)
+    _run(student, data, plan, steps, until=1.0, distillation=distillation, tick=tick)
+    _reestimate_norms(student, data, plan, steps.done)
     return student.eval()
 
 
@@ -108,7 +110,13 @@ def quantizes(quant: QuantSpec) -> bool:
 
 
 def train_quantized(
-    student: fx.GraphModule, quant: QuantSpec, data: Data, plan: TrainPlan, *, lesson: Lesson | None = None, tick: Tick | None = None
+    student: fx.GraphModule,
+    quant: QuantSpec,
+    data: Data,
+    plan: TrainPlan,
+    *,
+    distillation: Distillation | None = None,
+    tick: Tick | None = None,
 ) -> fx.GraphModule:
     """Train in float, insert fake quantizers, train the rest through them; returns the quantized student in eval mode.
 
@@ -118,17 +126,17 @@ def train_quantized(
     steps = _Steps(plan)
     float_share = 1.0 - (plan.quant_fraction if rounds else 0.0)
     if plan.steps:
-        _run(student, data, plan, steps, until=float_share, lesson=lesson, tick=tick)
-        _settle_norms(student, data, plan, steps.done)
+        _run(student, data, plan, steps, until=float_share, distillation=distillation, tick=tick)
+        _reestimate_norms(student, data, plan, steps.done)
     if not rounds:
         return student.eval()
     quantized = fake_quantize(student.eval(), quant)
     calibrate(quantized, data.calibration(plan.calibration, CALIBRATION_BATCH))
     if plan.steps:
         begun = steps.done
-        _run(quantized, data, plan, steps, until=1.0, lesson=lesson, tick=tick)
-        _settle_norms(quantized, data, plan, steps.done - begun)
-    return settle_biases(quantized.eval())
+        _run(quantized, data, plan, steps, until=1.0, distillation=distillation, tick=tick)
+        _reestimate_norms(quantized, data, plan, steps.done - begun)
+    return snap_biases(quantized.eval())
 
 
 class Rates(NamedTuple):
@@ -166,16 +174,18 @@ class _Steps:
         return Rates(*(cycle * max(least, warm) for least in self._least))
 
 
-def _run(model: nn.Module, data: Data, plan: TrainPlan, steps: _Steps, *, until: float, lesson: Lesson | None, tick: Tick | None) -> None:
+def _run(
+    model: nn.Module, data: Data, plan: TrainPlan, steps: _Steps, *, until: float, distillation: Distillation | None, tick: Tick | None
+) -> None:
     device = best_training_device()
-    _train_mode(model, lesson).to(device).to(memory_format=fast_layout(model))
+    _train_mode(model, distillation).to(device).to(memory_format=fast_layout(model))
     optimizer = _Optimizer(model, plan.learning_rate)
     for indices, epoch in _draws(len(data.train), plan, start=steps.done):
         if steps.progress >= until:
             break
-        view = lesson.teacher.view(epoch) if lesson is not None else epoch
+        view = distillation.teacher.view(epoch) if distillation is not None else epoch
         inputs = data.view(indices, view, plan.seed)
-        loss = _loss(model, data, indices, inputs, view, lesson, device)
+        loss = _loss(model, data, indices, inputs, view, distillation, device)
         if not math.isfinite(loss.item()):
             raise PolicyFailure(f"training diverged: the loss must stay finite, but is {loss.item()} at step {steps.done}")
         optimizer.step(loss, steps.rates)
@@ -186,7 +196,7 @@ def _run(model: nn.Module, data: Data, plan: TrainPlan, steps: _Steps, *, until:
 
 
 @torch.no_grad()
-def _settle_norms(model: nn.Module, data: Data, plan: TrainPlan, steps: int) -> None:
+def _reestimate_norms(model: nn.Module, data: Data, plan: TrainPlan, steps: int) -> None:
     """Where training was short, let batch norms know the weights as they are: statistics of some of the batches, averaged evenly."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
     if not 0 < steps < FEW_STEPS or not norms:
@@ -198,31 +208,33 @@ def _settle_norms(model: nn.Module, data: Data, plan: TrainPlan, steps: int) -> 
     model.eval()  # but for these: what is dropped in training only would change the statistics
     for norm in norms:
         norm.train()
-    for indices, epoch in itertools.islice(_draws(len(data.train), plan, start=0), min(steps, MOST_SETTLING)):
+    for indices, epoch in itertools.islice(_draws(len(data.train), plan, start=0), min(steps, MOST_BATCHES)):
         model(data.view(indices, epoch, plan.seed))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 
 
-def _train_mode(model: nn.Module, lesson: Lesson | None) -> nn.Module:
+def _train_mode(model: nn.Module, distillation: Distillation | None) -> nn.Module:
     """Dropout, of layers too, is for students without a teacher: it would blur the features that are to be matched."""
     model.train()
-    if lesson is not None and lesson.shared is not None:
+    if distillation is not None and distillation.shared is not None:
         for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd) or is_stochastic_depth(module):
                 module.eval()
     return model
 
 
-def _loss(model: nn.Module, data: Data, indices: Tensor, inputs: Tensor, view: int, lesson: Lesson | None, device: torch.device) -> Tensor:
+def _loss(
+    model: nn.Module, data: Data, indices: Tensor, inputs: Tensor, view: int, distillation: Distillation | None, device: torch.device
+) -> Tensor:
     targets = data.train.targets[indices].to(device)
-    shared = lesson.shared if lesson is not None else None
+    shared = distillation.shared if distillation is not None else None
     with fast_arithmetic(device):
         student = observe(model, inputs.to(device), shared.layer if shared is not None else None)
     outputs = student.outputs.float().contiguous()  # a loss of one's own may take views of it
-    if lesson is None:
+    if distillation is None:
         return data.loss(outputs, targets) if data.loss is not None else F.cross_entropy(outputs, targets)
-    teacher, spec = lesson.teacher.answers(indices, inputs, view), lesson.spec
+    teacher, spec = distillation.teacher.answers(indices, inputs, view), distillation.spec
     answers = teacher.outputs.to(device)
     if data.loss is not None:
         loss = spec.alpha * F.mse_loss(outputs, answers) + (1 - spec.alpha) * data.loss(outputs, targets)

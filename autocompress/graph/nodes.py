@@ -132,7 +132,7 @@ def annotate_kinds(root: fx.GraphModule) -> None:
     for node in root.graph.nodes:
         node.meta["kind"] = _classify(node, root)
         node.meta["relu"] = _relu_name(node, root)
-        node.meta["folds"] = _is_folded(node, root)
+        node.meta["is_folded_norm"] = _is_folded(node, root)
 
 
 def is_stochastic_depth(module: nn.Module | None) -> bool:
@@ -206,9 +206,9 @@ def follows_batch(module: nn.Module | None) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is None
 
 
-def folds(node: fx.Node, root: nn.Module) -> bool:
+def is_folded_norm(node: fx.Node, root: nn.Module) -> bool:
     """Whether the node is a batch norm that becomes a part of the layer before it."""
-    return node.meta["folds"] if "folds" in node.meta else _is_folded(node, root)
+    return node.meta["is_folded_norm"] if "is_folded_norm" in node.meta else _is_folded(node, root)
 
 
 def _is_folded(node: fx.Node, root: nn.Module) -> bool:
@@ -235,7 +235,7 @@ def fused(head: fx.Node, root: nn.Module) -> Fused:
     kind, norm, last = kind_of(head, root), None, head
     if kind in ("conv", "linear"):
         user = _only_user(last)
-        if user is not None and folds(user, root):
+        if user is not None and is_folded_norm(user, root):
             norm = last = user
     if kind in ("conv", "linear", "add"):
         user = _only_user(last)

@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from autocompress.graph.blocks import Branch
 from autocompress.graph.channels import Layout
-from autocompress.graph.nodes import FOLLOWERS, folds, follows_batch, kind_of, module_of, relu_of
+from autocompress.graph.nodes import FOLLOWERS, follows_batch, is_folded_norm, kind_of, module_of, relu_of
 from autocompress.graph.resize import Groups, Roots
 from autocompress.records import Operator, OperatorKind, Shape, Workload
 
@@ -142,7 +142,7 @@ class Arithmetic:
         relus = [relu_of(node, module) or "" for node in self._nodes]
         self._relu_names = sorted({"", *relus})
         self._relu = np.array([self._relu_names.index(relu) for relu in [*relus, ""]])  # NONE, the last, is no ReLU
-        self._folds = np.array([folds(node, module) for node in self._nodes] + [False])
+        self._folds = np.array([is_folded_norm(node, module) for node in self._nodes] + [False])
         self._tensor = ["shape" in node.meta for node in self._nodes]
         self._skips = {self._number_of(branch.add): (block, self._skip(branch)) for block, branch in enumerate(branches)}
         self._layer = {name: index for index, name in enumerate(layers)}

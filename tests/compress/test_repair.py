@@ -11,7 +11,7 @@ from laws.networks import NETWORKS, network, random_policy
 from torch import nn
 
 from autocompress.compress import repair as module
-from autocompress.compress.repair import Reference, examples_for, repair
+from autocompress.compress.repair import TeacherActivations, examples_for, repair
 from autocompress.compress.student import build_student
 from autocompress.graph import Graph
 from autocompress.policy import Policy, PruneSpec, StudentSpec
@@ -46,7 +46,7 @@ def settled(model, inputs):
 
 def repaired(graph, policy, inputs, **options):
     student = build_student(graph, policy)
-    repair(student, Reference(graph, inputs), policy, **options)
+    repair(student, TeacherActivations(graph, inputs), policy, **options)
     return student
 
 
@@ -195,7 +195,7 @@ def test_what_the_teacher_computes_is_kept_for_the_next_student_unless_it_is_too
     runs, record = [], module._Recorder.of
     monkeypatch.setattr(module._Recorder, "of", lambda self, inputs: runs.append(1) or record(self, inputs))
     graph = Graph.trace(settled(tiny_resnet(), inputs_like(torch.empty(1, 3, 16, 16))), (torch.randn(1, 3, 16, 16),))
-    shared, policy = Reference(graph, inputs_like(torch.empty(1, 3, 16, 16))), Policy(student=StudentSpec(width=0.5))
+    shared, policy = TeacherActivations(graph, inputs_like(torch.empty(1, 3, 16, 16))), Policy(student=StudentSpec(width=0.5))
     students = [build_student(graph, policy) for _ in range(2)]
     for student in students:
         repair(student, shared, policy)

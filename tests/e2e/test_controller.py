@@ -189,7 +189,7 @@ def test_what_choosing_a_policy_took_is_part_of_what_it_cost(search, pool, monke
         asked.update(known)
         return Outcome(id=known["id"], policy=policy, rung="short", seconds=3.0)
 
-    monkeypatch.setattr("autocompress.controller.realise", made)
+    monkeypatch.setattr("autocompress.controller.evaluate_policy", made)
     monkeypatch.setattr(Search, "keep", lambda self, outcome: kept.append(outcome))
     search.clock = Clock.start(60.0, already=30.0)
     search._train_shortly(Choice(pool[0].policy, 0.5), time.monotonic() - 2.0, Division(20.0, 4.0, 1.0))
@@ -202,7 +202,7 @@ def test_what_choosing_a_policy_took_is_part_of_what_it_cost(search, pool, monke
 def test_after_a_handful_of_steps_what_was_worth_most_untrained_is_trained_to_the_end(search, pool, monkeypatch, steps, climbs):
     """Seen where a short run of seven steps lost to one of 38: the search then trained the wrong policy for all of its time."""
     begun = []
-    monkeypatch.setattr("autocompress.controller.realise", lambda *_, continues, **known: begun.append(continues))
+    monkeypatch.setattr("autocompress.controller.evaluate_policy", lambda *_, continues, **known: begun.append(continues))
     monkeypatch.setattr(Search, "keep", lambda self, outcome: None)
     monkeypatch.setattr("autocompress.controller.full_runs", lambda *_: 1)
     worth = {search.forecast.structure(policy): value for policy, value in ((pool[0].policy, 0.9), (pool[1].policy, 0.4))}
@@ -216,25 +216,25 @@ def test_after_a_handful_of_steps_what_was_worth_most_untrained_is_trained_to_th
 
 
 def test_policies_that_lead_are_distilled_in_other_ways(search, pool):
-    assert search._lesson() is None, "nothing leads"
+    assert search._variant() is None, "nothing leads"
     for index, proposal in enumerate(pool[:2]):
         search.appraisals.appraise(proposal)
         trained(search, proposal.policy, proposal.latency_s, score=0.9 - 0.1 * index, id=f"0000{index}")
-    lesson = search._lesson()
-    base = lesson.base.policy
-    assert search.forecast.structure(lesson.policy) == search.forecast.structure(base)
-    assert base.distill == DistillSpec() != lesson.policy.distill
-    search.journal.tell_lesson(lesson.trial, 0.02)
-    trained(search, lesson.policy, 1e-3, id="00002")
-    assert search._taught == {"00002"}
-    assert search._lesson().policy.distill not in (DistillSpec(), lesson.policy.distill)
+    distillation = search._variant()
+    base = distillation.base.policy
+    assert search.forecast.structure(distillation.policy) == search.forecast.structure(base)
+    assert base.distill == DistillSpec() != distillation.policy.distill
+    search.journal.tell_distillation(distillation.trial, 0.02)
+    trained(search, distillation.policy, 1e-3, id="00002")
+    assert search._variants == {"00002"}
+    assert search._variant().policy.distill not in (DistillSpec(), distillation.policy.distill)
 
 
 def test_a_space_without_ways_to_distil_teaches_nothing_else(search, pool):
     search.forecast.space = search.forecast.suggest
     search.appraisals.appraise(pool[0])
     trained(search, pool[0].policy, 1e-3)
-    assert search._lesson() is None
+    assert search._variant() is None
 
 
 @pytest.mark.parametrize(("score", "rules_out"), [(0.85, True), (0.1, False)], ids=["sound", "collapsed"])
@@ -290,20 +290,20 @@ def test_where_nothing_is_within_the_budget_what_misses_it_by_least_is_tried_unt
 
 
 def test_lessons_and_structures_take_turns_and_stand_in_for_each_other(search, monkeypatch):
-    structure, lesson = (Choice(Policy(), 1.0, id) for id in ("structure", "lesson"))
-    found = {"_structure": structure, "_lesson": lesson}
+    structure, distillation = (Choice(Policy(), 1.0, id) for id in ("structure", "distillation"))
+    found = {"_structure": structure, "_variant": distillation}
     monkeypatch.setattr(Search, "_structure", lambda self, pool: found["_structure"])
-    monkeypatch.setattr(Search, "_lesson", lambda self: found["_lesson"])
-    monkeypatch.setattr(Search, "_taught", property(lambda self: set(range(counts["taught"]))))
+    monkeypatch.setattr(Search, "_variant", lambda self: found["_variant"])
+    monkeypatch.setattr(Search, "_variants", property(lambda self: set(range(counts["taught"]))))
     monkeypatch.setattr(Search, "_short_count", lambda self: counts["short"])
     counts, turns = {"taught": 0, "short": 100}, []
     for counts["short"] in range(100, 112):  # a resumed search begins where another ended
-        counts["taught"] = 25 + turns.count("lesson")
+        counts["taught"] = 25 + turns.count("distillation")
         turns.append(search._next([]).trial)
-    assert turns.count("lesson") == 3
+    assert turns.count("distillation") == 3
     found["_structure"] = None
-    assert search._next([]) is lesson, "a space of few structures"
-    found |= {"_structure": structure, "_lesson": None}
+    assert search._next([]) is distillation, "a space of few structures"
+    found |= {"_structure": structure, "_variant": None}
     assert all(search._next([]) is structure for counts["short"] in range(200, 208))
     found["_structure"] = None
     assert search._next([]) is None

@@ -41,7 +41,7 @@ class Worn(FakeDevice):
 
 def with_device(search, device):
     """On a device where the original takes what it took lately."""
-    search.setting = replace(search.setting, device=device, beside=[device.latency])
+    search.setting = replace(search.setting, device=device, baseline_history=[device.latency])
 
 
 def on_front(search, pool, n=3):
@@ -148,7 +148,7 @@ def test_the_unchanged_network_is_trained_only_where_its_bits_cost_accuracy(sear
         asked.append((known["id"], known["rung"]))
         return Outcome(id=known["id"], policy=policy, rung="full", failure=Failure(stage="train", reason="not here"))
 
-    monkeypatch.setattr("autocompress.controller.realise", realised)
+    monkeypatch.setattr("autocompress.controller.evaluate_policy", realised)
     monkeypatch.setattr(search, "keep", lambda outcome: None)
     search.full_rung()
     assert asked == ([("int8-full", "full")] if climbs else [])
@@ -214,11 +214,11 @@ def test_a_relative_budget_follows_the_original_where_the_machine_has_changed(se
     first = search.setting.baseline.latency_s
     search.forecast.limits, search.run = Budget(relative=0.5), search.setting.models.parent
     later = first.model_copy(update={"median": 1.3 * first.median, "high": 1.3 * first.high})
-    search.setting = replace(search.setting, beside=[first, later])
+    search.setting = replace(search.setting, baseline_history=[first, later])
     made = Outcome(id="00000", policy=pool[0].policy, rung="short", failure=Failure(stage="train", reason="not here"))
     search.keep(made)
     assert search.setting.baseline.latency_s == first, "one measurement may be odd"
-    search.setting.beside.extend([later, later])
+    search.setting.baseline_history.extend([later, later])
     search.keep(made)
     assert search.setting.baseline.latency_s == later
     assert search.budget.latency_s == pytest.approx(0.65 * first.median)
@@ -229,7 +229,7 @@ def test_an_original_that_was_measured_too_fast_is_known_better_before_a_policy_
     monkeypatch.setattr("autocompress.objective.DRIFT_PAUSE_S", 0.0)
     truth = search.setting.baseline.latency_s
     hasty = truth.model_copy(update={"median": 0.77 * truth.median, "high": 0.77 * truth.high})
-    search.setting = replace(search.setting, baseline=replace(search.setting.baseline, latency_s=hasty), beside=[hasty])
+    search.setting = replace(search.setting, baseline=replace(search.setting.baseline, latency_s=hasty), baseline_history=[hasty])
     search.forecast.limits = Budget(relative=0.5)
     search.calibrate()
     assert search.setting.baseline.latency_s.median == pytest.approx(truth.median)

@@ -18,7 +18,7 @@ from autocompress.compress.student import build_student
 from autocompress.data import Data, Split
 from autocompress.demo import TEACHER_EPOCHS
 from autocompress.errors import DeviceUnavailable, PolicyFailure, UsageError
-from autocompress.objective import FLOAT_WEIGHTS, realise
+from autocompress.objective import FLOAT_WEIGHTS, evaluate_policy
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import limit_validation, load, prepare, score_original, train_demo_teacher
 from autocompress.search_space import unsaturated
@@ -34,7 +34,7 @@ def ready(net, data, run, device=None):
 
 
 def realised(setting):
-    return realise(setting, INT8, id="00000", rung="short", seconds=0.0, predicted=None)
+    return evaluate_policy(setting, INT8, id="00000", rung="short", seconds=0.0, predicted=None)
 
 
 def test_a_module_in_training_mode_is_copied_and_left_as_it_is(net, data, tmp_path):
@@ -103,7 +103,7 @@ def test_a_student_of_a_task_with_its_own_loss_is_trained(net, data, tmp_path):
     own = replace(data, loss=nn.functional.cross_entropy, score=lambda outputs, targets: -1.0)
     policy = Policy(student=StudentSpec(width=0.5), quant=QuantSpec(bits=8))
     setting = ready(net, own, tmp_path / "run")
-    outcome = realise(setting, policy, id="00000", rung="short", seconds=2.0, predicted=None)
+    outcome = evaluate_policy(setting, policy, id="00000", rung="short", seconds=2.0, predicted=None)
     assert outcome.failure is None
     assert outcome.val_score.value == -1.0
 
@@ -112,8 +112,8 @@ def test_a_student_of_a_task_with_its_own_loss_is_trained(net, data, tmp_path):
 def test_the_unchanged_network_is_calibrated_first_and_trained_through_its_bits_to_the_end(net, data, tmp_path, bits):
     setting = ready(net, data, tmp_path / "run")
     known = {"policy": Policy(quant=QuantSpec(bits=bits)), "predicted": None}
-    short = realise(setting, **known, id="00000", rung="short", seconds=60.0)
-    full = realise(setting, **known, id="00000-full", rung="full", seconds=2.0, continues="00000")
+    short = evaluate_policy(setting, **known, id="00000", rung="short", seconds=60.0)
+    full = evaluate_policy(setting, **known, id="00000-full", rung="full", seconds=2.0, continues="00000")
     assert short.failure is None and full.failure is None
     assert short.training_s < 30.0 < full.training_s + 30.0 and full.training_s > 1.5
     files = [(setting.models / id / "student.safetensors").read_bytes() for id in ("00000", "00000-full")]
@@ -126,7 +126,7 @@ def test_a_student_is_repaired_once_and_only_where_something_was_cut(net, data, 
     setting, narrow = ready(net, data, tmp_path / "run"), Policy(student=StudentSpec(width=0.5))
 
     def made(policy, id, rung="short", continues=None):
-        assert realise(setting, policy, id=id, rung=rung, seconds=0.5, continues=continues).failure is None
+        assert evaluate_policy(setting, policy, id=id, rung=rung, seconds=0.5, continues=continues).failure is None
         return len(repaired)
 
     assert made(INT8, "int8") == 0, "the teacher itself"
@@ -145,12 +145,12 @@ def test_training_has_its_time_after_the_repair_and_both_end_at_the_latest(net, 
 
     monkeypatch.setattr("autocompress.objective.repair", slow)
     setting, narrow = ready(net, data, tmp_path / "run"), Policy(student=StudentSpec(width=0.5))
-    outcome = realise(setting, narrow, id="00000", rung="short", seconds=1.0)
+    outcome = evaluate_policy(setting, narrow, id="00000", rung="short", seconds=1.0)
     assert outcome.failure is None
     assert 0.8 < outcome.training_s < 1.9, "the repair takes nothing of it"
     assert outcome.seconds > outcome.training_s + outcome.finishing_s + 0.9
     latest = time.monotonic() + 1.5
-    outcome = realise(setting, narrow, id="00001", rung="short", seconds=60.0, latest=latest)
+    outcome = evaluate_policy(setting, narrow, id="00001", rung="short", seconds=60.0, latest=latest)
     assert outcome.training_s < 2.0
     assert untils[1] == latest
 
@@ -170,13 +170,13 @@ def test_a_student_that_cannot_be_repaired_is_trained_as_it_is(net, data, tmp_pa
     monkeypatch.setattr("autocompress.objective.train_quantized", trained)
     narrow = Policy(student=StudentSpec(width=0.5))
     setting = ready(net, data, tmp_path / "run")
-    realise(setting, narrow, id="00000", rung="short", seconds=0.5)
+    evaluate_policy(setting, narrow, id="00000", rung="short", seconds=0.5)
     assert torch.equal(begun[0], build_student(setting.graph_of(narrow), narrow).head.weight)
 
 
 def test_the_unchanged_network_in_float32_has_nothing_to_learn(net, data, tmp_path):
     setting = ready(net, data, tmp_path / "run")
-    outcome = realise(setting, Policy(), id="00000-full", rung="full", seconds=60.0, predicted=None)
+    outcome = evaluate_policy(setting, Policy(), id="00000-full", rung="full", seconds=60.0, predicted=None)
     assert outcome.failure is None
     assert outcome.training_s < 30.0
 
@@ -305,11 +305,11 @@ def test_a_network_with_tied_weights_is_compressed(data, tmp_path):
     torch.manual_seed(0)
     setting = ready(Tied().eval(), data, tmp_path / "run")
     policy = unsaturated(Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}), quant=QuantSpec(bits=8)), setting.device.profile)
-    outcome = realise(setting, policy, id="00000", rung="short", seconds=1.0, predicted=None)
+    outcome = evaluate_policy(setting, policy, id="00000", rung="short", seconds=1.0, predicted=None)
     assert outcome.failure is None
     weights = load_file(setting.models / "00000" / FLOAT_WEIGHTS)
     assert torch.equal(weights["a.conv1.weight"], weights["a.conv2.weight"])
-    further = realise(setting, policy, id="00001", rung="full", seconds=0.0, predicted=None, continues="00000")
+    further = evaluate_policy(setting, policy, id="00001", rung="full", seconds=0.0, predicted=None, continues="00000")
     assert further.failure is None
 
 
@@ -321,7 +321,7 @@ def test_a_network_whose_norms_follow_the_batch_is_compressed(data, tmp_path):
     policy = Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}))
     task = TASK.model_copy(update={"batch": 24})
     setting = prepare(task, tmp_path / "run", load(task, model=own, data=data, device=FakeDevice(SLOW_CALLS)))
-    outcome = realise(setting, policy, id="00000", rung="short", seconds=1.0, predicted=None)
+    outcome = evaluate_policy(setting, policy, id="00000", rung="short", seconds=1.0, predicted=None)
     assert outcome.failure is None, "the file's batches are the student's when both are compared"
 
 
@@ -334,7 +334,7 @@ def test_a_network_whose_weights_are_computed_is_compressed(data, tmp_path, way)
     before = copy.deepcopy(own.state_dict())
     setting = ready(own, data, tmp_path / "run")
     policy = unsaturated(Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}), quant=QuantSpec(bits=8)), FakeDevice().profile)
-    outcome = realise(setting, policy, id="00000", rung="short", seconds=1.0, predicted=None)
+    outcome = evaluate_policy(setting, policy, id="00000", rung="short", seconds=1.0, predicted=None)
     assert outcome.failure is None
     assert own.training and all(torch.equal(before[key], value) for key, value in own.state_dict().items())
     assert own.b.conv1.weight.shape == (16, 8, 3, 3), "computed as before"
@@ -357,5 +357,5 @@ def test_how_gently_a_student_is_trained_follows_from_its_distance_to_the_teache
     monkeypatch.setattr("autocompress.objective.train_quantized", lambda student, quant, data, plan, **_: plans.append(plan) or student)
     monkeypatch.setattr(type(setting.teacher), "distance", lambda self, student, most: 0.03)
     policy = Policy(prune=PruneSpec(ratios={group.name: 0.5}))
-    realise(setting, policy, id="00000", rung="short", seconds=5.0)
+    evaluate_policy(setting, policy, id="00000", rung="short", seconds=5.0)
     assert [plan.to_learn for plan in plans] == [0.03]

@@ -22,7 +22,7 @@ from autocompress.journal import Journal
 from autocompress.policy import DistillSpec, Policy, PruneSpec, QuantSpec
 from autocompress.records import Budget, Measurement
 from autocompress.session import SearchResult, run_search
-from autocompress.study import DATABASE, LESSONS, STUDY
+from autocompress.study import DATABASE, DISTILLATIONS, STUDY
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
 
@@ -45,7 +45,7 @@ def trials_of(run: Path) -> list[optuna.trial.FrozenTrial]:
 
 def journal_of(run: Path) -> Journal:
     storage = f"sqlite:///{run / DATABASE}"
-    return Journal(*(optuna.load_study(study_name=name, storage=storage) for name in (STUDY, LESSONS)))
+    return Journal(*(optuna.load_study(study_name=name, storage=storage) for name in (STUDY, DISTILLATIONS)))
 
 
 def strict(path: Path) -> dict:
@@ -117,7 +117,7 @@ def finished(net, tmp_path_factory) -> Finished:
     device = FakeDevice(SLOW_CALLS, noise=0.01)
     run = tmp_path_factory.mktemp("search") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("autocompress.controller.LESSON_SHARE", 0.5)
+        patch.setattr("autocompress.controller.VARIANT_SHARE", 0.5)
         patch.setattr("autocompress.schedule.APPRAISAL_SHARE", 0.3)
         patch.setattr("autocompress.controller.Search._overhead", lambda self: 0.3)
         patch.setattr("autocompress.schedule.SHORT_SHARE", 0.7)
@@ -267,7 +267,7 @@ def test_some_policies_were_distilled_in_another_way(finished):
     distilled = {o.policy.distill for o in journal_of(finished.run).outcomes if o.rung == "short"}
     assert DistillSpec() in distilled
     assert len(distilled) > 1
-    told = [t for t in journal_of(finished.run).lessons.trials if t.state is TrialState.COMPLETE]
+    told = [t for t in journal_of(finished.run).distillations.trials if t.state is TrialState.COMPLETE]
     assert len(told) >= len(distilled) - 1
     assert all(set(t.params) == {"distill:temperature", "distill:alpha", "distill:features"} for t in told)
 

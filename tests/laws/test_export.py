@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from autocompress.compress.quantize import calibrate, fake_quantize, settle_biases
+from autocompress.compress.quantize import calibrate, fake_quantize, snap_biases
 from autocompress.compress.student import build_student
 from autocompress.devices import DeviceProfile, processor
 from autocompress.errors import PolicyFailure
@@ -34,7 +34,7 @@ def exported(model, inputs, policy, *, batch=1, settle=True):
     if any(policy.quant.of(layer.name) < 32 for layer in graph.layers):
         student = fake_quantize(student, policy.quant)
         calibrate(student, inputs.split(16))
-        student = settle_biases(student) if settle else student
+        student = snap_biases(student) if settle else student
     return student, onnx_bytes(student, policy.quant, (inputs[:batch],))
 
 
