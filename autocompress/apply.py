@@ -20,9 +20,10 @@ from autocompress.objective import Setting, check_artifact, untrained
 from autocompress.policy import Policy
 from autocompress.preparation import load, prepare
 from autocompress.proposals import LevelSuggester
+from autocompress.references import DEFAULT_DEVICE
 from autocompress.search_space import find_suggest, structural, unsaturated
 from autocompress.sources import load_data
-from autocompress.task import DEFAULT_DEVICE, Task
+from autocompress.task import Task
 from autocompress.units import format_duration, format_size
 from autocompress.view import format_score
 

@@ -15,6 +15,8 @@ import typer
 
 from autocompress import options
 from autocompress.errors import AutocompressError, InfeasibleBudget, UsageError, one_line
+from autocompress.references import DEFAULT_DEVICE, require_formats
+from autocompress.run_folder import FRONT, PARETO, REPORT, new_run, read_front
 from autocompress.terminal import complain, emit, emit_json, emit_record, report_error, terminal_width
 
 if TYPE_CHECKING:
@@ -78,8 +80,6 @@ def search(
     if dry_run:
         _dry_run(task, json)
     else:
-        from autocompress.run_folder import new_run
-
         _search(task, out or new_run(), resume=resume, quiet=quiet, json=json)
 
 
@@ -98,7 +98,7 @@ def _search(task: Task, run: Path, *, resume: bool, quiet: bool, json: bool) -> 
         with make_progress(quiet) as progress:
             run_search(task, run, resume=resume, progress=progress)
     except InfeasibleBudget:
-        if not json and (run / "front.json").is_file():
+        if not json and (run / FRONT).is_file():
             _show(run, json=False)
         raise
     except KeyboardInterrupt:
@@ -121,7 +121,6 @@ def show(*, run: options.RunFolder, json: options.Json = False) -> None:
 
 
 def _show(run: Path, *, json: bool) -> None:
-    from autocompress.run_folder import read_front
     from autocompress.tables import front_table, summary
     from autocompress.view import Results
 
@@ -138,10 +137,9 @@ def _show(run: Path, *, json: bool) -> None:
 def report(*, run: options.RunFolder, open_: options.Open = False, json: options.Json = False) -> None:
     """Write RUN/report.html (one offline file) and RUN/pareto.png."""
     from autocompress.report import write_report
-    from autocompress.run_folder import read_front
 
     write_report(read_front(run), run)
-    page, picture = run / "report.html", run / "pareto.png"
+    page, picture = run / REPORT, run / PARETO
     emit_json({"report": str(page), "pareto": str(picture)}) if json else emit(f"{page}\n{picture}")
     if open_:
         import webbrowser
@@ -161,7 +159,6 @@ def export(
     json: options.Json = False,
 ) -> None:
     """Write one policy as the files that ship, checked and measured again."""
-    from autocompress.references import require_formats
 
     formats = tuple(part.strip() for part in format_.split(",") if part.strip())
     require_formats(formats)
@@ -189,7 +186,7 @@ def export(
 def measure(
     *,
     what: options.FileOrReference,
-    device: options.Device = options.DEFAULT_DEVICE,
+    device: options.Device = DEFAULT_DEVICE,
     weights: options.Weights = None,
     data: options.Data = None,
     batch: options.OwnBatch = None,
@@ -261,7 +258,6 @@ def inspect(
 @app.command()
 def explain(*, run: options.RunFolder, policy: options.PolicyId = "best", json: options.Json = False) -> None:
     """Show what a policy does to each layer, its predicted time before and after, and why it is not faster."""
-    from autocompress.run_folder import read_front
     from autocompress.tables import layer_table, note
     from autocompress.view import Results
 
@@ -283,7 +279,7 @@ def apply(
     weights: options.Weights = None,
     data: options.Data = None,
     batch: options.Batch = 1,
-    device: options.Device = options.DEFAULT_DEVICE,
+    device: options.Device = DEFAULT_DEVICE,
     student: options.StudentSource = None,
     json: options.Json = False,
 ) -> None:

@@ -21,18 +21,30 @@ from autocompress.compress.quantize import TINY, fake_quantize, is_quantized
 from autocompress.compress.student import build_student
 from autocompress.devices import open_device
 from autocompress.errors import AutocompressError, RunFolderError, UsageError, refused
-from autocompress.export import Manifest, check_onnx, load_student, now, read_manifest, update_manifest, verify_bundle
+from autocompress.export import (
+    MANIFEST,
+    MODEL,
+    POLICY,
+    STUDENT,
+    Manifest,
+    check_onnx,
+    load_student,
+    now,
+    read_manifest,
+    update_manifest,
+    verify_bundle,
+)
 from autocompress.graph import Graph
 from autocompress.models import load_model
 from autocompress.policy import Policy
 from autocompress.preparation import TEACHER_WEIGHTS
 from autocompress.records import Measurement
-from autocompress.references import require_formats
+from autocompress.references import DEFAULT_DEVICE, require_formats
 from autocompress.run_folder import read_front, writing
-from autocompress.task import DEFAULT_DEVICE, OBJECT
+from autocompress.task import OBJECT
 from autocompress.view import Entry, Results
 
-BUNDLE = ("model.onnx", "student.safetensors", "policy.json", "manifest.json")
+BUNDLE = (MODEL, STUDENT, POLICY, MANIFEST)
 OTHER_FORMATS = ("model.xml", "model.bin", "model.pt2")
 UNFINISHED = ".export-"
 EXPORT_MEASURE_S = 2.0
@@ -71,7 +83,7 @@ def export_run(
     source = _bundle_folder(run, entry)
     verify_bundle(source)
     baseline = _baseline_file(run, results)
-    for path in (source / BUNDLE[0], baseline):  # somebody else may have written the run folder
+    for path in (source / MODEL, baseline):  # somebody else may have written the run folder
         check_onnx(path)
     if out.resolve().is_relative_to((run / "models").resolve()):
         raise UsageError(f"--out {str(out)!r} lies among the models of the run", hint="choose a folder elsewhere")
@@ -84,7 +96,7 @@ def export_run(
         if "torch" in formats:
             _write_torch(made, model, student, _teacher_weights(run, results))
         with refused(f"policy {entry.id} cannot be measured on {results.device}"):
-            before, after = open_device(results.device).measure([baseline, made / BUNDLE[0]], seconds_each=EXPORT_MEASURE_S)
+            before, after = open_device(results.device).measure([baseline, made / MODEL], seconds_each=EXPORT_MEASURE_S)
         manifest = update_manifest(made, _facts(results, entry, before, after))
     return Exported(out, manifest, results.budget.allows(after, manifest.size_bytes))
 
@@ -173,7 +185,7 @@ def _write_openvino(out: Path) -> None:
         import openvino
     except ImportError:
         raise UsageError("the format openvino needs OpenVINO, which is not installed", hint="pip install openvino") from None
-    openvino.save_model(openvino.convert_model(out / BUNDLE[0]), out / "model.xml", compress_to_fp16=False)
+    openvino.save_model(openvino.convert_model(out / MODEL), out / "model.xml", compress_to_fp16=False)
 
 
 def _teacher_weights(run: Path, results: Results) -> Path | None:
@@ -225,7 +237,7 @@ def recreate(
     """
     bundle = Path(bundle)
     manifest = read_manifest(bundle)
-    policy = Policy.from_json((bundle / "policy.json").read_bytes())
+    policy = Policy.from_json((bundle / POLICY).read_bytes())
     other = policy.student.reference
     reference = other or model or manifest.model
     if isinstance(reference, str):
@@ -237,7 +249,7 @@ def recreate(
             reference = load_model(reference, weights=own, classes=manifest.classes)
     example = _example(manifest)
     made = load_student(bundle, fake_quantize(build_student(Graph.trace(reference, (example,)), policy), policy.quant))
-    _require_same(made, bundle / BUNDLE[0], example)
+    _require_same(made, bundle / MODEL, example)
     return made
 
 

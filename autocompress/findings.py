@@ -20,7 +20,7 @@ from autocompress.objective import Baseline, Setting, failure_of
 from autocompress.policy import Policy
 from autocompress.progress import Progress
 from autocompress.records import Budget, Measurement, Outcome, Score
-from autocompress.run_folder import write_atomically
+from autocompress.run_folder import FRONT, write_atomically
 from autocompress.schedule import Clock
 from autocompress.task import Task
 from autocompress.units import format_duration, format_size
@@ -162,7 +162,7 @@ class Findings:
 
     def write_front(self) -> None:
         """Write RUN/front.json: after every policy, so that a killed search leaves a folder that can be shown and exported."""
-        write_atomically(self.run / "front.json", json.dumps(self.content(), indent=1, allow_nan=False))
+        write_atomically(self.run / FRONT, json.dumps(self.content(), indent=1, allow_nan=False))
 
     def announce(self, outcome: Outcome) -> None:
         """One line for the user."""

@@ -15,8 +15,8 @@ from autocompress.graph import Graph
 from autocompress.models import example_for, load_model
 from autocompress.policy import Policy
 from autocompress.records import Measurement
+from autocompress.references import DEFAULT_DEVICE
 from autocompress.sources import load_data
-from autocompress.task import DEFAULT_DEVICE
 
 MEASURE_S = 2.0
 

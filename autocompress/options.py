@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-DEFAULT_DEVICE = "onnxruntime:cpu?threads=1"
+from autocompress.references import DEFAULT_DEVICE
+from autocompress.run_folder import FRONT
+
 MODEL, LIMITS, OUTPUT = "Model and data", "Limits", "Output"
 
 _REFERENCE = "torchvision:resnet18, timm:NAME, package.module:function or file.py:function"
@@ -15,7 +17,7 @@ _REFERENCE = "torchvision:resnet18, timm:NAME, package.module:function or file.p
 
 def _run_of(path: Path) -> Path:
     """The run that a path means: its folder, or the file of results in it."""
-    return path.parent if path.name == "front.json" else path
+    return path.parent if path.name == FRONT else path
 
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", callback=_run_of, help="Folder of a search.")]

@@ -17,6 +17,7 @@ from urllib.parse import parse_qsl
 
 from autocompress.errors import UsageError, one_line
 
+DEFAULT_DEVICE = "onnxruntime:cpu?threads=1"
 FORMATS = ("onnx", "openvino", "torch")
 """What an export can write."""
 DATA_ROOT = "data"

@@ -12,7 +12,7 @@ from typing import Any
 
 from autocompress.figures import LIGHT, Figure, layers_figure, pareto_figure, prediction_figure, progress_figure
 from autocompress.plots import pareto_png
-from autocompress.run_folder import write_atomically
+from autocompress.run_folder import PARETO, REPORT, write_atomically
 from autocompress.units import format_duration, format_size
 from autocompress.view import Entry, Results, caveats, format_score, headline, score_interval
 
@@ -25,8 +25,8 @@ def write_report(front_json: Mapping[str, Any], run: Path) -> None:
 
     Raises RunFolderError when the content is damaged or the folder cannot be written.
     """
-    write_atomically(run / "report.html", render(Results.read(front_json), run))
-    pareto_png(front_json, run / "pareto.png")
+    write_atomically(run / REPORT, render(Results.read(front_json), run))
+    pareto_png(front_json, run / PARETO)
 
 
 def render(results: Results, run: Path) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from autocompress.errors import RunFolderError, UsageError
 
-LOCK = ".lock"
+LOCK, FRONT, REPORT, PARETO = ".lock", "front.json", "report.html", "pareto.png"
 
 
 @contextmanager
@@ -83,9 +83,9 @@ def new_run() -> Path:
 
 def read_front(run: Path) -> dict[str, Any]:
     """The content of RUN/front.json. Raises UsageError when there is none, RunFolderError when it is damaged."""
-    path = run / "front.json"
+    path = run / FRONT
     if not path.is_file():
-        raise UsageError(f"{str(run)!r} holds no front.json", hint="give the folder that `autocompress search --out` wrote")
+        raise UsageError(f"{str(run)!r} holds no {FRONT}", hint="give the folder that `autocompress search --out` wrote")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

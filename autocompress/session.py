@@ -31,14 +31,15 @@ from autocompress.preparation import TEACHER_WEIGHTS, contents, kept_teacher, lo
 from autocompress.progress import Progress, SilentProgress
 from autocompress.proposals import LevelSuggester
 from autocompress.records import Budget
+from autocompress.references import DEFAULT_DEVICE
 from autocompress.report import figures, write_report
-from autocompress.run_folder import locked, new_run, read_front, write_atomically
+from autocompress.run_folder import PARETO, locked, new_run, read_front, write_atomically
 from autocompress.schedule import Clock
 from autocompress.search_space import Suggest, find_suggest, own_suggest, structural
 from autocompress.sources import Splits, as_data
 from autocompress.study import open_journal, require_own, require_same_contents, writing
 from autocompress.tables import frame
-from autocompress.task import DEFAULT_DEVICE, OBJECT, TASK_FILE, Task, load_task
+from autocompress.task import OBJECT, TASK_FILE, Task, load_task
 from autocompress.units import format_duration
 from autocompress.view import Results
 
@@ -83,7 +84,7 @@ class SearchResult:
         """Draw the Pareto plot as PNG; into the run folder unless told where."""
         from autocompress.plots import pareto_png
 
-        target = Path(path) if path is not None else self.run / "pareto.png"
+        target = Path(path) if path is not None else self.run / PARETO
         pareto_png(self.content, target)
         return target
 

@@ -14,10 +14,9 @@ from pydantic import Field, ValidationError, field_validator
 from autocompress.errors import UsageError
 from autocompress.policy import Record, explain
 from autocompress.records import Budget
-from autocompress.references import absolute_data, absolute_function, absolute_path, nearest
+from autocompress.references import DEFAULT_DEVICE, absolute_data, absolute_function, absolute_path, nearest
 from autocompress.units import parse_duration
 
-DEFAULT_DEVICE = "onnxruntime:cpu?threads=1"
 DEMO_MODEL = "autocompress.demo:teacher"
 DEMO_DATA = "digits"
 DATA_VARIABLE = "AUTOCOMPRESS_DATA"

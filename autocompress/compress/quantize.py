@@ -18,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from autocompress.graph.nodes import fused, int8_tensors, is_layer, kind_of, leaves
+from autocompress.graph.nodes import Conv, Weighted, fused, int8_tensors, is_layer, kind_of, leaves
 from autocompress.graph.trace import is_opaque
 from autocompress.policy import QuantSpec
 
-Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 INT8_MAX = 127
 REDUCED_MAX = 64
 """vpmaddubsw adds two products of uint8 and int8 in 16 bits: 2 * 255 * 64 is the most that fits."""
@@ -63,7 +62,7 @@ def _straight_through(weight: Tensor, bits: int, reduced_range: bool) -> Tensor:
 class _Rounded(nn.Module):
     """A layer that computes with rounded weights. Holds the layer's own parameters under their own names."""
 
-    def __init__(self, layer: Conv | nn.Linear, bits: int, reduced_range: bool) -> None:
+    def __init__(self, layer: Weighted, bits: int, reduced_range: bool) -> None:
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
         self.plain = _Plain(layer)
@@ -92,7 +91,7 @@ class RoundedLinear(_Rounded):
 class _Plain:
     """The geometry of a layer, outside the module tree so that its weights are listed once."""
 
-    def __init__(self, layer: Conv | nn.Linear) -> None:
+    def __init__(self, layer: Weighted) -> None:
         self.layer: Any = copy.copy(layer)
         self.layer._parameters = dict.fromkeys(layer._parameters)
 

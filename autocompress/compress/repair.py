@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from autocompress.compress.least_squares import solve
 from autocompress.graph import Graph
-from autocompress.graph.nodes import fused, is_folded_norm, kind_of, module_of
+from autocompress.graph.nodes import fused, is_depthwise, is_folded_norm, kind_of, module_of
 from autocompress.graph.resize import NEW, Selection
 from autocompress.policy import Policy
 
@@ -212,7 +212,7 @@ class _Repair(fx.Interpreter):
         layer, norm = module_of(aim.layer, self._student), module_of(aim.norm, self._student) if aim.norm is not None else None
         assert isinstance(layer, (nn.Conv2d, nn.Linear))
         kept, target = self._target(aim)
-        depthwise = isinstance(layer, nn.Conv2d) and layer.groups == layer.out_channels > 1
+        depthwise = is_depthwise(layer)
         groups = len(kept) if depthwise else getattr(layer, "groups", 1)
         size = layer.weight[0].numel()
         if not len(kept) or size > MOST_INPUTS or (groups > 1 and not depthwise and len(kept) < len(layer.weight)):

@@ -14,13 +14,12 @@ from torch.nn.utils import skip_init
 from autocompress.compress.distill import SharedFeatures
 from autocompress.graph import Graph
 from autocompress.graph.channels import pad_amounts
-from autocompress.graph.nodes import kind_of, module_of
+from autocompress.graph.nodes import Conv, Weighted, is_depthwise, kind_of, module_of
 from autocompress.graph.resize import NEW, Roots, Selection
 from autocompress.graph.trace import annotate_shapes
 from autocompress.policy import Policy
 
 INIT_SEED = 1234
-Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def build_student(graph: Graph, policy: Policy) -> fx.GraphModule:
@@ -80,7 +79,7 @@ def _resize_module(node: fx.Node, student: fx.GraphModule, graph: Graph, selecti
 
 
 def _conv(old: Conv, rows: Roots | None, columns: Roots | None, generator: torch.Generator) -> Conv:
-    depthwise = old.groups > 1
+    depthwise = is_depthwise(old)
     outputs = len(rows) if rows is not None else old.out_channels
     inputs = outputs if depthwise else len(columns) if columns is not None else old.in_channels
     new: Conv = skip_init(
@@ -104,7 +103,7 @@ def _linear(old: nn.Linear, rows: Roots | None, columns: Roots | None, generator
 
 
 @torch.no_grad()
-def _fill(new: Conv | nn.Linear, old: Conv | nn.Linear, rows: Roots | None, columns: Roots | None, generator: torch.Generator) -> None:
+def _fill(new: Weighted, old: Weighted, rows: Roots | None, columns: Roots | None, generator: torch.Generator) -> None:
     """Old filters read nothing from added channels at first (function-preserving growth as in Net2Net, Chen et al. 2016, arXiv
     1511.05641, by zeros instead of copies)."""
     weight = _gather(_gather(old.weight, rows, 0), columns, 1, fill=0.0)

@@ -1,7 +1,10 @@
 """Write a student as a file, check that the file computes the same, and keep what belongs to it together."""
 
 from autocompress.export.bundle import (
+    MANIFEST,
     MODEL,
+    POLICY,
+    STUDENT,
     Manifest,
     is_intact,
     library_versions,
@@ -17,7 +20,10 @@ from autocompress.export.parity import Parity, check_parity, compare, require_pa
 from autocompress.export.weights import weights_bytes
 
 __all__ = [
+    "MANIFEST",
     "MODEL",
+    "POLICY",
+    "STUDENT",
     "Manifest",
     "Parity",
     "check_onnx",

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import fx, nn
 
-from autocompress.graph.nodes import kind_of, module_of
+from autocompress.graph.nodes import Conv, is_depthwise, kind_of, module_of
 
 Ids = NDArray[np.int64]
 
@@ -153,8 +153,8 @@ class _Rules:
         conv, source = module_of(node, self.module), self._only(node)
         if source is None or source.axis != 1 or source.repeat != 1:
             return None
-        assert isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        if conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1:
+        assert isinstance(conv, Conv)
+        if is_depthwise(conv):
             self.channels.play(node, "depthwise", source)
             self._freeze_shared(node, source)
             return source

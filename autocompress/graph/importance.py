@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from autocompress.graph.channels import Channels
-from autocompress.graph.nodes import fused, module_of
+from autocompress.graph.nodes import Weighted, fused, module_of
 
 
 def channel_scores(module: fx.GraphModule, channels: Channels) -> NDArray[np.float64]:
@@ -31,7 +31,7 @@ def channel_scores(module: fx.GraphModule, channels: Channels) -> NDArray[np.flo
 @torch.no_grad()
 def _filter_norms(node: fx.Node, module: fx.GraphModule) -> Tensor:
     layer = module_of(node, module)
-    assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
+    assert isinstance(layer, Weighted)
     norms = layer.weight.detach().double().flatten(1).norm(dim=1)
     norm_node = fused(node, module).norm
     norm = module_of(norm_node, module) if norm_node is not None else None

@@ -18,7 +18,7 @@ from autocompress.errors import UsageError, one_line
 from autocompress.graph.blocks import Branch, drop, find_branches
 from autocompress.graph.channels import Channels, Layout, Role, frozen_roots, group_ids, propagate
 from autocompress.graph.importance import channel_scores
-from autocompress.graph.nodes import is_layer, is_norm, kind_of, leaves, module_of
+from autocompress.graph.nodes import Weighted, is_layer, is_norm, kind_of, leaves, module_of
 from autocompress.graph.resize import Groups, Roots, Selection, run_ends
 from autocompress.graph.trace import OPAQUE, trace, untraced
 from autocompress.graph.workloads import Arithmetic, Population, Workloads, packed_bytes
@@ -332,7 +332,7 @@ def _targets(roles: frozenset[Role], part: str, position: dict[str, int], target
 
 
 def _layer(name: str, module: nn.Module | None, group: str | None) -> Layer:
-    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
+    assert isinstance(module, Weighted)
     params = sum(p.numel() for p in module.parameters())
     if isinstance(module, nn.Linear):
         return Layer(name, "linear", module.in_features, module.out_features, params, group)

@@ -35,6 +35,9 @@ NodeKind = Literal[
     "other",
 ]
 
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Weighted = Conv | nn.Linear
+"""Layers whose channels and bits are searched."""
 _LAYERS: dict[type, NodeKind] = {nn.Conv1d: "conv", nn.Conv2d: "conv", nn.Conv3d: "conv", nn.Linear: "linear"}
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -199,6 +202,11 @@ def _relu_name(node: fx.Node, root: nn.Module) -> str | None:
     if node.op == "call_method" and node.target in ("relu", "relu_"):
         return "relu"
     return _RELU_FUNCTIONS.get(node.target) if node.op == "call_function" else None
+
+
+def is_depthwise(layer: nn.Module | None) -> bool:
+    """Whether this is a convolution of each channel by itself."""
+    return isinstance(layer, Conv) and 1 < layer.groups == layer.in_channels == layer.out_channels
 
 
 def follows_batch(module: nn.Module | None) -> bool:

@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from autocompress.graph.blocks import Branch
 from autocompress.graph.channels import Layout
-from autocompress.graph.nodes import FOLLOWERS, follows_batch, is_folded_norm, kind_of, module_of, relu_of
+from autocompress.graph.nodes import FOLLOWERS, Weighted, follows_batch, is_depthwise, is_folded_norm, kind_of, module_of, relu_of
 from autocompress.graph.resize import Groups, Roots
 from autocompress.records import Operator, OperatorKind, Shape, Workload
 
@@ -36,7 +36,6 @@ MOST_CODES = 2**20
 """Combinations of an operator's dimensions that are numbered without looking which of them occur."""
 MOST_OPERATORS = 2**18
 NONE = -1
-Weighted = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 Flags = NDArray[np.bool_]
 Numbers = NDArray[np.int64]
@@ -348,8 +347,7 @@ class Arithmetic:
         has_bias = layer.bias is not None or has_norm
         if isinstance(layer, nn.Linear):
             return Operator(**common, weight_bits=weight_bits, params=output[-1] * (inputs[0][-1] + has_bias))
-        depthwise = layer.groups > 1 and layer.groups == layer.in_channels == layer.out_channels
-        groups = output[1] if depthwise else layer.groups
+        groups = output[1] if is_depthwise(layer) else layer.groups
         per_filter = inputs[0][1] // groups * math.prod(layer.kernel_size)
         return Operator(
             **common,
