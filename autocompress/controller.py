@@ -179,7 +179,7 @@ class Search(Findings):
         """Train many policies a little: the best structures, spread over the latencies; then these distilled in other ways."""
         started, left = time.monotonic(), self.clock.left
         while not self._stop() and not self._enough():
-            begun, division = time.monotonic(), Division.of(left, self._overhead())
+            begun, division = time.monotonic(), self._division(left)
             if not self._room_for_short(started + self._short_seconds(division), division):
                 return
             choice = self._next(pool)
@@ -189,8 +189,15 @@ class Search(Findings):
             self._train_shortly(choice, begun, division)
 
     def _short_seconds(self, division: Division) -> float:
-        """More than its share where appraisal does not foretell what short training makes of policies."""
-        return extended(division.short_total, self.ladder()["appraised_short_spearman"])
+        """More than its share where appraisal does not foretell what short training makes of policies, and these runs tell."""
+        return extended(division.short_total, self.ladder()["appraised_short_spearman"] if self._short_runs_tell() else None)
+
+    def _division(self, left: float) -> Division:
+        return Division.of(left, self._overhead(), TELLING_STEPS * self._step_seconds())
+
+    def _step_seconds(self) -> float:
+        """What a step of training took, as a rule; 0 before the first."""
+        return statistics.median_low([o.training_s / o.steps for o in self.journal.outcomes if o.steps] or [0.0])
 
     def _room_for_short(self, until: float, division: Division) -> bool:
         """Whether another short run fits. Until one is within the budget they take what time there is: nothing else could use it."""
@@ -393,9 +400,8 @@ class Search(Findings):
 
     def _full_each(self) -> float:
         """Seconds that one full run is meant to take, in a search of this length on this machine."""
-        training = FULL_FACTOR * Division.of(self.clock.total, self._overhead()).training
-        step_s = statistics.median_low([o.training_s / o.steps for o in self.journal.outcomes if o.steps] or [0.0])
-        return max(training, LEAST_FULL_STEPS * step_s) + self._finishing()
+        training = FULL_FACTOR * self._division(self.clock.total).training
+        return max(training, LEAST_FULL_STEPS * self._step_seconds()) + self._finishing()
 
     def _step_cost(self, policy: Policy) -> float:
         """What a training step of the student costs, up to a factor: as its latency in float32 tells, in which it is trained."""

@@ -132,9 +132,13 @@ class Division:
     overhead: float
 
     @classmethod
-    def of(cls, left: float, overhead: float) -> Division:
-        """Divide what is `left`; a run trains for LEAST_TRAINING_RATIO of its overhead at least (choice, repair, export, measuring)."""
-        each = max(SHORT_SHARE * left / SHORT_RUNS, (1 + LEAST_TRAINING_RATIO) * overhead)
+    def of(cls, left: float, overhead: float, telling_s: float = 0.0) -> Division:
+        """Divide what is `left`; a run trains for LEAST_TRAINING_RATIO of its overhead at least (choice, repair, export, measuring).
+
+        Where steps are slow there are fewer runs, down to FEWEST_SHORT_RUNS, so that each trains for the `telling_s` after which it tells.
+        """
+        least = min(telling_s + overhead, MOST_SHORT_SHARE * left / FEWEST_SHORT_RUNS)
+        each = max(SHORT_SHARE * left / SHORT_RUNS, (1 + LEAST_TRAINING_RATIO) * overhead, least)
         total = max(SHORT_SHARE * left, min(MOST_SHORT_SHARE * left, FEWEST_SHORT_RUNS * each))
         return cls(total, each - overhead, overhead)
 

@@ -168,6 +168,14 @@ def test_short_runs_take_more_than_their_share_where_they_would_be_too_few():
     assert Division.of(left=0.0, overhead=1.0).short_total == 0.0
 
 
+@pytest.mark.parametrize(("telling_s", "training"), [(0.0, 24.0), (20.0, 24.0), (80.0, 80.0), (500.0, 199.0)])
+def test_where_steps_are_slow_fewer_short_runs_train_until_they_tell(telling_s, training):
+    """Seen on a slow machine: seventeen runs of thirty to ninety steps, which ranked policies by how many steps they had."""
+    division = Division.of(left=1200.0, overhead=1.0, telling_s=telling_s)
+    assert division.training == pytest.approx(training)
+    assert schedule.FEWEST_SHORT_RUNS * division.short_each <= division.short_total <= schedule.MOST_SHORT_SHARE * 1200.0
+
+
 @pytest.mark.parametrize(
     ("left", "each", "candidates", "expected"),
     [

@@ -180,6 +180,8 @@ def test_students_of_another_architecture_are_worth_what_they_promise(search, po
 def test_where_worth_does_not_tell_short_runs_get_more_time(search, monkeypatch, rho, seconds):
     monkeypatch.setattr(Search, "ladder", lambda self: {"appraised_short_spearman": rho})
     assert search._short_seconds(Division(10.0, 1.0, 1.0)) == seconds
+    monkeypatch.setattr(Search, "_short_runs_tell", lambda self: False)
+    assert search._short_seconds(Division(10.0, 1.0, 1.0)) == 10.0, "of runs that do not tell, more would not either"
 
 
 def test_what_choosing_a_policy_took_is_part_of_what_it_cost(search, pool, monkeypatch):
