@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from autocompress.measure import measure_file
     from autocompress.policy import DistillSpec, Policy, PruneSpec, QuantSpec, StudentSpec
     from autocompress.records import Budget, Measurement, Outcome, Score
-    from autocompress.sampler import FrontSampler
     from autocompress.session import SearchResult, search
+    from autocompress.study.sampler import FrontSampler
 
 _HOMES = {
-    "Budget": "records", "Data": "data", "DistillSpec": "policy", "FrontSampler": "sampler", "Measurement": "records",
+    "Budget": "records", "Data": "data", "DistillSpec": "policy", "FrontSampler": "study.sampler", "Measurement": "records",
     "Outcome": "records", "Policy": "policy", "PruneSpec": "policy", "QuantSpec": "policy", "Score": "records",
     "SearchResult": "session", "Split": "data", "StudentSpec": "policy", "apply_policy": "apply", "inspect_model": "inspect",
     "measure_file": "measure", "recreate": "deploy", "search": "session",

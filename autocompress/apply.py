@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from autocompress.candidates.proposals import LevelSuggester
 from autocompress.data import Data, Split
+from autocompress.data.sources import load_data
 from autocompress.deploy import require_free, require_harmless, whole_folder
 from autocompress.errors import UsageError, refused
 from autocompress.evaluate import score_outputs
@@ -19,13 +21,11 @@ from autocompress.models import example_for, load_model
 from autocompress.objective import Setting, check_artifact, untrained
 from autocompress.policy import Policy
 from autocompress.preparation import load, prepare
-from autocompress.proposals import LevelSuggester
 from autocompress.references import DEFAULT_DEVICE
+from autocompress.report.view import format_score
 from autocompress.search_space import find_suggest, structural, unsaturated
-from autocompress.sources import load_data
 from autocompress.task import Task
 from autocompress.units import format_duration, format_size
-from autocompress.view import format_score
 
 RANDOM = "random:"
 RANDOM_INPUTS = 256

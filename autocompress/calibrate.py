@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from autocompress.forecast import Forecast
+from autocompress.candidates.forecast import Forecast
 from autocompress.preparation import load, prepare
 from autocompress.progress import Progress
 from autocompress.search_space import find_suggest

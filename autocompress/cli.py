@@ -121,8 +121,8 @@ def show(*, run: options.RunFolder, json: options.Json = False) -> None:
 
 
 def _show(run: Path, *, json: bool) -> None:
-    from autocompress.tables import front_table, summary
-    from autocompress.view import Results
+    from autocompress.report.tables import front_table, summary
+    from autocompress.report.view import Results
 
     content = read_front(run)
     results = Results.read(content)
@@ -136,7 +136,7 @@ def _show(run: Path, *, json: bool) -> None:
 @app.command()
 def report(*, run: options.RunFolder, open_: options.Open = False, json: options.Json = False) -> None:
     """Write RUN/report.html (one offline file) and RUN/pareto.png."""
-    from autocompress.report import write_report
+    from autocompress.report.page import write_report
 
     write_report(read_front(run), run)
     page, picture = run / REPORT, run / PARETO
@@ -170,7 +170,7 @@ def export(
         emit_json({"folder": str(exported.folder), "files": written, "within_budget": exported.within_budget,
                    "manifest": exported.manifest.model_dump(mode="json", by_alias=True)})  # fmt: skip
         return
-    from autocompress.view import latency_line
+    from autocompress.report.view import latency_line
 
     emit("\n".join(written))
     if exported.manifest.latency_s is not None:
@@ -207,7 +207,7 @@ def measure(
     if json:
         emit_json({"device": device, "what": what, "latency_s": found.model_dump(mode="json")})
     else:
-        from autocompress.view import latency_line
+        from autocompress.report.view import latency_line
 
         emit(latency_line(found))
 
@@ -258,8 +258,8 @@ def inspect(
 @app.command()
 def explain(*, run: options.RunFolder, policy: options.PolicyId = "best", json: options.Json = False) -> None:
     """Show what a policy does to each layer, its predicted time before and after, and why it is not faster."""
-    from autocompress.tables import layer_table, note
-    from autocompress.view import Results
+    from autocompress.report.tables import layer_table, note
+    from autocompress.report.view import Results
 
     entry = Results.read(read_front(run)).pick(policy)
     if json:

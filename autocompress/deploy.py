@@ -40,9 +40,9 @@ from autocompress.policy import Policy
 from autocompress.preparation import TEACHER_WEIGHTS
 from autocompress.records import Measurement
 from autocompress.references import DEFAULT_DEVICE, require_formats
+from autocompress.report.view import Entry, Results
 from autocompress.run_folder import read_front, writing
 from autocompress.task import OBJECT
-from autocompress.view import Entry, Results
 
 BUNDLE = (MODEL, STUDENT, POLICY, MANIFEST)
 OTHER_FORMATS = ("model.xml", "model.bin", "model.pt2")

@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from autocompress.data.sources import load_data
 from autocompress.graph import Graph
 from autocompress.models import example_for, load_model
-from autocompress.sources import load_data
 
 
 def inspect_model(reference: str, *, weights: Path | str | None = None, data: str | None = None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from autocompress.compress.student import build_student
+from autocompress.data.sources import load_data
 from autocompress.devices import open_device
 from autocompress.errors import refused
 from autocompress.export import check_onnx, write_bundle
@@ -16,7 +17,6 @@ from autocompress.models import example_for, load_model
 from autocompress.policy import Policy
 from autocompress.records import Measurement
 from autocompress.references import DEFAULT_DEVICE
-from autocompress.sources import load_data
 
 MEASURE_S = 2.0
 

@@ -18,6 +18,7 @@ from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import Tick, TrainPlan, train
 from autocompress.data import Data, sample
+from autocompress.data.sources import load_data
 from autocompress.demo import BATCH_SIZE, LEARNING_RATE, TEACHER_EPOCHS
 from autocompress.devices import open_device
 from autocompress.devices.base import Device
@@ -33,7 +34,6 @@ from autocompress.records import Measurement, Score
 from autocompress.run_folder import write_atomically
 from autocompress.schedule import FEWEST_EXAMPLES
 from autocompress.search_space import load_space, names_function
-from autocompress.sources import load_data
 from autocompress.task import OBJECT, Task
 
 BASELINE = "baseline"

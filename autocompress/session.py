@@ -16,32 +16,32 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from autocompress.controller import Search
+from autocompress.candidates.forecast import Forecast
+from autocompress.candidates.proposals import LevelSuggester
+from autocompress.controller.final import measure_front, score_test
+from autocompress.controller.search import Search
 from autocompress.data import Data
+from autocompress.data.sources import Splits, as_data
 from autocompress.devices.base import Device
 from autocompress.errors import AutocompressError, InfeasibleBudget, Terminated, TooManyFailures, UsageError
-from autocompress.figures import in_colour
-from autocompress.final import measure_front, score_test
-from autocompress.forecast import Forecast
-from autocompress.journal import Journal
 from autocompress.ledger import Ledger
 from autocompress.objective import Setting
 from autocompress.policy import Policy
 from autocompress.preparation import TEACHER_WEIGHTS, contents, kept_teacher, load, prepare, train_demo_teacher
 from autocompress.progress import Progress, SilentProgress
-from autocompress.proposals import LevelSuggester
 from autocompress.records import Budget
 from autocompress.references import DEFAULT_DEVICE
-from autocompress.report import figures, write_report
+from autocompress.report.figures import in_colour
+from autocompress.report.page import figures, write_report
+from autocompress.report.tables import frame
+from autocompress.report.view import Results
 from autocompress.run_folder import PARETO, locked, new_run, read_front, write_atomically
 from autocompress.schedule import Clock
 from autocompress.search_space import Suggest, find_suggest, own_suggest, structural
-from autocompress.sources import Splits, as_data
-from autocompress.study import open_journal, require_own, require_same_contents, writing
-from autocompress.tables import frame
+from autocompress.study.database import open_journal, require_own, require_same_contents, writing
+from autocompress.study.journal import Journal
 from autocompress.task import OBJECT, TASK_FILE, Task, load_task
 from autocompress.units import format_duration
-from autocompress.view import Results
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -82,7 +82,7 @@ class SearchResult:
 
     def plot(self, path: Path | str | None = None) -> Path:
         """Draw the Pareto plot as PNG; into the run folder unless told where."""
-        from autocompress.plots import pareto_png
+        from autocompress.report.plots import pareto_png
 
         target = Path(path) if path is not None else self.run / PARETO
         pareto_png(self.content, target)

@@ -83,7 +83,7 @@ def emit_record(content: Mapping[str, Any]) -> None:
 def _table(records: list[Mapping[str, Any]]) -> RenderableType:
     from rich.text import Text
 
-    from autocompress.tables import plain_table
+    from autocompress.report.tables import plain_table
 
     columns = list(dict.fromkeys(key for record in records for key in record))
     table = plain_table(*(column.replace("_", " ") for column in columns))

@@ -25,13 +25,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
+from autocompress.candidates.forecast import Forecast
+from autocompress.candidates.knapsack import Knapsack
+from autocompress.candidates.proposals import LevelSuggester
+from autocompress.candidates.sensitivity import Sensitivity
 from autocompress.devices import open_device
-from autocompress.forecast import Forecast
-from autocompress.knapsack import Knapsack
 from autocompress.preparation import load, prepare
-from autocompress.proposals import LevelSuggester
 from autocompress.search_space import find_suggest
-from autocompress.sensitivity import Sensitivity
 from autocompress.task import load_task
 
 RESULTS = Path(__file__).parent / "results"

@@ -29,6 +29,7 @@ from autocompress.compress.student import build_student, shared_features
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import Distillation, TrainPlan, train, train_quantized
 from autocompress.data import Data, sample
+from autocompress.data.sources import load_data
 from autocompress.demo import LEARNING_RATE, TEACHER_EPOCHS
 from autocompress.demo import teacher as demo_teacher
 from autocompress.devices import open_device
@@ -36,7 +37,6 @@ from autocompress.evaluate import score_model
 from autocompress.graph import Graph
 from autocompress.models import load_weights
 from autocompress.policy import DistillSpec
-from autocompress.sources import load_data
 
 RESULTS = Path(__file__).parent / "results"
 SCORED = 2000

@@ -32,6 +32,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
+from autocompress.candidates.forecast import Forecast
+from autocompress.candidates.likeness import Likeness
+from autocompress.candidates.proposals import LevelSuggester, Proposal
 from autocompress.compress.distill import soft_loss
 from autocompress.compress.repair import TeacherActivations, repair
 from autocompress.compress.student import build_student, shared_features
@@ -39,12 +42,9 @@ from autocompress.compress.train import Distillation, TrainPlan, train
 from autocompress.data import Data, sample
 from autocompress.devices import open_device
 from autocompress.evaluate import score_model
-from autocompress.forecast import Forecast
-from autocompress.likeness import Likeness
 from autocompress.objective import Setting
 from autocompress.policy import Policy, QuantSpec
 from autocompress.preparation import load, prepare
-from autocompress.proposals import LevelSuggester, Proposal
 from autocompress.ranks import rank_correlation
 from autocompress.search_space import find_suggest
 from autocompress.task import load_task

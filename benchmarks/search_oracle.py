@@ -43,7 +43,7 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIIISampler, NSGAIISample
 
 from autocompress.devices.onnxruntime import OnnxRuntimeCpu
 from autocompress.front import hypervolume
-from autocompress.sampler import FrontSampler, Space
+from autocompress.study.sampler import FrontSampler, Space
 
 Array = NDArray[np.float64]
 RESULTS = Path(__file__).parent / "results"

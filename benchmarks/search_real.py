@@ -32,20 +32,20 @@ from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESample
 sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
-from autocompress.appraisals import Appraisals
-from autocompress.controller import APPRAISED_FIRST, SINGLES_SHARE
+from autocompress.candidates.appraisals import Appraisals
+from autocompress.candidates.forecast import Forecast
+from autocompress.candidates.likeness import Likeness
+from autocompress.candidates.proposals import Proposal
+from autocompress.controller.search import APPRAISED_FIRST, SINGLES_SHARE
 from autocompress.devices import open_device
-from autocompress.forecast import Forecast
 from autocompress.front import hypervolume
 from autocompress.graph import Structure
-from autocompress.likeness import Likeness
 from autocompress.policy import Policy
 from autocompress.preparation import load, prepare
-from autocompress.proposals import Proposal
-from autocompress.sampler import FrontSampler
 from autocompress.schedule import cover
 from autocompress.search_space import find_suggest
-from autocompress.study import open_journal
+from autocompress.study.database import open_journal
+from autocompress.study.sampler import FrontSampler
 from autocompress.task import Task, load_task
 
 RESULTS = Path(__file__).parent / "results"

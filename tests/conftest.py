@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from autocompress.report.view import Results
 from autocompress.testing.exporter import export_faster
-from autocompress.view import Results
 
 
 @pytest.hookimpl(wrapper=True)

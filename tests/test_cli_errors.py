@@ -180,7 +180,7 @@ def test_a_run_folder_in_use(place, capsys):
 @pytest.fixture
 def run(place):
     """A folder that holds a search of another task."""
-    from autocompress.study import open_journal
+    from autocompress.study.database import open_journal
 
     Path("run").mkdir()
     journal = open_journal(Path("run"), Task(model="own.py:ten", data="digits", seed=1), resume=False)
@@ -213,7 +213,7 @@ def test_a_search_is_resumed_without_saying_its_task_again(run, capsys):
 
 
 def test_a_search_of_objects_is_resumed_where_the_objects_are(place, capsys):
-    from autocompress.study import open_journal
+    from autocompress.study.database import open_journal
 
     Path("objects").mkdir()
     task = Task(model="python:Net", data="python:Data")

@@ -5,11 +5,11 @@ import optuna
 import pytest
 import torch
 
+from autocompress.candidates.proposals import LevelSuggester
 from autocompress.devices.base import DeviceProfile
 from autocompress.errors import RunFolderError, UsageError
 from autocompress.graph import Graph
 from autocompress.policy import KERNEL_BITS, DistillSpec, Policy, PruneSpec, QuantSpec, StudentSpec
-from autocompress.proposals import LevelSuggester
 from autocompress.search_space import (
     Otherwise,
     SearchSpace,

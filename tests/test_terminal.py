@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from autocompress.errors import AutocompressError, InfeasibleBudget, RunFolderError, UsageError
-from autocompress.tables import plain_table
+from autocompress.report.tables import plain_table
 from autocompress.terminal import complain, emit, emit_json, emit_record, report_error
 
 
@@ -71,7 +71,7 @@ def test_tables_in_a_pipe_are_plain_and_wide(capsys):
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_characters_that_the_terminal_lacks_become_question_marks(encoding):
-    program = "from autocompress.cli import _never_fail_on_encoding as f; from autocompress.tables import plain_table\n"
+    program = "from autocompress.cli import _never_fail_on_encoding as f; from autocompress.report.tables import plain_table\n"
     program += "from autocompress.terminal import emit; f(); t = plain_table('a'); t.add_row('ü—'); emit(t); emit('×')"
     environment = {"PYTHONIOENCODING": encoding, "PATH": ""}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment, check=True)

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
+from autocompress.data.images import cache_folder
 from autocompress.devices.base import Device
 from autocompress.errors import PolicyFailure, RunFolderError
-from autocompress.images import cache_folder
 from autocompress.latency.synthetic import build_onnx, empty_model
 from autocompress.records import Operator, Signature, Workload
 from autocompress.run_folder import write_atomically

@@ -9,15 +9,15 @@ import pytest
 from running import TASK
 from tasks import SLOW_CALLS, blobs, trained_net
 
-from autocompress.controller import Search
-from autocompress.forecast import Forecast
+from autocompress.candidates.forecast import Forecast
+from autocompress.controller.search import Search
 from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.preparation import load, prepare
 from autocompress.progress import SilentProgress
 from autocompress.records import Budget, Score
 from autocompress.schedule import Clock
 from autocompress.search_space import find_suggest
-from autocompress.study import open_journal
+from autocompress.study.database import open_journal
 from autocompress.testing.devices import FakeDevice
 
 
@@ -25,7 +25,7 @@ from autocompress.testing.devices import FakeDevice
 def lean(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr("autocompress.forecast.WHOLE_NETWORKS", 2)
+        patch.setattr("autocompress.candidates.forecast.WHOLE_NETWORKS", 2)
         patch.setattr("autocompress.schedule.APPRAISAL_SHARE", 0.03)
         yield
 

@@ -12,9 +12,10 @@ import sys
 import torch
 from tasks import SLOW_CALLS, blobs, trained_net
 
-from autocompress import cli, forecast, schedule, session
-from autocompress.controller import Search
-from autocompress.journal import Journal
+from autocompress import cli, schedule, session
+from autocompress.candidates import forecast
+from autocompress.controller.search import Search
+from autocompress.study.journal import Journal
 from autocompress.testing.devices import FakeDevice
 from autocompress.testing.exporter import export_faster
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from autocompress.cli import main
+from autocompress.data.sources import load_data
 from autocompress.deploy import recreate
 from autocompress.devices import open_device
 from autocompress.export import Manifest
-from autocompress.sources import load_data
 from autocompress.units import parse_duration
 
 BUNDLE = {"model.onnx", "student.safetensors", "policy.json", "manifest.json"}

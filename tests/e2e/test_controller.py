@@ -9,8 +9,8 @@ import optuna
 import pytest
 from running import TASK, trained
 
-from autocompress.appraisals import Appraisals
-from autocompress.controller import APPRAISED_A_TRIAL, APPRAISED_FIRST, CLEAR, Choice, Search
+from autocompress.candidates.appraisals import Appraisals
+from autocompress.controller.search import APPRAISED_A_TRIAL, APPRAISED_FIRST, CLEAR, Choice, Search
 from autocompress.policy import DistillSpec, Policy, PruneSpec, QuantSpec
 from autocompress.progress import SilentProgress
 from autocompress.records import Budget, Failure, Outcome
@@ -191,7 +191,7 @@ def test_what_choosing_a_policy_took_is_part_of_what_it_cost(search, pool, monke
         asked.update(known)
         return Outcome(id=known["id"], policy=policy, rung="short", seconds=3.0)
 
-    monkeypatch.setattr("autocompress.controller.evaluate_policy", made)
+    monkeypatch.setattr("autocompress.controller.search.evaluate_policy", made)
     monkeypatch.setattr(Search, "keep", lambda self, outcome: kept.append(outcome))
     search.clock = Clock.start(60.0, already=30.0)
     search._train_shortly(Choice(pool[0].policy, 0.5), time.monotonic() - 2.0, Division(20.0, 4.0, 1.0))
@@ -204,9 +204,9 @@ def test_what_choosing_a_policy_took_is_part_of_what_it_cost(search, pool, monke
 def test_after_a_handful_of_steps_what_was_worth_most_untrained_is_trained_to_the_end(search, pool, monkeypatch, steps, climbs):
     """Seen where a short run of seven steps lost to one of 38: the search then trained the wrong policy for all of its time."""
     begun = []
-    monkeypatch.setattr("autocompress.controller.evaluate_policy", lambda *_, continues, **known: begun.append(continues))
+    monkeypatch.setattr("autocompress.controller.search.evaluate_policy", lambda *_, continues, **known: begun.append(continues))
     monkeypatch.setattr(Search, "keep", lambda self, outcome: None)
-    monkeypatch.setattr("autocompress.controller.full_runs", lambda *_: 1)
+    monkeypatch.setattr("autocompress.controller.search.full_runs", lambda *_: 1)
     worth = {search.forecast.structure(policy): value for policy, value in ((pool[0].policy, 0.9), (pool[1].policy, 0.4))}
     monkeypatch.setattr(Appraisals, "_worth", lambda self, p: worth[self.forecast.structure(p.policy)])
     for proposal in pool[:2]:

@@ -27,9 +27,9 @@ class Unplugged(FakeDevice):
 def search(net, data, tmp_path, monkeypatch):
     """Runs `autocompress search` on a device; returns its exit code."""
     monkeypatch.setattr("autocompress.schedule.SHORT_RUNS", 100)
-    monkeypatch.setattr("autocompress.forecast.WHOLE_NETWORKS", 2)
-    monkeypatch.setattr("autocompress.controller.Search._overhead", lambda self: 0.2)
-    monkeypatch.setattr("autocompress.controller.Search.full_rung", lambda self: None)
+    monkeypatch.setattr("autocompress.candidates.forecast.WHOLE_NETWORKS", 2)
+    monkeypatch.setattr("autocompress.controller.search.Search._overhead", lambda self: 0.2)
+    monkeypatch.setattr("autocompress.controller.search.Search.full_rung", lambda self: None)
 
     def run(device, *options):
         monkeypatch.setattr(session, "run_search", lambda *given, **named: run_search(*given, model=net, data=data, device=device, **named))

@@ -10,11 +10,11 @@ import pytest
 from running import TASK, measurement, trained
 from tasks import SLOW_CALLS, Diary
 
-from autocompress.controller import Search
+from autocompress.candidates.forecast import Untrained
+from autocompress.controller.final import measure_front, score_test
+from autocompress.controller.search import Search
 from autocompress.data import SPLITS, Split
 from autocompress.errors import InfeasibleBudget, PolicyFailure, TooManyFailures
-from autocompress.final import measure_front, score_test
-from autocompress.forecast import Untrained
 from autocompress.objective import untrained
 from autocompress.policy import Policy, QuantSpec
 from autocompress.progress import SilentProgress
@@ -148,7 +148,7 @@ def test_the_unchanged_network_is_trained_only_where_its_bits_cost_accuracy(sear
         asked.append((known["id"], known["rung"]))
         return Outcome(id=known["id"], policy=policy, rung="full", failure=Failure(stage="train", reason="not here"))
 
-    monkeypatch.setattr("autocompress.controller.evaluate_policy", realised)
+    monkeypatch.setattr("autocompress.controller.search.evaluate_policy", realised)
     monkeypatch.setattr(search, "keep", lambda outcome: None)
     search.full_rung()
     assert asked == ([("int8-full", "full")] if climbs else [])
@@ -274,7 +274,7 @@ def test_an_original_that_hardly_beats_guessing_is_asked_for_its_weights(search,
     data = search.setting.data
     parts = {name: Split(part.inputs, part.targets % classes) for name in SPLITS for part in [getattr(data, name)]}
     search.setting = replace(search.setting, data=replace(data, classes=classes, **parts))
-    monkeypatch.setattr("autocompress.controller.score_original", lambda setting: Score(value=score))
+    monkeypatch.setattr("autocompress.controller.search.score_original", lambda setting: Score(value=score))
     search.score_original()
     assert any("hardly more than guessing" in message for message in diary.messages) == told
 
@@ -325,7 +325,7 @@ def test_a_test_split_that_cannot_be_scored_costs_the_test_scores_only(search, p
     def fail(*_):
         raise PolicyFailure("the outputs of a model must be finite, but some are NaN or infinite")
 
-    monkeypatch.setattr("autocompress.final.score_artifact", fail)
+    monkeypatch.setattr("autocompress.controller.final.score_artifact", fail)
     score_test(search)
     assert any("the test split cannot be scored" in message and "finite" in message for message in diary.messages)
     assert search.front()

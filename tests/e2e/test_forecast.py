@@ -12,12 +12,12 @@ import torch
 from tasks import SLOW_CALLS, Diary, Net
 from torch import nn
 
+from autocompress.candidates.forecast import DRAWS, HOPE, Forecast
+from autocompress.candidates.proposals import CELLS, KEPT_EACH, LevelSuggester, Variation
 from autocompress.errors import InfeasibleBudget, UsageError
-from autocompress.forecast import DRAWS, HOPE, Forecast
 from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import load, prepare
-from autocompress.proposals import CELLS, KEPT_EACH, LevelSuggester, Variation
 from autocompress.records import Budget, Workload
 from autocompress.schedule import FEWEST_EXAMPLES
 from autocompress.search_space import fastest, find_suggest
@@ -149,8 +149,8 @@ def best_within(pool, latency_s):
 @pytest.fixture
 def drawn_and_bred(monkeypatch):
     """The draws that a pool begins with, and the pool; of fixed work, whatever the machine does besides."""
-    monkeypatch.setattr("autocompress.forecast.MOST_DRAWS", 1024)
-    monkeypatch.setattr("autocompress.forecast.GENERATIONS", 20)
+    monkeypatch.setattr("autocompress.candidates.forecast.MOST_DRAWS", 1024)
+    monkeypatch.setattr("autocompress.candidates.forecast.GENERATIONS", 20)
 
     def make(found):
         found.calibrate(5.0, 0, lambda *_: None)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tasks import SLOW_CALLS, blobs
 
+from autocompress.candidates.likeness import Likeness
 from autocompress.compress.student import build_student
-from autocompress.likeness import Likeness
 from autocompress.objective import Setting
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import load, prepare
@@ -64,7 +64,7 @@ def test_a_student_that_cannot_be_made_is_worth_nothing_and_ends_no_search(setti
         raise error
 
     likeness = Likeness(setting)
-    monkeypatch.setattr("autocompress.likeness.repair", fail)
+    monkeypatch.setattr("autocompress.candidates.likeness.repair", fail)
     assert likeness(pruned(setting, 0.5)) == 0.0
     assert likeness(Policy()) == pytest.approx(1.0, abs=1e-5), "nothing of it is to be repaired"
 
@@ -80,6 +80,6 @@ def test_errors_of_the_machine_are_no_policys(setting, monkeypatch):
         raise OSError("disk full")
 
     likeness = Likeness(setting)
-    monkeypatch.setattr("autocompress.likeness.repair", fail)
+    monkeypatch.setattr("autocompress.candidates.likeness.repair", fail)
     with pytest.raises(OSError, match="disk full"):
         likeness(pruned(setting, 0.5))

@@ -49,8 +49,8 @@ def test_a_task_file_with_a_model_and_photos_of_ones_own(place, capsys, monkeypa
     import onnxruntime
 
     monkeypatch.setattr("autocompress.schedule.SHORT_RUNS", 30)
-    monkeypatch.setattr("autocompress.controller.Search.full_rung", lambda self: None)
-    monkeypatch.setattr("autocompress.forecast.WHOLE_NETWORKS", 2)
+    monkeypatch.setattr("autocompress.controller.search.Search.full_rung", lambda self: None)
+    monkeypatch.setattr("autocompress.candidates.forecast.WHOLE_NETWORKS", 2)
     run, out = place / "run", place / "shipped"
     assert main(["search", str(place / "task.toml"), "--quiet", "--out", str(run)]) == 0
     assert main(["export", str(run), "--pick", "int8", "--out", str(out), "--json"]) == 0
@@ -65,9 +65,9 @@ def test_a_task_file_with_a_model_and_photos_of_ones_own(place, capsys, monkeypa
 
 def test_students_of_another_architecture_are_searched_and_made_again(net, data, tmp_path, monkeypatch):
     monkeypatch.setattr("autocompress.schedule.SHORT_RUNS", 30)
-    monkeypatch.setattr("autocompress.forecast.WHOLE_NETWORKS", 2)
-    monkeypatch.setattr("autocompress.controller.Search._overhead", lambda self: 0.2)
-    monkeypatch.setattr("autocompress.controller.Search.full_rung", lambda self: None)
+    monkeypatch.setattr("autocompress.candidates.forecast.WHOLE_NETWORKS", 2)
+    monkeypatch.setattr("autocompress.controller.search.Search._overhead", lambda self: 0.2)
+    monkeypatch.setattr("autocompress.controller.search.Search.full_rung", lambda self: None)
     reference = "torchvision:shufflenet_v2_x0_5"
     task = Task(model="own:net", data="own:blobs", student=reference, search_time="90s", trials=1)
     result = run_search(task, tmp_path / "run", model=net, data=data, device=FakeDevice(SLOW_CALLS))

@@ -18,11 +18,11 @@ import autocompress
 from autocompress.data import Split
 from autocompress.errors import InfeasibleBudget, TooManyFailures, UsageError
 from autocompress.front import non_dominated
-from autocompress.journal import Journal
 from autocompress.policy import DistillSpec, Policy, PruneSpec, QuantSpec
 from autocompress.records import Budget, Measurement
 from autocompress.session import SearchResult, run_search
-from autocompress.study import DATABASE, DISTILLATIONS, STUDY
+from autocompress.study.database import DATABASE, DISTILLATIONS, STUDY
+from autocompress.study.journal import Journal
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
 
@@ -86,8 +86,8 @@ def short_runs_only(patch: pytest.MonkeyPatch) -> None:
     """Policies train for a second each, as long as the search takes: what ends it is what a test is about, not the machine's load."""
     patch.setattr("autocompress.schedule.SHORT_SHARE", 0.9)
     patch.setattr("autocompress.schedule.SHORT_RUNS", 100)
-    patch.setattr("autocompress.controller.Search._overhead", lambda self: 0.2)
-    patch.setattr("autocompress.controller.Search.full_rung", lambda self: None)
+    patch.setattr("autocompress.controller.search.Search._overhead", lambda self: 0.2)
+    patch.setattr("autocompress.controller.search.Search.full_rung", lambda self: None)
 
 
 @pytest.fixture
@@ -117,9 +117,9 @@ def finished(net, tmp_path_factory) -> Finished:
     device = FakeDevice(SLOW_CALLS, noise=0.01)
     run = tmp_path_factory.mktemp("search") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("autocompress.controller.VARIANT_SHARE", 0.5)
+        patch.setattr("autocompress.controller.search.VARIANT_SHARE", 0.5)
         patch.setattr("autocompress.schedule.APPRAISAL_SHARE", 0.3)
-        patch.setattr("autocompress.controller.Search._overhead", lambda self: 0.3)
+        patch.setattr("autocompress.controller.search.Search._overhead", lambda self: 0.3)
         patch.setattr("autocompress.schedule.SHORT_SHARE", 0.7)
         started = time.monotonic()
         wanted = task(search_time=f"{SECONDS:g}s", budget=("0.6x",))
@@ -305,7 +305,7 @@ def test_a_number_of_trials_stops_early_whatever_the_sampler(one_trial):
 def test_the_best_of_a_few_trials_is_trained_to_the_end(net, data, tmp_path, monkeypatch):
     monkeypatch.setattr("autocompress.schedule.SHORT_RUNS", 100)
     monkeypatch.setattr("autocompress.schedule.FULL_FACTOR", 4.0)
-    monkeypatch.setattr("autocompress.controller.Search._overhead", lambda self: 0.2)
+    monkeypatch.setattr("autocompress.controller.search.Search._overhead", lambda self: 0.2)
     result = run_search(task(trials=2), tmp_path / "run", model=net, data=data, device=FakeDevice(SLOW_CALLS))
     outcomes = journal_of(tmp_path / "run").outcomes
     assert [outcome.rung for outcome in outcomes].count("short") == 2

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from optuna.trial import FixedTrial
 
-from autocompress.dimensions import MOST_VALUES, Explorer
+from autocompress.candidates.dimensions import MOST_VALUES, Explorer
+from autocompress.candidates.sensitivity import BITS_LOSS, LEVELS, Sensitivity
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.records import Budget
 from autocompress.search_space import PruneSpace, QuantSpace, SearchSpace, SpaceSpec
-from autocompress.sensitivity import BITS_LOSS, LEVELS, Sensitivity
 
 
 @pytest.fixture

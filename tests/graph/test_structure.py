@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from autocompress.candidates.proposals import inheritance
 from autocompress.compress.student import build_student
 from autocompress.graph import Graph
 from autocompress.policy import DistillSpec, Policy, PruneSpec, QuantSpec, StudentSpec
-from autocompress.proposals import inheritance
 from autocompress.testing.models import CifarResNet
 
 

@@ -1,0 +1,1 @@
+"""Policies before they are trained: drawn, predicted, appraised, and what they lose as far as losses add up."""

@@ -1,0 +1,383 @@
+"""What can be known of policies before anything is trained: what they take on the device, and whether any can meet the budget."""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from autocompress.candidates.proposals import LevelSuggester, Proposal, Variation, capacity, elites, inheritance
+from autocompress.devices.timing import MOST_DRIFT
+from autocompress.errors import InfeasibleBudget, UsageError
+from autocompress.graph import Graph, Structure
+from autocompress.latency import FittedLatencyModel, OperatorTable
+from autocompress.objective import UNTRAINED, Setting, fails_policy, measure_beside_baseline, untrained
+from autocompress.policy import Policy
+from autocompress.records import Budget, Measurement, Outcome, Prediction, Workload
+from autocompress.schedule import FEWEST_EXAMPLES
+from autocompress.search_space import Suggest, fastest, smallest, structural
+from autocompress.units import format_duration, format_size
+
+DRAWS, MOST_DRAWS = 64, 4096
+GENERATIONS, CHILDREN = 100, 4
+"""How often a pool is bred, and how many variations each of its latencies gets each time."""
+OPERATOR_DRAWS = 64
+WHOLE_NETWORKS, LEAST_NETWORKS = 6, 2
+UNTRAINED_SECONDS_EACH = 0.3
+CURE_MARGIN = 1.02
+"""A suggested budget leaves this much room above what was measured."""
+MOST_WEIGHT_BYTES = 2**31 - 2**27
+"""An ONNX file is one protobuf message, which holds 2 GiB at most."""
+HOPE = 1.5
+"""Kernels are staircases, so the smallest policy need not be the fastest: within this factor of the budget the search looks closer."""
+
+FASTEST = 6
+"""Networks that are measured before a budget is refused that the last of them misses by less than predictions are off."""
+
+Tick = Callable[[str, int, int], None]
+"""Called with a phase, and how much of it is done out of how much."""
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """What a policy's structure takes on the device, and in a file."""
+
+    policy: Policy
+    latency_s: Measurement
+    size_bytes: int
+
+    def violation(self, budget: Budget, hope: float = 1.0) -> float:
+        """Relative excess over the budget, were it `hope` times as fast."""
+        return budget.violation(self.latency_s.high / hope, self.size_bytes, self.latency_s.p95 / hope)
+
+
+@dataclass
+class Forecast:
+    """Predictions for the policies of one search; every network that is measured makes them better.
+
+    space: draws policies; all that are looked at here are distilled as usual, see `suggest`.
+    limits: the budget as it was asked for, perhaps relative to the original's latency.
+    networks: workload and measured seconds by the structure of a policy: what the latency model is fitted on.
+    """
+
+    setting: Setting
+    space: Suggest
+    limits: Budget
+    model: FittedLatencyModel
+    networks: dict[Structure, tuple[Workload, float]] = field(default_factory=dict)
+    _foretold: dict[Structure, Prediction] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, setting: Setting, space: Suggest, limits: Budget) -> Self:
+        """With what was measured on this device before."""
+        return cls(setting, space, limits, FittedLatencyModel(OperatorTable.for_device(setting.device)))
+
+    @property
+    def suggest(self) -> Suggest:
+        """The space, for a draw of a structure."""
+        return structural(self.space)
+
+    @property
+    def budget(self) -> Budget:
+        """The limits, against the original's latency as it is known now."""
+        return self.limits.against(self.setting.baseline.latency_s.median)
+
+    @functools.cached_property
+    def original(self) -> Workload:
+        """The unchanged model's workload."""
+        return self.workload(Policy())
+
+    # -- of one policy --------------------------------------------------------------------------------------------
+
+    def workload(self, policy: Policy) -> Workload:
+        return self._graph_of(policy).workload(policy)
+
+    def structure(self, policy: Policy) -> Structure:
+        return self._graph_of(policy).structure(policy)
+
+    def predict(self, policy: Policy) -> Prediction:
+        return self.model.predict(self.workload(policy))
+
+    def violation(self, workload: Workload, latency_s: float, budget: Budget | None = None) -> float:
+        """Relative excess over the budget as predicted; the file is larger than its weights by as much as the baseline's.
+
+        A network whose weights no file can hold is over every budget.
+        """
+        if workload.weight_bytes > MOST_WEIGHT_BYTES:
+            return workload.weight_bytes / MOST_WEIGHT_BYTES - 1
+        baseline = self.setting.baseline
+        overhead = baseline.size_bytes - self.original.weight_bytes
+        p95 = latency_s * baseline.latency_s.p95 / baseline.latency_s.median
+        return (budget or self.budget).violation(latency_s, workload.weight_bytes + max(0, overhead), p95)
+
+    def upper(self, latency_s: float) -> float:
+        """The upper end of an interval around it as wide as the original's, which is what a budget limits; beyond drift it is noise."""
+        measured = self.setting.baseline.latency_s
+        return latency_s * min(measured.high / measured.median, 1 + MOST_DRIFT)
+
+    def proposal(self, policy: Policy, params: dict[str, Any]) -> Proposal:
+        return self.proposals([policy], [params])[0]
+
+    def proposals(self, policies: Sequence[Policy], params: Sequence[dict[str, Any]]) -> list[Proposal]:
+        """What is known of several policies before training; many at once take hardly longer than one."""
+        known: dict[int, Proposal] = {}
+        for reference in {policy.student.reference for policy in policies}:
+            members = [index for index, policy in enumerate(policies) if policy.student.reference == reference]
+            graph = self._graph_of(policies[members[0]])
+            own = [policies[index] for index in members]
+            grown, kept = (graph.workloads(graph.population(own, grown=g)) for g in (True, False))
+            facts = zip(grown, self.model.values(grown).tolist(), inheritance(kept, self.original), capacity(grown), strict=True)
+            for index, (workload, latency_s, share, size) in zip(members, facts, strict=True):
+                known[index] = Proposal(policies[index], params[index], workload, latency_s, share, size)
+        return [known[index] for index in range(len(policies))]
+
+    @property
+    def latency_limit(self) -> float:
+        """Seconds up to which policies are of interest: the budget, else the original's latency."""
+        limits = [limit for limit in (self.budget.latency_s, self.budget.p95_s) if limit is not None]
+        return min([*limits, self.setting.baseline.latency_s.median])
+
+    def _graph_of(self, policy: Policy) -> Graph:
+        try:
+            return self.setting.graph_of(policy)
+        except KeyError:
+            known = [reference for reference in self.setting.graphs if reference is not None]
+            raise UsageError(
+                f"the space draws students of {policy.student.reference!r}, which this search does not know",
+                hint=f"name it: --student {policy.student.reference}" + (f" (given: {known[0]})" if known else ""),
+            ) from None
+
+    # -- of the whole space -----------------------------------------------------------------------------------------
+
+    def pool(self, seed: int, seconds: float) -> list[Proposal]:
+        """Some hundred policies, at all latencies of interest those that promise most, in any order.
+
+        Draws of the space, then variations of the best, up to GENERATIONS times CHILDREN of each cell, or until nothing gets better.
+
+        The search is MAP-Elites (Mouret & Clune 2015, arXiv 1504.04909) with latencies as cells: what is found at one latency is a
+        step towards the best of the next. Draws get a quarter of `seconds`.
+        Raises UsageError when the space names groups, blocks, layers or architectures that the model does not have.
+        """
+        generator, now = np.random.default_rng(seed), time.monotonic()
+        pool = self._draw([LevelSuggester(generator) for _ in range(DRAWS)])
+        while len(pool) < MOST_DRAWS and time.monotonic() < now + 0.25 * seconds:
+            pool += self._draw([LevelSuggester(generator) for _ in range(DRAWS)])
+        cells, before = self._elites(pool), None
+        for _ in range(GENERATIONS):
+            if time.monotonic() > now + seconds or cells == before:
+                break
+            parents = [cell[generator.integers(len(cell))] for cell in cells for _ in range(CHILDREN)]
+            children = self._bred(parents, generator, now + seconds)
+            cells, before = self._elites([*itertools.chain(*cells), *children]), cells
+        pool = [*itertools.chain(*cells)]
+        return [pool[index] for index in generator.permutation(len(pool))]
+
+    def _bred(self, parents: Sequence[Proposal], generator: np.random.Generator, until: float) -> list[Proposal]:
+        """A variation of each, in any order, as far as there is time: of a large network a draw takes long."""
+        bred: list[Proposal] = []
+        order = generator.permutation(len(parents))
+        for start in range(0, len(parents), DRAWS):
+            if time.monotonic() < until:
+                bred += self._draw([Variation(generator, parent=parents[index].params) for index in order[start : start + DRAWS]])
+        return bred
+
+    def _elites(self, pool: Sequence[Proposal]) -> list[list[Proposal]]:
+        """Of each latency what is least too large, and of that what promises most; a little beyond the limit, since predictions err."""
+
+        def merit(proposal: Proposal) -> tuple[float, float]:
+            excess = self.violation(proposal.workload, proposal.latency_s, self.budget.of_size)
+            return -max(0.0, excess), proposal.promise
+
+        return elites(pool, HOPE * self.latency_limit, merit)
+
+    def _draw(self, suggesters: Sequence[LevelSuggester]) -> list[Proposal]:
+        policies = [self.suggest(suggester) for suggester in suggesters]
+        for policy in policies:
+            self._graph_of(policy).require_known(policy)
+        return self.proposals(policies, [suggester.params for suggester in suggesters])
+
+    def again(self, pool: Sequence[Proposal], *, margin: float = 0.0) -> list[Proposal]:
+        """The pool with latencies as predicted by now, without what is over the budget, or would be if it were slower by `margin`."""
+        now = [replace(p, latency_s=self.latency_s(p)) for p in pool]
+        return [p for p in now if self.violation(p.workload, self.upper((1 + margin) * p.latency_s)) <= 0]
+
+    def excess(self, proposal: Proposal, *, margin: float = 0.0, measuring: bool = True) -> float:
+        """Relative excess of a policy, were it slower by `margin`; where prediction leaves that open, its untrained network is measured.
+
+        That takes seconds, and training what turns out to be over the budget takes minutes. Not `measuring`: the least that it may be.
+        """
+        slower, known = 1 + margin, self._measured(proposal.policy)
+        if known is not None:
+            return self.violation(proposal.workload, self.upper(slower * known))
+        predicted = self.model.predict(proposal.workload)
+        least = self.violation(proposal.workload, slower * predicted.low)
+        if not measuring or least > 0 or self.violation(proposal.workload, slower * predicted.high) <= 0:
+            return least
+        found = self._measure_untrained(proposal.policy)
+        self.learn([])
+        return found.violation(self.budget, 1 / slower) if found is not None else least
+
+    def latency_s(self, proposal: Proposal) -> float:
+        """Seconds as they were measured, else as they are predicted by now."""
+        return self._measured(proposal.policy) or self.model.predict(proposal.workload).value
+
+    def _measured(self, policy: Policy) -> float | None:
+        """Seconds that the policy's network took, where it has been measured."""
+        known = self.networks.get(self.structure(policy))
+        return known[1] if known is not None else None
+
+    # -- learning from the device -------------------------------------------------------------------------------------
+
+    def learn(self, outcomes: Sequence[Outcome]) -> None:
+        """Fit the latency model to what has been measured of these, beside what it knew."""
+        for outcome in outcomes:
+            if outcome.latency_s is not None:
+                self._note(outcome.policy, outcome.latency_s.median)
+        self.model.fit(list(self.networks.values()))
+
+    def calibrate(self, seconds: float, seed: int, tick: Tick) -> None:
+        """Measure operators, then a few whole networks of the latencies of interest, without training."""
+        until, generator = time.monotonic() + seconds, np.random.default_rng(seed)
+        policies = [self.suggest(LevelSuggester(generator)) for _ in range(OPERATOR_DRAWS)]
+        workloads = [self.workload(Policy()), *(self.workload(policy) for policy in policies)]
+        with self.setting.ledger.spend("calibrate"):
+            self.model.table.calibrate(
+                self.setting.device, workloads, 0.5 * seconds, lambda done, total: tick("measuring operators", done, total)
+            )
+        by_latency = self._of_interest({self.structure(policy): policy for policy in policies}.values())
+        chosen = [by_latency[round(i)] for i in np.linspace(0, len(by_latency) - 1, WHOLE_NETWORKS)]
+        for done, policy in enumerate(chosen):
+            if time.monotonic() > until and done >= LEAST_NETWORKS:
+                break
+            tick("measuring whole networks", done, len(chosen))
+            self._measure_untrained(policy)
+        self._note(Policy(), self.setting.recent_baseline.median)
+        self.learn([])
+
+    def _of_interest(self, policies: Iterable[Policy]) -> list[Policy]:
+        """Fastest first, without those far over the limit, which take long to measure and are of no use; a few in any case.
+
+        As predicted from operators alone, in units of what these predict for the original.
+        """
+        limit = HOPE * self.latency_limit / self.setting.baseline.latency_s.median * self.predict(Policy()).value
+        by_latency = sorted(policies, key=lambda policy: self.predict(policy).value)
+        return [policy for rank, policy in enumerate(by_latency) if rank < WHOLE_NETWORKS or self.predict(policy).value <= limit]
+
+    def _note(self, policy: Policy, seconds: float) -> None:
+        structure = self.structure(policy)
+        if structure not in self.networks and len(self.model.table):
+            self._foretold[structure] = self.predict(policy)
+        self.networks[structure] = (self.workload(policy), seconds)
+
+    def foretell(self, policy: Policy) -> Prediction:
+        """As it was predicted before its network was first measured: what prediction is judged by."""
+        return self._foretold.get(self.structure(policy)) or self.predict(policy)
+
+    def _measure_untrained(self, policy: Policy) -> Untrained | None:
+        """What the policy's structure takes, beside the original; None when it cannot be built."""
+        models, spend = self.setting.models, self.setting.ledger.spend
+        with spend("measure"), tempfile.TemporaryDirectory(prefix=UNTRAINED, dir=models) as name:
+            folder = Path(name)
+            try:
+                manifest = self.setting.write(folder, untrained(self.setting, policy, calibration=FEWEST_EXAMPLES), policy)
+                _, latency = measure_beside_baseline(self.setting, [folder / manifest.artifact], seconds_each=UNTRAINED_SECONDS_EACH)
+            except Exception as error:
+                if not fails_policy(error):
+                    raise
+                return None
+        self._note(policy, latency.median)
+        return Untrained(policy, latency, manifest.size_bytes)
+
+    # -- whether the budget can be met -----------------------------------------------------------------------------
+
+    def require_hope(self) -> None:
+        """Before anything is calibrated: raises InfeasibleBudget when the ends of the space are far over a limit. Takes seconds."""
+        generator = np.random.default_rng(self.setting.seed)
+        drawn = [self.suggest(LevelSuggester(generator)) for _ in range(DRAWS)]  # the ends are a guess from names: own spaces have others
+        for budget, ends, cost in (
+            (self.budget.of_time, fastest(self.suggest), _arithmetic),
+            (self.budget.of_size, [smallest(self.suggest)], _weight_bytes),
+        ):
+            if budget == Budget():
+                continue
+            least = min([*ends, *drawn], key=lambda policy: cost(self.workload(policy)))
+            self._require_one_within(budget, [least, *ends])
+
+    def _require_one_within(self, budget: Budget, policies: Sequence[Policy]) -> None:
+        """Raises InfeasibleBudget when all of these are far over the limits, with the nearest of them."""
+        measured = list[Untrained]()
+        for policy in {policy.digest: policy for policy in policies}.values():
+            found = self._measure_untrained(policy)
+            if found is None or found.violation(budget, HOPE) <= 0:
+                return
+            measured.append(found)
+        raise self._infeasible(budget, min(measured, key=lambda found: found.violation(budget)))
+
+    def require_feasible(self, pool: Sequence[Proposal]) -> None:
+        """Raises InfeasibleBudget unless some policy can meet the limits on time.
+
+        Where that is open by prediction, those that are predicted to be fastest are measured, up to FASTEST of them, until one is within
+        the limits or no other can be.
+        """
+        budget, measured = self.budget.of_time, list[Untrained]()
+        waiting = [*(self.proposal(policy, {}) for policy in fastest(self.suggest)), *pool]
+        for _ in range(FASTEST):
+            nearest = min(waiting, key=lambda p: self.model.predict(p.workload).value)
+            predicted = self.model.predict(nearest.workload)
+            if self.violation(nearest.workload, predicted.high, budget) <= 0:
+                return
+            if measured and self.violation(nearest.workload, predicted.low, budget) > 0:
+                break
+            found = self._measure_untrained(nearest.policy)
+            if found is not None and found.violation(budget) <= 0:
+                return
+            measured += [found] if found is not None else []
+            self.learn([])
+            waiting = [p for p in waiting if p.known != nearest.known]
+            if not waiting:
+                break
+        if measured:
+            raise self._infeasible(budget, min(measured, key=lambda found: found.violation(budget)))
+
+    def _infeasible(self, budget: Budget, found: Untrained) -> InfeasibleBudget:
+        """With the smallest budget of this kind that works: a time, its 95th percentile, or a size."""
+        policy, latency, size_bytes = found.policy, found.latency_s, found.size_bytes
+        binds = self._binds(self.workload(policy)) if budget.size_bytes is None else ""
+        if budget.size_bytes is not None:
+            cure = format_size(CURE_MARGIN * size_bytes)
+        elif budget.latency_s is None or (budget.p95_s is not None and latency.high <= budget.latency_s):
+            cure = f"p95={format_duration(CURE_MARGIN * latency.p95)}"
+        else:
+            cure = format_duration(CURE_MARGIN * latency.high)
+        reason = f"; the time goes to {binds}" if binds else ""
+        return InfeasibleBudget(
+            f"no policy of the space meets the budget ({self.budget.in_words()}): the {'smallest' if budget.size_bytes else 'fastest'} "
+            f"takes {format_duration(latency.high)} and {format_size(size_bytes)} ({policy.in_words()})",
+            hint=f"the smallest budget that works here is about --budget {cure.replace(' ', '')}{reason}; or use a wider space",
+            smallest_latency_s=latency.high,
+            binds=binds,
+        )
+
+    def _binds(self, workload: Workload) -> str:
+        """What takes most of the time: with seconds where operators have been measured, else by arithmetic."""
+        if len(self.model.table):
+            parts = heapq.nlargest(3, self.model.explain(workload), key=lambda part: part[1])
+            return ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in parts)
+        return ", ".join(operator.name for operator in heapq.nlargest(3, workload.operators, key=lambda operator: operator.macs))
+
+
+def _arithmetic(workload: Workload) -> int:
+    """Bits multiplied: what a network takes as far as its arithmetic tells."""
+    return sum(operator.macs * operator.bits for operator in workload.operators)
+
+
+def _weight_bytes(workload: Workload) -> int:
+    return workload.weight_bytes

@@ -1,0 +1,1 @@
+"""The search: which policy comes next, what was found, and how it ends."""

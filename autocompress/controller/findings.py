@@ -1,0 +1,225 @@
+"""What a running search has found: its outcomes in the journal, its front in RUN/front.json, and its user who is told."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from autocompress.candidates.appraisals import Appraisals
+from autocompress.candidates.forecast import Forecast
+from autocompress.compress.train import Tick
+from autocompress.controller.content import entry, feasible, front_of, ladder_quality, prediction_quality, progress_point
+from autocompress.devices.timing import MOST_DRIFT
+from autocompress.export import is_intact
+from autocompress.front import gain, measured
+from autocompress.objective import Baseline, Setting, failure_of
+from autocompress.policy import Policy
+from autocompress.progress import Progress
+from autocompress.records import Budget, Measurement, Outcome, Score
+from autocompress.report.view import format_score
+from autocompress.run_folder import FRONT, write_atomically
+from autocompress.schedule import Clock
+from autocompress.study.journal import Journal
+from autocompress.task import Task
+from autocompress.units import format_duration, format_size
+
+
+@dataclass
+class Findings:
+    """What a search has found so far, and what must survive of it, in the journal."""
+
+    task: Task
+    run: Path
+    journal: Journal
+    forecast: Forecast
+    clock: Clock
+    progress: Progress
+    points: list[dict[str, Any]]
+    best: Outcome | None = None
+    per_example_s: float = 0.0
+    """What the original's file takes to answer one example."""
+
+    @functools.cached_property
+    def appraisals(self) -> Appraisals:
+        """What policies are worth untrained, with what a resumed search knew of it."""
+        found = Appraisals(self.journal, self.forecast)
+        found.recall()
+        return found
+
+    @property
+    def setting(self) -> Setting:
+        return self.forecast.setting
+
+    @setting.setter
+    def setting(self, setting: Setting) -> None:
+        self.forecast.setting = setting
+
+    @property
+    def limits(self) -> Budget:
+        """The budget as it was asked for: what measured files are held against."""
+        return self.forecast.limits
+
+    @property
+    def budget(self) -> Budget:
+        """The same in seconds, for the original as it is known now."""
+        return self.forecast.budget
+
+    def outcomes(self) -> list[Outcome]:
+        """One outcome a policy: of its files within the budget, else of all, the most accurate; a failure where there is none."""
+
+        def worth(outcome: Outcome) -> tuple[bool, float]:
+            return feasible(outcome, self.limits), gain(outcome)
+
+        kept: dict[str, Outcome] = {}
+        for outcome in self.journal.outcomes:
+            before = kept.get(outcome.policy.digest)
+            if before is None or worth(outcome) >= worth(before):
+                kept[outcome.policy.digest] = outcome
+        return list(kept.values())
+
+    def front(self) -> list[Outcome]:
+        """What is worth having by now, fastest and least accurate first."""
+        return front_of(self.outcomes(), self.limits, self.setting.baseline)
+
+    def _best(self) -> Outcome | None:
+        """The most accurate of the front."""
+        front = self.front()
+        return front[-1] if front else None
+
+    def content(self) -> dict[str, Any]:
+        """What front.json holds now."""
+        baseline, results = self.setting.baseline, self.outcomes()
+        front = front_of(results, self.limits, baseline)
+        on_front = {o.id for o in front}
+        entries = [entry(o, baseline, self.limits, self._layers(o.policy), dominated=o.id not in on_front) for o in measured(results)]
+        every = self.journal.outcomes
+        return {
+            "schema": 1,
+            "task": self.task.model_dump(mode="json"),
+            "device": self.setting.device.name,
+            "environment": self.setting.device.environment(),
+            "budget": self.budget.model_dump(mode="json"),
+            "baseline": {
+                "val_score": _json(baseline.val_score),
+                "test_score": _json(baseline.test_score),
+                "latency_s": _json(baseline.latency_s),
+                "size_bytes": baseline.size_bytes,
+                "artifact": str(baseline.path.relative_to(self.run)),
+            },
+            "front": [e for e in sorted(entries, key=lambda e: e["latency_s"]["median"]) if e["id"] in on_front],
+            "points": entries,
+            "best": front[-1].id if front else None,
+            "progress": self.points,
+            "prediction": prediction_quality(every, self.forecast.structure) | {"held_out": self.forecast.model.held_out_error()},
+            "ladder": self.ladder(),
+            "failures": [{"id": o.id, **o.failure.model_dump()} for o in every if o.failure is not None],
+            "trials": self.journal.finished,
+            "elapsed_s": self.clock.elapsed,
+            "spent_s": self.setting.ledger.spent(),
+        }
+
+    def ladder(self) -> dict[str, Any]:
+        """How many policies stood on each rung of the search, and whether each rung ranked them as the one below it."""
+        every = measured(self.journal.outcomes)
+        appraised = {"appraised": len(self.appraisals), "foreseen_appraised_spearman": self.appraisals.agreement()}
+        short, full = ([o for o in every if o.rung == rung] for rung in ("short", "full"))
+        return appraised | ladder_quality(short, full, self.forecast.structure)
+
+    def _layers(self, policy: Policy) -> list[dict[str, Any]]:
+        """Every layer with its predicted seconds in the original and in the policy's student."""
+        forecast = self.forecast
+        before, after = (dict(forecast.model.explain(forecast.workload(p))) for p in (Policy(), policy))
+        return [
+            layer | {"teacher_latency_s": before.get(layer["name"]), "latency_s": after.get(layer["name"])}
+            for layer in self.setting.graph_of(policy).describe(policy)
+        ]
+
+    def keep(self, outcome: Outcome) -> None:
+        """Record what became of a policy, learn from it, and tell of it."""
+        self.journal.record(outcome)
+        self.follow_original()
+        self.best = self._best()
+        self.forecast.learn([outcome])
+        self.points.append(progress_point(self.outcomes(), self.setting.baseline, self.limits, self.clock.elapsed, self.journal.finished))
+        self.journal.note("progress", self.points)
+        self.note_time()
+        self.write_front()
+        self.announce(outcome)
+
+    def follow_original(self) -> None:
+        """Where the original is no longer what it was when the search began, relative budgets and speed-ups go by what it takes lately."""
+        baseline, recent = self.setting.baseline, self.setting.recent_baseline
+        if abs(recent.median / baseline.latency_s.median - 1) > MOST_DRIFT:
+            self.keep_original(replace(baseline, latency_s=recent))
+
+    def note_time(self) -> None:
+        """Keep how much time has passed, and on what: a resumed search goes on from there."""
+        self.journal.note("elapsed_s", self.clock.elapsed)
+        self.journal.note("spent_s", self.setting.ledger.spent())
+
+    def write_front(self) -> None:
+        """Write RUN/front.json: after every policy, so that a killed search leaves a folder that can be shown and exported."""
+        write_atomically(self.run / FRONT, json.dumps(self.content(), indent=1, allow_nan=False))
+
+    def announce(self, outcome: Outcome) -> None:
+        """One line for the user."""
+        if outcome.failure is not None:
+            self.progress.message(f"policy {outcome.id} failed ({outcome.failure.stage}): {outcome.failure.reason}")
+        elif outcome.val_score is not None and outcome.latency_s is not None:
+            self.progress.message(
+                f"policy {outcome.id}: {format_score(outcome.val_score)} {outcome.val_score.name}, "
+                f"{format_duration(outcome.latency_s.median)}, {format_size(outcome.size_bytes)} ({outcome.policy.in_words()})"
+            )
+
+    def lose(self, outcome: Outcome, error: Exception, stage: str) -> None:
+        """Its file no longer works: it was damaged or taken away, or the runtime fails on it now."""
+        lost = outcome.model_copy(update={"failure": failure_of(error, stage)})
+        self.journal.record(lost)
+        self.announce(lost)
+
+    def retry_failures(self) -> int:
+        """What made policies fail may be mended by now; a file that was lost but is intact comes back. How many there were."""
+        failed = [o for o in self.journal.outcomes if o.failure is not None]
+        for outcome in failed:
+            if outcome.artifact is not None and is_intact((self.run / outcome.artifact).parent):
+                self.journal.record(outcome.model_copy(update={"failure": None}))
+            else:
+                self.journal.forget(outcome)
+        return len(failed)
+
+    def keep_original(self, baseline: Baseline) -> None:
+        """What is known of the original by now, for good: a resumed search begins with it."""
+        self.setting = replace(self.setting, baseline=baseline)
+        known = {"latency_s": baseline.latency_s, "val_score": baseline.val_score, "test_score": baseline.test_score}
+        self.journal.note("original", {name: _json(record) for name, record in known.items()})
+
+    def recall(self) -> None:
+        """Take up what a resumed search knew; speed-ups stay relative to the latency that was measured beside the others."""
+        baseline, known = self.setting.baseline, self.journal.noted("original")
+        if known is not None:
+            val_score, test_score = (Score.model_validate(s) if s is not None else None for s in (known["val_score"], known["test_score"]))
+            latency_s = Measurement.model_validate(known["latency_s"])
+            baseline = replace(baseline, latency_s=latency_s, val_score=val_score, test_score=test_score)
+        self.keep_original(baseline)
+        self.best = self._best()
+
+    # -- what the user sees ----------------------------------------------------------------------------------------
+
+    def percent(self, phase: str) -> Tick:
+        """Shows how much of a phase is done, given as share."""
+        return lambda done: self.show(phase, round(100 * done), 100)
+
+    def show(self, phase: str, done: int = 0, total: int | None = None) -> None:
+        """Live progress: phase, policies tried, best so far, time left."""
+        best, words = self.best, ""
+        if best is not None and best.val_score is not None and best.latency_s is not None:
+            words = f"{format_score(best.val_score)} at {format_duration(best.latency_s.median)}"
+        left = self.clock.until_end
+        self.progress.update(phase=phase, done=done, total=total, tried=len(self.points), best=words, seconds_left=left)
+
+
+def _json(record: Any) -> Any:
+    return None if record is None else record.model_dump(mode="json")

@@ -1,0 +1,215 @@
+"""Where data comes from: references, and what a user's function returns or Python gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autocompress.data.splits import IMAGENET_MEAN, IMAGENET_STD, Data, Split, stratified
+from autocompress.errors import UsageError, one_line
+from autocompress.references import DATA_ROOT, call_function, parse_reference
+
+VAL_FRACTION = 0.1
+TEST_FRACTION = 0.2
+SMALL_VAL_FRACTION = 0.2
+"""Of the few digits of the demonstration: a tenth could not tell one policy from the next."""
+
+Splits = Sequence[Any]
+"""Two or three of `Split` or (inputs, targets): train, validation, test."""
+
+
+def load_data(reference: str) -> Data:
+    """`digits`, `torchvision:CIFAR10?root=DIR`, `imagefolder:DIR?size=224` or `file.py:function`.
+
+    Raises UsageError for anything that does not load.
+    """
+    name, options = parse_reference(reference)
+    if name == "digits":
+        _known_options(options, set(), name)
+        return _digits()
+    if name.startswith("torchvision:"):
+        return _torchvision(name.removeprefix("torchvision:"), options)
+    if name.startswith("imagefolder:"):
+        return _image_folder(Path(name.removeprefix("imagefolder:")), options)
+    if ":" in name:
+        _known_options(options, set(), name)
+        return as_data(call_function(name), f"what {name} returns")
+    raise UsageError(
+        f"unknown data {reference!r}",
+        hint="use digits, torchvision:NAME?root=DIR, imagefolder:DIR or file.py:function",
+    )
+
+
+def _three_way(inputs: Tensor, targets: Tensor, val_fraction: float = VAL_FRACTION) -> tuple[Split, Split, Split]:
+    whole = Split(inputs, targets)
+    rest, test = stratified(targets, TEST_FRACTION)
+    train, val = stratified(targets[rest], val_fraction / (1 - TEST_FRACTION))
+    return whole[rest[train]], whole[rest[val]], whole[test]
+
+
+def _digits() -> Data:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16
+    train, val, test = _three_way(images, torch.tensor(bunch.target, dtype=torch.long), SMALL_VAL_FRACTION)
+    return Data(train, val, test, classes=10, shift=1)
+
+
+def _channel_values(options: dict[str, str], key: str, default: tuple[float, ...]) -> tuple[float, ...]:
+    if key not in options:
+        return default
+    try:
+        values = tuple(float(part) for part in options[key].split(","))
+    except ValueError:
+        raise UsageError(
+            f"{key} must be numbers separated by commas, but got {options[key]!r}",
+            hint=f"for example {key}={','.join(f'{value:g}' for value in default)}",
+        ) from None
+    if len(values) != len(default):
+        raise UsageError(
+            f"{key} must hold {len(default)} numbers, one a channel, but got {options[key]!r}",
+            hint=f"for example {key}={','.join(f'{value:g}' for value in default)}",
+        )
+    return values
+
+
+def _flag(options: dict[str, str], key: str, default: bool) -> bool:
+    value = options.get(key, str(default)).lower()
+    if value not in ("true", "false"):
+        raise UsageError(f"{key} must be true or false, but got {options[key]!r}", hint=f"{key}=true or {key}=false")
+    return value == "true"
+
+
+def _normalised(splits: tuple[Split, Split, Split], classes: int, options: dict[str, str], *, flip: bool = True) -> Data:
+    channels, height = splits[0].input_shape[:2]
+    mean = IMAGENET_MEAN if channels == 3 else (0.5,) * channels
+    std = IMAGENET_STD if channels == 3 else (0.5,) * channels
+    return Data(
+        *splits,
+        classes=classes,
+        mean=_channel_values(options, "mean", mean),
+        std=_channel_values(options, "std", std),
+        flip=_flag(options, "flip", flip),
+        shift=max(1, height // 8),
+    )
+
+
+def _known_options(options: dict[str, str], known: set[str], reference: str) -> None:
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise UsageError(f"unknown option {unknown[0]!r} of the data {reference}", hint=f"it takes {', '.join(sorted(known)) or 'none'}")
+
+
+WRITING = ("MNIST", "KMNIST")
+"""Data sets of written characters, which mirroring turns into others; `?flip=true` mirrors them all the same."""
+
+
+def _torchvision(name: str, options: dict[str, str]) -> Data:
+    import torchvision.datasets
+
+    _known_options(options, {"root", "mean", "std", "flip"}, f"torchvision:{name}")
+    dataset = getattr(torchvision.datasets, name, None)
+    supported = ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST")
+    if dataset is None or name not in supported:
+        raise UsageError(f"unknown data set torchvision:{name}", hint=f"known: {', '.join(supported)}; others: file.py:function")
+    root = Path(options.get("root", DATA_ROOT)).expanduser()
+    try:
+        train, test = dataset(str(root), train=True), dataset(str(root), train=False)
+    except Exception as error:  # of files that are cut off torchvision's readers raise many kinds
+        raise UsageError(
+            f"{name} cannot be read from {str(root)!r}: {one_line(error)}", hint=f"name its folder: torchvision:{name}?root=DIR"
+        ) from None
+    whole = _array_split(train)
+    rest, val = stratified(whole.targets, VAL_FRACTION)
+    splits = (whole[rest], whole[val], _array_split(test))
+    return _normalised(splits, len(train.classes), options, flip=name not in WRITING)
+
+
+def _array_split(dataset: Any) -> Split:
+    images = torch.as_tensor(np.asarray(dataset.data))
+    images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
+    return Split(images, torch.as_tensor(np.asarray(dataset.targets), dtype=torch.long))
+
+
+def _image_folder(folder: Path, options: dict[str, str]) -> Data:
+    from autocompress.data.images import decode_folder
+
+    _known_options(options, {"size", "channels", "mean", "std", "flip"}, f"imagefolder:{folder}")
+    folder = folder.expanduser()
+    if not folder.is_dir():
+        raise UsageError(f"the image folder {str(folder)!r} does not exist", hint="give imagefolder:DIR, with one folder a class in it")
+    text = options.get("size", "224")
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"size must be a whole number of pixels, but got {text!r}", hint="imagefolder:DIR?size=224")
+    if options.get("channels", "3") not in ("1", "3"):
+        raise UsageError(
+            f"channels must be 3 (colour) or 1 (grey), but got {options['channels']!r}",
+            hint="imagefolder:DIR?channels=1 for a model of grey images",
+        )
+    size, channels = int(text), int(options.get("channels", "3"))
+    if (folder / "train").is_dir():
+        train, classes = decode_folder(folder / "train", size, channels)
+        whole = Split(*train)
+        held_out = [_held_out(folder / name, size, channels, classes) for name in ("val", "test")]
+        splits = _fill_missing(whole, held_out[0], held_out[1])
+    else:
+        (inputs, targets), classes = decode_folder(folder, size, channels)
+        splits = _three_way(inputs, targets)
+    return _normalised(splits, len(classes), options)
+
+
+def _held_out(folder: Path, size: int, channels: int, classes: list[str]) -> Split | None:
+    from autocompress.data.images import decode_folder
+
+    if not folder.is_dir():
+        return None
+    arrays, found = decode_folder(folder, size, channels)
+    if found != classes:
+        raise UsageError(
+            f"{str(folder)!r} must hold the class folders of train ({classes[:5]}...), but got {found[:5]}...",
+            hint="give each part one folder a class, with the same names in all",
+        )
+    return Split(*arrays)
+
+
+def _fill_missing(train: Split, val: Split | None, test: Split | None) -> tuple[Split, Split, Split]:
+    if test is None and val is not None:
+        val, test = None, val  # the only held-out folder is kept for the end; validation comes out of train
+    if test is None:
+        rest, part = stratified(train.targets, TEST_FRACTION)
+        train, test = train[rest], train[part]
+    if val is None:
+        rest, part = stratified(train.targets, VAL_FRACTION)
+        train, val = train[rest], train[part]
+    return train, val, test
+
+
+def as_data(made: Any, reference: str) -> Data:
+    """Data, or two or three splits, as a user's function returns them or Python gives them. Raises UsageError for anything else."""
+    if isinstance(made, Data):
+        return made
+    if isinstance(made, (tuple, list)) and len(made) in (2, 3):
+        splits = [_as_split(part, reference) for part in made]
+        train, val, test = splits if len(splits) == 3 else _fill_missing(splits[0], splits[1], None)
+        return Data(train, val, test)
+    raise UsageError(
+        f"{reference} must be autocompress.Data or (train, val, test) of (inputs, targets), but is {type(made).__name__}",
+        hint="make it autocompress.Data(train, val, test)",
+    )
+
+
+def _as_split(part: Any, reference: str) -> Split:
+    if isinstance(part, Split):
+        return part.with_classes(reference)
+    if not isinstance(part, (tuple, list)) or len(part) != 2:
+        raise UsageError(
+            f"each split of {reference} must be (inputs, targets) arrays, but got {type(part).__name__}",
+            hint="return three pairs: (train_x, train_y), (val_x, val_y), (test_x, test_y)",
+        )
+    return Split(*part).with_classes(reference)

@@ -1,0 +1,174 @@
+"""Opens RUN/study.db, the database of a search's journal, and refuses what it must not touch. Nothing else opens it."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import optuna
+from optuna.samplers import BaseSampler, TPESampler
+from sqlalchemy.engine import URL
+
+from autocompress.errors import RunFolderError, UsageError, one_line
+from autocompress.run_folder import LOCK
+from autocompress.study.journal import Journal, appraised_in, outcomes_in
+from autocompress.study.sampler import FrontSampler
+from autocompress.task import Task
+
+STUDY, DISTILLATIONS = "autocompress", "distillations"
+DATABASE = "study.db"
+SUFFIXES = ("", "-journal", "-wal", "-shm")
+"""SQLite keeps up to three more files beside a database."""
+
+
+def require_own(run: Path, *, resume: bool) -> None:
+    """Called before anything is written: files that no search of ours left there would be overwritten.
+
+    Raises UsageError for a folder with such files in it, and where there is no search to resume.
+    """
+    try:
+        studies = _studies(run / DATABASE)
+        left = {LOCK, *(DATABASE + suffix for suffix in SUFFIXES if studies == [])}
+        others = sorted(entry.name for entry in run.iterdir() if entry.name not in left) if run.is_dir() else []
+    except OSError as error:
+        raise UsageError(f"the run folder {str(run)!r} cannot be read: {error.strerror}", hint="choose another --out") from None
+    if STUDY in (studies or ()):
+        return
+    if resume:
+        raise _nothing_to_resume(run)
+    if others:
+        raise UsageError(f"{str(run)!r} holds other files, such as {others[0]!r}", hint="choose an empty folder, or a new one, for --out")
+
+
+def _nothing_to_resume(run: Path) -> UsageError:
+    return UsageError(f"there is no search to resume in {str(run)!r}", hint="leave --resume out to start one")
+
+
+def open_journal(run: Path, task: Task, *, resume: bool, sampler: BaseSampler | None = None) -> Journal:
+    """Create or reopen RUN/study.db.
+
+    Raises UsageError when the folder holds a search and `resume` is not given, or holds another task's search;
+    RunFolderError when the database is damaged.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    path = run / DATABASE
+    if not resume and not _forget_empty(path):
+        raise UsageError(f"{str(run)!r} already holds a search", hint="add --resume, or choose another --out")
+    if resume and STUDY not in (_studies(path) or ()):
+        raise _nothing_to_resume(run)
+    storage = _storage(path)
+    study = optuna.create_study(study_name=STUDY, storage=storage, directions=["maximize", "minimize"], load_if_exists=True)
+    _require_same_task(study, task, run)
+    distillations = optuna.create_study(study_name=DISTILLATIONS, storage=storage, direction="maximize", load_if_exists=True)
+    study.sampler = sampler or FrontSampler(seed=_seed(task, study))
+    distillations.sampler = TPESampler(seed=_seed(task, distillations), multivariate=True)
+    return Journal(study, distillations)
+
+
+@contextmanager
+def writing(run: Path) -> Iterator[None]:
+    """Raises RunFolderError where the database could not be written: the disk is full, or the folder was taken away."""
+    try:
+        yield
+    except optuna.exceptions.StorageInternalError as error:
+        raise RunFolderError(
+            f"{str(run / DATABASE)!r} cannot be written: {one_line(error.__cause__ or error)}", hint="free space, then --resume"
+        ) from None
+
+
+def _seed(task: Task, study: optuna.Study) -> int:
+    """Depends on the trials so far, since the same seed on resume would repeat itself."""
+    return (task.seed * 100_003 + len(study.get_trials(deepcopy=False))) % 2**32
+
+
+def _storage(path: Path) -> optuna.storages.RDBStorage:
+    """Raises RunFolderError when the database is of an Optuna that keeps other tables."""
+    url = URL.create("sqlite", database=str(path.resolve())).render_as_string()
+    template = url.replace("{", "{{").replace("}", "}}")  # Optuna fills in its URL as a format string
+    try:
+        return optuna.storages.RDBStorage(template, engine_kwargs={"connect_args": {"timeout": 30}})
+    except RuntimeError as error:
+        what = str(error).split(". ")[0]
+        hint = "resume with the version of Optuna that began it, or choose another --out"
+        raise RunFolderError(f"{str(path)!r} cannot be read: {what}", hint=hint) from None
+
+
+def _forget_empty(path: Path) -> bool:
+    """Make room where a search ended before it had evaluated anything, as one does whose budget was refused; whether there is room.
+
+    Removes the database only where nothing but such a search is in it.
+    """
+    names = _studies(path)
+    if names is None or not {STUDY} <= set(names) <= {STUDY, DISTILLATIONS}:
+        return names == []
+    try:
+        storage = _storage(path)
+        try:
+            study = optuna.load_study(study_name=STUDY, storage=storage)
+            ours = "task" in study.user_attrs or not study.get_trials(deepcopy=False)
+            empty = ours and not outcomes_in(study) and not appraised_in(study)
+        finally:
+            storage.engine.dispose()
+    except ValueError:  # of another version of ours
+        return False
+    if empty:
+        for suffix in SUFFIXES:
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
+    return empty
+
+
+def _studies(path: Path) -> list[str] | None:
+    """Names of the studies in a database, none where there is no database yet; None where it holds something else.
+
+    Raises RunFolderError when it is damaged.
+    """
+    if not path.exists():
+        return []
+    try:
+        # not mode=ro: what a killed process had begun to write is taken back by the first who may write
+        with closing(sqlite3.connect(path.resolve().as_uri() + "?mode=rw", uri=True)) as connection:
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if "studies" not in tables:
+                return None if tables else []
+            return [name for (name,) in connection.execute("SELECT study_name FROM studies")]
+    except sqlite3.DatabaseError as error:
+        raise RunFolderError(
+            f"{str(path)!r} is damaged: {error}", hint="restore it from a copy, or start again with another --out"
+        ) from None
+
+
+def _require_same_task(study: optuna.Study, task: Task, run: Path) -> None:
+    known = study.user_attrs.get("task")
+    if known is None:
+        study.set_user_attr("task", json.loads(task.to_json()))
+        return
+    before = Task.create({key: tuple(value) if isinstance(value, list) else value for key, value in known.items()})
+    before, task = before.absolute(), task.absolute()  # an earlier version kept paths as they were given
+    changed = before.difference(task)
+    if changed is None:
+        return
+    raise UsageError(
+        f"{str(run)!r} holds the search of another task: {changed} was {getattr(before, changed)!r}, now {getattr(task, changed)!r}",
+        hint="resume with the same task, or choose another --out",
+    )
+
+
+def require_same_contents(journal: Journal, run: Path, contents: dict[str, str]) -> None:
+    """Raises UsageError where a name of the task has come to stand for something else since the search began.
+
+    Args:
+        contents: digest by what it is of.
+    """
+    known = journal.noted("contents")
+    if known is None:
+        journal.note("contents", contents)
+        return
+    changed = [what for what in contents if known.get(what) != contents[what]]
+    if changed:
+        raise UsageError(
+            f"{str(run)!r} holds the search of another task: the content of its {changed[0]} has changed since it began",
+            hint=f"resume with the {changed[0]} as it was, or choose another --out",
+        )

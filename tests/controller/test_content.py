@@ -1,0 +1,110 @@
+"""What front.json says of a search as a whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from autocompress.controller.content import entry, feasible, front_of, ladder_quality, prediction_quality, progress_point
+from autocompress.objective import Baseline
+from autocompress.policy import DistillSpec, Policy, QuantSpec, StudentSpec
+from autocompress.records import Budget, Measurement, Outcome, Prediction, Score
+
+
+def latency(seconds: float) -> Measurement:
+    return Measurement(median=seconds, low=seconds, high=seconds, p95=seconds, n=9)
+
+
+def outcome(id, policy, seconds, predicted, score=0.5, direction="maximize"):
+    return Outcome(
+        id=id, policy=policy, rung="short", val_score=Score(name="s", value=score, direction=direction), latency_s=latency(seconds),
+        predicted_latency_s=Prediction(value=predicted, low=predicted, high=predicted), artifact="a.onnx", size_bytes=9,
+    )  # fmt: skip
+
+
+def test_a_structure_counts_once_as_predicted_before_it_was_measured():
+    """Afterwards the latency model has seen it: its prediction is no prediction any more."""
+    one, other = Policy(quant=QuantSpec(bits=8)), Policy(student=StudentSpec(width=0.5))
+    retaught = one.model_copy(update={"distill": DistillSpec(alpha=0.1)})
+    outcomes = [
+        outcome("00000", one, 1.0, 1.2), outcome("00000-full", one, 1.0, 1.0), outcome("00001", retaught, 1.0, 1.0),
+        outcome("00002", other, 2.0, 1.0),
+    ]  # fmt: skip
+    quality = prediction_quality(outcomes, lambda policy: policy.student.width)
+    assert quality["n"] == 2
+    assert quality["median_error"] == pytest.approx((0.2 + 0.5) / 2)
+
+
+ORIGINAL = Baseline(Path("b.onnx"), latency(10.0), 100, val_score=Score(name="s", value=0.94))
+POINTS = [
+    outcome("big", Policy(), 10.0, 1.0, 0.95), outcome("small", Policy(), 2.0, 1.0, 0.80), outcome("worse", Policy(), 3.0, 1.0, 0.79),
+    outcome("middle", Policy(), 5.0, 1.0, 0.90), outcome("twin", Policy(), 6.0, 1.0, 0.90), outcome("slower", Policy(), 11.0, 1.0, 0.94),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("budget", "ids"),
+    [("20s", ["small", "middle", "big"]), ("9s", ["small", "middle"]), ("3s", ["small"]), ("1s", []), ("20s,8B", [])],
+)
+def test_the_front_holds_what_is_within_the_budget_fastest_first(budget, ids):
+    assert [o.id for o in front_of(POINTS, Budget.parse(budget), ORIGINAL)] == ids
+
+
+def test_what_the_original_beats_is_on_no_front_unless_the_budget_rules_the_original_out():
+    slow = [outcome("slow", Policy(), 12.0, 1.0, 0.93)]
+    assert front_of(slow, Budget(), ORIGINAL) == []
+    assert front_of(slow, Budget(size_bytes=50), ORIGINAL) == slow
+
+
+def test_of_losses_the_smaller_one_is_better():
+    losses = [outcome(name, Policy(), 1.0, 1.0, loss, "minimize") for name, loss in (("a", 2.0), ("b", 1.0))]
+    original = Baseline(Path("b.onnx"), latency(10.0), 100)
+    assert [o.id for o in front_of(losses, Budget(), original)] == ["b"]
+
+
+def test_speed_ups_and_relative_budgets_refer_to_the_original_as_it_was_beside_the_file():
+    """Seen on a shared machine: what was measured in a fast minute must not come into the budget when everything gets slower."""
+    fast = outcome("fast", Policy(), 5.5, 1.0)
+    fast = fast.model_copy(update={"latency_s": fast.latency_s.model_copy(update={"original_s": 10.0})})
+    slowed_down = Baseline(Path("b.onnx"), latency(13.0), 100)
+    assert not feasible(fast, Budget(relative=0.45))
+    assert feasible(fast, Budget(relative=0.56))
+    assert not feasible(fast, Budget(relative=0.56), margin=0.05)
+    assert not feasible(fast, Budget(relative=0.56, latency_s=5.0))
+    told = entry(fast, slowed_down, Budget(relative=0.45), [], dominated=True)
+    assert (told["feasible"], told["speedup"]) == (False, pytest.approx(10.0 / 5.5))
+
+
+def test_scores_below_zero_have_a_hypervolume_that_grows():
+    """Such as the negative of a squared error."""
+    worse, better = (
+        outcome(f"{i}", Policy(student=StudentSpec(width=width)), 1.0, 1.0, loss, "minimize")
+        for i, (loss, width) in enumerate([(4.0, 0.5), (1.0, 0.75)])
+    )
+    original = Baseline(Path("b.onnx"), latency(3.0), 9, val_score=Score(name="s", value=2.5, direction="minimize"))
+    volumes = [progress_point(known, original, Budget(), 1.0, 1)["hypervolume"] for known in ([], [worse], [worse, better])]
+    assert volumes == pytest.approx([0.0, (5.0 - 4.0) * (3.0 - 1.0), (5.0 - 1.0) * (3.0 - 1.0)])
+
+
+def test_a_score_that_is_far_too_low_adds_nothing():
+    awful = outcome("0", Policy(), 1.0, 1.0, 1e6, "minimize")
+    original = Baseline(Path("b.onnx"), latency(3.0), 9, val_score=Score(name="s", value=2.5, direction="minimize"))
+    assert progress_point([awful], original, Budget(), 1.0, 1)["hypervolume"] == 0.0
+
+
+def test_rungs_are_compared_by_what_was_run_on_both():
+    worths, scores = [0.1, 0.6, 0.2, 0.8, 0.5, 0.9, 0.4, 0.7], [0.2, 0.7, 0.3, 0.85, 0.6, 0.9, 0.5, 0.8]
+    policies = [Policy(student=StudentSpec(width=0.1 + 0.1 * index)) for index in range(8)]
+    short = [
+        outcome(f"0000{index}", policy, 1.0 + index % 3, 1.0, score).model_copy(update={"worth": worth})
+        for index, (policy, worth, score) in enumerate(zip(policies, worths, scores, strict=True))
+    ]
+    retaught = short[0].model_copy(update={"id": "00009", "policy": policies[0].model_copy(update={"distill": DistillSpec(alpha=0.1)})})
+    retaught = retaught.model_copy(update={"val_score": Score(value=1.0)})
+    full = [outcome(f"0000{index}-full", policies[index], 1.0, 1.0, score) for index, score in enumerate([0.9, 0.8, 0.85])]
+    found = ladder_quality([*short, retaught], full, lambda policy: policy.student.width)
+    assert (found["short_runs"], found["full_runs"]) == (9, 3)
+    assert found["appraised_short_spearman"] == pytest.approx(1.0), "another way of distilling is not what the appraisal was about"
+    assert found["short_full_spearman"] == pytest.approx(-1.0)
+    assert ladder_quality([], [], lambda policy: policy)["appraised_short_spearman"] is None

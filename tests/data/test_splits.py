@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autocompress.data import Data, Split, sample, shifted, stratified
+from autocompress.data import splits as module
+from autocompress.data.sources import load_data
+from autocompress.errors import UsageError
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=200), st.floats(0.05, 0.6))
+def test_a_stratified_part_holds_its_share_of_every_class(labels, fraction):
+    targets = torch.tensor(labels)
+    rest, part = stratified(targets, fraction)
+    assert sorted([*rest.tolist(), *part.tolist()]) == list(range(len(labels)))
+    for label in set(labels):
+        count = labels.count(label)
+        assert int((targets[part] == label).sum()) == min(max(1, round(fraction * count)), count - 1)
+        assert int((targets[rest] == label).sum()) >= 1
+
+
+@pytest.mark.parametrize("targets", [torch.arange(400) % 4, torch.rand(400), torch.arange(400), torch.rand(400, 2)])
+def test_a_sample_is_always_the_same_and_grows_with_its_size(targets):
+    split = Split(torch.arange(400.0).unsqueeze(1), targets)
+    few, many = sample(split, 40), sample(split, 90)
+    assert (len(few), len(many)) == (40, 90)
+    assert torch.equal(few.inputs, sample(split, 40).inputs)
+    assert set(few.inputs.flatten().tolist()) < set(many.inputs.flatten().tolist())
+    assert sample(split, 400) is split
+
+
+def test_splits_do_not_depend_on_the_global_seed():
+    targets = torch.arange(100) % 7
+    torch.manual_seed(1)
+    one = stratified(targets, 0.2)
+    torch.manual_seed(2)
+    assert all(torch.equal(a, b) for a, b in zip(one, stratified(targets, 0.2), strict=True))
+
+
+def test_digits_are_ten_classes_in_three_disjoint_splits():
+    data = load_data("digits")
+    splits = (data.train, data.val, data.test)
+    assert sum(len(split) for split in splits) == 1797
+    assert data.input_shape == (1, 8, 8)
+    assert all(split.targets.unique().tolist() == list(range(10)) for split in splits)
+    seen = [{tuple(x.flatten().tolist()) for x in split.inputs} for split in splits]
+    assert not seen[0] & seen[2] and not seen[1] & seen[2] and not seen[0] & seen[1]
+
+
+def images(n=40, **options):
+    inputs = torch.randint(0, 256, (n, 3, 6, 5), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    split = Split(inputs, torch.arange(n) % 4)
+    return Data(split, split[slice(0, 9)], split[slice(9, 20)], classes=4, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"flip": True}])
+def test_augmentation_is_a_pure_function_of_seed_epoch_and_index(options):
+    data, whole = images(shift=2, **options), torch.arange(40)
+    view = data.view(whole, epoch=3, seed=1)
+    order = torch.randperm(40)
+    torch.rand(7)
+    again = torch.cat([data.view(part, epoch=3, seed=1) for part in order.split(7)])
+    assert torch.equal(again, view[order])
+    assert not torch.equal(view, data.view(whole, epoch=4, seed=1))
+    assert not torch.equal(view, data.view(whole, epoch=3, seed=2))
+
+
+def test_two_epochs_show_both_sides_of_every_image():
+    data, whole = images(flip=True), torch.arange(40)
+    even, odd, plain = data.view(whole, 0), data.view(whole, 1), data.prepare(data.train.inputs)
+    assert torch.equal(even, odd.flip(-1))
+    mirrored = [torch.equal(a, b) for a, b in zip(even, plain.flip(-1), strict=True)]
+    assert all(torch.equal(a, b) or m for a, b, m in zip(even, plain, mirrored, strict=True))
+    assert 8 < sum(mirrored) < 32
+
+
+@settings(deadline=None)
+@given(st.integers(-2, 2), st.integers(-2, 2))
+def test_a_shift_is_a_crop_of_the_reflected_image(dy, dx):
+    batch = torch.rand(2, 3, 6, 5, generator=torch.Generator().manual_seed(0))
+    padded = F.pad(batch, (2, 2, 2, 2), mode="reflect")
+    expected = padded[:, :, 2 + dy : 8 + dy, 2 + dx : 7 + dx]
+    assert torch.equal(shifted(batch, torch.tensor([[dy, dx]] * 2)), expected)
+
+
+def test_uint8_images_are_normalised_and_others_left_alone():
+    data = images(mean=(0.5, 0.25, 0.0), std=(0.5, 1.0, 2.0))
+    x = data.prepare(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8))
+    assert x.flatten().tolist() == [1.0, 0.75, 0.5]
+    assert data.prepare(torch.ones(2, 3)).equal(torch.ones(2, 3))
+    before = data.train.inputs.clone()
+    data.view(torch.arange(5), 0)
+    assert torch.equal(data.train.inputs, before)
+
+
+def test_batches_are_the_split_in_order():
+    data = images()
+    parts = list(data.batches(data.test, 4))
+    assert [len(x) for x, _ in parts] == [4, 4, 3]
+    assert torch.equal(torch.cat([y for _, y in parts]), data.test.targets)
+
+
+def test_calibration_inputs_are_the_same_for_every_caller():
+    data = images(flip=True, shift=1)
+    torch.manual_seed(5)
+    eight = torch.cat(list(data.calibration(8, 3)))
+    assert torch.equal(eight, torch.cat(list(data.calibration(8, 8))))
+    assert [len(batch) for batch in data.calibration(1000, 16)] == [16, 16, 8]
+
+
+def test_of_huge_inputs_fewer_are_drawn(monkeypatch):
+    data = images()
+    train = Split(torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(600, 3, 1024, 1024), torch.arange(600) % 4)
+    huge = replace(data, train=train, val=train, test=train)
+    assert huge.at_most(512, 2**30) == 85
+    assert huge.at_most(512, 1) == 1
+    assert data.at_most(512, 2**30) == 512
+    monkeypatch.setattr(module, "CALIBRATION_BYTES", 3 * 4 * 3 * 6 * 5)
+    assert [len(batch) for batch in data.calibration(8, 2)] == [2, 1]
+
+
+def test_parts_of_a_split_are_views_of_one_array():
+    inputs = torch.arange(60.0).view(20, 3)
+    whole = Split(inputs, torch.arange(20))
+    part = whole[torch.tensor([7, 3, 11, 3])]
+    inner = part[slice(1, 4)][torch.tensor([2, 0])]
+    assert torch.equal(part.inputs, inputs[[7, 3, 11, 3]])
+    assert torch.equal(inner.inputs, inputs[[3, 3]])
+    assert inner.targets.tolist() == [3, 3]
+    assert torch.equal(part.rows(torch.tensor([2, 0])), inputs[[11, 7]])
+    assert torch.equal(whole[inputs[:, 0] > 50].inputs, inputs[17:])
+    assert (len(part), part.input_shape) == (4, (3,))
+    for split in (part, inner, whole[slice(2, 5)]):
+        assert split._array.untyped_storage().data_ptr() == inputs.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+def test_floating_point_inputs_reach_the_model_in_float32(dtype):
+    inputs = np.random.default_rng(0).random((12, 3)).astype(dtype)
+    split = Split(inputs, np.arange(12) % 3)
+    data = Data(split, split, split)
+    drawn = [data.example(2), data.view(torch.arange(4), 0), *data.calibration(5, 2), *(x for x, _ in data.batches(data.val, 5))]
+    assert {x.dtype for x in drawn} == {torch.float32}
+    assert torch.equal(data.example(2), torch.from_numpy(inputs[:2]).float())
+
+
+def test_inputs_of_reversed_channels_are_taken():
+    inputs = np.zeros((4, 3, 2, 2), dtype=np.uint8)[:, ::-1]
+    assert Split(inputs, [0, 1, 0, 1]).input_shape == (3, 2, 2)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int16, np.uint8, np.int64, np.bool_])
+def test_classes_are_counted_and_converted(dtype):
+    targets = (np.arange(12) % 2).astype(dtype)
+    split = Split(np.zeros((12, 3), np.float32), targets)
+    data = Data(split, split[slice(0, 4)], split[torch.arange(5)])
+    assert data.classes == 2
+    assert {part.targets.dtype for part in (data.train, data.val, data.test)} == {torch.int64}
+    assert data.test.targets.tolist() == [0, 1, 0, 1, 0]
+    assert replace(data, classes=7).classes == 7
+
+
+ZEROS = torch.zeros(6, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message", "hint"),
+    [
+        (ZEROS.float(), r"whole numbers, the classes, but those of val are torch\.float32", "int64"),
+        (ZEROS.double(), r"torch\.float64", "loss and score"),
+        (ZEROS.view(6, 1), r"one class a row, of shape \(6,\), but those of val have shape \(6, 1\)", "targets[:, 0]"),
+        (torch.eye(6).long(), r"shape \(6, 6\)", "argmax"),
+        (ZEROS - 1, r"labels must lie in 0\.\.3, but those of val reach from -1 to -1", "from 0"),
+        (ZEROS + 4, r"0\.\.3, but those of val reach from 4 to 4", "from 0"),
+    ],
+)
+def test_targets_that_are_no_classes_are_refused(targets, message, hint):
+    data, pixels = images(), torch.zeros(6, 3, 6, 5, dtype=torch.uint8)
+    with pytest.raises(UsageError, match=message) as caught:
+        replace(data, val=Split(pixels, targets))
+    assert hint in caught.value.hint
+    own = replace(data, val=Split(pixels, targets), loss=F.cross_entropy, score=lambda outputs, targets: 0.0)
+    assert torch.equal(own.val.targets, targets), "a loss of one's own takes what it likes"
+
+
+@pytest.mark.parametrize("inputs", [(torch.zeros(4, 2), torch.zeros(4, 3)), [np.zeros((4, 2))] * 2, {"a": torch.zeros(4, 2)}])
+def test_several_inputs_are_refused_by_name(inputs):
+    with pytest.raises(UsageError, match="models with several inputs are not supported yet"):
+        Split(inputs, torch.zeros(4))
+
+
+def test_splits_that_do_not_hold_together_are_refused():
+    good = images()
+    with pytest.raises(UsageError, match="val split"):
+        replace(good, val=good.val[slice(0, 0)])
+    with pytest.raises(UsageError, match="as many targets as inputs"):
+        replace(good, train=Split(good.train.inputs, good.train.targets[:3]))
+    with pytest.raises(UsageError, match="its own `score`"):
+        replace(good, loss=F.cross_entropy)
+
+
+def test_the_digest_tells_other_data_and_other_preparation_apart_but_reads_nothing_of_the_test_split():
+    class Sealed(Split):
+        def rows(self, index):
+            raise AssertionError("the test split is read")
+
+    def made(seed=0, labels=0, n=40, test=8, **how):
+        generator = torch.Generator().manual_seed(seed)
+        inputs, targets = torch.rand((n, 3, 4, 4), generator=generator), torch.arange(n).add(labels) % 4
+        held_out = Sealed(torch.zeros(test, 3, 4, 4), torch.zeros(test, dtype=torch.long))
+        return Data(Split(inputs, targets), Split(inputs[:8], targets[:8]), held_out, classes=4, **how)
+
+    same, others = made(), [made(seed=1), made(labels=1), made(n=41), made(test=9), made(flip=True), made(mean=(0.5,) * 3, std=(1.0,) * 3)]
+    assert same.digest == made().digest
+    assert len({data.digest for data in (same, *others)}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("other", [torch.zeros(4, 3, 9, 8), torch.zeros(4, 3, 8, 8, dtype=torch.uint8)], ids=["shape", "type"])
+@pytest.mark.parametrize("name", ["val", "test"])
+def test_all_splits_hold_inputs_of_one_form(name, other):
+    targets = torch.arange(4) % 2
+    parts = {part: Split(torch.zeros(4, 3, 8, 8), targets) for part in ("train", "val", "test")} | {name: Split(other, targets)}
+    with pytest.raises(UsageError, match=f"train has .* and {name} "):
+        Data(**parts)
+
+
+def test_floating_point_of_several_precisions_is_one_form():
+    targets = torch.arange(4) % 2
+    Data(Split(torch.zeros(4, 3), targets), Split(torch.zeros(4, 3, dtype=torch.float64), targets), Split(np.zeros((4, 3), "f2"), targets))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mean": (0.5, 0.5)}, "both `mean` and `std`"),
+        ({"mean": (0.5, 0.5), "std": (0.5, 0.5, 0.5)}, "`mean` must have a value for each of the 3 channels, but has 2"),
+        ({"mean": (0.5,), "std": (0.5, 0.5)}, "`std` must have a value for each of the 3 channels, but has 2"),
+        ({"mean": (0.5,), "std": (0.0,)}, "`std` must be greater than zero"),
+        ({"shift": 5}, "`shift` must lie in 0..4"),
+        ({"shift": -1}, "`shift` must lie in 0..4"),
+    ],
+)
+def test_what_is_asked_of_images_must_fit_them(changes, message):
+    with pytest.raises(UsageError, match=message):
+        images(**changes)
+
+
+def test_only_images_are_shifted():
+    split = Split(torch.rand(8, 5), torch.arange(8) % 2)
+    with pytest.raises(UsageError, match="only images"):
+        Data(split, split, split, shift=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_no_split_is_read_as_a_whole(dtype):
+    """A part of a mapped file that is larger than memory would be copied into it."""
+
+    class Large(Split):
+        @property
+        def inputs(self):
+            pytest.fail("all inputs were asked for")
+
+    whole = Split(torch.zeros(9, 3, 4, 4, dtype=dtype), torch.arange(9) % 3)
+    split = Large(whole._array, whole.targets[:6], torch.arange(6))
+    assert Data(split, split, split).classes == 3
