@@ -19,7 +19,7 @@ from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import InfeasibleBudget, UsageError
 from autocompress.graph import Graph, Structure
 from autocompress.latency import FittedLatencyModel, OperatorTable
-from autocompress.objective import UNTRAINED, Setting, fails_policy, measure_beside_baseline, untrained
+from autocompress.objective import UNTRAINED, Setting, fails_policy, untrained
 from autocompress.policy import Policy
 from autocompress.records import Budget, Measurement, Outcome, Prediction, Workload
 from autocompress.schedule import FEWEST_EXAMPLES
@@ -258,7 +258,7 @@ class Forecast:
             if time.monotonic() > until and done >= LEAST_NETWORKS:
                 break
             tick("measuring whole networks", done, len(chosen))
-            self._measure_untrained(policy)
+            self._measure_untrained(policy, beside_original=True)
         self._note(Policy(), self.setting.recent_baseline.median)
         self.learn([])
 
@@ -281,18 +281,20 @@ class Forecast:
         """As it was predicted before its network was first measured: what prediction is judged by."""
         return self._foretold.get(self.structure(policy)) or self.predict(policy)
 
-    def _measure_untrained(self, policy: Policy) -> Untrained | None:
-        """What the policy's structure takes, beside the original; None when it cannot be built."""
+    def _measure_untrained(self, policy: Policy, *, beside_original: bool = False) -> Untrained | None:
+        """What the policy's structure takes; None when it cannot be built. `beside_original`: what that takes is learned too."""
         models, spend = self.setting.models, self.setting.ledger.spend
         with spend("measure"), tempfile.TemporaryDirectory(prefix=UNTRAINED, dir=models) as name:
             folder = Path(name)
             try:
                 manifest = self.setting.write(folder, untrained(self.setting, policy, calibration=FEWEST_EXAMPLES), policy)
-                _, latency = measure_beside_baseline(self.setting, [folder / manifest.artifact], seconds_each=UNTRAINED_SECONDS_EACH)
+                paths = [*([self.setting.baseline.path] if beside_original else []), folder / manifest.artifact]
+                *original, latency = self.setting.device.measure(paths, seconds_each=UNTRAINED_SECONDS_EACH)
             except Exception as error:
                 if not fails_policy(error):
                     raise
                 return None
+        self.setting.baseline_history.extend(original)
         self._note(policy, latency.median)
         return Untrained(policy, latency, manifest.size_bytes)
 

@@ -21,7 +21,7 @@ from autocompress.policy import Policy, QuantSpec
 from autocompress.testing.devices import FakeDevice
 
 pytestmark = pytest.mark.data
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 IMAGES = 1000
 
 

@@ -70,7 +70,7 @@ def test_a_budget_just_out_of_reach_is_refused_once_the_device_is_known(setting)
 def test_whole_networks_that_are_measured_ahead_are_of_the_latencies_of_interest(setting, monkeypatch):
     """A student that is wider than the teacher takes long to be made and measured, and says nothing of those within the budget."""
     found, measured = forecast(setting, "0.6x"), []
-    monkeypatch.setattr(Forecast, "_measure_untrained", lambda self, policy: measured.append(policy))
+    monkeypatch.setattr(Forecast, "_measure_untrained", lambda self, policy, **_: measured.append(policy))
     found.calibrate(5.0, 0, lambda *_: None)
     slowest = max(found.predict(policy).value for policy in measured)
     assert len(measured) > 1

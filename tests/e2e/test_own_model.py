@@ -21,6 +21,13 @@ def build():
     layers = [nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     return nn.Sequential(*layers, nn.Linear(32, 3))
 """
+OTHER = """
+from torch import nn
+def build():
+    first = [nn.Conv2d(3, 24, 3, 2, 1), nn.BatchNorm2d(24), nn.ReLU()]
+    then = [nn.Conv2d(24, 24, 3, 1, 1, groups=24), nn.Conv2d(24, 48, 1), nn.ReLU()]
+    return nn.Sequential(*first, *then, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 4))
+"""
 TASK = """
 model = "${HERE}/own.py:build"
 data = "imagefolder:${HERE}/photos?size=16"
@@ -68,11 +75,12 @@ def test_students_of_another_architecture_are_searched_and_made_again(net, data,
     monkeypatch.setattr("autocompress.candidates.forecast.WHOLE_NETWORKS", 2)
     monkeypatch.setattr("autocompress.controller.search.Search._overhead", lambda self: 0.2)
     monkeypatch.setattr("autocompress.controller.search.Search.full_rung", lambda self: None)
-    reference = "torchvision:shufflenet_v2_x0_5"
+    (tmp_path / "other.py").write_text(OTHER)
+    reference = f"{tmp_path / 'other.py'}:build"
     task = Task(model="own:net", data="own:blobs", student=reference, search_time="90s", trials=1)
     result = run_search(task, tmp_path / "run", model=net, data=data, device=FakeDevice(SLOW_CALLS))
     (entry,) = [entry for entry in result.content["points"] if entry["rung"] == "short"]
     assert entry["policy"]["student"]["reference"] == reference
     assert entry["latency_s"]["median"] > 0
-    student = recreate(tmp_path / "run" / "models" / entry["id"])
+    student = recreate(tmp_path / "run" / "models" / entry["id"], student=reference)
     assert student(data.val.inputs[:4]).shape == (4, data.classes)
