@@ -159,10 +159,9 @@ def export(
     json: options.Json = False,
 ) -> None:
     """Write one policy as the files that ship, checked and measured again."""
-
     formats = tuple(part.strip() for part in format_.split(",") if part.strip())
     require_formats(formats)
-    from autocompress.deploy import export_run
+    from autocompress.deploy import export_run  # torch takes seconds, wrong formats are told at once
 
     exported = export_run(run, pick=pick, formats=formats, out=out, model=model, student=student)
     written = sorted(str(path) for path in exported.folder.iterdir() if path.is_file())

@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ from autocompress.task import OBJECT
 
 BUNDLE = (MODEL, STUDENT, POLICY, MANIFEST)
 OTHER_FORMATS = ("model.xml", "model.bin", "model.pt2")
-UNFINISHED = ".export-"
+UNFINISHED, ABANDONED_S = ".export-", 3600.0
 EXPORT_MEASURE_S = 2.0
 SAME_FLOAT, SAME_INT8 = 1e-3, 0.2
 """Difference of outputs, as a share of the largest, that the same student stays below in float32 and in int8."""
@@ -97,8 +98,9 @@ def export_run(
             _write_torch(made, model, student, _teacher_weights(run, results))
         with refused(f"policy {entry.id} cannot be measured on {results.device}"):
             before, after = open_device(results.device).measure([baseline, made / MODEL], seconds_each=EXPORT_MEASURE_S)
+        after = after.model_copy(update={"original_s": before.median})
         manifest = update_manifest(made, _facts(results, entry, before, after))
-    return Exported(out, manifest, results.budget.allows(after, manifest.size_bytes))
+    return Exported(out, manifest, results.limits.allows(after, manifest.size_bytes))
 
 
 @contextlib.contextmanager
@@ -108,8 +110,9 @@ def whole_folder(out: Path) -> Iterator[Path]:
     try:
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
-            for left in out.glob(f"{UNFINISHED}*"):  # by an export that was killed
-                shutil.rmtree(left, ignore_errors=True)
+            for left in out.glob(f"{UNFINISHED}*"):  # by an export that was killed, not by one that runs
+                if time.time() - left.stat().st_mtime > ABANDONED_S:
+                    shutil.rmtree(left, ignore_errors=True)
             with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=out) as name:
                 yield Path(name)
                 made = {file.name: file for file in Path(name).iterdir()}

@@ -54,7 +54,7 @@ UNTRAINED = "untrained-"
 
 @dataclass(frozen=True)
 class Baseline:
-    """The user's own model, exported in float32 and measured: what every speed-up is relative to."""
+    """The user's own model, exported in float32 and measured."""
 
     path: Path
     latency_s: Measurement
@@ -71,7 +71,7 @@ class Setting:
         graphs: traced networks by `StudentSpec.reference`; None is the teacher's own.
         example: one batch of inputs at the deployment batch, as the model takes it.
         models: folder of the bundles, one folder an id.
-        baseline_history: what the baseline took, first alone and then beside each policy; grows as the search measures.
+        baseline_history: what the baseline took, first alone and then beside others; grows as the search measures.
         ledger: what the search has spent its time on; grows too.
     """
 

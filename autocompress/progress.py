@@ -25,7 +25,7 @@ class Progress(Protocol):
 
         Args:
             done, total: progress within the phase; total is None when it has no known end.
-            tried: how many policies were realised so far, failed ones included.
+            tried: how many policies were tried so far, failed ones included.
             best: the best policy within the budget so far, in words; empty while there is none.
             seconds_left: until the search ends; None when unknown.
         """

@@ -46,6 +46,8 @@ LEAST_FULL_STEPS = 1000
 """... and for so many steps: where the time is short, one that is trained is worth more than three that have only begun."""
 TELLING_STEPS = 80
 """Steps after which a short run tells more than worth untrained (`benchmarks/rungs.py`); after fewer it tells how many they were."""
+TELLING_MARGIN = 1.25
+"""Short runs aim at so many times TELLING_STEPS, since what a step will take is a guess."""
 MOST_FULL_RUNS = 6
 TRIALS_A_FULL_RUN = 4
 """Where `--trials` limits the short runs, one full run for each so many."""

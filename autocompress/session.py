@@ -211,9 +211,10 @@ def run_search(
         progress.message(f"searching in {run}")
         if not resume:
             _forget_teacher(run)
-        write_atomically(run / TASK_FILE, task.to_toml())
         clock = Clock.start(task.search_seconds, already=clock.elapsed + (journal.noted("elapsed_s") or 0.0))
         try:
+            if not resume:
+                write_atomically(run / TASK_FILE, task.to_toml())
             ledger = Ledger(journal.noted("spent_s"))
             with ledger.spend("prepare"):
                 loaded = load(task, model=model, data=data, device=device, weights=kept_teacher(task, run))
@@ -223,6 +224,7 @@ def run_search(
             if fresh:
                 shutil.rmtree(run, ignore_errors=True)
             raise
+        write_atomically(run / TASK_FILE, task.to_toml())
         search_ = _assemble(task, run, setting, journal, clock, progress, suggest)
         try:
             _phases(search_)

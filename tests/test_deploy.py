@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,14 @@ def test_over_the_budget_is_said(run, tmp_path):
     content = json.loads((run / "front.json").read_text())
     (run / "front.json").write_text(json.dumps(content | {"budget": {"latency_s": 1e-9}}))
     assert not export_run(run, pick="00000", out=tmp_path / "out").within_budget
+
+
+def test_a_relative_budget_is_of_the_original_as_it_is_measured_now(run, tmp_path):
+    """The seconds of the search are of another minute, perhaps of another machine."""
+    content = json.loads((run / "front.json").read_text())
+    for asked, within in (("1.1x", True), ("0.01x", False)):
+        (run / "front.json").write_text(json.dumps(content | {"task": {"budget": [asked]}, "budget": {"latency_s": 1e-9}}))
+        assert export_run(run, pick="00000", out=tmp_path / "out").within_budget is within
 
 
 def test_a_torch_program_computes_the_same(run, tmp_path):
@@ -378,6 +387,7 @@ def test_what_a_killed_export_left_is_no_hindrance(run, tmp_path):
     out = tmp_path / "out"
     (out / ".export-killed").mkdir(parents=True)
     (out / ".export-killed" / "model.onnx").write_bytes(b"half")
+    os.utime(out / ".export-killed", (1.0, 1.0))
     exported = export_run(run, out=out)
     assert {path.name for path in exported.folder.iterdir()} == {"model.onnx", "student.safetensors", "policy.json", "manifest.json"}
 

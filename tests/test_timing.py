@@ -48,6 +48,11 @@ def test_two_modes():
     assert "middle half" in noise(samples)
 
 
+def test_fewer_rounds_could_not_give_an_interval_of_95_percent():
+    """The range of n samples misses the median where all lie on one side of it."""
+    assert 1 - 2 / 2 ** (FEWEST_ROUNDS - 1) < 0.95 <= 1 - 2 / 2**FEWEST_ROUNDS
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (2, 1), (FEWEST_ROUNDS - 1, 1), (FEWEST_ROUNDS, 1), (12, 5)])
 def test_constant_samples_and_a_single_one_give_themselves(shape):
     samples = np.full(shape, 2e-3)

@@ -91,5 +91,10 @@ def front_of(outcomes: Sequence[Outcome], limits: Budget, baseline: Baseline) ->
     budget = limits.against(baseline.latency_s.median)
     if baseline.val_score is None or not budget.allows(baseline.latency_s, baseline.size_bytes):
         return front
-    score, latency = baseline.val_score.gain, baseline.latency_s.median
-    return [o for o in front if o.val_score and o.latency_s and (o.val_score.gain > score or o.latency_s.median < latency)]
+    score, latency_s = baseline.val_score.gain, baseline.latency_s.median
+
+    def is_better(outcome: Outcome) -> bool:
+        assert outcome.val_score is not None and outcome.latency_s is not None
+        return outcome.val_score.gain > score or outcome.latency_s.median < (outcome.latency_s.original_s or latency_s)
+
+    return [o for o in front if is_better(o)]

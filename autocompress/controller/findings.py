@@ -150,7 +150,7 @@ class Findings:
         self.announce(outcome)
 
     def follow_original(self) -> None:
-        """Where the original is no longer what it was when the search began, relative budgets and speed-ups go by what it takes lately."""
+        """Where the original is no longer what it was when the search began, what is predicted is held against what it takes now."""
         baseline, recent = self.setting.baseline, self.setting.recent_baseline
         if abs(recent.median / baseline.latency_s.median - 1) > MOST_DRIFT:
             self.keep_original(replace(baseline, latency_s=recent))
@@ -197,7 +197,7 @@ class Findings:
         self.journal.note("original", {name: _json(record) for name, record in known.items()})
 
     def recall(self) -> None:
-        """Take up what a resumed search knew; speed-ups stay relative to the latency that was measured beside the others."""
+        """Take up what a resumed search knew, the original as it was measured last included."""
         baseline, known = self.setting.baseline, self.journal.noted("original")
         if known is not None:
             val_score, test_score = (Score.model_validate(s) if s is not None else None for s in (known["val_score"], known["test_score"]))

@@ -30,7 +30,9 @@ from autocompress.preparation import limit_validation, score_original
 from autocompress.records import Outcome
 from autocompress.schedule import (
     FULL_FACTOR,
+    LEAST_COST,
     LEAST_FULL_STEPS,
+    TELLING_MARGIN,
     TELLING_STEPS,
     Division,
     appraisal_seconds,
@@ -193,7 +195,7 @@ class Search(Findings):
         return extended(division.short_total, self.ladder()["appraised_short_spearman"] if self._short_runs_tell() else None)
 
     def _division(self, left: float) -> Division:
-        return Division.of(left, self._overhead(), TELLING_STEPS * self._step_seconds())
+        return Division.of(left, self._overhead(), TELLING_MARGIN * TELLING_STEPS * self._step_seconds())
 
     def _step_seconds(self) -> float:
         """What a step of training took, as a rule; 0 before the first."""
@@ -344,7 +346,7 @@ class Search(Findings):
             choice.policy,
             id=self.journal.next_id(),
             rung="short",
-            seconds=max(LEAST_TRAINING_S, division.training),
+            seconds=max(LEAST_TRAINING_S, self._relative_cost(choice.policy) * division.training),
             latest=time.monotonic() + max(LEAST_TRAINING_S, left),
             predicted=self.forecast.foretell(choice.policy),
             worth=choice.worth,
@@ -354,6 +356,11 @@ class Search(Findings):
         if choice.trial is not None and choice.base is not None:
             self.journal.tell_distillation(choice.trial, gain(outcome) - gain(choice.base) if outcome.failure is None else None)
         self._require_progress()
+
+    def _relative_cost(self, policy: Policy) -> float:
+        """What a step of a short run costs beside those before, as a rule: runs of about as many steps can be compared."""
+        known = [self._step_cost(o.policy) for o in self.journal.outcomes if o.rung == "short" and o.steps]
+        return max(LEAST_COST, self._step_cost(policy) / statistics.median_low(known)) if known else 1.0
 
     def full_rung(self) -> None:
         """Continue the leading policies until the time is used."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,8 +23,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SPLIT_SEED = 20240
 SPLITS = ("train", "val", "test")
-FINITE_ROWS = 4096
-"""Inputs that are looked at together for values that are not finite."""
+FINITE_BYTES = 2**28
+"""Of inputs that are looked at together for values that are not finite."""
 FLOAT_BYTES = 4
 IMAGE_AXES = 3
 DIGEST_INPUTS = 8
@@ -202,9 +202,9 @@ class Data:
             return
         channels = self.input_shape[0] if self.input_shape else 1
         for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) not in (1, channels):
+            if not isinstance(values, Sequence) or len(values) not in (1, channels):
                 raise UsageError(
-                    f"`{name}` must have a value for each of the {channels} channels, but has {len(values)}",
+                    f"`{name}` must have a value for each of the {channels} channels, but is {values}",
                     hint="give one value a channel, or one for all",
                 )
         if not all(value > 0 for value in self.std):
@@ -215,8 +215,9 @@ class Data:
     def _require_finite(self) -> None:
         for name in ("train", "val"):  # nothing looks at the test split before the end
             split = getattr(self, name)
-            few = torch.arange(len(split)).split(FINITE_ROWS)  # the whole may be a mapped file that is larger than memory
-            if split.dtype.is_floating_point and not all(bool(torch.isfinite(split.rows(index)).all()) for index in few):
+            step = self.at_most(len(split), FINITE_BYTES)  # the whole may be a mapped file that is larger than memory
+            parts = (split[slice(start, start + step)].inputs for start in range(0, len(split), step))
+            if split.dtype.is_floating_point and not all(bool(torch.isfinite(part).all()) for part in parts):
                 raise UsageError(
                     f"inputs must be finite, but some of {name} are NaN or infinite", hint="fill in or leave out such examples"
                 )

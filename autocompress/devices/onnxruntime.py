@@ -27,7 +27,7 @@ from autocompress.errors import DeviceUnavailable, PolicyFailure
 from autocompress.records import Measurement
 
 MOST_A_FILE_S = 120.0
-"""Until then a file is called: calls of up to a seventh of it are warmed up and give five rounds."""
+"""Until then a file is called: calls of up to an eighth of it are warmed up and give six rounds."""
 LOCK_PATIENCE_S = 600.0
 LOCK_POLL_S = 0.05
 

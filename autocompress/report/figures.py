@@ -210,7 +210,9 @@ def _front_line(results: Results, axis: Axis) -> Figure:
 def front_end(results: Results, axis: Axis) -> float:
     """Where the staircase ends: at the budget when nothing of the front is over it."""
     limit = results.budget.latency_s
-    return limit if limit and all(entry.feasible for entry in results.front) else axis.high
+    if not limit or not all(entry.feasible for entry in results.front):
+        return axis.high
+    return max([limit, *(entry.latency_s.median for entry in results.front)])  # of a relative budget the limit has moved since
 
 
 def _original(results: Results) -> Figure:

@@ -131,6 +131,12 @@ class Results(_Read):
         return self.front or tuple(sorted(self.points, key=lambda entry: entry.latency_s.median))
 
     @property
+    def limits(self) -> Budget:
+        """The budget as it was asked for, which may be relative; `budget` is the same in seconds."""
+        asked = self.task.get("budget")
+        return Budget.parse(tuple(asked)) if asked else self.budget
+
+    @property
     def has_budget(self) -> bool:
         return self.budget != Budget()
 
@@ -251,7 +257,7 @@ def _lying_ladder(results: Results) -> str:
         )
     if isinstance(short, float) and is_low(short):
         return (
-            f"untrained, policies were ranked unlike by short training (rank correlation {short:.2f} at the same latency), so that short "
-            "training got half as much time again. Search longer"
+            f"untrained, policies were ranked unlike by short training (rank correlation {short:.2f} at the same latency), so that better "
+            "ones may have been passed over. Search longer"
         )
     return ""

@@ -76,6 +76,15 @@ def test_speed_ups_and_relative_budgets_refer_to_the_original_as_it_was_beside_t
     assert (told["feasible"], told["speedup"]) == (False, pytest.approx(10.0 / 5.5))
 
 
+def test_a_file_that_the_original_beat_when_both_were_measured_is_on_no_front():
+    slow = outcome("slow", Policy(), 11.0, 1.0, 0.5)
+    slow = slow.model_copy(update={"latency_s": slow.latency_s.model_copy(update={"original_s": 10.0})})
+    now = Baseline(Path("b.onnx"), latency(13.0), 100, val_score=Score(name="s", value=0.94))
+    assert front_of([slow], Budget(), now) == []
+    faster = slow.model_copy(update={"latency_s": slow.latency_s.model_copy(update={"original_s": 13.0})})
+    assert front_of([faster], Budget(), ORIGINAL) == [faster]
+
+
 def test_scores_below_zero_have_a_hypervolume_that_grows():
     """Such as the negative of a squared error."""
     worse, better = (

@@ -241,8 +241,9 @@ def test_floating_point_of_several_precisions_is_one_form():
     ("changes", "message"),
     [
         ({"mean": (0.5, 0.5)}, "both `mean` and `std`"),
-        ({"mean": (0.5, 0.5), "std": (0.5, 0.5, 0.5)}, "`mean` must have a value for each of the 3 channels, but has 2"),
-        ({"mean": (0.5,), "std": (0.5, 0.5)}, "`std` must have a value for each of the 3 channels, but has 2"),
+        ({"mean": (0.5, 0.5), "std": (0.5, 0.5, 0.5)}, "`mean` must have a value for each of the 3 channels"),
+        ({"mean": (0.5,), "std": (0.5, 0.5)}, "`std` must have a value for each of the 3 channels"),
+        ({"mean": 0.5, "std": 0.5}, "`mean` must have a value for each of the 3 channels, but is 0.5"),
         ({"mean": (0.5,), "std": (0.0,)}, "`std` must be greater than zero"),
         ({"shift": 5}, "`shift` must lie in 0..4"),
         ({"shift": -1}, "`shift` must lie in 0..4"),

@@ -291,16 +291,16 @@ def test_where_nothing_is_within_the_budget_what_misses_it_by_least_is_tried_unt
     assert search._structure(pool) is None
 
 
-def test_lessons_and_structures_take_turns_and_stand_in_for_each_other(search, monkeypatch):
+def test_distillations_and_structures_take_turns_and_stand_in_for_each_other(search, monkeypatch):
     structure, distillation = (Choice(Policy(), 1.0, id) for id in ("structure", "distillation"))
     found = {"_structure": structure, "_variant": distillation}
     monkeypatch.setattr(Search, "_structure", lambda self, pool: found["_structure"])
     monkeypatch.setattr(Search, "_variant", lambda self: found["_variant"])
-    monkeypatch.setattr(Search, "_variants", property(lambda self: set(range(counts["taught"]))))
+    monkeypatch.setattr(Search, "_variants", property(lambda self: set(range(counts["varied"]))))
     monkeypatch.setattr(Search, "_short_count", lambda self: counts["short"])
-    counts, turns = {"taught": 0, "short": 100}, []
+    counts, turns = {"varied": 0, "short": 100}, []
     for counts["short"] in range(100, 112):  # a resumed search begins where another ended
-        counts["taught"] = 25 + turns.count("distillation")
+        counts["varied"] = 25 + turns.count("distillation")
         turns.append(search._next([]).trial)
     assert turns.count("distillation") == 3
     found["_structure"] = None
@@ -329,6 +329,21 @@ def test_a_sampler_that_has_drawn_all_it_can_ends_the_suggestions(search):
     assert len(search.appraisals) == 4
     assert search.journal.is_exhausted
     assert search.appraisals.suggested([], PATIENCE) is None
+
+
+def test_short_runs_have_about_as_many_steps_whatever_a_step_costs(search, pool, monkeypatch):
+    asked, costs = [], {pool[index].policy.digest: cost for index, cost in enumerate((1.0, 3.0, 0.01))}
+
+    def made(setting, policy, *, seconds, **known):
+        asked.append(seconds)
+        return Outcome(id=known["id"], policy=policy, rung="short", steps=90, failure=Failure(stage="train", reason="no" * len(asked)))
+
+    search.run = search.setting.models.parent
+    monkeypatch.setattr(Search, "_step_cost", lambda self, policy: costs[policy.digest])
+    monkeypatch.setattr("autocompress.controller.search.evaluate_policy", made)
+    for proposal in pool[:3]:
+        search._train_shortly(Choice(proposal.policy, 0.5), time.monotonic(), Division(20.0, 10.0, 1.0))
+    assert asked == pytest.approx([10.0, 30.0, 2.5]), "a step has costs that no network is too small for"
 
 
 def test_short_runs_end_with_their_share_of_time_once_one_is_within_the_budget(search, pool):

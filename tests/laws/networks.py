@@ -33,7 +33,7 @@ NETWORKS = {
     "resnet20": (resnet20, 32),
     "resnet18": (lambda: torchvision.models.resnet18(num_classes=CLASSES), 64),
     "mobilenet_v3_small": (lambda: torchvision.models.mobilenet_v3_small(num_classes=CLASSES), 64),
-    "vgg11_bn": (_vgg11_bn, 32),
+    "vgg11_bn": (_vgg11_bn, 64),
     "densenet": (_densenet, 64),
     "efficientnet_b0": (lambda: torchvision.models.efficientnet_b0(num_classes=CLASSES), 64),
 }

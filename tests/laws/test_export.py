@@ -101,7 +101,7 @@ def test_int8_file_decides_as_the_student(name, reduced_range):
     assert largest == (64 if reduced_range else 127)
 
 
-def test_settled_biases_leave_only_the_rounding_of_floats():
+def test_snapped_biases_leave_only_the_rounding_of_floats():
     """Most outputs are then equal to the last bit but those of float; rounded at export only, hardly any is."""
     model, inputs = images("tiny_resnet", 64)
     equal = []

@@ -70,7 +70,7 @@ def test_what_was_appraised_is_told_with_its_constraint_and_comes_back(journal, 
     assert again(tmp_path).appraised() == [(params, 0.5)]
 
 
-def test_a_lesson_is_told_by_what_it_gained(journal, tmp_path):
+def test_a_distillation_is_told_by_what_it_gained(journal, tmp_path):
     for advantage in (0.02, None):
         journal.tell_distillation(journal.distillations.ask(), advantage)
     journal.distillations.ask()
