@@ -55,6 +55,8 @@ OUTLIER = 8.0
 """Times the distance of the median from the best score: scores further off are accidents, not the end of a range."""
 LEAST_COST = 0.25
 """Share of the dearest step that the cheapest is taken to cost: a step has costs that no network is too small for."""
+MOST_COST = 2.0
+"""Times the usual length that a short run gets at most, whatever its steps cost."""
 WORST_MARGIN, WORST_SLOWNESS = 0.02, 1.02
 """How far beyond the worst score, and at how many times the slowest latency, the reference point of a hypervolume lies."""
 Point = tuple[float, float]

@@ -32,6 +32,7 @@ from autocompress.schedule import (
     FULL_FACTOR,
     LEAST_COST,
     LEAST_FULL_STEPS,
+    MOST_COST,
     TELLING_MARGIN,
     TELLING_STEPS,
     Division,
@@ -360,7 +361,7 @@ class Search(Findings):
     def _relative_cost(self, policy: Policy) -> float:
         """What a step of a short run costs beside those before, as a rule: runs of about as many steps can be compared."""
         known = [self._step_cost(o.policy) for o in self.journal.outcomes if o.rung == "short" and o.steps]
-        return max(LEAST_COST, self._step_cost(policy) / statistics.median_low(known)) if known else 1.0
+        return min(MOST_COST, max(LEAST_COST, self._step_cost(policy) / statistics.median_low(known))) if known else 1.0
 
     def full_rung(self) -> None:
         """Continue the leading policies until the time is used."""

@@ -52,7 +52,8 @@ def _linear_ticks(low: float, high: float) -> list[float]:
     unit = 10.0 ** math.floor(math.log10(raw))
     step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= raw)
     first = math.ceil(low / step)
-    return [index * step for index in range(first, math.floor(high / step) + 1)]
+    ticks = [index * step for index in range(first, math.floor(high / step) + 1)]
+    return [tick for tick in ticks if low <= tick <= high]  # a product of floats may lie beyond
 
 
 def time_ticks(high: float) -> list[float]:

@@ -343,7 +343,7 @@ def test_short_runs_have_about_as_many_steps_whatever_a_step_costs(search, pool,
     monkeypatch.setattr("autocompress.controller.search.evaluate_policy", made)
     for proposal in pool[:3]:
         search._train_shortly(Choice(proposal.policy, 0.5), time.monotonic(), Division(20.0, 10.0, 1.0))
-    assert asked == pytest.approx([10.0, 30.0, 2.5]), "a step has costs that no network is too small for"
+    assert asked == pytest.approx([10.0, 20.0, 2.5]), "a step has costs that no network is too small for"
 
 
 def test_short_runs_end_with_their_share_of_time_once_one_is_within_the_budget(search, pool):

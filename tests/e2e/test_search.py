@@ -120,7 +120,7 @@ def finished(net, tmp_path_factory) -> Finished:
         patch.setattr("autocompress.controller.search.VARIANT_SHARE", 0.5)
         patch.setattr("autocompress.schedule.APPRAISAL_SHARE", 0.3)
         patch.setattr("autocompress.controller.search.Search._overhead", lambda self: 0.3)
-        patch.setattr("autocompress.schedule.SHORT_SHARE", 0.7)
+        patch.setattr("autocompress.schedule.SHORT_SHARE", 0.5)
         started = time.monotonic()
         wanted = task(search_time=f"{SECONDS:g}s", budget=("0.6x",))
         result = run_search(wanted, run, model=net, data=blobs(test=watched), device=device, progress=diary)
@@ -304,7 +304,8 @@ def test_a_number_of_trials_stops_early_whatever_the_sampler(one_trial):
 
 def test_the_best_of_a_few_trials_is_trained_to_the_end(net, data, tmp_path, monkeypatch):
     monkeypatch.setattr("autocompress.schedule.SHORT_RUNS", 100)
-    monkeypatch.setattr("autocompress.schedule.FULL_FACTOR", 4.0)
+    monkeypatch.setattr("autocompress.controller.search.FULL_FACTOR", 4.0)
+    monkeypatch.setattr("autocompress.controller.search.LEAST_FULL_STEPS", 100)
     monkeypatch.setattr("autocompress.controller.search.Search._overhead", lambda self: 0.2)
     result = run_search(task(trials=2), tmp_path / "run", model=net, data=data, device=FakeDevice(SLOW_CALLS))
     outcomes = journal_of(tmp_path / "run").outcomes

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from autocompress.errors import RunFolderError, UsageError
@@ -212,6 +212,7 @@ def test_other_scores_have_no_interval():
 
 @settings(deadline=None)
 @given(st.lists(st.floats(1e-7, 1e3), min_size=1, max_size=9))
+@example([0.03])
 def test_a_latency_axis_holds_all_values_and_a_few_round_ticks(values):
     axis = Axis.of(values)
     assert axis.low <= min(values) and max(values) <= axis.high
