@@ -67,7 +67,8 @@ def apply_policy(
         before, after = setting.device.measure([setting.baseline.path, path])
         score = score_outputs(outputs, loaded.val.targets, loaded) if data is not None else None
         update_manifest(
-            made, {"device": device, "latency_s": after, "baseline_latency_s": before, "measured_at": now(), "val_score": score}
+            made,
+            {"device": device, "latency_s": after.beside(before), "baseline_latency_s": before, "measured_at": now(), "val_score": score},
         )
         return {
             "policy": chosen.in_words(), "digest": chosen.digest, "folder": str(out),

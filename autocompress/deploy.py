@@ -98,7 +98,7 @@ def export_run(
             _write_torch(made, model, student, _teacher_weights(run, results))
         with refused(f"policy {entry.id} cannot be measured on {results.device}"):
             before, after = open_device(results.device).measure([baseline, made / MODEL], seconds_each=EXPORT_MEASURE_S)
-        after = after.model_copy(update={"original_s": before.median})
+        after = after.beside(before)
         manifest = update_manifest(made, _facts(results, entry, before, after))
     return Exported(out, manifest, results.limits.allows(after, manifest.size_bytes))
 

@@ -295,17 +295,13 @@ def measure_beside_baseline(
             setting.baseline_history.append(baseline)
             drift = baseline.median / expected - 1
             if abs(drift) <= MOST_DRIFT:
-                return [baseline, *(_beside(baseline, latency) for latency in others)]
+                return [baseline, *(latency.beside(baseline) for latency in others)]
             now = time.monotonic()
             if attempt == DRIFT_RETRIES - 1 or now + DRIFT_PAUSE_S + (now - begun) > until:
                 break
             time.sleep(DRIFT_PAUSE_S)
         reason = f"the baseline beside it took {100 * drift:+.0f} % of its time"
-        return [baseline, *(_noisy(_beside(baseline, latency), reason) for latency in others)]
-
-
-def _beside(baseline: Measurement, latency: Measurement) -> Measurement:
-    return latency.model_copy(update={"original_s": baseline.median})
+        return [baseline, *(_noisy(latency.beside(baseline), reason) for latency in others)]
 
 
 def _noisy(latency: Measurement, reason: str) -> Measurement:

@@ -96,6 +96,10 @@ class Measurement(Record):
     noise_reason: str = ""
     environment: dict[str, str] = {}
 
+    def beside(self, original: Measurement) -> Measurement:
+        """The same, with what the original took when both were measured in turns."""
+        return self.model_copy(update={"original_s": original.median})
+
 
 class Score(Record):
     """Task quality of one model on one split; `value` is better in `direction`."""

@@ -224,7 +224,8 @@ def run_search(
             if fresh:
                 shutil.rmtree(run, ignore_errors=True)
             raise
-        write_atomically(run / TASK_FILE, task.to_toml())
+        if resume:  # only now: a resume that is refused changes nothing
+            write_atomically(run / TASK_FILE, task.to_toml())
         search_ = _assemble(task, run, setting, journal, clock, progress, suggest)
         try:
             _phases(search_)

@@ -32,6 +32,7 @@ GENERATIONS, CHILDREN = 100, 4
 OPERATOR_DRAWS = 64
 WHOLE_NETWORKS, LEAST_NETWORKS = 6, 2
 UNTRAINED_SECONDS_EACH = 0.3
+"""Of measuring a network that is only timed."""
 CURE_MARGIN = 1.02
 """A suggested budget leaves this much room above what was measured."""
 MOST_WEIGHT_BYTES = 2**31 - 2**27

@@ -88,7 +88,7 @@ class Teacher:
         student.eval()
         try:
             with fast_arithmetic(torch.device("cpu")):
-                answers = torch.cat([student(part.clone()).float() for part in inputs.split(self._batch)])  # it may change them in place
+                answers = torch.cat([student(part).float() for part in inputs.split(self._batch)])
         except RuntimeError:
             return 1.0
         if self._data.classes is not None:

@@ -38,6 +38,7 @@ CALIBRATION_INPUTS, CALIBRATION_BATCH = 512, 64
 FEW_STEPS = 50
 """After fewer, the running statistics of batch norms are still those that training began with: 0.9 to the 50th is half a percent."""
 MOST_BATCHES = 16
+"""Batches that norms are re-estimated on, at most."""
 WARM_STEPS, MUCH_TO_LEARN = 300, 0.15
 """A student that answers like its teacher is trained at the full rates from so many steps on: fewer undo more than they teach. Where so
 much of its answers differs it has more to learn than to lose (`benchmarks/rates.py`), but by Muon only, whose steps have the same length

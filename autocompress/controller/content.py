@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from autocompress.front import hypervolume, measured, pareto_front
+from autocompress.front import gain, hypervolume, measured, pareto_front
 from autocompress.graph import Structure
 from autocompress.objective import Baseline
 from autocompress.policy import Policy
@@ -21,6 +21,12 @@ def feasible(outcome: Outcome, limits: Budget, *, margin: float = 0.0) -> bool:
     return outcome.failure is None and outcome.latency_s is not None and limits.allows(outcome.latency_s, outcome.size_bytes, margin=margin)
 
 
+def speedup(outcome: Outcome, baseline: Baseline) -> float:
+    """How many times as fast as the original a measured file is: as that was beside it, else as it is known now."""
+    assert outcome.latency_s is not None
+    return (outcome.latency_s.original_s or baseline.latency_s.median) / outcome.latency_s.median
+
+
 def entry(outcome: Outcome, baseline: Baseline, limits: Budget, layers: list[dict[str, Any]], *, dominated: bool) -> dict[str, Any]:
     """One measured policy as front.json and the report show it."""
     assert outcome.latency_s is not None
@@ -28,7 +34,7 @@ def entry(outcome: Outcome, baseline: Baseline, limits: Budget, layers: list[dic
     return own | {
         "digest": outcome.policy.digest,
         "words": outcome.policy.in_words(),
-        "speedup": (outcome.latency_s.original_s or baseline.latency_s.median) / outcome.latency_s.median,
+        "speedup": speedup(outcome, baseline),
         "feasible": feasible(outcome, limits),
         "dominated": dominated,
         "seconds": outcome.seconds,
@@ -91,10 +97,4 @@ def front_of(outcomes: Sequence[Outcome], limits: Budget, baseline: Baseline) ->
     budget = limits.against(baseline.latency_s.median)
     if baseline.val_score is None or not budget.allows(baseline.latency_s, baseline.size_bytes):
         return front
-    score, latency_s = baseline.val_score.gain, baseline.latency_s.median
-
-    def is_better(outcome: Outcome) -> bool:
-        assert outcome.val_score is not None and outcome.latency_s is not None
-        return outcome.val_score.gain > score or outcome.latency_s.median < (outcome.latency_s.original_s or latency_s)
-
-    return [o for o in front if is_better(o)]
+    return [o for o in front if gain(o) > baseline.val_score.gain or speedup(o, baseline) > 1]
