@@ -100,6 +100,11 @@ class Measurement(Record):
         """The same, with what the original took when both were measured in turns."""
         return self.model_copy(update={"original_s": original.median})
 
+    def times(self, factor: float) -> Measurement:
+        """The same on a machine that takes so many times as long."""
+        seconds = {name: factor * getattr(self, name) for name in ("median", "low", "high", "p95", "iqr", "first_call")}
+        return self.model_copy(update=seconds)
+
 
 class Score(Record):
     """Task quality of one model on one split; `value` is better in `direction`."""

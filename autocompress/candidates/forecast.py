@@ -66,7 +66,8 @@ class Forecast:
 
     space: draws policies; all that are looked at here are distilled as usual, see `suggest`.
     limits: the budget as it was asked for, perhaps relative to the original's latency.
-    networks: workload and measured seconds by the structure of a policy: what the latency model is fitted on.
+    networks: workload and measured latency by the structure of a policy, in units of what the original took beside it: what the latency
+        model is fitted on. A machine that is slower for a while, or from now on, is so for both.
     """
 
     setting: Setting
@@ -231,9 +232,14 @@ class Forecast:
         return self._measured(proposal.policy) or self.model.predict(proposal.workload).value
 
     def _measured(self, policy: Policy) -> float | None:
-        """Seconds that the policy's network took, where it has been measured."""
+        """Seconds that the policy's network takes, where it has been measured: beside an original as fast as it is known to be now."""
         known = self.networks.get(self.structure(policy))
-        return known[1] if known is not None else None
+        return known[1] * self._original_s if known is not None else None
+
+    @property
+    def _original_s(self) -> float:
+        """What the original takes, as it is known now."""
+        return self.setting.baseline.latency_s.median
 
     # -- learning from the device -------------------------------------------------------------------------------------
 
@@ -241,8 +247,8 @@ class Forecast:
         """Fit the latency model to what has been measured of these, beside what it knew."""
         for outcome in outcomes:
             if outcome.latency_s is not None:
-                self._note(outcome.policy, outcome.latency_s.median)
-        self.model.fit(list(self.networks.values()))
+                self._note(outcome.policy, outcome.latency_s.median / (outcome.latency_s.original_s or self._original_s))
+        self.model.fit([(workload, originals * self._original_s) for workload, originals in self.networks.values()])
 
     def calibrate(self, seconds: float, seed: int, tick: Tick) -> None:
         """Measure operators, then a few whole networks of the latencies of interest, without training."""
@@ -259,8 +265,8 @@ class Forecast:
             if time.monotonic() > until and done >= LEAST_NETWORKS:
                 break
             tick("measuring whole networks", done, len(chosen))
-            self._measure_untrained(policy, beside_original=True)
-        self._note(Policy(), self.setting.recent_baseline.median)
+            self._measure_untrained(policy)
+        self._note(Policy(), 1.0)
         self.learn([])
 
     def _of_interest(self, policies: Iterable[Policy]) -> list[Policy]:
@@ -268,36 +274,37 @@ class Forecast:
 
         As predicted from operators alone, in units of what these predict for the original.
         """
-        limit = HOPE * self.latency_limit / self.setting.baseline.latency_s.median * self.predict(Policy()).value
+        limit = HOPE * self.latency_limit / self._original_s * self.predict(Policy()).value
         by_latency = sorted(policies, key=lambda policy: self.predict(policy).value)
         return [policy for rank, policy in enumerate(by_latency) if rank < WHOLE_NETWORKS or self.predict(policy).value <= limit]
 
-    def _note(self, policy: Policy, seconds: float) -> None:
+    def _note(self, policy: Policy, originals: float) -> None:
+        """Keep what the policy's network took, in units of what the original took beside it."""
         structure = self.structure(policy)
         if structure not in self.networks and len(self.model.table):
             self._foretold[structure] = self.predict(policy)
-        self.networks[structure] = (self.workload(policy), seconds)
+        self.networks[structure] = (self.workload(policy), originals)
 
     def foretell(self, policy: Policy) -> Prediction:
         """As it was predicted before its network was first measured: what prediction is judged by."""
         return self._foretold.get(self.structure(policy)) or self.predict(policy)
 
-    def _measure_untrained(self, policy: Policy, *, beside_original: bool = False) -> Untrained | None:
-        """What the policy's structure takes; None when it cannot be built. `beside_original`: what that takes is learned too."""
+    def _measure_untrained(self, policy: Policy) -> Untrained | None:
+        """What the policy's structure takes beside an original as fast as it is known to be now; None when it cannot be built."""
         models, spend = self.setting.models, self.setting.ledger.spend
         with spend("measure"), tempfile.TemporaryDirectory(prefix=UNTRAINED, dir=models) as name:
             folder = Path(name)
             try:
                 manifest = self.setting.write(folder, untrained(self.setting, policy, calibration=FEWEST_EXAMPLES), policy)
-                paths = [*([self.setting.baseline.path] if beside_original else []), folder / manifest.artifact]
-                *original, latency = self.setting.device.measure(paths, seconds_each=UNTRAINED_SECONDS_EACH)
+                paths = [self.setting.baseline.path, folder / manifest.artifact]
+                original, latency = self.setting.device.measure(paths, seconds_each=UNTRAINED_SECONDS_EACH)
             except Exception as error:
                 if not fails_policy(error):
                     raise
                 return None
-        self.setting.baseline_history.extend(original)
-        self._note(policy, latency.median)
-        return Untrained(policy, latency, manifest.size_bytes)
+        self.setting.baseline_history.append(original)
+        self._note(policy, latency.median / original.median)
+        return Untrained(policy, latency.times(self._original_s / original.median), manifest.size_bytes)
 
     # -- whether the budget can be met -----------------------------------------------------------------------------
 

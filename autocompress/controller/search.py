@@ -259,13 +259,21 @@ class Search(Findings):
         return any(feasible(o, self.limits, margin=MOST_DRIFT) for o in self._climbers())
 
     def _measured_leader(self, pool: list[Proposal], margin: float) -> Appraised | None:
-        """The first to lead that measuring does not rule out either; without a margin, else the last that was tried."""
-        leader = None
+        """The first to lead that measuring does not rule out either; without a margin, else what misses the budget by least of those tried.
+
+        Where one turns out to be slower than predicted the others are likely to be so too: the next is faster by as much where one is.
+        """
+        missed, aim = list[tuple[float, Appraised]](), margin
         for _ in range(MOST_MEASURED):
-            leader = self._leader(pool, margin)
-            if leader is None or self.forecast.excess(leader.proposal, margin=margin) <= 0:
+            leader = self._leader(pool, aim) or self._leader(pool, margin)
+            if leader is None:
+                break
+            excess = self.forecast.excess(leader.proposal, margin=margin)
+            if excess <= 0:
                 return leader
-        return leader if margin == 0 else None
+            missed.append((excess, leader))
+            aim = (1 + aim) * (1 + excess) - 1
+        return min(missed, key=lambda miss: miss[0])[1] if missed and margin == 0 else None
 
     def _leader(self, pool: list[Proposal], margin: float) -> Appraised | None:
         """What, as appraised, adds most to those that were trained; of what is not appraised, as its promise says."""

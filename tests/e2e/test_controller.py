@@ -45,7 +45,7 @@ def test_until_one_is_within_the_budget_the_next_is_so_by_a_margin_where_one_is(
     monkeypatch.setattr(search.forecast, "proposal", lambda policy, params: next(p for p in pool if p.policy == policy))
     search.forecast.limits = Budget(latency_s=1.02 * search.forecast.latency_s(slow))
     for proposal in (slow, fast):
-        search.forecast._note(proposal.policy, proposal.latency_s)
+        search.forecast._note(proposal.policy, proposal.latency_s / search.setting.baseline.latency_s.median)
     appraised(search, [slow])
     assert search._structure(pool[:0]).policy == slow.policy, "there is nothing else"
     appraised(search, [fast])
@@ -63,9 +63,27 @@ def test_the_margin_is_kept_by_what_is_measured_as_by_what_is_predicted(search, 
     limit = 1.1 * search.forecast.latency_s(slow)
     search.forecast.limits = Budget(latency_s=limit)
     appraised(search, [slow, fast])
-    search.forecast._note(slow.policy, limit / 1.03)
+    search.forecast._note(slow.policy, limit / 1.03 / search.setting.baseline.latency_s.median)
     assert search.forecast.excess(slow) <= 0 < search.forecast.excess(slow, margin=CLEAR)
     assert search._structure(pool[:0]).policy == fast.policy
+
+
+def test_where_networks_are_slower_than_predicted_the_next_to_be_measured_is_faster_by_as_much(search, pool, monkeypatch):
+    tried = []
+
+    def excess(proposal, *, margin=0.0, measuring=True):
+        tried.append(proposal)
+        return search.forecast.violation(proposal.workload, (1 + margin) * 1.6 * search.forecast.latency_s(proposal))
+
+    known = sorted(pool, key=lambda p: p.latency_s)
+    known = known[:: len(known) // 24]
+    search.forecast.limits = Budget(latency_s=1.6 * 1.2 * known[0].latency_s)
+    monkeypatch.setattr(Appraisals, "_worth", lambda self, p: p.latency_s / known[-1].latency_s)
+    monkeypatch.setattr(search.forecast, "excess", excess)
+    appraised(search, known)
+    choice = search._structure(pool[:0])
+    assert excess(search.forecast.proposal(choice.policy, {})) <= 0
+    assert len(tried) <= 4, "the first, one that is faster by as much, and what the margin asks for"
 
 
 @pytest.mark.parametrize("trouble", ["failed", "over the budget"])
@@ -112,7 +130,7 @@ def test_the_unchanged_network_in_int8_costs_nothing_where_it_is_over_the_budget
     int8 = search.forecast.predict(policy)
     search.forecast.limits = Budget(latency_s=0.99 * (int8.value if known else int8.low))
     if known:
-        search.forecast._note(policy, int8.value)
+        search.forecast._note(policy, int8.value / search.setting.baseline.latency_s.median)
     search._evaluate_unchanged()
     assert not search.journal.outcomes
 

@@ -235,7 +235,7 @@ def test_an_original_that_was_measured_too_fast_is_known_better_before_a_policy_
     assert search.setting.baseline.latency_s.median == pytest.approx(truth.median)
     assert search.budget.latency_s == pytest.approx(0.5 * truth.median)
     original = search.forecast.structure(Policy())
-    assert search.forecast.networks[original][1] == pytest.approx(truth.median)
+    assert search.forecast.networks[original][1] == 1.0
 
 
 def test_a_full_run_has_time_for_many_steps(search, pool):
@@ -356,7 +356,7 @@ def test_a_policy_whose_prediction_straddles_the_budget_is_measured_before_it_is
         found.limits = Budget(latency_s=limit)
         found.excess(leader)
     assert len(measured) == 2, "where the prediction is clear nothing is measured"
-    found.networks[found.structure(leader.policy)] = (leader.workload, truth)
+    found.networks[found.structure(leader.policy)] = (leader.workload, truth / search.setting.baseline.latency_s.median)
     found.limits = Budget(latency_s=0.99 * truth)
     assert found.excess(leader) > 0 and len(measured) == 2, "what was measured is not measured again"
     assert leader.policy not in [p.policy for p in found.again(pool)]
@@ -386,7 +386,9 @@ def test_a_prediction_is_judged_as_it_was_before_the_network_was_measured(search
     policy = pool[3].policy
     before = search.forecast.predict(policy)
     for proposal in pool[3:15]:
-        search.forecast._note(proposal.policy, 3.0 * search.forecast.predict(proposal.policy).value)
+        search.forecast._note(
+            proposal.policy, 3.0 * search.forecast.predict(proposal.policy).value / search.setting.baseline.latency_s.median
+        )
     search.forecast.learn([])
     assert search.forecast.predict(policy).value > 1.1 * before.value
     assert search.forecast.foretell(policy) == before

@@ -77,6 +77,27 @@ def test_whole_networks_that_are_measured_ahead_are_of_the_latencies_of_interest
     assert slowest <= HOPE * found.latency_limit < found.setting.baseline.latency_s.median
 
 
+class Moody(FakeDevice):
+    """Takes twice as long for all it is asked to measure at every other time, as beside neighbours on a shared machine."""
+
+    def measure(self, paths, *, seconds_each=1.0):
+        factor = 1.0 + self.calls % 2
+        return [latency.times(factor) for latency in super().measure(paths, seconds_each=seconds_each)]
+
+
+def test_a_machine_that_is_slower_now_and_then_changes_no_prediction(setting):
+    """Seen on shared machines: what was measured while the machine was slow was held for the network's own latency."""
+    steady, moody = forecast(setting), forecast(replace(setting, device=Moody(SLOW_CALLS)))
+    policy = Policy(student=StudentSpec(width=0.5))
+    for found in (steady, moody):
+        found.setting.baseline_history.clear()
+        found.calibrate(5.0, 0, lambda *_: None)
+    assert moody.predict(policy).value == pytest.approx(steady.predict(policy).value)
+    truth = steady._measure_untrained(policy).latency_s.median
+    for _ in range(2):
+        assert moody._measure_untrained(policy).latency_s.median == pytest.approx(truth)
+
+
 def test_a_network_that_is_only_timed_is_hardly_calibrated(setting, monkeypatch):
     plans = []
     monkeypatch.setattr("autocompress.objective.train_quantized", lambda student, quant, data, plan: plans.append(plan) or student.eval())
