@@ -103,7 +103,8 @@ class Measurement(Record):
     def times(self, factor: float) -> Measurement:
         """The same on a machine that takes so many times as long."""
         seconds = {name: factor * getattr(self, name) for name in ("median", "low", "high", "p95", "iqr", "first_call")}
-        return self.model_copy(update=seconds)
+        original_s = factor * self.original_s if self.original_s is not None else None
+        return self.model_copy(update=seconds | {"original_s": original_s})
 
 
 class Score(Record):

@@ -19,6 +19,8 @@ from torch import nn
 from autocompress.candidates.forecast import Forecast
 from autocompress.candidates.proposals import LevelSuggester
 from autocompress.controller.final import measure_front, score_test
+from autocompress.controller.findings import Findings
+from autocompress.controller.initial import ask_teacher, calibrate, know_original, propose
 from autocompress.controller.search import Search
 from autocompress.data import Data
 from autocompress.data.sources import Splits, as_data
@@ -226,12 +228,12 @@ def run_search(
             raise
         if resume:  # only now: a resume that is refused changes nothing
             write_atomically(run / TASK_FILE, task.to_toml())
-        search_ = _assemble(task, run, setting, journal, clock, progress, suggest)
+        findings = _assemble(task, run, setting, journal, clock, progress, suggest)
         try:
-            _phases(search_)
+            _phases(findings)
         finally:
-            _finish(search_)
-    return _result(search_)
+            _finish(findings)
+    return _result(findings)
 
 
 def _forget_teacher(run: Path) -> None:
@@ -244,63 +246,74 @@ def _forget_teacher(run: Path) -> None:
 
 def _assemble(
     task: Task, run: Path, setting: Setting, journal: Journal, clock: Clock, progress: Progress, suggest: Suggest | None
-) -> Search:
+) -> Findings:
     graph, profile = setting.graphs[task.student], setting.device.profile
     named = own_suggest(suggest, "`suggest`", profile) if suggest else find_suggest(task.space, graph, profile, reference=task.student)
     forecast = Forecast.start(setting, named, task.limits)
-    return Search(task, run, journal, forecast, clock, progress, points=list(journal.noted("progress") or []))
+    return Findings(task, run, journal, forecast, clock, progress, points=list(journal.noted("progress") or []))
 
 
-def _phases(search_: Search) -> None:
-    task, clock = search_.task, search_.clock
-    search_.recall()
-    lost = search_.journal.retire_lost_trials()
+def _phases(findings: Findings) -> None:
+    """All of a search, from what is known to what is reported."""
+    _recall(findings)
+    calibrate(findings)
+    pool = propose(findings)
+    if findings.task.is_demo:
+        _train_demo_teacher(findings)
+    know_original(findings)
+    ask_teacher(findings)
+    rungs = Search(findings)
+    rungs.appraise(pool)
+    rungs.short_rung(pool)
+    rungs.full_rung()
+    measure_front(findings)
+    score_test(findings)
+
+
+def _recall(findings: Findings) -> None:
+    """Take up what a resumed search knew; where nothing is within the budget yet, refuse one that is out of reach."""
+    findings.recall()
+    lost = findings.journal.retire_lost_trials()
     if lost:
-        search_.progress.message(f"{lost} interrupted trial(s) will be repeated")
-    if failed := search_.retry_failures():
-        search_.progress.message(f"{failed} failed policies may be tried again")
-    if search_.best is None:
-        search_.forecast.require_hope()
-    search_.calibrate()
-    pool = search_.propose()
-    if task.is_demo:
-        tick = search_.percent("training the demonstration teacher")
-        seconds = DEMO_TEACHER_SHARE * clock.left
-        search_.setting = train_demo_teacher(search_.setting, search_.run, seconds, tick)
-        search_.keep_original(search_.setting.baseline)
-    search_.score_original()
-    search_.ask_teacher()
-    search_.appraise(pool)
-    search_.short_rung(pool)
-    search_.full_rung()
-    measure_front(search_)
-    score_test(search_)
+        findings.progress.message(f"{lost} interrupted trial(s) will be repeated")
+    if failed := findings.retry_failures():
+        findings.progress.message(f"{failed} failed policies may be tried again")
+    if findings.best is None:
+        findings.forecast.require_hope()
 
 
-def _finish(search_: Search) -> None:
+def _train_demo_teacher(findings: Findings) -> None:
+    """The demonstration's original learns only now, when the budget is known to be within reach."""
+    tick = findings.percent("training the demonstration teacher")
+    seconds = DEMO_TEACHER_SHARE * findings.clock.left
+    findings.setting = train_demo_teacher(findings.setting, findings.run, seconds, tick)
+    findings.keep_original(findings.setting.baseline)
+
+
+def _finish(findings: Findings) -> None:
     """Write what there is, however the search ended."""
-    search_.journal.retire_lost_trials()
-    search_.note_time()
-    search_.write_front()
-    write_report(search_.content(), search_.run)
+    findings.journal.retire_lost_trials()
+    findings.note_time()
+    findings.write_front()
+    write_report(findings.content(), findings.run)
 
 
-def _result(search_: Search) -> SearchResult:
-    result = SearchResult.load(search_.run)
+def _result(findings: Findings) -> SearchResult:
+    result = SearchResult.load(findings.run)
     points, failures = result.content["points"], result.content["failures"]
     if failures and not points:
         raise TooManyFailures(
             f"no policy became a file that works; the first failed to {failures[0]['stage']}: {failures[0]['reason']}",
             hint="mend that, then --resume",
         )
-    if search_.task.budget and not any(point["feasible"] for point in points):
+    if findings.task.budget and not any(point["feasible"] for point in points):
         fastest = min((e["latency_s"]["high"] for e in points), default=float("nan"))
         told = f"the fastest policy took {format_duration(fastest)}" if points else "no policy could be measured in time"
         trained = any(point["rung"] != "unchanged" for point in points)
         raise InfeasibleBudget(
             f"the search ended {'' if trained else 'before any policy was trained '}and nothing meets the budget "
-            f"({search_.budget.in_words()}): {told}",
-            hint=f"what was measured is in {search_.run}; search longer (--search-time), or allow more",
+            f"({findings.budget.in_words()}): {told}",
+            hint=f"what was measured is in {findings.run}; search longer (--search-time), or allow more",
             smallest_latency_s=fastest,
         )
     return result

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from exporter import export_faster
 
 from autocompress.report.view import Results
-from autocompress.testing.exporter import export_faster
 
 
 @pytest.hookimpl(wrapper=True)

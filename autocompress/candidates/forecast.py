@@ -33,6 +33,8 @@ OPERATOR_DRAWS = 64
 WHOLE_NETWORKS, LEAST_NETWORKS = 6, 2
 UNTRAINED_SECONDS_EACH = 0.3
 """Of measuring a network that is only timed."""
+SLOW_ORIGINAL_S = 0.25
+"""An original that takes longer is not measured beside networks that are only timed: its rounds would take as long as their training."""
 CURE_MARGIN = 1.02
 """A suggested budget leaves this much room above what was measured."""
 MOST_WEIGHT_BYTES = 2**31 - 2**27
@@ -49,15 +51,15 @@ Tick = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Untrained:
-    """What a policy's structure takes on the device, and in a file."""
+    """What a policy's structure took on the device, and takes in a file.
+
+    original: what that took beside it; None where it is too slow to be measured each time.
+    """
 
     policy: Policy
     latency_s: Measurement
     size_bytes: int
-
-    def violation(self, budget: Budget, hope: float = 1.0) -> float:
-        """Relative excess over the budget, were it `hope` times as fast."""
-        return budget.violation(self.latency_s.high / hope, self.size_bytes, self.latency_s.p95 / hope)
+    original: Measurement | None = None
 
 
 @dataclass
@@ -89,8 +91,8 @@ class Forecast:
 
     @property
     def budget(self) -> Budget:
-        """The limits, against the original's latency as it is known now."""
-        return self.limits.against(self.setting.baseline.latency_s.median)
+        """The limits, against what the original took lately, which predictions refer to as well."""
+        return self.limits.against(self._original_s)
 
     @functools.cached_property
     def original(self) -> Workload:
@@ -145,7 +147,7 @@ class Forecast:
     def latency_limit(self) -> float:
         """Seconds up to which policies are of interest: the budget, else the original's latency."""
         limits = [limit for limit in (self.budget.latency_s, self.budget.p95_s) if limit is not None]
-        return min([*limits, self.setting.baseline.latency_s.median])
+        return min([*limits, self._original_s])
 
     def _graph_of(self, policy: Policy) -> Graph:
         try:
@@ -225,21 +227,21 @@ class Forecast:
             return least
         found = self._measure_untrained(proposal.policy)
         self.learn([])
-        return found.violation(self.budget, 1 / slower) if found is not None else least
+        return self._violation_of(found, self.limits, 1 / slower) if found is not None else least
 
     def latency_s(self, proposal: Proposal) -> float:
         """Seconds as they were measured, else as they are predicted by now."""
         return self._measured(proposal.policy) or self.model.predict(proposal.workload).value
 
     def _measured(self, policy: Policy) -> float | None:
-        """Seconds that the policy's network takes, where it has been measured: beside an original as fast as it is known to be now."""
+        """Seconds that the policy's network takes, where it has been measured: beside an original as fast as it was lately."""
         known = self.networks.get(self.structure(policy))
         return known[1] * self._original_s if known is not None else None
 
     @property
     def _original_s(self) -> float:
-        """What the original takes, as it is known now."""
-        return self.setting.baseline.latency_s.median
+        """What the original took lately."""
+        return self.setting.recent_baseline.median
 
     # -- learning from the device -------------------------------------------------------------------------------------
 
@@ -265,7 +267,7 @@ class Forecast:
             if time.monotonic() > until and done >= LEAST_NETWORKS:
                 break
             tick("measuring whole networks", done, len(chosen))
-            self._measure_untrained(policy)
+            self._know_original(self._measure_untrained(policy))
         self._note(Policy(), 1.0)
         self.learn([])
 
@@ -290,21 +292,37 @@ class Forecast:
         return self._foretold.get(self.structure(policy)) or self.predict(policy)
 
     def _measure_untrained(self, policy: Policy) -> Untrained | None:
-        """What the policy's structure takes beside an original as fast as it is known to be now; None when it cannot be built."""
+        """What the policy's structure takes; None when it cannot be built."""
         models, spend = self.setting.models, self.setting.ledger.spend
         with spend("measure"), tempfile.TemporaryDirectory(prefix=UNTRAINED, dir=models) as name:
             folder = Path(name)
             try:
                 manifest = self.setting.write(folder, untrained(self.setting, policy, calibration=FEWEST_EXAMPLES), policy)
-                paths = [self.setting.baseline.path, folder / manifest.artifact]
-                original, latency = self.setting.device.measure(paths, seconds_each=UNTRAINED_SECONDS_EACH)
+                paths = [*([self.setting.baseline.path] if self._original_s <= SLOW_ORIGINAL_S else []), folder / manifest.artifact]
+                *beside, latency = self.setting.device.measure(paths, seconds_each=UNTRAINED_SECONDS_EACH)
             except Exception as error:
                 if not fails_policy(error):
                     raise
                 return None
-        self.setting.baseline_history.append(original)
-        self._note(policy, latency.median / original.median)
-        return Untrained(policy, latency.times(self._original_s / original.median), manifest.size_bytes)
+        original = beside[0] if beside else None
+        self._note(policy, latency.median / (original.median if original is not None else self._original_s))
+        return Untrained(policy, latency, manifest.size_bytes, original)
+
+    def _usual(self, found: Untrained) -> Measurement:
+        """What it takes beside an original as fast as that was lately."""
+        return found.latency_s.times(self._original_s / found.original.median) if found.original is not None else found.latency_s
+
+    def _violation_of(self, found: Untrained, limits: Budget, hope: float = 1.0) -> float:
+        """Relative excess over the limits, were it `hope` times as fast."""
+        latency = self._usual(found)
+        return limits.against(self._original_s).violation(latency.high / hope, found.size_bytes, latency.p95 / hope)
+
+    def _know_original(self, found: Untrained | None) -> None:
+        """Count what the original took beside this among what it took lately. Not where many are measured at once, to choose between them:
+        the machine of these seconds would stand for that of the whole search.
+        """
+        if found is not None and found.original is not None:
+            self.setting.baseline_history.append(found.original)
 
     # -- whether the budget can be met -----------------------------------------------------------------------------
 
@@ -312,24 +330,25 @@ class Forecast:
         """Before anything is calibrated: raises InfeasibleBudget when the ends of the space are far over a limit. Takes seconds."""
         generator = np.random.default_rng(self.setting.seed)
         drawn = [self.suggest(LevelSuggester(generator)) for _ in range(DRAWS)]  # the ends are a guess from names: own spaces have others
-        for budget, ends, cost in (
-            (self.budget.of_time, fastest(self.suggest), _arithmetic),
-            (self.budget.of_size, [smallest(self.suggest)], _weight_bytes),
+        for limits, ends, cost in (
+            (self.limits.of_time, fastest(self.suggest), _arithmetic),
+            (self.limits.of_size, [smallest(self.suggest)], _weight_bytes),
         ):
-            if budget == Budget():
+            if limits == Budget():
                 continue
             least = min([*ends, *drawn], key=lambda policy: cost(self.workload(policy)))
-            self._require_one_within(budget, [least, *ends])
+            self._require_one_within(limits, [least, *ends])
 
-    def _require_one_within(self, budget: Budget, policies: Sequence[Policy]) -> None:
+    def _require_one_within(self, limits: Budget, policies: Sequence[Policy]) -> None:
         """Raises InfeasibleBudget when all of these are far over the limits, with the nearest of them."""
         measured = list[Untrained]()
         for policy in {policy.digest: policy for policy in policies}.values():
             found = self._measure_untrained(policy)
-            if found is None or found.violation(budget, HOPE) <= 0:
+            self._know_original(found)
+            if found is None or self._violation_of(found, limits, HOPE) <= 0:
                 return
             measured.append(found)
-        raise self._infeasible(budget, min(measured, key=lambda found: found.violation(budget)))
+        raise self._infeasible(limits, min(measured, key=lambda found: self._violation_of(found, limits)))
 
     def require_feasible(self, pool: Sequence[Proposal]) -> None:
         """Raises InfeasibleBudget unless some policy can meet the limits on time.
@@ -337,7 +356,7 @@ class Forecast:
         Where that is open by prediction, those that are predicted to be fastest are measured, up to FASTEST of them, until one is within
         the limits or no other can be.
         """
-        budget, measured = self.budget.of_time, list[Untrained]()
+        limits, budget, measured = self.limits.of_time, self.budget.of_time, list[Untrained]()
         waiting = [*(self.proposal(policy, {}) for policy in fastest(self.suggest)), *pool]
         for _ in range(FASTEST):
             nearest = min(waiting, key=lambda p: self.model.predict(p.workload).value)
@@ -347,7 +366,7 @@ class Forecast:
             if measured and self.violation(nearest.workload, predicted.low, budget) > 0:
                 break
             found = self._measure_untrained(nearest.policy)
-            if found is not None and found.violation(budget) <= 0:
+            if found is not None and self._violation_of(found, limits) <= 0:
                 return
             measured += [found] if found is not None else []
             self.learn([])
@@ -355,11 +374,11 @@ class Forecast:
             if not waiting:
                 break
         if measured:
-            raise self._infeasible(budget, min(measured, key=lambda found: found.violation(budget)))
+            raise self._infeasible(limits, min(measured, key=lambda found: self._violation_of(found, limits)))
 
-    def _infeasible(self, budget: Budget, found: Untrained) -> InfeasibleBudget:
+    def _infeasible(self, limits: Budget, found: Untrained) -> InfeasibleBudget:
         """With the smallest budget of this kind that works: a time, its 95th percentile, or a size."""
-        policy, latency, size_bytes = found.policy, found.latency_s, found.size_bytes
+        budget, policy, latency, size_bytes = limits.against(self._original_s), found.policy, self._usual(found), found.size_bytes
         binds = self._binds(self.workload(policy)) if budget.size_bytes is None else ""
         if budget.size_bytes is not None:
             cure = format_size(CURE_MARGIN * size_bytes)

@@ -22,31 +22,31 @@ MOST_OVERTIME = 0.05
 """Of the search's time: what so many test examples may take beyond it; of slower models there are fewer, but FEWEST_EXAMPLES."""
 
 
-def measure_front(search: Findings) -> None:
+def measure_front(findings: Findings) -> None:
     """Measure the front's files together, interleaved with the baseline; a point stays within the budget only if both times it was.
 
     What leaves the budget may let points onto the front that were behind it, so that it is measured until all of it has been.
     """
     known: set[str] = set()
-    while front := [o for o in search.front() if o.id not in known]:
-        if known and search.clock.until_end < 0:
+    while front := [o for o in findings.front() if o.id not in known]:
+        if known and findings.clock.until_end < 0:
             return
-        search.show("measuring the front", 0, len(front))
-        baseline, again = _measured_again(search, front)
+        findings.show("measuring the front", 0, len(front))
+        baseline, again = _measured_again(findings, front)
         if baseline is not None and not known:
-            search.keep_original(replace(search.setting.baseline, latency_s=baseline))
+            findings.keep_original(replace(findings.setting.baseline, latency_s=baseline))
         for outcome, latency in again:
             first = outcome.search_latency_s or outcome.latency_s
-            search.journal.record(outcome.model_copy(update={"latency_s": latency, "search_latency_s": first}))
+            findings.journal.record(outcome.model_copy(update={"latency_s": latency, "search_latency_s": first}))
         known |= {o.id for o in front}
 
 
-def _measured_again(search: Findings, front: list[Outcome]) -> tuple[Measurement | None, list[tuple[Outcome, Measurement]]]:
+def _measured_again(findings: Findings, front: list[Outcome]) -> tuple[Measurement | None, list[tuple[Outcome, Measurement]]]:
     """Latencies of the baseline and of these, all together; one by one where that fails, and what fails even so is lost."""
-    setting, left = search.setting, max(0.0, search.clock.until_end)
+    setting, left = findings.setting, max(0.0, findings.clock.until_end)
     seconds = max(LEAST_FINAL_SECONDS_EACH, min(FINAL_SECONDS_EACH, FINAL_SHARE * left / (len(front) + 1)))
     measure = functools.partial(measure_beside_baseline, setting, seconds_each=seconds, until=time.monotonic() + FINAL_SHARE * left)
-    paths = {o.id: search.run / (o.artifact or "") for o in front}
+    paths = {o.id: findings.run / (o.artifact or "") for o in front}
     try:
         baseline, *others = measure([*paths.values()])
     except PolicyFailure:
@@ -58,29 +58,31 @@ def _measured_again(search: Findings, front: list[Outcome]) -> tuple[Measurement
         try:
             baseline, latency = measure([paths[outcome.id]])
         except PolicyFailure as error:
-            search.lose(outcome, error, "measure")
+            findings.lose(outcome, error, "measure")
         else:
             again.append((outcome, latency))
     return baseline, again
 
 
-def score_test(search: Findings) -> None:
+def score_test(findings: Findings) -> None:
     """The one look at the test set: the baseline and the front that is reported, each once, resumed or not.
 
     Where the whole of it would take longer than the search may, a part of it that is always the same.
     """
-    setting, front = search.setting, search.front()
-    left = max(0.0, search.clock.until_end)
+    setting, front = findings.setting, findings.front()
+    left = max(0.0, findings.clock.until_end)
     slowness = 1 + sum(o.latency_s.median for o in front if o.latency_s) / setting.baseline.latency_s.median
-    per_example_s = max(1e-9, search.per_example_s * slowness)
-    least = min(LEAST_TEST, int(MOST_OVERTIME * search.clock.total / per_example_s))
+    per_example_s = max(1e-9, findings.per_example_s * slowness)
+    least = min(LEAST_TEST, int(MOST_OVERTIME * findings.clock.total / per_example_s))
     affordable = max(FEWEST_EXAMPLES, least, int(left / per_example_s))
-    wanted = search.journal.noted("test_examples") or min(len(setting.data.test), affordable)
-    search.journal.note("test_examples", wanted)
+    wanted = findings.journal.noted("test_examples") or min(len(setting.data.test), affordable)
+    findings.journal.note("test_examples", wanted)
     test = sample(setting.data.test, wanted)
     if len(test) < len(setting.data.test):
-        search.progress.message(f"scoring {len(test)} of {len(setting.data.test)} test examples: all would take longer than the search may")
-    search.show("scoring the test set", 0, len(front) + 1)
+        findings.progress.message(
+            f"scoring {len(test)} of {len(setting.data.test)} test examples: all would take longer than the search may"
+        )
+    findings.show("scoring the test set", 0, len(front) + 1)
     if setting.baseline.test_score is None:
         try:
             with setting.ledger.spend("score"):
@@ -88,23 +90,23 @@ def score_test(search: Findings) -> None:
         except Exception as error:  # the original has answered the validation split: something is wrong with these examples
             if not fails_policy(error):
                 raise
-            search.progress.message(f"the test split cannot be scored, so there are no test scores: {one_line(error)}")
+            findings.progress.message(f"the test split cannot be scored, so there are no test scores: {one_line(error)}")
             return
-        search.keep_original(replace(setting.baseline, test_score=score))
+        findings.keep_original(replace(setting.baseline, test_score=score))
     for done, outcome in enumerate(front):
-        search.show("scoring the test set", done + 1, len(front) + 1)
+        findings.show("scoring the test set", done + 1, len(front) + 1)
         if outcome.test_score is None:
-            _score_test_of(search, outcome, test)
+            _score_test_of(findings, outcome, test)
 
 
-def _score_test_of(search: Findings, outcome: Outcome, test: Split) -> None:
+def _score_test_of(findings: Findings, outcome: Outcome, test: Split) -> None:
     try:
-        setting = search.setting
+        setting = findings.setting
         with setting.ledger.spend("score"):
-            score = score_artifact(setting.device, search.run / (outcome.artifact or ""), setting.data, test, setting.batch)
+            score = score_artifact(setting.device, findings.run / (outcome.artifact or ""), setting.data, test, setting.batch)
     except Exception as error:
         if not fails_policy(error):
             raise
-        search.lose(outcome, error, "test")
+        findings.lose(outcome, error, "test")
         return
-    search.journal.record(outcome.model_copy(update={"test_score": score}))
+    findings.journal.record(outcome.model_copy(update={"test_score": score}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class Findings:
     @property
     def budget(self) -> Budget:
         """The same in seconds, for the original as it is known now."""
-        return self.forecast.budget
+        return self.limits.against(self.setting.baseline.latency_s.median)
 
     def outcomes(self) -> list[Outcome]:
         """One outcome a policy: of its files within the budget, else of all, the most accurate; a failure where there is none."""
@@ -79,6 +80,21 @@ class Findings:
             if before is None or worth(outcome) >= worth(before):
                 kept[outcome.policy.digest] = outcome
         return list(kept.values())
+
+    @property
+    def short_runs(self) -> list[Outcome]:
+        """What was trained shortly, in vain or not, in the order in which it was."""
+        return [o for o in self.journal.outcomes if o.rung == "short"]
+
+    @property
+    def climbers(self) -> list[Outcome]:
+        """Short runs within the budget: what may be trained to the end."""
+        return [o for o in self.short_runs if feasible(o, self.limits)]
+
+    def gain_without(self, share: float) -> float:
+        """What is left of the original's validation score when it loses this share of it."""
+        original = self.setting.baseline.val_score
+        return original.gain - share * abs(original.gain) if original is not None else -math.inf
 
     def front(self) -> list[Outcome]:
         """What is worth having by now, fastest and least accurate first."""
@@ -206,7 +222,7 @@ class Findings:
         self.keep_original(baseline)
         self.best = self._best()
 
-    # -- what the user sees ----------------------------------------------------------------------------------------
+    # -- what the user sees --------------------------------------------------------------------------------------------
 
     def percent(self, phase: str) -> Tick:
         """Shows how much of a phase is done, given as share."""

@@ -10,7 +10,7 @@ from running import TASK
 from tasks import SLOW_CALLS, blobs, trained_net
 
 from autocompress.candidates.forecast import Forecast
-from autocompress.controller.search import Search
+from autocompress.controller.findings import Findings
 from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.preparation import load, prepare
 from autocompress.progress import SilentProgress
@@ -56,7 +56,7 @@ def pool(forecast):
 
 
 @pytest.fixture
-def search(forecast, tmp_path):
+def findings(forecast, tmp_path):
     journal = open_journal(tmp_path, TASK, resume=False)
     own = replace(forecast, model=copy.copy(forecast.model), networks=dict(forecast.networks), _foretold=dict(forecast._foretold))
-    return Search(TASK, tmp_path, journal, own, Clock.start(60.0), SilentProgress(), points=[])
+    return Findings(TASK, tmp_path, journal, own, Clock.start(60.0), SilentProgress(), points=[])

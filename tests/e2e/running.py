@@ -12,7 +12,7 @@ def measurement(seconds, p95=None):
     return Measurement(median=seconds, low=seconds, high=seconds, p95=p95 or seconds, n=9)
 
 
-def trained(search, policy, latency_s, score=0.95, id="00000", **changes):
+def trained(findings, policy, latency_s, score=0.95, id="00000", **changes):
     latency = measurement(latency_s)
     made = Outcome(id=id, policy=policy, rung="short", val_score=Score(value=score), latency_s=latency, artifact="a.onnx", size_bytes=9)
-    search.journal.record(made.model_copy(update=changes))
+    findings.journal.record(made.model_copy(update=changes))

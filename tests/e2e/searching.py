@@ -8,16 +8,19 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from pathlib import Path
 
 import torch
 from tasks import SLOW_CALLS, blobs, trained_net
 
 from autocompress import cli, schedule, session
 from autocompress.candidates import forecast
-from autocompress.controller.search import Search
+from autocompress.controller.pace import Pace
 from autocompress.study.journal import Journal
 from autocompress.testing.devices import FakeDevice
-from autocompress.testing.exporter import export_faster
+
+sys.path.append(str(Path(__file__).parents[1]))
+from exporter import export_faster
 
 
 def main() -> int:
@@ -39,8 +42,9 @@ def main() -> int:
         print("outcome", outcome.id, flush=True)
 
     session.run_search, Journal.record = run_here, tell
-    Search._overhead = lambda self: 0.2
-    schedule.APPRAISAL_SHARE, schedule.SHORT_SHARE, forecast.WHOLE_NETWORKS = 0.01, 0.8, 2
+    Pace.overhead = lambda self: 0.2
+    schedule.APPRAISAL_SHARE, schedule.SHORT_SHARE, schedule.SHORT_RUNS, forecast.WHOLE_NETWORKS = 0.01, 0.8, 60, 2
+    schedule.CALIBRATION_SHARE, schedule.POOL_SHARE = 0.02, 0.005
     own = ["search", "--model", "own:net", "--data", "own:blobs", "--search-time", "180s", "--out", sys.argv[1], *sys.argv[2:]]
     return cli.main(own)
 

@@ -22,14 +22,15 @@ from autocompress.units import parse_duration
 
 BUNDLE = {"model.onnx", "student.safetensors", "policy.json", "manifest.json"}
 BUDGET_S = 10e-3
-SEARCH_TIME = "240s"
+SEARCH_TIME, GOOD_ENOUGH = "240s", "0.9"
 
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """(run folder, finished process) of the README's first command."""
+    """(run folder, finished process) of the README's first command, which ends here with the first policy that is good enough."""
     run = tmp_path_factory.mktemp("demo") / "run"
     command = [sys.executable, "-m", "autocompress", "search", "--budget", "10ms", "--search-time", SEARCH_TIME, "--out", str(run)]
+    command += ["--target-accuracy", GOOD_ENOUGH]
     return run, subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
 
 
@@ -64,7 +65,7 @@ def test_the_demonstration_finds_something_within_its_budget(demo):
     content = json.loads((run / "front.json").read_text(), parse_constant=pytest.fail)
     best = next(entry for entry in content["front"] if entry["id"] == content["best"])
     assert best["latency_s"]["high"] <= BUDGET_S < content["baseline"]["latency_s"]["median"], "the budget binds"
-    assert best["val_score"]["value"] > 0.8
+    assert best["val_score"]["value"] >= float(GOOD_ENOUGH)
     assert best["test_score"]["n"] > 300
     assert content["elapsed_s"] <= 1.05 * parse_duration(SEARCH_TIME) + 5
     assert content["prediction"]["n"] >= 1

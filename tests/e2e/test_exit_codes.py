@@ -28,7 +28,7 @@ def search(net, data, tmp_path, monkeypatch):
     """Runs `autocompress search` on a device; returns its exit code."""
     monkeypatch.setattr("autocompress.schedule.SHORT_RUNS", 100)
     monkeypatch.setattr("autocompress.candidates.forecast.WHOLE_NETWORKS", 2)
-    monkeypatch.setattr("autocompress.controller.search.Search._overhead", lambda self: 0.2)
+    monkeypatch.setattr("autocompress.controller.pace.Pace.overhead", lambda self: 0.2)
     monkeypatch.setattr("autocompress.controller.search.Search.full_rung", lambda self: None)
 
     def run(device, *options):

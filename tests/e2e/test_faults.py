@@ -125,8 +125,8 @@ def require_readable(run: Path, capsys) -> dict:
 def resumed(run: Path, net, data, trials: int) -> None:
     """Go on with a search until so many policies were trained."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("autocompress.controller.search.FULL_FACTOR", 0.1)
-        patch.setattr("autocompress.controller.search.LEAST_FULL_STEPS", 1)
+        patch.setattr("autocompress.controller.pace.FULL_FACTOR", 0.1)
+        patch.setattr("autocompress.controller.pace.LEAST_FULL_STEPS", 1)
         run_search(load_task(run / "task.toml", {"trials": trials}), run, resume=True, model=net, data=data, device=FakeDevice(SLOW_CALLS))
 
 

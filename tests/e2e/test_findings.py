@@ -12,6 +12,9 @@ from tasks import SLOW_CALLS, Diary
 
 from autocompress.candidates.forecast import Untrained
 from autocompress.controller.final import measure_front, score_test
+from autocompress.controller.findings import Findings
+from autocompress.controller.initial import calibrate, know_original
+from autocompress.controller.pace import Pace
 from autocompress.controller.search import Search
 from autocompress.data import SPLITS, Split
 from autocompress.errors import InfeasibleBudget, PolicyFailure, TooManyFailures
@@ -39,54 +42,54 @@ class Worn(FakeDevice):
         return [self.latency] * len(paths)
 
 
-def with_device(search, device):
+def with_device(findings, device):
     """On a device where the original takes what it took lately."""
-    search.setting = replace(search.setting, device=device, baseline_history=[device.latency])
+    findings.setting = replace(findings.setting, device=device, baseline_history=[device.latency])
 
 
-def on_front(search, pool, n=3):
+def on_front(findings, pool, n=3):
     """Outcomes that are all on the front: the slower the more accurate, and all more so than the original."""
     for index in range(n):
         id = f"{index:05d}"
-        trained(search, pool[index].policy, 1e-3 * (index + 1), score=0.91 + 0.01 * index, id=id, artifact=f"models/{id}/model.onnx")
+        trained(findings, pool[index].policy, 1e-3 * (index + 1), score=0.91 + 0.01 * index, id=id, artifact=f"models/{id}/model.onnx")
 
 
-def test_the_end_of_a_search_keeps_little_time_while_there_is_no_front_to_measure(search, pool):
+def test_the_end_of_a_search_keeps_little_time_while_there_is_no_front_to_measure(findings, pool):
     """Seen where the original is slow and the search short: it ended with a quarter of its time unused, and nothing trained."""
-    search.clock = Clock.start(600.0, already=540.0).with_reserve(180.0)
-    assert search.clock.left == 0.0
-    assert 40.0 < search._left_for_short() < 50.0
-    assert search._room_for_short(time.monotonic() - 1.0, Division(5.0, 1.0, 1.0))
-    trained(search, pool[0].policy, 1e-6)
-    assert search._left_for_short() == 0.0
+    findings.clock = Clock.start(600.0, already=540.0).with_reserve(180.0)
+    assert findings.clock.left == 0.0
+    assert 40.0 < Pace(findings).left_for_short() < 50.0
+    assert Pace(findings).room_for_short(time.monotonic() - 1.0, Division(5.0, 1.0, 1.0))
+    trained(findings, pool[0].policy, 1e-6)
+    assert Pace(findings).left_for_short() == 0.0
 
 
-def test_a_file_that_can_no_longer_be_measured_leaves_the_front_and_the_search_goes_on(search, pool):
-    on_front(search, pool)
-    with_device(search, Worn(measurement(1e-3), broken=("00001",)))
-    measure_front(search)
-    failures = {o.id: o.failure for o in search.journal.outcomes if o.failure is not None}
+def test_a_file_that_can_no_longer_be_measured_leaves_the_front_and_the_search_goes_on(findings, pool):
+    on_front(findings, pool)
+    with_device(findings, Worn(measurement(1e-3), broken=("00001",)))
+    measure_front(findings)
+    failures = {o.id: o.failure for o in findings.journal.outcomes if o.failure is not None}
     assert {id: (f.stage, f.reason) for id, f in failures.items()} == {"00001": ("measure", "the runtime crashed with SIGSEGV")}
-    assert [o.id for o in search.front()] == ["00002"], "all take the same time now"
+    assert [o.id for o in findings.front()] == ["00002"], "all take the same time now"
 
 
-def test_files_that_cannot_be_measured_together_are_measured_one_by_one(search, pool):
+def test_files_that_cannot_be_measured_together_are_measured_one_by_one(findings, pool):
     class Small(Worn):
         def measure(self, paths, *, seconds_each=1.0):
             if len(paths) > 2:
                 raise PolicyFailure("the runtime was killed: out of memory")
             return super().measure(paths, seconds_each=seconds_each)
 
-    on_front(search, pool)
+    on_front(findings, pool)
     device = Small(measurement(7e-3))
-    with_device(search, device)
-    measure_front(search)
+    with_device(findings, device)
+    measure_front(findings)
     assert device.asked == [["baseline", f"0000{index}"] for index in range(3)]
-    assert [(o.latency_s.median, o.failure) for o in search.journal.outcomes] == [(7e-3, None)] * 3
-    assert search.setting.baseline.latency_s.median == 7e-3
+    assert [(o.latency_s.median, o.failure) for o in findings.journal.outcomes] == [(7e-3, None)] * 3
+    assert findings.setting.baseline.latency_s.median == 7e-3
 
 
-def test_the_front_is_measured_again_where_the_original_beside_it_is_slower_than_it_was(search, pool, monkeypatch):
+def test_the_front_is_measured_again_where_the_original_beside_it_is_slower_than_it_was(findings, pool, monkeypatch):
     """Seen on a shared machine: the one policy within the budget was out of it by what everything took longer in that minute."""
 
     class Restless(Worn):
@@ -96,52 +99,52 @@ def test_the_front_is_measured_again_where_the_original_beside_it_is_slower_than
             return [measurement(slowness * self.latency.median)] * len(paths)
 
     monkeypatch.setattr("autocompress.objective.DRIFT_PAUSE_S", 0.0)
-    on_front(search, pool, n=1)
+    on_front(findings, pool, n=1)
     device = Restless(measurement(1e-3))
-    with_device(search, device)
-    measure_front(search)
+    with_device(findings, device)
+    measure_front(findings)
     assert device.asked == [["baseline", "00000"]] * 2
-    assert [(o.latency_s.median, o.latency_s.noisy) for o in search.front()] == [(1e-3, False)]
+    assert [(o.latency_s.median, o.latency_s.noisy) for o in findings.front()] == [(1e-3, False)]
     device.asked.clear()
-    search.clock = Clock.start(60.0, already=60.0)
-    measure_front(search)
+    findings.clock = Clock.start(60.0, already=60.0)
+    measure_front(findings)
     assert len(device.asked) == 1, "there is no time"
-    assert [(o.latency_s.median, o.latency_s.noisy) for o in search.front()] == [(1.2e-3, True)]
+    assert [(o.latency_s.median, o.latency_s.noisy) for o in findings.front()] == [(1.2e-3, True)]
 
 
-def test_the_less_time_is_left_the_shorter_the_front_is_measured(search, pool):
+def test_the_less_time_is_left_the_shorter_the_front_is_measured(findings, pool):
     class Hasty(Worn):
         def measure(self, paths, *, seconds_each=1.0):
             self.asked.append(seconds_each)
             return [self.latency] * len(paths)
 
-    on_front(search, pool)
+    on_front(findings, pool)
     asked = []
     for already in (0.0, 56.0, 59.9):
-        search.clock = Clock.start(60.0, already=already)
+        findings.clock = Clock.start(60.0, already=already)
         device = Hasty(measurement(1e-3))
-        with_device(search, device)
-        measure_front(search)
+        with_device(findings, device)
+        measure_front(findings)
         asked.append(device.asked[0])
     assert asked[0] == 1.5 > asked[1] > asked[2] == 0.3
 
 
-def test_a_file_that_was_lost_comes_back_when_it_is_intact_and_else_its_policy_may_be_tried_again(search, pool):
-    on_front(search, pool)
+def test_a_file_that_was_lost_comes_back_when_it_is_intact_and_else_its_policy_may_be_tried_again(findings, pool):
+    on_front(findings, pool)
     for id, proposal in zip(("00000", "00001"), pool, strict=False):
-        search.setting.write(search.run / "models" / id, untrained(search.setting, proposal.policy), proposal.policy)
-    (search.run / "models" / "00001" / "model.onnx").write_bytes(b"damaged")
-    with_device(search, Worn(measurement(1e-3), broken=("00000", "00001", "00002")))
-    measure_front(search)
-    assert search.front() == []
-    assert search.retry_failures() == 3
-    assert [(o.id, o.failure) for o in search.journal.outcomes] == [("00000", None)]
-    assert search.retry_failures() == 0
+        findings.setting.write(findings.run / "models" / id, untrained(findings.setting, proposal.policy), proposal.policy)
+    (findings.run / "models" / "00001" / "model.onnx").write_bytes(b"damaged")
+    with_device(findings, Worn(measurement(1e-3), broken=("00000", "00001", "00002")))
+    measure_front(findings)
+    assert findings.front() == []
+    assert findings.retry_failures() == 3
+    assert [(o.id, o.failure) for o in findings.journal.outcomes] == [("00000", None)]
+    assert findings.retry_failures() == 0
 
 
 @pytest.mark.parametrize(("score", "climbs"), [(0.899, False), (0.8, True)], ids=["spared", "hurt"])
-def test_the_unchanged_network_is_trained_only_where_its_bits_cost_accuracy(search, monkeypatch, score, climbs):
-    trained(search, Policy(quant=QuantSpec(bits=8)), 1e-3, score=score, id="int8", rung="unchanged")
+def test_the_unchanged_network_is_trained_only_where_its_bits_cost_accuracy(findings, monkeypatch, score, climbs):
+    trained(findings, Policy(quant=QuantSpec(bits=8)), 1e-3, score=score, id="int8", rung="unchanged")
     asked = []
 
     def realised(setting, policy, **known):
@@ -149,104 +152,104 @@ def test_the_unchanged_network_is_trained_only_where_its_bits_cost_accuracy(sear
         return Outcome(id=known["id"], policy=policy, rung="full", failure=Failure(stage="train", reason="not here"))
 
     monkeypatch.setattr("autocompress.controller.search.evaluate_policy", realised)
-    monkeypatch.setattr(search, "keep", lambda outcome: None)
-    search.full_rung()
+    monkeypatch.setattr(findings, "keep", lambda outcome: None)
+    Search(findings).full_rung()
     assert asked == ([("int8-full", "full")] if climbs else [])
 
 
-def test_what_misses_a_95th_percentile_when_it_is_measured_again_is_no_longer_within_the_budget(search, pool):
+def test_what_misses_a_95th_percentile_when_it_is_measured_again_is_no_longer_within_the_budget(findings, pool):
     """Although its median got faster."""
-    trained(search, pool[0].policy, 5e-3)
-    search.task = Task(model="own:net", data="own:blobs", search_time="60s", budget=("p95=6ms",))
-    search.forecast.limits = search.task.limits
-    with_device(search, Worn(measurement(4e-3, p95=7e-3)))
-    measure_front(search)
-    assert search.front() == []
+    trained(findings, pool[0].policy, 5e-3)
+    findings.task = Task(model="own:net", data="own:blobs", search_time="60s", budget=("p95=6ms",))
+    findings.forecast.limits = findings.task.limits
+    with_device(findings, Worn(measurement(4e-3, p95=7e-3)))
+    measure_front(findings)
+    assert findings.front() == []
 
 
-def test_what_was_measured_first_is_kept_beside_what_was_measured_last(search, pool):
-    trained(search, pool[0].policy, 5e-3)
-    with_device(search, Worn(measurement(4e-3)))
+def test_what_was_measured_first_is_kept_beside_what_was_measured_last(findings, pool):
+    trained(findings, pool[0].policy, 5e-3)
+    with_device(findings, Worn(measurement(4e-3)))
     for _ in range(2):
-        measure_front(search)
-        (outcome,) = search.journal.outcomes
+        measure_front(findings)
+        (outcome,) = findings.journal.outcomes
         assert (outcome.latency_s.median, outcome.search_latency_s.median) == (4e-3, 5e-3)
 
 
-def test_a_part_of_the_test_split_is_scored_where_time_is_short_and_it_is_said(search, pool):
-    test = search.setting.data.test
-    search.clock, search.per_example_s, search.progress = Clock.start(60.0, already=60.0), 1.0, Diary()
-    score_test(search)
-    assert search.progress.messages[0].startswith(f"scoring {FEWEST_EXAMPLES} of {len(test)} test examples")
-    assert search.setting.baseline.test_score.n == FEWEST_EXAMPLES
-    search.clock = Clock.start(60.0)
-    score_test(search)
-    assert search.setting.baseline.test_score.n == FEWEST_EXAMPLES, "the same part when the search is resumed"
+def test_a_part_of_the_test_split_is_scored_where_time_is_short_and_it_is_said(findings, pool):
+    test = findings.setting.data.test
+    findings.clock, findings.per_example_s, findings.progress = Clock.start(60.0, already=60.0), 1.0, Diary()
+    score_test(findings)
+    assert findings.progress.messages[0].startswith(f"scoring {FEWEST_EXAMPLES} of {len(test)} test examples")
+    assert findings.setting.baseline.test_score.n == FEWEST_EXAMPLES
+    findings.clock = Clock.start(60.0)
+    score_test(findings)
+    assert findings.setting.baseline.test_score.n == FEWEST_EXAMPLES, "the same part when the search is resumed"
 
 
-def test_a_model_that_is_no_slower_than_usual_has_a_test_score_of_some_worth_even_beyond_the_deadline(search):
-    search.clock, search.per_example_s = Clock.start(60.0, already=61.0), 0.05
-    score_test(search)
-    assert search.setting.baseline.test_score.n == 0.05 * 60.0 / 0.05
+def test_a_model_that_is_no_slower_than_usual_has_a_test_score_of_some_worth_even_beyond_the_deadline(findings):
+    findings.clock, findings.per_example_s = Clock.start(60.0, already=61.0), 0.05
+    score_test(findings)
+    assert findings.setting.baseline.test_score.n == 0.05 * 60.0 / 0.05
 
 
-def test_a_file_that_cannot_be_scored_on_the_test_set_leaves_the_front(search, pool):
-    on_front(search, pool, 1)
-    score_test(search)
-    (lost,) = search.journal.outcomes
+def test_a_file_that_cannot_be_scored_on_the_test_set_leaves_the_front(findings, pool):
+    on_front(findings, pool, 1)
+    score_test(findings)
+    (lost,) = findings.journal.outcomes
     assert lost.failure.stage == "test"
-    assert search.setting.baseline.test_score is not None
+    assert findings.setting.baseline.test_score is not None
 
 
-def test_the_cost_beside_training_is_what_it_was_as_a_rule(search, pool):
-    assert search._overhead() == search._finishing() == 5.0
-    trained(search, pool[0].policy, 1e-3, id="int8", rung="unchanged", seconds=4.0)
-    assert search._overhead() == 4.0
+def test_the_cost_beside_training_is_what_it_was_as_a_rule(findings, pool):
+    assert Pace(findings).overhead() == Pace(findings).finishing() == 5.0
+    trained(findings, pool[0].policy, 1e-3, id="int8", rung="unchanged", seconds=4.0)
+    assert Pace(findings).overhead() == 4.0
     for index, (seconds, training) in enumerate([(30.0, 28.0), (90.0, 50.0), (33.0, 30.0)]):
-        trained(search, pool[index].policy, 1e-3, id=f"{index:05d}", seconds=seconds, training_s=training, finishing_s=2.0 * index)
-    trained(search, pool[0].policy, 1e-3, id="00000-full", rung="full", seconds=60.0, training_s=60.0, finishing_s=2.0)
-    assert search._overhead() == 3.0, "a full run neither chooses nor repairs"
-    assert search._finishing() == 2.0
+        trained(findings, pool[index].policy, 1e-3, id=f"{index:05d}", seconds=seconds, training_s=training, finishing_s=2.0 * index)
+    trained(findings, pool[0].policy, 1e-3, id="00000-full", rung="full", seconds=60.0, training_s=60.0, finishing_s=2.0)
+    assert Pace(findings).overhead() == 3.0, "a full run neither chooses nor repairs"
+    assert Pace(findings).finishing() == 2.0
 
 
-def test_a_relative_budget_follows_the_original_where_the_machine_has_changed(search, pool):
+def test_a_relative_budget_follows_the_original_where_the_machine_has_changed(findings, pool):
     """Seen on a shared machine: the original was measured at 1.9 ms when a search began and took 2.5 ms from then on."""
-    first = search.setting.baseline.latency_s
-    search.forecast.limits, search.run = Budget(relative=0.5), search.setting.models.parent
+    first = findings.setting.baseline.latency_s
+    findings.forecast.limits, findings.run = Budget(relative=0.5), findings.setting.models.parent
     later = first.model_copy(update={"median": 1.3 * first.median, "high": 1.3 * first.high})
-    search.setting = replace(search.setting, baseline_history=[first, later])
+    findings.setting = replace(findings.setting, baseline_history=[first, later])
     made = Outcome(id="00000", policy=pool[0].policy, rung="short", failure=Failure(stage="train", reason="not here"))
-    search.keep(made)
-    assert search.setting.baseline.latency_s == first, "one measurement may be odd"
-    search.setting.baseline_history.extend([later, later])
-    search.keep(made)
-    assert search.setting.baseline.latency_s == later
-    assert search.budget.latency_s == pytest.approx(0.65 * first.median)
+    findings.keep(made)
+    assert findings.setting.baseline.latency_s == first, "one measurement may be odd"
+    findings.setting.baseline_history.extend([later, later])
+    findings.keep(made)
+    assert findings.setting.baseline.latency_s == later
+    assert findings.budget.latency_s == pytest.approx(0.65 * first.median)
 
 
-def test_an_original_that_was_measured_too_fast_is_known_better_before_a_policy_is_chosen(search, monkeypatch):
+def test_an_original_that_was_measured_too_fast_is_known_better_before_a_policy_is_chosen(findings, monkeypatch):
     """Seen on a shared machine: a budget relative to a moment of turbo was one that the device could not meet from then on."""
     monkeypatch.setattr("autocompress.objective.DRIFT_PAUSE_S", 0.0)
-    truth = search.setting.baseline.latency_s
+    truth = findings.setting.baseline.latency_s
     hasty = truth.model_copy(update={"median": 0.77 * truth.median, "high": 0.77 * truth.high})
-    search.setting = replace(search.setting, baseline=replace(search.setting.baseline, latency_s=hasty), baseline_history=[hasty])
-    search.forecast.limits = Budget(relative=0.5)
-    search.calibrate()
-    assert search.setting.baseline.latency_s.median == pytest.approx(truth.median)
-    assert search.budget.latency_s == pytest.approx(0.5 * truth.median)
-    original = search.forecast.structure(Policy())
-    assert search.forecast.networks[original][1] == 1.0
+    findings.setting = replace(findings.setting, baseline=replace(findings.setting.baseline, latency_s=hasty), baseline_history=[hasty])
+    findings.forecast.limits = Budget(relative=0.5)
+    calibrate(findings)
+    assert findings.setting.baseline.latency_s.median == pytest.approx(truth.median)
+    assert findings.budget.latency_s == pytest.approx(0.5 * truth.median)
+    original = findings.forecast.structure(Policy())
+    assert findings.forecast.networks[original][1] == 1.0
 
 
-def test_a_full_run_has_time_for_many_steps(search, pool):
+def test_a_full_run_has_time_for_many_steps(findings, pool):
     """Seen where the search was short and the machine slow: three full runs of half an epoch each, where one could have had two."""
-    search.clock = Clock.start(600.0)
-    trained(search, pool[0].policy, 1e-3, seconds=11.0, training_s=10.0, finishing_s=1.0, steps=10_000)
-    quick = search._full_each()
+    findings.clock = Clock.start(600.0)
+    trained(findings, pool[0].policy, 1e-3, seconds=11.0, training_s=10.0, finishing_s=1.0, steps=10_000)
+    quick = Pace(findings).full_each()
     assert quick == pytest.approx(FULL_FACTOR * Division.of(600.0, 1.0).training + 1.0)
-    trained(search, pool[0].policy, 1e-3, seconds=11.0, training_s=10.0, finishing_s=1.0, steps=20)
-    assert search._full_each() == pytest.approx(LEAST_FULL_STEPS * 0.5 + 1.0)
-    assert search._full_each() > quick
+    trained(findings, pool[0].policy, 1e-3, seconds=11.0, training_s=10.0, finishing_s=1.0, steps=20)
+    assert Pace(findings).full_each() == pytest.approx(LEAST_FULL_STEPS * 0.5 + 1.0)
+    assert Pace(findings).full_each() > quick
 
 
 @pytest.mark.parametrize(
@@ -254,12 +257,12 @@ def test_a_full_run_has_time_for_many_steps(search, pool):
     [(Score(value=0.8125), "81.25 %"), (Score(name="signal to noise", value=31.7, n=9), "31.7")],
     ids=["share", "number"],
 )
-def test_a_score_is_told_in_percent_only_where_it_is_a_share(search, score, words):
-    search.progress = diary = Diary()
+def test_a_score_is_told_in_percent_only_where_it_is_a_share(findings, score, words):
+    findings.progress = diary = Diary()
     latency = Measurement(median=1e-3, low=1e-3, high=1e-3, p95=1e-3, n=9)
-    search.best = Outcome(id="00000", policy=Policy(), rung="short", val_score=score, latency_s=latency, artifact="a.onnx", size_bytes=9)
-    search.announce(search.best)
-    search.show("full training", 0, 1)
+    findings.best = Outcome(id="00000", policy=Policy(), rung="short", val_score=score, latency_s=latency, artifact="a.onnx", size_bytes=9)
+    findings.announce(findings.best)
+    findings.show("full training", 0, 1)
     assert diary.messages[0].startswith(f"policy 00000: {words} {score.name}, 1 ms, ")
     assert diary.best == f"{words} at 1 ms"
 
@@ -269,80 +272,80 @@ def test_a_score_is_told_in_percent_only_where_it_is_a_share(search, score, word
     [(2, 0.5, True), (2, 0.6, False), (4, 0.27, True), (4, 0.3, False)],
     ids=["coin", "two classes", "four, guessing", "four"],
 )
-def test_an_original_that_hardly_beats_guessing_is_asked_for_its_weights(search, monkeypatch, classes, score, told):
-    search.progress = diary = Diary()
-    data = search.setting.data
+def test_an_original_that_hardly_beats_guessing_is_asked_for_its_weights(findings, monkeypatch, classes, score, told):
+    findings.progress = diary = Diary()
+    data = findings.setting.data
     parts = {name: Split(part.inputs, part.targets % classes) for name in SPLITS for part in [getattr(data, name)]}
-    search.setting = replace(search.setting, data=replace(data, classes=classes, **parts))
-    monkeypatch.setattr("autocompress.controller.search.score_original", lambda setting: Score(value=score))
-    search.score_original()
+    findings.setting = replace(findings.setting, data=replace(data, classes=classes, **parts))
+    monkeypatch.setattr("autocompress.controller.initial.score_original", lambda setting: Score(value=score))
+    know_original(findings)
     assert any("hardly more than guessing" in message for message in diary.messages) == told
 
 
-def test_a_search_in_which_nothing_met_the_budget_says_how_fast_the_fastest_was(search, pool):
-    search.task = search.task.model_copy(update={"budget": ("1us",)})
-    search.forecast.limits, search.run = search.task.limits, search.setting.models.parent
-    trained(search, pool[0].policy, 2e-3)
-    trained(search, pool[1].policy, 1e-3, id="00001")
-    search.write_front()
+def test_a_search_in_which_nothing_met_the_budget_says_how_fast_the_fastest_was(findings, pool):
+    findings.task = findings.task.model_copy(update={"budget": ("1us",)})
+    findings.forecast.limits, findings.run = findings.task.limits, findings.setting.models.parent
+    trained(findings, pool[0].policy, 2e-3)
+    trained(findings, pool[1].policy, 1e-3, id="00001")
+    findings.write_front()
     with pytest.raises(InfeasibleBudget, match="the fastest policy took 1 ms") as caught:
-        _result(search)
+        _result(findings)
     assert caught.value.smallest_latency_s == 1e-3
 
 
-def test_a_search_in_which_nothing_could_be_measured_says_so(search):
-    search.task, search.run = search.task.model_copy(update={"budget": ("1us",)}), search.setting.models.parent
-    search.write_front()
+def test_a_search_in_which_nothing_could_be_measured_says_so(findings):
+    findings.task, findings.run = findings.task.model_copy(update={"budget": ("1us",)}), findings.setting.models.parent
+    findings.write_front()
     with pytest.raises(InfeasibleBudget, match="no policy could be measured in time"):
-        _result(search)
+        _result(findings)
 
 
-def test_a_file_within_the_budget_comes_before_a_better_one_of_the_same_policy_that_is_not(search, pool):
-    search.forecast.limits = Budget(latency_s=1e-3)
+def test_a_file_within_the_budget_comes_before_a_better_one_of_the_same_policy_that_is_not(findings, pool):
+    findings.forecast.limits = Budget(latency_s=1e-3)
     policy = pool[0].policy
-    trained(search, policy, 0.99e-3, score=0.7)
-    trained(search, policy, 1.01e-3, score=0.8, id="00000-full", rung="full")
-    assert [o.id for o in search.outcomes()] == ["00000"]
-    search.forecast.limits = Budget()
-    assert [o.id for o in search.outcomes()] == ["00000-full"]
+    trained(findings, policy, 0.99e-3, score=0.7)
+    trained(findings, policy, 1.01e-3, score=0.8, id="00000-full", rung="full")
+    assert [o.id for o in findings.outcomes()] == ["00000"]
+    findings.forecast.limits = Budget()
+    assert [o.id for o in findings.outcomes()] == ["00000-full"]
 
 
-def test_a_resumed_search_knows_the_original_as_it_was_measured_beside_the_others(search, forecast):
+def test_a_resumed_search_knows_the_original_as_it_was_measured_beside_the_others(findings, forecast):
     found = {"latency_s": measurement(3.0), "val_score": Score(value=0.8), "test_score": Score(value=0.7)}
-    search.keep_original(replace(search.setting.baseline, **found))
+    findings.keep_original(replace(findings.setting.baseline, **found))
     half = replace(forecast, limits=Budget(relative=0.5))
-    again = Search(TASK, search.run, search.journal, half, search.clock, SilentProgress(), points=[])
+    again = Findings(TASK, findings.run, findings.journal, half, findings.clock, SilentProgress(), points=[])
     again.recall()
     known = again.setting.baseline
     assert (known.latency_s.median, known.val_score.value, known.test_score.value) == (3.0, 0.8, 0.7)
     assert again.budget.latency_s == 1.5
 
 
-def test_a_test_split_that_cannot_be_scored_costs_the_test_scores_only(search, pool, monkeypatch):
-    search.progress = diary = Diary()
-    trained(search, pool[0].policy, 1e-3)
+def test_a_test_split_that_cannot_be_scored_costs_the_test_scores_only(findings, pool, monkeypatch):
+    findings.progress = diary = Diary()
+    trained(findings, pool[0].policy, 1e-3)
 
     def fail(*_):
         raise PolicyFailure("the outputs of a model must be finite, but some are NaN or infinite")
 
     monkeypatch.setattr("autocompress.controller.final.score_artifact", fail)
-    score_test(search)
+    score_test(findings)
     assert any("the test split cannot be scored" in message and "finite" in message for message in diary.messages)
-    assert search.front()
+    assert findings.front()
 
 
-def test_a_search_in_which_all_failed_says_why(search, pool):
+def test_a_search_in_which_all_failed_says_why(findings, pool):
     failure = Failure(stage="export", reason="the exporter failed")
-    search.journal.record(Outcome(id="00000", policy=pool[0].policy, rung="short", failure=failure))
-    search.run = search.setting.models.parent
-    search.write_front()
+    findings.journal.record(Outcome(id="00000", policy=pool[0].policy, rung="short", failure=failure))
+    findings.run = findings.setting.models.parent
+    findings.write_front()
     with pytest.raises(TooManyFailures, match="the first failed to export: the exporter failed"):
-        _result(search)
+        _result(findings)
 
 
-def test_a_policy_whose_prediction_straddles_the_budget_is_measured_before_it_is_trained(search, pool, monkeypatch):
+def test_a_policy_whose_prediction_straddles_the_budget_is_measured_before_it_is_trained(findings, pool, monkeypatch):
     """Else the minutes of its training are lost where it turns out to be over the budget."""
-    found, device = search.forecast, FakeDevice(SLOW_CALLS)
+    found, device = findings.forecast, FakeDevice(SLOW_CALLS)
     found.networks, found.model = {}, replace_spread(found.model, 0.5)
     leader = max(pool, key=lambda p: p.latency_s)
     truth = device.seconds_of(leader.workload)
@@ -356,7 +359,7 @@ def test_a_policy_whose_prediction_straddles_the_budget_is_measured_before_it_is
         found.limits = Budget(latency_s=limit)
         found.excess(leader)
     assert len(measured) == 2, "where the prediction is clear nothing is measured"
-    found.networks[found.structure(leader.policy)] = (leader.workload, truth / search.setting.baseline.latency_s.median)
+    found.networks[found.structure(leader.policy)] = (leader.workload, truth / findings.setting.baseline.latency_s.median)
     found.limits = Budget(latency_s=0.99 * truth)
     assert found.excess(leader) > 0 and len(measured) == 2, "what was measured is not measured again"
     assert leader.policy not in [p.policy for p in found.again(pool)]
@@ -369,40 +372,40 @@ def replace_spread(model, spread):
     return other
 
 
-def test_what_the_original_beats_is_not_on_the_front(search, pool):
+def test_what_the_original_beats_is_not_on_the_front(findings, pool):
     """Where the budget allows the original itself, a file that is slower and no better is worth nothing."""
-    original = search.setting.baseline.latency_s.median
-    search.keep_original(replace(search.setting.baseline, val_score=Score(value=0.8)))
-    trained(search, pool[0].policy, 1.2 * original, score=0.8, id="00000")
-    assert search.front() == []
-    trained(search, pool[1].policy, 1.1 * original, score=0.9, id="00001")
-    trained(search, pool[2].policy, 0.5 * original, score=0.5, id="00002")
-    assert [o.id for o in search.front()] == ["00002", "00001"]
-    search.forecast.limits = Budget(latency_s=0.9 * original)
-    assert [o.id for o in search.front()] == ["00002"], "an original over the budget beats nothing"
+    original = findings.setting.baseline.latency_s.median
+    findings.keep_original(replace(findings.setting.baseline, val_score=Score(value=0.8)))
+    trained(findings, pool[0].policy, 1.2 * original, score=0.8, id="00000")
+    assert findings.front() == []
+    trained(findings, pool[1].policy, 1.1 * original, score=0.9, id="00001")
+    trained(findings, pool[2].policy, 0.5 * original, score=0.5, id="00002")
+    assert [o.id for o in findings.front()] == ["00002", "00001"]
+    findings.forecast.limits = Budget(latency_s=0.9 * original)
+    assert [o.id for o in findings.front()] == ["00002"], "an original over the budget beats nothing"
 
 
-def test_a_prediction_is_judged_as_it_was_before_the_network_was_measured(search, pool):
+def test_a_prediction_is_judged_as_it_was_before_the_network_was_measured(findings, pool):
     policy = pool[3].policy
-    before = search.forecast.predict(policy)
+    before = findings.forecast.predict(policy)
     for proposal in pool[3:15]:
-        search.forecast._note(
-            proposal.policy, 3.0 * search.forecast.predict(proposal.policy).value / search.setting.baseline.latency_s.median
+        findings.forecast._note(
+            proposal.policy, 3.0 * findings.forecast.predict(proposal.policy).value / findings.setting.baseline.latency_s.median
         )
-    search.forecast.learn([])
-    assert search.forecast.predict(policy).value > 1.1 * before.value
-    assert search.forecast.foretell(policy) == before
+    findings.forecast.learn([])
+    assert findings.forecast.predict(policy).value > 1.1 * before.value
+    assert findings.forecast.foretell(policy) == before
 
 
-def test_what_the_original_beats_is_neither_best_nor_reaches_a_target(search, pool):
+def test_what_the_original_beats_is_neither_best_nor_reaches_a_target(findings, pool):
     """As int8 is where its kernels are slower than float32: the search must go on."""
-    original = search.setting.baseline
-    search.task, search.run = search.task.model_copy(update={"target_accuracy": 0.8}), search.setting.models.parent
-    trained(search, pool[0].policy, 2 * original.latency_s.median, score=0.85)
-    search.recall()
-    assert search.best is None
-    assert not search._stop()
-    trained(search, pool[1].policy, 0.5 * original.latency_s.median, score=0.85, id="00001")
-    search.recall()
-    assert search.best.id == "00001"
-    assert search._stop()
+    original = findings.setting.baseline
+    findings.task, findings.run = findings.task.model_copy(update={"target_accuracy": 0.8}), findings.setting.models.parent
+    trained(findings, pool[0].policy, 2 * original.latency_s.median, score=0.85)
+    findings.recall()
+    assert findings.best is None
+    assert not Search(findings)._is_over()
+    trained(findings, pool[1].policy, 0.5 * original.latency_s.median, score=0.85, id="00001")
+    findings.recall()
+    assert findings.best.id == "00001"
+    assert Search(findings)._is_over()

@@ -86,7 +86,7 @@ def short_runs_only(patch: pytest.MonkeyPatch) -> None:
     """Policies train for a second each, as long as the search takes: what ends it is what a test is about, not the machine's load."""
     patch.setattr("autocompress.schedule.SHORT_SHARE", 0.9)
     patch.setattr("autocompress.schedule.SHORT_RUNS", 100)
-    patch.setattr("autocompress.controller.search.Search._overhead", lambda self: 0.2)
+    patch.setattr("autocompress.controller.pace.Pace.overhead", lambda self: 0.2)
     patch.setattr("autocompress.controller.search.Search.full_rung", lambda self: None)
 
 
@@ -117,9 +117,9 @@ def finished(net, tmp_path_factory) -> Finished:
     device = FakeDevice(SLOW_CALLS, noise=0.01)
     run = tmp_path_factory.mktemp("search") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("autocompress.controller.search.VARIANT_SHARE", 0.5)
+        patch.setattr("autocompress.controller.choice.VARIANT_SHARE", 0.5)
         patch.setattr("autocompress.schedule.APPRAISAL_SHARE", 0.3)
-        patch.setattr("autocompress.controller.search.Search._overhead", lambda self: 0.3)
+        patch.setattr("autocompress.controller.pace.Pace.overhead", lambda self: 0.3)
         patch.setattr("autocompress.schedule.SHORT_SHARE", 0.5)
         started = time.monotonic()
         wanted = task(search_time=f"{SECONDS:g}s", budget=("0.6x",))
@@ -304,9 +304,9 @@ def test_a_number_of_trials_stops_early_whatever_the_sampler(one_trial):
 
 def test_the_best_of_a_few_trials_is_trained_to_the_end(net, data, tmp_path, monkeypatch):
     monkeypatch.setattr("autocompress.schedule.SHORT_RUNS", 100)
-    monkeypatch.setattr("autocompress.controller.search.FULL_FACTOR", 4.0)
-    monkeypatch.setattr("autocompress.controller.search.LEAST_FULL_STEPS", 100)
-    monkeypatch.setattr("autocompress.controller.search.Search._overhead", lambda self: 0.2)
+    monkeypatch.setattr("autocompress.controller.pace.FULL_FACTOR", 4.0)
+    monkeypatch.setattr("autocompress.controller.pace.LEAST_FULL_STEPS", 100)
+    monkeypatch.setattr("autocompress.controller.pace.Pace.overhead", lambda self: 0.2)
     result = run_search(task(trials=2), tmp_path / "run", model=net, data=data, device=FakeDevice(SLOW_CALLS))
     outcomes = journal_of(tmp_path / "run").outcomes
     assert [outcome.rung for outcome in outcomes].count("short") == 2

@@ -8,12 +8,12 @@ import warnings
 
 
 def export_faster() -> None:
-    """Let torch's exporter parse its whole operator library once, and not at every export; a global patch, so for tests only."""
+    """Let torch's exporter parse its whole operator library once, and not at every export; a global patch, for tests only."""
     with contextlib.suppress(ImportError, AttributeError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.onnx._internal.exporter._registration import ONNXRegistry
 
         if not getattr(ONNXRegistry, "_kept", False):
             registry = ONNXRegistry.from_torchlib()
-            ONNXRegistry.from_torchlib = classmethod(lambda cls, *_, **__: copy.copy(registry))  # type: ignore[method-assign, assignment]
-            ONNXRegistry._kept = True  # type: ignore[attr-defined]
+            ONNXRegistry.from_torchlib = classmethod(lambda cls, *_, **__: copy.copy(registry))
+            ONNXRegistry._kept = True

@@ -1,0 +1,168 @@
+"""Which policy is trained next: a structure that enlarges the front, or another way to distil one that leads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from optuna.trial import Trial
+
+from autocompress.candidates.appraisals import Appraised
+from autocompress.candidates.proposals import Proposal, outclassed
+from autocompress.controller.content import feasible
+from autocompress.controller.findings import Findings
+from autocompress.devices.timing import MOST_DRIFT
+from autocompress.front import gain, measured
+from autocompress.graph import Structure
+from autocompress.policy import Policy
+from autocompress.records import Outcome
+from autocompress.schedule import cover, promoted
+from autocompress.search_space import Otherwise
+
+VARIANT_SHARE = 1 / 4
+"""Share of the short runs that distil a known structure in another way, instead of training a new one."""
+VARIED = 3
+"""Leading policies whose distillation is varied, at most."""
+CLEAR = 2 * MOST_DRIFT
+"""Share of the budget that structures leave unused until one is safely within it: for drift, and for an interval's upper half."""
+MOST_MEASURED = 4
+"""Untrained networks that are measured, at most, to find one within the budget for the next short run."""
+COLLAPSED = 0.5
+"""Share of the original's score: a network that lost more has failed to train, and rules out nothing."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A policy to train: what it was worth untrained, and where only distillation is new the trial that drew it and the run without it."""
+
+    policy: Policy
+    worth: float
+    trial: Trial | None = None
+    base: Outcome | None = None
+
+
+@dataclass(eq=False)
+class Chooser:
+    """Chooses by what was found so far."""
+
+    findings: Findings
+
+    def choose(self, pool: list[Proposal]) -> Choice | None:
+        """A structure, or in its turn another way to distil one; the other where there is none. None when the space is exhausted.
+
+        pool: policies to fall back on where too few were appraised.
+        """
+        if len(self._variants) + 1 <= VARIANT_SHARE * (len(self.findings.short_runs) + 1):
+            return self._variant() or self._new_structure(pool)
+        return self._new_structure(pool) or self._variant()
+
+    # -- structures ----------------------------------------------------------------------------------------------------
+
+    def _new_structure(self, pool: list[Proposal]) -> Choice | None:
+        """The next structure to train, distilled as usual; what measuring rules out teaches the forecast, which then leads to another.
+
+        Until the search is safe, one that is within the budget by a margin where there is one.
+        """
+        margins = (0.0,) if self._is_safe() else (CLEAR, 0.0)
+        leaders = (self._measured_leader(pool, margin) for margin in margins)
+        leader = next((leader for leader in leaders if leader is not None), None) or self._least_over_budget(pool)
+        return Choice(leader.policy, leader.worth) if leader is not None else None
+
+    def leading(self) -> list[Proposal]:
+        """Networks that may rule out others: within the budget, and with a score that says that their training has not gone wrong."""
+        findings = self.findings
+        least = findings.gain_without(COLLAPSED)
+        sound = [o for o in measured(findings.journal.outcomes) if feasible(o, findings.limits) and gain(o) >= least]
+        return [findings.forecast.proposal(o.policy, {}) for o in sound]
+
+    def promising(self, pool: list[Proposal], leading: list[Proposal], margin: float = 0.0) -> list[Proposal]:
+        """Of the pool, with latencies as predicted by now: within the budget, not trained before and not outclassed."""
+        forecast, known = self.findings.forecast, self._trained_structures()
+        within = forecast.again(pool, margin=margin)
+        return [p for p in within if forecast.structure(p.policy) not in known and outclassed(p, leading) <= 0]
+
+    def _is_safe(self) -> bool:
+        """Whether something was within the budget by what a machine may drift until it is measured once more, at the end."""
+        return any(feasible(o, self.findings.limits, margin=MOST_DRIFT) for o in self.findings.climbers)
+
+    def _measured_leader(self, pool: list[Proposal], margin: float) -> Appraised | None:
+        """The first to lead that measuring does not rule out either; where it rules out all, and no margin was asked for, the nearest.
+
+        What was slower than predicted, even by what the forecast has learned from it, says that the others may be so too: the next is to be
+        within the budget by as much, where one is.
+        """
+        forecast, missed, aim = self.findings.forecast, list[tuple[float, Appraised]](), margin
+        for _ in range(MOST_MEASURED):
+            leader = self._leader(pool, aim) or self._leader(pool, margin)
+            if leader is None:
+                return None
+            excess = forecast.excess(leader.proposal, margin=margin)
+            if excess <= 0:
+                return leader
+            missed.append((excess, leader))
+            slower = forecast.latency_s(leader.proposal) / forecast.predict(leader.policy).value
+            aim = (1 + margin) * max(1.0, slower) - 1
+        return min(missed, key=lambda miss: miss[0])[1] if margin == 0 else None
+
+    def _leader(self, pool: list[Proposal], margin: float) -> Appraised | None:
+        """What, as appraised, adds most to those that were trained; of what is not appraised, as its promise says."""
+        appraisals, candidates = self.findings.appraisals, self._untrained(margin)
+        if candidates:
+            covered = self._covered(lambda appraised: appraised.worth)
+            return candidates[cover([(a.worth, a.latency_s) for a in candidates], 1, covered)[0]]
+        promising = self.promising(pool, self.leading(), margin)
+        if not promising:
+            return None
+        covered = self._covered(lambda appraised: appraisals.promise(appraised.proposal))
+        points = [(appraisals.promise(proposal), proposal.latency_s) for proposal in promising]
+        return appraisals.appraise(promising[cover(points, 1, covered)[0]])
+
+    def _least_over_budget(self, pool: list[Proposal]) -> Appraised | None:
+        """Where nothing is within the budget as predicted, and nothing was: what misses it by least, since predictions err."""
+        forecast, known = self.findings.forecast, self._trained_structures()
+        rest = [p for p in pool if forecast.structure(p.policy) not in known]
+        if not rest or self.findings.climbers:
+            return None
+        return self.findings.appraisals.appraise(min(rest, key=lambda p: forecast.violation(p.workload, forecast.latency_s(p))))
+
+    def _covered(self, merit: Callable[[Appraised], float]) -> list[tuple[float, float]]:
+        """(merit, latency) of what was trained, in vain or not, and of the unchanged network within the budget: what is beside it waits."""
+        findings, forecast = self.findings, self.findings.forecast
+        known = [findings.appraisals.of(o.policy) for o in findings.short_runs]
+        points = [(merit(appraised), forecast.latency_s(appraised.proposal)) for appraised in known if appraised is not None]
+        unchanged = [o for o in findings.journal.outcomes if o.rung == "unchanged" and feasible(o, findings.limits)]
+        return [*points, *((1.0, forecast.latency_s(forecast.proposal(o.policy, {}))) for o in unchanged)]
+
+    def _untrained(self, margin: float) -> list[Appraised]:
+        """Of what was appraised: within the budget as predicted by now, not trained before and not outclassed."""
+        known, leading = self._trained_structures(), self.leading()
+        candidates = self.findings.appraisals.within_budget(margin=margin)
+        return [a for a in candidates if self.findings.forecast.structure(a.policy) not in known and outclassed(a.proposal, leading) <= 0]
+
+    def _trained_structures(self) -> set[Structure]:
+        return {self.findings.forecast.structure(o.policy) for o in self.findings.journal.outcomes}
+
+    # -- other ways to distil ------------------------------------------------------------------------------------------
+
+    def _variant(self) -> Choice | None:
+        """One of the policies that lead, distilled as Optuna suggests; None where none leads, or the space has nothing to suggest."""
+        findings, variants = self.findings, self._variants
+        usual = [o for o in findings.climbers if o.id not in variants]
+        leading = [o for o in promoted(usual, VARIED) if findings.appraisals.of(o.policy) is not None]
+        if not leading:
+            return None
+        base = leading[len(variants) % len(leading)]
+        appraised, trial = findings.appraisals.of(base.policy), findings.journal.distillations.ask()
+        assert appraised is not None
+        policy = findings.forecast.space(Otherwise(appraised.proposal.params, trial))
+        if not trial.params or any(o.policy == policy for o in findings.journal.outcomes):
+            findings.journal.tell_distillation(trial, None)
+            return None
+        return Choice(policy, appraised.worth, trial, base)
+
+    @property
+    def _variants(self) -> set[str]:
+        """Ids of the short runs that were distilled in another way than the first of their structure."""
+        first: dict[Structure, str] = {}
+        structure = self.findings.forecast.structure
+        return {o.id for o in self.findings.short_runs if first.setdefault(structure(o.policy), o.id) != o.id}

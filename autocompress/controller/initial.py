@@ -1,0 +1,59 @@
+"""The beginning of a search: what the device and the original are like, and whether the budget can be met at all."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from autocompress.candidates.proposals import Proposal
+from autocompress.controller.findings import Findings
+from autocompress.front import measured
+from autocompress.preparation import limit_validation, score_original
+from autocompress.schedule import calibration_seconds, pool_seconds, reserve_seconds, teacher_seconds, validation_seconds
+
+GUESSING = 0.05
+"""Share of the way from guessing to no error: an original that has not gone so far looks untrained, which is told."""
+
+
+def calibrate(findings: Findings) -> None:
+    """Learn to predict latency, for a share of the time, and from what a resumed search had measured."""
+    findings.forecast.calibrate(calibration_seconds(findings.clock), findings.task.seed, findings.show)
+    findings.follow_original()
+    findings.forecast.learn(measured(findings.journal.outcomes))
+
+
+def propose(findings: Findings) -> list[Proposal]:
+    """Policies to begin with, and to fall back on; raises InfeasibleBudget when none can meet the budget."""
+    findings.show("choosing first policies")
+    pool = findings.forecast.pool(findings.task.seed + findings.journal.asked, pool_seconds(findings.clock))
+    if findings.best is None:
+        findings.forecast.require_feasible(pool)
+    return pool
+
+
+def know_original(findings: Findings) -> None:
+    """The original's validation score; how many examples validate a policy, and how much time the end of the search needs."""
+    whole = len(findings.setting.data.val)
+    findings.setting = limit_validation(findings.setting, validation_seconds(findings.clock), findings.journal.noted("val_examples"))
+    data = findings.setting.data
+    findings.journal.note("val_examples", len(data.val))
+    if len(data.val) < whole:
+        findings.progress.message(f"validating on {len(data.val)} of {whole} examples: all would take too much of the search's time")
+    findings.show("scoring the original")
+    started = time.monotonic()
+    score = score_original(findings.setting)
+    findings.keep_original(replace(findings.setting.baseline, val_score=score))
+    findings.per_example_s = (time.monotonic() - started) / len(data.val)
+    guess = 1 / data.classes if data.classes else 0.0
+    if data.score is None and score.value < guess + GUESSING * (1 - guess):
+        cure = "search longer (--search-time)" if findings.task.is_demo else "give its trained weights (--weights FILE)"
+        findings.progress.message(f"the original scores {100 * score.value:.1f} %, hardly more than guessing: {cure}")
+    clock, latency = findings.clock, findings.setting.baseline.latency_s.median
+    findings.clock = clock.with_reserve(reserve_seconds(clock.total, findings.per_example_s, len(data.test), latency))
+
+
+def ask_teacher(findings: Findings) -> None:
+    """Answer the training data ahead, so that no student pays for what the others read."""
+    seconds = teacher_seconds(findings.clock)
+    with findings.setting.ledger.spend("teach"):
+        findings.setting.teacher.prepare(seconds, lambda done, total: findings.show("asking the teacher", done, total))
