@@ -122,12 +122,11 @@ def show(*, run: options.RunFolder, json: options.Json = False) -> None:
 
 def _show(run: Path, *, json: bool) -> None:
     from autocompress.report.tables import front_table, summary
-    from autocompress.report.view import Results
+    from autocompress.results import Results
 
-    content = read_front(run)
-    results = Results.read(content)
+    results = Results.load(run)
     if json:
-        emit_json(content)
+        emit_json(read_front(run))
         return
     emit(front_table(results, terminal_width()))
     emit("\n" + summary(results))
@@ -137,8 +136,9 @@ def _show(run: Path, *, json: bool) -> None:
 def report(*, run: options.RunFolder, open_: options.Open = False, json: options.Json = False) -> None:
     """Write RUN/report.html (one offline file) and RUN/pareto.png."""
     from autocompress.report.page import write_report
+    from autocompress.results import Results
 
-    write_report(read_front(run), run)
+    write_report(Results.load(run), run)
     page, picture = run / REPORT, run / PARETO
     emit_json({"report": str(page), "pareto": str(picture)}) if json else emit(f"{page}\n{picture}")
     if open_:
@@ -258,9 +258,9 @@ def inspect(
 def explain(*, run: options.RunFolder, policy: options.PolicyId = "best", json: options.Json = False) -> None:
     """Show what a policy does to each layer, its predicted time before and after, and why it is not faster."""
     from autocompress.report.tables import layer_table, note
-    from autocompress.report.view import Results
+    from autocompress.results import Results
 
-    entry = Results.read(read_front(run)).pick(policy)
+    entry = Results.load(run).pick(policy)
     if json:
         layers = [layer.model_dump(mode="json") | {"note": note(layer)} for layer in entry.layers]
         emit_json({"id": entry.id, "policy": entry.words, "speedup": entry.speedup, "layers": layers})

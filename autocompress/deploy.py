@@ -41,8 +41,8 @@ from autocompress.policy import Policy
 from autocompress.preparation import TEACHER_WEIGHTS
 from autocompress.records import Measurement
 from autocompress.references import DEFAULT_DEVICE, require_formats
-from autocompress.report.view import Entry, Results
-from autocompress.run_folder import read_front, writing
+from autocompress.results import Entry, Results
+from autocompress.run_folder import writing
 from autocompress.task import OBJECT
 
 BUNDLE = (MODEL, STUDENT, POLICY, MANIFEST)
@@ -79,7 +79,7 @@ def export_run(
     Raises UsageError for an unknown policy or format, RunFolderError when the bundle was damaged or deleted.
     """
     require_formats(formats)
-    results = Results.read(read_front(run))
+    results = Results.load(run)
     entry = results.pick(pick)
     source = _bundle_folder(run, entry)
     verify_bundle(source)

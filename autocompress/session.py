@@ -36,7 +36,7 @@ from autocompress.references import DEFAULT_DEVICE
 from autocompress.report.figures import in_colour
 from autocompress.report.page import figures, write_report
 from autocompress.report.tables import frame
-from autocompress.report.view import Results
+from autocompress.results import Results
 from autocompress.run_folder import PARETO, locked, new_run, read_front, write_atomically
 from autocompress.schedule import Clock
 from autocompress.search_space import Suggest, find_suggest, own_suggest, structural
@@ -80,14 +80,14 @@ class SearchResult:
 
     def frame(self) -> pd.DataFrame:
         """One row a measured policy."""
-        return frame(self.content)
+        return frame(Results.read(self.content))
 
     def plot(self, path: Path | str | None = None) -> Path:
         """Draw the Pareto plot as PNG; into the run folder unless told where."""
         from autocompress.report.plots import pareto_png
 
         target = Path(path) if path is not None else self.run / PARETO
-        pareto_png(self.content, target)
+        pareto_png(Results.read(self.content), target)
         return target
 
     def figures(self) -> dict[str, Figure]:
@@ -295,7 +295,7 @@ def _finish(findings: Findings) -> None:
     findings.journal.retire_lost_trials()
     findings.note_time()
     findings.write_front()
-    write_report(findings.content(), findings.run)
+    write_report(findings.results(), findings.run)
 
 
 def _result(findings: Findings) -> SearchResult:

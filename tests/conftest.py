@@ -15,7 +15,7 @@ import pytest
 import torch
 from exporter import export_faster
 
-from autocompress.report.view import Results
+from autocompress.results import Results
 
 
 @pytest.hookimpl(wrapper=True)

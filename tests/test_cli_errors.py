@@ -235,7 +235,7 @@ def test_a_bug_asks_for_a_report_and_debug_shows_where(place, capsys, monkeypatc
     def fail(run):
         raise ZeroDivisionError("inside")
 
-    monkeypatch.setattr("autocompress.cli.read_front", fail)
+    monkeypatch.setattr("autocompress.results.read_front", fail)
     assert main(["show", "fine"]) == 1
     require_explained(capsys.readouterr(), "unexpected ZeroDivisionError: inside", "--debug")
     assert main(["--debug", "show", "fine"]) == 1
@@ -246,6 +246,6 @@ def test_ctrl_c_is_130(place, capsys, monkeypatch):
     def interrupt(run):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("autocompress.cli.read_front", interrupt)
+    monkeypatch.setattr("autocompress.results.read_front", interrupt)
     assert main(["show", "fine"]) == 130
     assert capsys.readouterr() == ("", "")

@@ -16,6 +16,7 @@ LIGHT_MODULES = [
     "units",
     "policy",
     "records",
+    "results",
     "front",
     "report.view",
     "report.tables",

@@ -14,6 +14,7 @@ from autocompress.objective import Baseline
 from autocompress.policy import Policy
 from autocompress.ranks import partial_rank_correlation, rank_correlation
 from autocompress.records import Budget, Outcome
+from autocompress.results import Entry, LayerChange
 
 
 def feasible(outcome: Outcome, limits: Budget, *, margin: float = 0.0) -> bool:
@@ -27,19 +28,17 @@ def speedup(outcome: Outcome, baseline: Baseline) -> float:
     return (outcome.latency_s.original_s or baseline.latency_s.median) / outcome.latency_s.median
 
 
-def entry(outcome: Outcome, baseline: Baseline, limits: Budget, layers: list[dict[str, Any]], *, dominated: bool) -> dict[str, Any]:
+def entry(outcome: Outcome, baseline: Baseline, limits: Budget, layers: tuple[LayerChange, ...], *, dominated: bool) -> Entry:
     """One measured policy as front.json and the report show it."""
-    assert outcome.latency_s is not None
-    own = outcome.model_dump(mode="json", by_alias=True, exclude={"failure", "seconds"})
-    return own | {
-        "digest": outcome.policy.digest,
-        "words": outcome.policy.in_words(),
-        "speedup": speedup(outcome, baseline),
-        "feasible": feasible(outcome, limits),
-        "dominated": dominated,
-        "seconds": outcome.seconds,
-        "layers": layers,
-    }
+    shared = {name: getattr(outcome, name) for name in Entry.model_fields.keys() & Outcome.model_fields.keys()}
+    return Entry(
+        **shared,
+        digest=outcome.policy.digest,
+        speedup=speedup(outcome, baseline),
+        feasible=feasible(outcome, limits),
+        dominated=dominated,
+        layers=layers,
+    )
 
 
 def prediction_quality(outcomes: Sequence[Outcome], structure: Callable[[Policy], Structure]) -> dict[str, Any]:

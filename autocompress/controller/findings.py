@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from autocompress.policy import Policy
 from autocompress.progress import Progress
 from autocompress.records import Budget, Measurement, Outcome, Score
 from autocompress.report.view import format_score
+from autocompress.results import FailedTrial, LayerChange, Original, ProgressPoint, Results
 from autocompress.run_folder import FRONT, write_atomically
 from autocompress.schedule import Clock
 from autocompress.study.journal import Journal
@@ -105,37 +105,36 @@ class Findings:
         front = self.front()
         return front[-1] if front else None
 
-    def content(self) -> dict[str, Any]:
+    def results(self) -> Results:
         """What front.json holds now."""
-        baseline, results = self.setting.baseline, self.outcomes()
-        front = front_of(results, self.limits, baseline)
+        baseline, outcomes, every = self.setting.baseline, self.outcomes(), self.journal.outcomes
+        front = front_of(outcomes, self.limits, baseline)
         on_front = {o.id for o in front}
-        entries = [entry(o, baseline, self.limits, self._layers(o.policy), dominated=o.id not in on_front) for o in measured(results)]
-        every = self.journal.outcomes
-        return {
-            "schema": 1,
-            "task": self.task.model_dump(mode="json"),
-            "device": self.setting.device.name,
-            "environment": self.setting.device.environment(),
-            "budget": self.budget.model_dump(mode="json"),
-            "baseline": {
-                "val_score": _json(baseline.val_score),
-                "test_score": _json(baseline.test_score),
-                "latency_s": _json(baseline.latency_s),
-                "size_bytes": baseline.size_bytes,
-                "artifact": str(baseline.path.relative_to(self.run)),
-            },
-            "front": [e for e in sorted(entries, key=lambda e: e["latency_s"]["median"]) if e["id"] in on_front],
-            "points": entries,
-            "best": front[-1].id if front else None,
-            "progress": self.points,
-            "prediction": prediction_quality(every, self.forecast.structure) | {"held_out": self.forecast.model.held_out_error()},
-            "ladder": self.ladder(),
-            "failures": [{"id": o.id, **o.failure.model_dump()} for o in every if o.failure is not None],
-            "trials": self.journal.finished,
-            "elapsed_s": self.clock.elapsed,
-            "spent_s": self.setting.ledger.spent(),
-        }
+        points = [entry(o, baseline, self.limits, self._layers(o.policy), dominated=o.id not in on_front) for o in measured(outcomes)]
+        original = Original(
+            val_score=baseline.val_score,
+            test_score=baseline.test_score,
+            latency_s=baseline.latency_s,
+            size_bytes=baseline.size_bytes,
+            artifact=str(baseline.path.relative_to(self.run)),
+        )
+        return Results(
+            task=self.task.model_dump(mode="json"),
+            device=self.setting.device.name,
+            environment=self.setting.device.environment(),
+            budget=self.budget,
+            baseline=original,
+            front=tuple(point for point in sorted(points, key=lambda point: point.latency_s.median) if not point.dominated),
+            points=tuple(points),
+            best=front[-1].id if front else None,
+            progress=tuple(ProgressPoint.model_validate(point) for point in self.points),
+            prediction=prediction_quality(every, self.forecast.structure) | {"held_out": self.forecast.model.held_out_error()},
+            ladder=self.ladder(),
+            failures=tuple(FailedTrial(id=o.id, stage=o.failure.stage, reason=o.failure.reason) for o in every if o.failure is not None),
+            trials=self.journal.finished,
+            elapsed_s=self.clock.elapsed,
+            spent_s=self.setting.ledger.spent(),
+        )
 
     def ladder(self) -> dict[str, Any]:
         """How many policies stood on each rung of the search, and whether each rung ranked them as the one below it."""
@@ -144,14 +143,14 @@ class Findings:
         short, full = ([o for o in every if o.rung == rung] for rung in ("short", "full"))
         return appraised | ladder_quality(short, full, self.forecast.structure)
 
-    def _layers(self, policy: Policy) -> list[dict[str, Any]]:
+    def _layers(self, policy: Policy) -> tuple[LayerChange, ...]:
         """Every layer with its predicted seconds in the original and in the policy's student."""
         forecast = self.forecast
         before, after = (dict(forecast.model.explain(forecast.workload(p))) for p in (Policy(), policy))
-        return [
-            layer | {"teacher_latency_s": before.get(layer["name"]), "latency_s": after.get(layer["name"])}
+        return tuple(
+            LayerChange(**layer, teacher_latency_s=before.get(layer["name"]), latency_s=after.get(layer["name"]))
             for layer in self.setting.graph_of(policy).describe(policy)
-        ]
+        )
 
     def keep(self, outcome: Outcome) -> None:
         """Record what became of a policy, learn from it, and tell of it."""
@@ -178,7 +177,7 @@ class Findings:
 
     def write_front(self) -> None:
         """Write RUN/front.json: after every policy, so that a killed search leaves a folder that can be shown and exported."""
-        write_atomically(self.run / FRONT, json.dumps(self.content(), indent=1, allow_nan=False))
+        write_atomically(self.run / FRONT, self.results().to_json())
 
     def announce(self, outcome: Outcome) -> None:
         """One line for the user."""

@@ -15,7 +15,8 @@ from typing import Any
 from autocompress.policy import bits_name
 from autocompress.records import Measurement
 from autocompress.report.axes import Axis, time_ticks
-from autocompress.report.view import Entry, ProgressPoint, Results, format_score, is_share
+from autocompress.report.view import format_score, is_share
+from autocompress.results import Entry, ProgressPoint, Results
 from autocompress.units import format_duration, format_size
 
 Figure = dict[str, Any]

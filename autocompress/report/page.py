@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from autocompress.report.figures import LIGHT, Figure, layers_figure, pareto_figure, prediction_figure, progress_figure
 from autocompress.report.plots import pareto_png
-from autocompress.report.view import Entry, Results, caveats, format_score, headline, score_interval
+from autocompress.report.view import caveats, format_score, headline, score_interval
+from autocompress.results import Entry, Results
 from autocompress.run_folder import PARETO, REPORT, write_atomically
 from autocompress.units import format_duration, format_size
 
@@ -20,13 +20,10 @@ LEAST_SHARE = 0.005
 """Of the time; what took less is not listed."""
 
 
-def write_report(front_json: Mapping[str, Any], run: Path) -> None:
-    """Write RUN/report.html and RUN/pareto.png from the content of front.json.
-
-    Raises RunFolderError when the content is damaged or the folder cannot be written.
-    """
-    write_atomically(run / REPORT, render(Results.read(front_json), run))
-    pareto_png(front_json, run / PARETO)
+def write_report(results: Results, run: Path) -> None:
+    """Write RUN/report.html and RUN/pareto.png. Raises RunFolderError when the folder cannot be written."""
+    write_atomically(run / REPORT, render(results, run))
+    pareto_png(results, run / PARETO)
 
 
 def render(results: Results, run: Path) -> str:

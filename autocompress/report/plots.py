@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 
 from autocompress.report.axes import Axis
 from autocompress.report.figures import LIGHT, front_end, latencies, percent, score_limits
-from autocompress.report.view import Entry, Results, headline
+from autocompress.report.view import headline
+from autocompress.results import Entry, Results
 from autocompress.run_folder import write_atomically
 from autocompress.units import format_duration
 
@@ -22,9 +22,8 @@ INK, MUTED, FAINT, GRID, LINE, ACCENT, BEST, BAD = (
 )
 
 
-def pareto_png(front_json: Mapping[str, Any], path: Path) -> None:
+def pareto_png(results: Results, path: Path) -> None:
     """Draw score against measured latency of all measured policies into the file `path`."""
-    results = Results.read(front_json)
     figure = Figure(figsize=(9.6, 5.6), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

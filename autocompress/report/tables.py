@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from autocompress.policy import bits_name
-from autocompress.report.view import Entry, LayerChange, Results, caveats, details, format_score, headline
+from autocompress.report.view import caveats, details, format_score, headline
+from autocompress.results import Entry, LayerChange, Results
 from autocompress.units import format_duration, format_size
 
 if TYPE_CHECKING:
@@ -134,11 +134,10 @@ FRAME_COLUMNS = (
 )  # fmt: skip
 
 
-def frame(front_json: Mapping[str, Any]) -> pd.DataFrame:
+def frame(results: Results) -> pd.DataFrame:
     """One row a measured policy, fastest first, with FRAME_COLUMNS; seconds and bytes, the policy in words."""
     import pandas as pd
 
-    results = Results.read(front_json)
     rows = [_frame_row(entry) | {"best": entry.id == results.best} for entry in results.points]
     table = pd.DataFrame(rows, columns=list(FRAME_COLUMNS))
     return table.sort_values("latency_s", kind="stable", ignore_index=True)

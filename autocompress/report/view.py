@@ -1,18 +1,12 @@
-"""front.json, read back as typed data: what tables, plots and the report are drawn from."""
+"""The words for what a search found: scores and latencies as text, the answer in one sentence, and what to beware of."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from autocompress.errors import RunFolderError, UsageError
-from autocompress.policy import Policy, explain
 from autocompress.ranks import is_low
-from autocompress.records import Budget, Measurement, Prediction, Score
-from autocompress.references import nearest
+from autocompress.records import Measurement, Score
+from autocompress.results import Original, Results
 from autocompress.units import format_duration, format_size
 
 BEATEN = "Nothing that was measured is better than the original."
@@ -20,139 +14,6 @@ SEEN_GAP = 0.01
 """Least difference of validation and test accuracy that tells of a model that has seen the validation examples."""
 LEAST_PAIRS = 5
 """Runs from which on a low rank correlation is hardly an accident."""
-
-
-class _Read(BaseModel):
-    """Keys that a later version may have added are skipped."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class LayerChange(_Read):
-    """One layer of the teacher and what a policy makes of it; latencies (seconds) are predictions."""
-
-    name: str
-    kind: str = ""
-    teacher_channels: int
-    channels: int
-    bits: int = 32
-    dropped: bool = False
-    teacher_latency_s: float | None = None
-    latency_s: float | None = None
-
-
-class Entry(_Read):
-    """One measured policy."""
-
-    id: str
-    digest: str = ""
-    policy: Policy
-    val_score: Score
-    test_score: Score | None = None
-    latency_s: Measurement
-    search_latency_s: Measurement | None = None
-    predicted_latency_s: Prediction | None = None
-    size_bytes: int
-    speedup: float
-    feasible: bool
-    dominated: bool = False
-    artifact: str | None = None
-    layers: tuple[LayerChange, ...] = ()
-
-    @property
-    def words(self) -> str:
-        return self.policy.in_words()
-
-
-class Original(_Read):
-    """The teacher as exported and measured; scores are missing when the search ended before they were taken."""
-
-    val_score: Score | None = None
-    test_score: Score | None = None
-    latency_s: Measurement
-    size_bytes: int
-    artifact: str | None = None
-
-
-class ProgressPoint(_Read):
-    """State of the search at one time: seconds since its start, evaluated trials, hypervolume of the front."""
-
-    elapsed_s: float
-    trials: int
-    hypervolume: float
-    best_val: float | None = None
-
-
-class FailedTrial(_Read):
-    """A policy that did not become an artifact."""
-
-    id: str
-    stage: str
-    reason: str
-
-
-class Results(_Read):
-    """Everything that a finished or interrupted search says of itself."""
-
-    task: dict[str, Any] = {}
-    device: str = ""
-    environment: dict[str, Any] = {}
-    budget: Budget = Budget()
-    baseline: Original
-    front: tuple[Entry, ...] = ()
-    points: tuple[Entry, ...] = ()
-    best: str | None = None
-    progress: tuple[ProgressPoint, ...] = ()
-    prediction: dict[str, Any] = {}
-    ladder: dict[str, Any] = {}
-    failures: tuple[FailedTrial, ...] = ()
-    elapsed_s: float = 0.0
-    spent_s: dict[str, float] = {}
-
-    @classmethod
-    def read(cls, content: Mapping[str, Any]) -> Self:
-        """Validate the content of front.json; raises RunFolderError that names the field."""
-        try:
-            return cls.model_validate(content)
-        except ValidationError as error:
-            raise RunFolderError(f"front.json is damaged: {explain(error)}", hint="resume the search: it writes the file again") from None
-
-    @property
-    def model(self) -> str:
-        return str(self.task.get("model", "model"))
-
-    @property
-    def best_entry(self) -> Entry | None:
-        return next((entry for entry in self.points if entry.id == self.best), None)
-
-    @property
-    def listed(self) -> tuple[Entry, ...]:
-        """What a table shows: the front, or all that was measured when nothing is on it; fastest first."""
-        return self.front or tuple(sorted(self.points, key=lambda entry: entry.latency_s.median))
-
-    @property
-    def limits(self) -> Budget:
-        """The budget as it was asked for, which may be relative; `budget` is the same in seconds."""
-        asked = self.task.get("budget")
-        return Budget.parse(tuple(asked)) if asked else self.budget
-
-    @property
-    def has_budget(self) -> bool:
-        return self.budget != Budget()
-
-    def pick(self, name: str) -> Entry:
-        """The policy called `name`: its id, the first digits of its digest, or `best`. Raises UsageError."""
-        wanted = self.best if name == "best" else name
-        for entry in self.points:
-            if wanted and (entry.id == wanted or (len(wanted) >= 6 and entry.digest.startswith(wanted))):
-                return entry
-        if name == "best" and self.points:
-            why = "better than the original" if any(entry.feasible for entry in self.points) else "within the budget"
-            raise UsageError(f"no measured policy is {why}", hint="name one by its id; `show` lists them")
-        if name == "best":
-            failed = f"; the first failed to {self.failures[0].stage}: {self.failures[0].reason}" if self.failures else ""
-            raise UsageError(f"no policy has been measured{failed}", hint="search again, with --resume")
-        raise UsageError(f"no measured policy has the id {name!r}", hint=nearest(name, [e.id for e in self.points]))
 
 
 def is_share(score: Score) -> bool:

@@ -72,8 +72,8 @@ def test_speed_ups_and_relative_budgets_refer_to_the_original_as_it_was_beside_t
     assert feasible(fast, Budget(relative=0.56))
     assert not feasible(fast, Budget(relative=0.56), margin=0.05)
     assert not feasible(fast, Budget(relative=0.56, latency_s=5.0))
-    told = entry(fast, slowed_down, Budget(relative=0.45), [], dominated=True)
-    assert (told["feasible"], told["speedup"]) == (False, pytest.approx(10.0 / 5.5))
+    told = entry(fast, slowed_down, Budget(relative=0.45), (), dominated=True)
+    assert (told.feasible, told.speedup) == (False, pytest.approx(10.0 / 5.5))
 
 
 def test_a_file_that_the_original_beat_when_both_were_measured_is_on_no_front():

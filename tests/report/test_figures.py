@@ -6,7 +6,7 @@ import pytest
 
 from autocompress.report.figures import layers_figure, pareto_figure, prediction_figure, progress_figure
 from autocompress.report.page import write_report
-from autocompress.report.view import Results
+from autocompress.results import Results
 
 
 def traces(figure):
@@ -61,7 +61,7 @@ def test_the_budget_is_a_line_with_its_name_and_what_is_beyond_it_is_shaded(resu
 def test_the_report_speaks_of_the_budget_as_it_is_drawn(content, tmp_path, limits, shaded, said):
     content["budget"] = dict.fromkeys(content["budget"]) | limits
     assert bool(pareto_figure(Results.read(content))["layout"]["shapes"]) == shaded
-    write_report(content, tmp_path)
+    write_report(Results.read(content), tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert said in page
     assert ("shaded area" in page) == shaded

@@ -8,6 +8,7 @@ import pytest
 from autocompress.errors import RunFolderError
 from autocompress.report.page import write_report
 from autocompress.report.plots import pareto_png
+from autocompress.results import Results
 
 EVIL = "<script>alert(1)</script>"
 
@@ -34,7 +35,7 @@ class Page(HTMLParser):
 
 
 def write(content, run):
-    write_report(content, run)
+    write_report(Results.read(content), run)
     return Page((run / "report.html").read_text(encoding="utf-8"))
 
 
@@ -67,7 +68,7 @@ def test_the_report_is_one_file_that_needs_no_network(content, tmp_path):
 
 def test_caveats_stand_above_the_plots(content, tmp_path):
     scores = {key: {"name": "accuracy", "value": value, "n": 5000} for key, value in (("val_score", 0.999), ("test_score", 0.93))}
-    write_report(content | {"baseline": content["baseline"] | scores}, tmp_path)
+    write_report(Results.read(content | {"baseline": content["baseline"] | scores}), tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "probably trained on the validation examples" in page.partition("The Pareto front")[0]
 
@@ -122,10 +123,9 @@ def test_a_baseline_without_scores_and_losses_instead_of_accuracies(content, tmp
 
 def test_damaged_content_and_folders_that_are_gone(content, tmp_path):
     with pytest.raises(RunFolderError, match="baseline"):
-        write_report({"schema": 1}, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+        Results.read({"schema": 1})
     with pytest.raises(RunFolderError, match="cannot be written"):
-        pareto_png(content, tmp_path / "absent" / "pareto.png")
+        pareto_png(Results.read(content), tmp_path / "absent" / "pareto.png")
 
 
 def test_it_says_where_the_time_went_largest_share_first(content, tmp_path):

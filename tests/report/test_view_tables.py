@@ -11,7 +11,8 @@ from autocompress.errors import RunFolderError, UsageError
 from autocompress.records import Score
 from autocompress.report.axes import Axis, time_ticks
 from autocompress.report.tables import FRAME_COLUMNS, frame, front_table, layer_table, note, summary
-from autocompress.report.view import LayerChange, Results, caveats, details, format_score, headline, score_interval
+from autocompress.report.view import caveats, details, format_score, headline, score_interval
+from autocompress.results import LayerChange, Results
 from autocompress.terminal import rendered
 
 
@@ -116,14 +117,14 @@ def test_appraisals_that_short_training_contradicts_are_told_of(content, rho, to
 
 
 def test_the_frame_has_one_row_a_point(content):
-    table = frame(content)
+    table = frame(Results.read(content))
     assert tuple(table.columns) == FRAME_COLUMNS
     assert len(table) == len(content["points"])
     assert table["latency_s"].is_monotonic_increasing
     assert table.loc[table["best"], "id"].tolist() == [content["best"]]
     by_id = {point["id"]: point for point in content["points"]}
     assert all(row.val_score == by_id[row.id]["val_score"]["value"] for row in table.itertuples())
-    assert tuple(frame(content | {"points": [], "front": []}).columns) == FRAME_COLUMNS
+    assert tuple(frame(Results.read(content | {"points": [], "front": []})).columns) == FRAME_COLUMNS
 
 
 def test_pick_by_id_by_digest_and_best(results):
