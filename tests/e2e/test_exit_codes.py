@@ -48,14 +48,12 @@ def explained(capsys):
 
 
 def test_3_a_budget_that_nothing_meets_and_the_folder_stays_free_for_one_that_works(search, capsys):
-    assert search(FakeDevice(SLOW_CALLS), "--budget", "1us") == 3
-    error, hint = explained(capsys)
-    assert "no policy of the space meets the budget" in error
-    assert re.search(r"--budget [\d.]+[mu]s", hint), hint
     assert search(FakeDevice(SLOW_CALLS), "--budget", "1us", "--json") == 3
-    told = json.loads(capsys.readouterr().out)
-    assert told["error"]["code"] == 3
-    assert told["error"]["smallest_latency_s"] > 1e-6
+    told = json.loads(capsys.readouterr().out)["error"]
+    assert "no policy of the space meets the budget" in told["message"]
+    assert re.search(r"--budget [\d.]+[mu]s", told["hint"]), told["hint"]
+    assert told["code"] == 3
+    assert told["smallest_latency_s"] > 1e-6
     assert search(FakeDevice(SLOW_CALLS), "--budget", "1s", "--trials", "1") == 0
 
 
@@ -64,8 +62,16 @@ def test_4_a_device_that_is_gone(search, capsys):
     assert explained(capsys) == ("the board does not answer", "plug it in")
 
 
-def test_5_policies_that_keep_failing_for_one_reason(search, capsys):
+def test_5_policies_that_keep_failing_for_one_reason_until_it_is_mended(search, capsys, tmp_path):
+    def content():
+        return json.loads((tmp_path / "run" / "front.json").read_text(encoding="utf-8"))
+
     assert search(BrokenDevice(None)) == 5
     error, hint = explained(capsys)
-    assert "3 policies in a row failed to measure" in error
+    assert "3 policies in a row failed to measure: the device is on fire" in error
     assert "--resume" in hint
+    assert len(content()["failures"]) == 3
+    assert [entry["id"] for entry in content()["points"]] == ["int8"], "what is finished is kept"
+    assert search(FakeDevice(SLOW_CALLS), "--resume", "--trials", "1") == 0
+    assert content()["failures"] == [], "the cause is gone, so that nothing stays ruled out"
+    assert any(entry["id"].isdigit() for entry in content()["points"])

@@ -416,18 +416,6 @@ def test_a_policy_that_the_device_cannot_run_is_a_failure_and_the_search_goes_on
     assert "00000" not in {entry["id"] for entry in result.content["points"]}
 
 
-def test_three_equal_failures_in_a_row_end_the_search(net, data, tmp_path, brisk):
-    run = tmp_path / "run"
-    with pytest.raises(TooManyFailures, match=r"3 policies in a row failed to measure: the device is on fire"):
-        run_search(task(), run, model=net, data=data, device=BrokenDevice(None))
-    content = strict(run / "front.json")
-    assert len(content["failures"]) == 3
-    assert [entry["id"] for entry in content["points"]] == ["int8"], "what is finished is kept"
-    mended = run_search(task(trials=1), run, resume=True, model=net, data=data, device=FakeDevice(SLOW_CALLS))
-    assert mended.content["failures"] == [], "the cause is gone, so that nothing stays ruled out"
-    assert any(entry["id"].isdigit() for entry in mended.content["points"])
-
-
 def test_training_that_diverges_never_reaches_the_front(net, data, tmp_path, brisk):
     run, diverged = tmp_path / "run", None
     try:
