@@ -7,7 +7,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from autocompress.errors import RunFolderError, UsageError
 from autocompress.records import Score
 from autocompress.report.axes import Axis, time_ticks
 from autocompress.report.tables import FRAME_COLUMNS, frame, front_table, layer_table, note, summary
@@ -125,38 +124,6 @@ def test_the_frame_has_one_row_a_point(content):
     by_id = {point["id"]: point for point in content["points"]}
     assert all(row.val_score == by_id[row.id]["val_score"]["value"] for row in table.itertuples())
     assert tuple(frame(Results.read(content | {"points": [], "front": []})).columns) == FRAME_COLUMNS
-
-
-def test_pick_by_id_by_digest_and_best(results):
-    best = results.best_entry
-    assert results.pick("best") is results.pick(best.id) is results.pick(best.digest) is results.pick(best.digest[:6]) is best
-    for name in ("00004-fulll", best.digest[:5], "", "../x"):
-        with pytest.raises(UsageError, match="no measured policy"):
-            results.pick(name)
-
-
-def test_pick_without_a_best(content):
-    with pytest.raises(UsageError, match="within the budget"):
-        without_best(content).pick("best")
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"baseline": None}, "baseline"),
-        ({"points": [{}]}, "points.0"),
-        ({"front": 3}, "front"),
-        ({"budget": {"latency_s": -1}}, "budget.latency_s"),
-        ({"elapsed_s": "long"}, "elapsed_s"),
-    ],
-)
-def test_damaged_content_is_refused_by_field(content, change, named):
-    with pytest.raises(RunFolderError, match=named):
-        Results.read(content | change)
-
-
-def test_keys_of_a_later_version_are_skipped(content):
-    assert Results.read(content | {"invented_later": 1}) == Results.read(content)
 
 
 @pytest.mark.parametrize(
