@@ -59,6 +59,7 @@ def search(
     target_accuracy: options.TargetAccuracy = None,
     seed: options.Seed = None,
     out: options.NewRun = None,
+    from_run: options.FromRun = None,
     resume: options.Resume = False,
     dry_run: options.DryRun = False,
     quiet: options.Quiet = False,
@@ -71,16 +72,27 @@ def search(
         "budget": tuple(budget or ()), "model": model, "weights": str(weights) if weights else None, "data": data,
         "device": device, "batch": batch, "student": student, "space": space, "learning_rate": learning_rate,
         "batch_size": batch_size, "search_time": search_time, "trials": trials, "target_accuracy": target_accuracy, "seed": seed,
+        "from_run": str(from_run) if from_run else None,
     }  # fmt: skip
     if resume and out is None:
         raise UsageError("--resume needs the folder of the search to continue", hint="add --out RUN")
     if resume and out is not None and task_file is None and (out / TASK_FILE).is_file():
         task_file = out / TASK_FILE
+    elif from_run is not None and task_file is None:
+        task_file = _task_of(from_run)
     task = load_task(task_file, overrides)
     if dry_run:
         _dry_run(task, json)
     else:
         _search(task, out or new_run(), resume=resume, quiet=quiet, json=json)
+
+
+def _task_of(run: Path) -> Path:
+    from autocompress.task import TASK_FILE
+
+    if not (run / TASK_FILE).is_file():
+        raise UsageError(f"there is no search to learn from in {str(run)!r}", hint="--from takes the run folder of a search")
+    return run / TASK_FILE
 
 
 def _dry_run(task: Task, json: bool) -> None:

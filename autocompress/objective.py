@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, fx
 
+from autocompress.compress.quantize import fake_quantize
 from autocompress.compress.repair import TeacherActivations, examples_for, repair
 from autocompress.compress.student import build_student, shared_features
 from autocompress.compress.teacher import Teacher
@@ -29,13 +30,13 @@ from autocompress.devices.base import Device
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import AutocompressError, PolicyFailure, one_line
 from autocompress.evaluate import model_answers, run_artifact, score_outputs
-from autocompress.export import Manifest, Parity, check_parity, weights_bytes, write_bundle
+from autocompress.export import Manifest, Parity, check_parity, load_student, read_manifest, weights_bytes, write_bundle
 from autocompress.graph import Graph, Structure
 from autocompress.graph.nodes import follows_batch
 from autocompress.ledger import Ledger
 from autocompress.policy import Policy
 from autocompress.records import Failure, Measurement, Outcome, Prediction, Rung, Score
-from autocompress.run_folder import write_atomically
+from autocompress.run_folder import write_atomically, writing
 from autocompress.schedule import FEWEST_EXAMPLES
 
 CALIBRATION_S = 20.0
@@ -213,6 +214,38 @@ def evaluate_policy(
         steps=steps,
         finishing_s=time.monotonic() - trained,
     )
+
+
+def evaluate_again(setting: Setting, outcome: Outcome, bundle: Path, *, predicted: Prediction | None = None) -> Outcome:
+    """The outcome of another search as this one finds it: its file measured here, and scored unless this device has scored it so already.
+
+    Args:
+        bundle: the folder of that search which holds the file, intact; it is copied, what its training goes on from included.
+
+    Raises what `fails_policy`, where the file does not work here.
+    """
+    folder, policy = setting.models / outcome.id, outcome.policy
+    shutil.rmtree(folder, ignore_errors=True)
+    with writing(folder):
+        shutil.copytree(bundle, folder)
+    path = folder / read_manifest(folder).artifact
+    score = outcome.val_score
+    if score is None or score.n != len(setting.data.val) or not _is_of_this_device(setting, outcome):
+        student = load_student(folder, fake_quantize(build_student(setting.graph_of(policy), policy), policy.quant))
+        outputs, _ = check_artifact(setting, student, path, policy)
+        score = score_outputs(outputs, setting.data.val.targets, setting.data)
+    _, latency = measure_beside_baseline(setting, [path])
+    found = {"val_score": score, "latency_s": latency, "predicted_latency_s": predicted}
+    return outcome.model_copy(update=found | {"test_score": None, "search_latency_s": None})
+
+
+def _is_of_this_device(setting: Setting, outcome: Outcome) -> bool:
+    """Whether the outcome's file was run by the same runtime on the same processor."""
+
+    def facts(environment: dict[str, str]) -> dict[str, str]:
+        return {key: value for key, value in environment.items() if key in ("processor", "flags", "onnxruntime")}
+
+    return outcome.latency_s is not None and facts(outcome.latency_s.environment) == facts(setting.device.environment())
 
 
 def _begin(setting: Setting, student: fx.GraphModule, policy: Policy, continues: str | None, until: float) -> None:

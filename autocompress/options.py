@@ -85,6 +85,12 @@ MeasureTime = Annotated[str, typer.Option("--time", rich_help_panel=LIMITS, help
 
 Out = Annotated[Path, typer.Option("--out", rich_help_panel=OUTPUT, help="Folder to write.")]
 NewRun = Annotated[Path | None, typer.Option("--out", rich_help_panel=OUTPUT, help="Run folder. Default: run-DATE-TIME.")]
+FromRun = Annotated[
+    Path | None,
+    typer.Option(
+        "--from", metavar="RUN", rich_help_panel=OUTPUT, help="Begin with what another search has learned: for another budget or device."
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume", rich_help_panel=OUTPUT, help="Continue the search in --out.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", rich_help_panel=OUTPUT, help="Say what would be searched, and stop.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=OUTPUT, help="Show no progress.")]

@@ -21,6 +21,7 @@ from autocompress.candidates.proposals import LevelSuggester
 from autocompress.controller.final import measure_front, score_test
 from autocompress.controller.findings import Findings
 from autocompress.controller.initial import ask_teacher, calibrate, know_original, propose
+from autocompress.controller.learned import take_over
 from autocompress.controller.search import Search
 from autocompress.data import Data
 from autocompress.data.sources import Splits, as_data
@@ -40,7 +41,7 @@ from autocompress.results import Results
 from autocompress.run_folder import PARETO, locked, new_run, read_front, write_atomically
 from autocompress.schedule import Clock
 from autocompress.search_space import Suggest, find_suggest, own_suggest, structural
-from autocompress.study.database import open_journal, require_own, require_same_contents, writing
+from autocompress.study.database import open_journal, read_journal, require_own, require_same_contents, require_same_subject, writing
 from autocompress.study.journal import Journal
 from autocompress.task import OBJECT, TASK_FILE, Task, load_task
 from autocompress.units import format_duration
@@ -129,6 +130,7 @@ def search(
     learning_rate: float = 0.1,
     batch_size: int = 128,
     seed: int = 0,
+    from_run: Path | str | None = None,
     resume: bool = False,
     sampler: BaseSampler | None = None,
     progress: Progress | None = None,
@@ -144,6 +146,7 @@ def search(
         out: the run folder; by default a new one, named by the time.
         suggest: draws a policy from an Optuna trial, instead of a named space.
         sampler: any Optuna sampler that handles two objectives.
+        from_run: folder of another search of the same model and data, to begin with what it has learned.
 
     Raises the errors of `autocompress.errors`; InfeasibleBudget when nothing meets the budget.
     """
@@ -168,6 +171,7 @@ def search(
         "learning_rate": learning_rate,
         "batch_size": batch_size,
         "seed": seed,
+        "from_run": str(from_run) if from_run is not None else None,
     }
     return run_search(
         load_task(None, values),
@@ -217,10 +221,14 @@ def run_search(
         try:
             if not resume:
                 write_atomically(run / TASK_FILE, task.to_toml())
+            known = _known_before(task, journal, run)
             ledger = Ledger(journal.noted("spent_s"))
             with ledger.spend("prepare"):
                 loaded = load(task, model=model, data=data, device=device, weights=kept_teacher(task, run))
-                require_same_contents(journal, run, contents(task, loaded))
+                found = contents(task, loaded)
+                require_same_contents(journal, run, found)
+                if known is not None:
+                    require_same_subject(known, Path(task.from_run or ""), found)
                 setting = replace(prepare(task, run, loaded), ledger=ledger)
         except BaseException:
             if fresh:
@@ -230,7 +238,7 @@ def run_search(
             write_atomically(run / TASK_FILE, task.to_toml())
         findings = _assemble(task, run, setting, journal, clock, progress, suggest)
         try:
-            _phases(findings)
+            _phases(findings, known)
         finally:
             _finish(findings)
     return _result(findings)
@@ -244,6 +252,22 @@ def _forget_teacher(run: Path) -> None:
             (run / TEACHER_WEIGHTS).unlink(missing_ok=True)
 
 
+def _known_before(task: Task, journal: Journal, run: Path) -> Journal | None:
+    """The journal of the search that this one is to learn from, as far as it has not done so yet; with the demonstration's teacher."""
+    if task.from_run is None or (journal.noted("taken_over") or {}).get("complete"):
+        return None
+    before = Path(task.from_run)
+    known = read_journal(before, task)
+    if task.is_demo and not (run / TEACHER_WEIGHTS).is_file():
+        if not (before / TEACHER_WEIGHTS).is_file():
+            raise UsageError(
+                f"the search in {str(before)!r} had too little time to train the demonstration's teacher to the end",
+                hint="leave --from out, and search longer",
+            )
+        write_atomically(run / TEACHER_WEIGHTS, (before / TEACHER_WEIGHTS).read_bytes())
+    return known
+
+
 def _assemble(
     task: Task, run: Path, setting: Setting, journal: Journal, clock: Clock, progress: Progress, suggest: Suggest | None
 ) -> Findings:
@@ -253,8 +277,8 @@ def _assemble(
     return Findings(task, run, journal, forecast, clock, progress, points=list(journal.noted("progress") or []))
 
 
-def _phases(findings: Findings) -> None:
-    """All of a search, from what is known to what is reported."""
+def _phases(findings: Findings, known: Journal | None) -> None:
+    """All of a search, from what is known, by another one too, to what is reported."""
     _recall(findings)
     calibrate(findings)
     pool = propose(findings)
@@ -262,6 +286,8 @@ def _phases(findings: Findings) -> None:
         _train_demo_teacher(findings)
     know_original(findings)
     ask_teacher(findings)
+    if known is not None and findings.task.from_run is not None:
+        take_over(findings, known, Path(findings.task.from_run))
     rungs = Search(findings)
     rungs.appraise(pool)
     rungs.short_rung(pool)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -22,6 +22,8 @@ DEMO_DATA = "digits"
 DATA_VARIABLE = "AUTOCOMPRESS_DATA"
 OBJECT = "python:"
 """Begins the name of a model or data that was given as an object of Python: nothing can load it."""
+SUBJECT = ("model", "weights", "data", "batch", "space", "student")
+"""Fields of a task that say what policies are of; budget, device and time say what is wanted of them."""
 TASK_FILE = "task.toml"
 """What a search was asked for, in its run folder."""
 
@@ -32,6 +34,7 @@ class Task(Record):
     search_time: how long the whole search may take (`"30m"`). batch: inputs a call of the deployed model; batch_size: examples a step of
     training.
     target_accuracy: a validation score to stop at: a share up to 1 where the score is accuracy, any number where the data has its own.
+    from_run: folder of another search of the same model and data, to begin with what it has learned.
     """
 
     budget: tuple[str, ...] = ()
@@ -48,6 +51,7 @@ class Task(Record):
     learning_rate: Annotated[float, Field(gt=0)] = 0.1
     batch_size: Annotated[int, Field(ge=1)] = 128
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    from_run: str | None = None
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -85,7 +89,13 @@ class Task(Record):
 
     def difference(self, other: Task) -> str | None:
         """The first field in which another task differs, so that their policies cannot share a run folder; how long to search is free."""
-        fields = (name for name in Task.model_fields if name not in ("search_time", "trials", "target_accuracy"))
+        return self._differs(other, [name for name in Task.model_fields if name not in ("search_time", "trials", "target_accuracy")])
+
+    def other_subject(self, other: Task) -> str | None:
+        """The first field in which another task differs, so that what it has learned of policies says nothing of them here."""
+        return self._differs(other, SUBJECT)
+
+    def _differs(self, other: Task, fields: Iterable[str]) -> str | None:
         return next((name for name in fields if getattr(self, name) != getattr(other, name)), None)
 
     def absolute(self) -> Self:
@@ -98,6 +108,7 @@ class Task(Record):
             update={
                 "model": absolute_function(self.model),
                 "weights": absolute_path(self.weights) if self.weights else None,
+                "from_run": absolute_path(self.from_run) if self.from_run else None,
                 "data": absolute_data(self.data),
                 "space": absolute_path(self.space) if own_file else absolute_function(self.space),
             }

@@ -18,7 +18,7 @@ from autocompress.errors import UsageError
 from autocompress.graph import Structure
 from autocompress.policy import Policy
 from autocompress.ranks import partial_rank_correlation
-from autocompress.study.journal import Journal
+from autocompress.study.journal import AppraisedTrial, Journal
 
 MOST_RULED_OUT = 150
 """Suggestions in a row that prediction rules out before the search turns to its own draws."""
@@ -90,12 +90,28 @@ class Appraisals:
 
         Of several policies of one structure the first is kept, as it was when they were appraised.
         """
-        for params, worth in self.journal.appraised():
-            try:
-                proposal = self.forecast.proposal(self.forecast.suggest(FixedTrial(params)), params)
-            except UsageError:
-                continue
-            self._known.setdefault(self.forecast.structure(proposal.policy), Appraised(proposal, worth))
+        for trial in self.journal.appraised():
+            proposal = self._drawn_again(trial)
+            if proposal is not None:
+                self._known.setdefault(self.forecast.structure(proposal.policy), Appraised(proposal, trial.worth))
+
+    def take_over(self, trials: Sequence[AppraisedTrial]) -> int:
+        """Appraise what another search of the same subject has, for nothing; what its trials stand for is left out where that is another
+        policy on this device. How many were taken over."""
+        before = len(self)
+        for trial in trials:
+            proposal = self._drawn_again(trial)
+            if proposal is not None and proposal.policy.digest == trial.digest and proposal.policy not in self:
+                self._known[self.forecast.structure(proposal.policy)] = Appraised(proposal, trial.worth)
+                self.appraise(proposal)
+        return len(self) - before
+
+    def _drawn_again(self, trial: AppraisedTrial) -> Proposal | None:
+        """What a trial's parameters stand for in this space; None where they are none of it."""
+        try:
+            return self.forecast.proposal(self.forecast.suggest(FixedTrial(trial.params)), trial.params)
+        except (UsageError, ValueError):
+            return None
 
     def __len__(self) -> int:
         return len(self._known)
@@ -162,7 +178,7 @@ class Appraisals:
             self._seconds.append(time.monotonic() - started)
             self._known[structure] = found
         violation = self.forecast.violation(proposal.workload, proposal.latency_s)
-        self.journal.tell_appraised(trial, found.worth, proposal.latency_s, violation)
+        self.journal.tell_appraised(trial, proposal.policy, found.worth, proposal.latency_s, violation)
         return found
 
     def agreement(self) -> float | None:

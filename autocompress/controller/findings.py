@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Findings:
     best: Outcome | None = None
     per_example_s: float = 0.0
     """What the original's file takes to answer one example."""
+    taken_over: set[str] = field(default_factory=set)
+    """Ids of what another search has trained."""
 
     @functools.cached_property
     def appraisals(self) -> Appraisals:
@@ -211,6 +213,10 @@ class Findings:
         known = {"latency_s": baseline.latency_s, "val_score": baseline.val_score, "test_score": baseline.test_score}
         self.journal.note("original", {name: _json(record) for name, record in known.items()})
 
+    def note_taken_over(self, *, complete: bool = False) -> None:
+        """Keep what was trained by another search; `complete`: it has nothing more to give."""
+        self.journal.note("taken_over", {"ids": sorted(self.taken_over), "complete": complete})
+
     def recall(self) -> None:
         """Take up what a resumed search knew, the original as it was measured last included."""
         baseline, known = self.setting.baseline, self.journal.noted("original")
@@ -219,6 +225,7 @@ class Findings:
             latency_s = Measurement.model_validate(known["latency_s"])
             baseline = replace(baseline, latency_s=latency_s, val_score=val_score, test_score=test_score)
         self.keep_original(baseline)
+        self.taken_over = set((self.journal.noted("taken_over") or {}).get("ids", ()))
         self.best = self._best()
 
     # -- what the user sees --------------------------------------------------------------------------------------------

@@ -225,5 +225,5 @@ class Search:
 
     def _has_enough(self) -> bool:
         """Whether as many policies were trained as `--trials` allows."""
-        trials = self.findings.task.trials
-        return trials is not None and len(self.findings.short_runs) >= trials
+        findings, trials = self.findings, self.findings.task.trials
+        return trials is not None and len({o.id for o in findings.short_runs} - findings.taken_over) >= trials

@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler, TPESampler
@@ -66,6 +67,22 @@ def open_journal(run: Path, task: Task, *, resume: bool, sampler: BaseSampler | 
     study.sampler = sampler or FrontSampler(seed=_seed(task, study))
     distillations.sampler = TPESampler(seed=_seed(task, distillations), multivariate=True)
     return Journal(study, distillations)
+
+
+def read_journal(run: Path, task: Task) -> Journal:
+    """The journal of another search, to learn from it. Raises UsageError where there is none, or it is not of the same subject."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    hint = "--from takes the run folder of a search of the same model and data"
+    if STUDY not in (_studies(run / DATABASE) or ()):
+        raise UsageError(f"there is no search to learn from in {str(run)!r}", hint=hint)
+    storage = _storage(run / DATABASE)
+    journal = Journal(*(optuna.load_study(study_name=name, storage=storage) for name in (STUDY, DISTILLATIONS)))
+    before = _kept_task(journal.noted("task"))
+    changed = before.other_subject(task)
+    if changed is not None:
+        words = f"{changed} was {getattr(before, changed)!r}, now {getattr(task, changed)!r}"
+        raise UsageError(f"what was learned in {str(run)!r} is of something else: {words}", hint=hint)
+    return journal
 
 
 @contextmanager
@@ -145,8 +162,7 @@ def _require_same_task(study: optuna.Study, task: Task, run: Path) -> None:
     if known is None:
         study.set_user_attr("task", json.loads(task.to_json()))
         return
-    before = Task.create({key: tuple(value) if isinstance(value, list) else value for key, value in known.items()})
-    before, task = before.absolute(), task.absolute()  # an earlier version kept paths as they were given
+    before, task = _kept_task(known), task.absolute()
     changed = before.difference(task)
     if changed is None:
         return
@@ -154,6 +170,11 @@ def _require_same_task(study: optuna.Study, task: Task, run: Path) -> None:
         f"{str(run)!r} holds the search of another task: {changed} was {getattr(before, changed)!r}, now {getattr(task, changed)!r}",
         hint="resume with the same task, or choose another --out",
     )
+
+
+def _kept_task(known: dict[str, Any]) -> Task:
+    """As a study keeps it; an earlier version kept paths as they were given."""
+    return Task.create({key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}).absolute()
 
 
 def require_same_contents(journal: Journal, run: Path, contents: dict[str, str]) -> None:
@@ -166,9 +187,21 @@ def require_same_contents(journal: Journal, run: Path, contents: dict[str, str])
     if known is None:
         journal.note("contents", contents)
         return
-    changed = [what for what in contents if known.get(what) != contents[what]]
-    if changed:
+    if changed := _changed(known, contents):
         raise UsageError(
-            f"{str(run)!r} holds the search of another task: the content of its {changed[0]} has changed since it began",
-            hint=f"resume with the {changed[0]} as it was, or choose another --out",
+            f"{str(run)!r} holds the search of another task: the content of its {changed} has changed since it began",
+            hint=f"resume with the {changed} as it was, or choose another --out",
         )
+
+
+def require_same_subject(journal: Journal, run: Path, contents: dict[str, str]) -> None:
+    """Raises UsageError where the names of another search's task stood for something else."""
+    if changed := _changed(journal.noted("contents") or {}, contents):
+        raise UsageError(
+            f"what was learned in {str(run)!r} is of something else: the content of its {changed} has changed since",
+            hint=f"search with the {changed} as it was, or leave --from out",
+        )
+
+
+def _changed(known: dict[str, str], contents: dict[str, str]) -> str | None:
+    return next((what for what in contents if known.get(what) != contents[what]), None)

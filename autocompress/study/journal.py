@@ -8,17 +8,19 @@ so that a killed search loses nothing that was finished. One process writes it, 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from autocompress.policy import Policy
 from autocompress.records import Outcome
 
 OUTCOME = "outcome:"
 MAX_RETRIES = 2
 RULED_OUT_WORTH = 0.0
-WORTH = "worth"
+WORTH, DIGEST = "worth", "digest"
 
 
 def outcomes_in(study: optuna.Study) -> dict[str, Outcome]:
@@ -27,10 +29,20 @@ def outcomes_in(study: optuna.Study) -> dict[str, Outcome]:
     return {id: Outcome.model_validate_json(json.dumps(value)) for id, value in kept.items()}
 
 
-def appraised_in(study: optuna.Study) -> list[tuple[dict[str, Any], float]]:
-    """Parameters and worth of all that a study's trials say was appraised."""
+@dataclass(frozen=True)
+class AppraisedTrial:
+    """What a trial says of a structure: its parameters, its worth, and the digest of the policy that it was as this device runs it."""
+
+    params: dict[str, Any]
+    worth: float
+    digest: str
+
+
+def appraised_in(study: optuna.Study) -> list[AppraisedTrial]:
+    """All that a study's trials say was appraised."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return [(trial.params, trial.user_attrs[WORTH]) for trial in trials if WORTH in trial.user_attrs]
+    told = [(trial.params, trial.user_attrs) for trial in trials if WORTH in trial.user_attrs]
+    return [AppraisedTrial(params, attributes[WORTH], attributes.get(DIGEST, "")) for params, attributes in told]
 
 
 class Journal:
@@ -83,8 +95,9 @@ class Journal:
         trial.set_constraint("outclassed", outclassed)
         self._tell(trial, [RULED_OUT_WORTH, latency_s])
 
-    def tell_appraised(self, trial: Trial, worth: float, latency_s: float, violation: float) -> None:
+    def tell_appraised(self, trial: Trial, policy: Policy, worth: float, latency_s: float, violation: float) -> None:
         """What a policy is worth before it is trained."""
+        trial.set_user_attr(DIGEST, policy.digest)
         trial.set_user_attr(WORTH, worth)
         trial.set_constraint("budget", violation)
         trial.set_constraint("outclassed", 0.0)
@@ -98,8 +111,8 @@ class Journal:
                 raise
             self.is_exhausted = True
 
-    def appraised(self) -> list[tuple[dict[str, Any], float]]:
-        """Parameters and worth of all that was appraised."""
+    def appraised(self) -> list[AppraisedTrial]:
+        """All that was appraised."""
         return appraised_in(self.study)
 
     def tell_distillation(self, trial: Trial, advantage: float | None) -> None:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import optuna
+import pytest
+
 from autocompress.records import Measurement, Outcome, Score
+from autocompress.study.database import DATABASE, DISTILLATIONS, STUDY
+from autocompress.study.journal import Journal
 from autocompress.task import Task
 
 TASK = Task(model="own:net", data="own:blobs", search_time="60s")
@@ -16,3 +23,16 @@ def trained(findings, policy, latency_s, score=0.95, id="00000", **changes):
     latency = measurement(latency_s)
     made = Outcome(id=id, policy=policy, rung="short", val_score=Score(value=score), latency_s=latency, artifact="a.onnx", size_bytes=9)
     findings.journal.record(made.model_copy(update=changes))
+
+
+def journal_of(run: Path) -> Journal:
+    storage = f"sqlite:///{run / DATABASE}"
+    return Journal(*(optuna.load_study(study_name=name, storage=storage) for name in (STUDY, DISTILLATIONS)))
+
+
+def short_runs_only(patch: pytest.MonkeyPatch) -> None:
+    """Policies train for a second each, as long as the search takes: what ends it is what a test is about, not the machine's load."""
+    patch.setattr("autocompress.schedule.SHORT_SHARE", 0.9)
+    patch.setattr("autocompress.schedule.SHORT_RUNS", 100)
+    patch.setattr("autocompress.controller.pace.Pace.overhead", lambda self: 0.2)
+    patch.setattr("autocompress.controller.search.Search.full_rung", lambda self: None)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from optuna.trial import TrialState
 from plotly.graph_objects import Figure
+from running import journal_of, short_runs_only
 from tasks import SLOW_CALLS, BrokenDevice, Diary, Net, blobs
 
 import autocompress
@@ -21,8 +22,6 @@ from autocompress.front import non_dominated
 from autocompress.policy import DistillSpec, Policy, PruneSpec, QuantSpec
 from autocompress.records import Budget, Measurement
 from autocompress.session import SearchResult, run_search
-from autocompress.study.database import DATABASE, DISTILLATIONS, STUDY
-from autocompress.study.journal import Journal
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
 
@@ -41,11 +40,6 @@ def task(**changes) -> Task:
 
 def trials_of(run: Path) -> list[optuna.trial.FrozenTrial]:
     return journal_of(run).study.get_trials(deepcopy=False)
-
-
-def journal_of(run: Path) -> Journal:
-    storage = f"sqlite:///{run / DATABASE}"
-    return Journal(*(optuna.load_study(study_name=name, storage=storage) for name in (STUDY, DISTILLATIONS)))
 
 
 def strict(path: Path) -> dict:
@@ -80,14 +74,6 @@ def accesses() -> tuple[type[Split], list[tuple[str, int]], Diary]:
             return super().inputs
 
     return Watched, seen, diary
-
-
-def short_runs_only(patch: pytest.MonkeyPatch) -> None:
-    """Policies train for a second each, as long as the search takes: what ends it is what a test is about, not the machine's load."""
-    patch.setattr("autocompress.schedule.SHORT_SHARE", 0.9)
-    patch.setattr("autocompress.schedule.SHORT_RUNS", 100)
-    patch.setattr("autocompress.controller.pace.Pace.overhead", lambda self: 0.2)
-    patch.setattr("autocompress.controller.search.Search.full_rung", lambda self: None)
 
 
 @pytest.fixture

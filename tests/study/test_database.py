@@ -13,7 +13,7 @@ from autocompress.errors import RunFolderError, UsageError
 from autocompress.policy import Policy, QuantSpec
 from autocompress.records import Failure, Measurement, Outcome, Score
 from autocompress.study import database as studies
-from autocompress.study.journal import MAX_RETRIES, OUTCOME, RULED_OUT_WORTH
+from autocompress.study.journal import MAX_RETRIES, OUTCOME, RULED_OUT_WORTH, AppraisedTrial
 from autocompress.task import Task
 
 TASK = Task(model="own:net", data="own:data", budget=("10ms",))
@@ -63,11 +63,11 @@ def test_what_was_appraised_is_told_with_its_constraint_and_comes_back(journal, 
     journal.retire_lost_trials()
     trial = ask(journal)
     assert trial.params == params
-    journal.tell_appraised(trial, 0.5, 0.008, -0.1)
+    journal.tell_appraised(trial, Policy(), 0.5, 0.008, -0.1)
     told = journal.study.trials[1]
     assert (told.state, told.values) == (TrialState.COMPLETE, [0.5, 0.008])
     assert told.constraints == {"budget": -0.1, "outclassed": 0.0}
-    assert again(tmp_path).appraised() == [(params, 0.5)]
+    assert again(tmp_path).appraised() == [AppraisedTrial(params, 0.5, Policy().digest)]
 
 
 def test_a_distillation_is_told_by_what_it_gained(journal, tmp_path):
@@ -271,7 +271,7 @@ def test_a_search_that_had_evaluated_nothing_makes_room_for_another(journal, tmp
 
 
 def test_a_search_that_had_only_appraised_is_no_empty_one(journal, tmp_path):
-    journal.tell_appraised(ask(journal), 0.5, 0.008, -0.1)
+    journal.tell_appraised(ask(journal), Policy(), 0.5, 0.008, -0.1)
     with pytest.raises(UsageError, match="already holds a search"):
         studies.open_journal(tmp_path, TASK, resume=False)
 
