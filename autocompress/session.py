@@ -339,7 +339,8 @@ def _result(findings: Findings) -> SearchResult:
         raise InfeasibleBudget(
             f"the search ended {'' if trained else 'before any policy was trained '}and nothing meets the budget "
             f"({findings.budget.in_words()}): {told}",
-            hint=f"what was measured is in {findings.run}; search longer (--search-time), or allow more",
+            hint=f"search longer (--resume --out {findings.run} --search-time ...), or allow more: --from {findings.run} begins with what "
+            "was learned",
             smallest_latency_s=fastest,
         )
     return result
