@@ -88,7 +88,11 @@ NewRun = Annotated[Path | None, typer.Option("--out", rich_help_panel=OUTPUT, he
 FromRun = Annotated[
     Path | None,
     typer.Option(
-        "--from", metavar="RUN", rich_help_panel=OUTPUT, help="Begin with what another search has learned: for another budget or device."
+        "--from",
+        metavar="RUN",
+        callback=lambda path: _run_of(path) if path is not None else None,
+        rich_help_panel=OUTPUT,
+        help="Begin with what another search has learned: for another budget or device.",
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", rich_help_panel=OUTPUT, help="Continue the search in --out.")]

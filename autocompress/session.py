@@ -19,7 +19,7 @@ from torch import nn
 from autocompress.candidates.forecast import Forecast
 from autocompress.candidates.proposals import LevelSuggester
 from autocompress.controller.final import measure_front, score_test
-from autocompress.controller.findings import Findings
+from autocompress.controller.findings import TAKEN_OVER, Findings, TakenOver
 from autocompress.controller.initial import ask_teacher, calibrate, know_original, propose
 from autocompress.controller.learned import take_over
 from autocompress.controller.search import Search
@@ -209,6 +209,8 @@ def run_search(
 ) -> SearchResult:
     """Run one search in the folder `run` and return what it found; what is finished survives any interruption."""
     task, clock = task.absolute(), Clock.start(task.search_seconds)
+    if task.from_run is not None and Path(task.from_run) == run.absolute():
+        raise UsageError(f"a search cannot learn from itself: {str(run)!r}", hint="choose another --out, or go on with --resume")
     progress = progress or SilentProgress()
     require_own(run, resume=resume)
     fresh = not run.exists()
@@ -221,7 +223,7 @@ def run_search(
         try:
             if not resume:
                 write_atomically(run / TASK_FILE, task.to_toml())
-            known = _known_before(task, journal, run)
+            known = _known_before(task, journal, run, progress)
             ledger = Ledger(journal.noted("spent_s"))
             with ledger.spend("prepare"):
                 loaded = load(task, model=model, data=data, device=device, weights=kept_teacher(task, run))
@@ -252,17 +254,20 @@ def _forget_teacher(run: Path) -> None:
             (run / TEACHER_WEIGHTS).unlink(missing_ok=True)
 
 
-def _known_before(task: Task, journal: Journal, run: Path) -> Journal | None:
-    """The journal of the search that this one is to learn from, as far as it has not done so yet; with the demonstration's teacher."""
-    if task.from_run is None or (journal.noted("taken_over") or {}).get("complete"):
+def _known_before(task: Task, journal: Journal, run: Path, progress: Progress) -> Journal | None:
+    """The journal of the search that this one is to learn from, unless it has done so; with the demonstration's teacher."""
+    if task.from_run is None or TakenOver.model_validate(journal.noted(TAKEN_OVER) or {}).complete:
         return None
     before = Path(task.from_run)
+    if journal.noted("contents") is not None and not before.is_dir():
+        progress.message(f"{before} is gone: the search goes on with what it had taken over")
+        return None
     known = read_journal(before, task)
     if task.is_demo and not (run / TEACHER_WEIGHTS).is_file():
         if not (before / TEACHER_WEIGHTS).is_file():
             raise UsageError(
-                f"the search in {str(before)!r} had too little time to train the demonstration's teacher to the end",
-                hint="leave --from out, and search longer",
+                f"{str(before)!r} holds no teacher of the demonstration that was trained to the end",
+                hint="leave --from out, or search longer",
             )
         write_atomically(run / TEACHER_WEIGHTS, (before / TEACHER_WEIGHTS).read_bytes())
     return known

@@ -22,8 +22,6 @@ DEMO_DATA = "digits"
 DATA_VARIABLE = "AUTOCOMPRESS_DATA"
 OBJECT = "python:"
 """Begins the name of a model or data that was given as an object of Python: nothing can load it."""
-SUBJECT = ("model", "weights", "data", "batch", "space", "student")
-"""Fields of a task that say what policies are of; budget, device and time say what is wanted of them."""
 TASK_FILE = "task.toml"
 """What a search was asked for, in its run folder."""
 
@@ -92,8 +90,13 @@ class Task(Record):
         return self._differs(other, [name for name in Task.model_fields if name not in ("search_time", "trials", "target_accuracy")])
 
     def other_subject(self, other: Task) -> str | None:
-        """The first field in which another task differs, so that what it has learned of policies says nothing of them here."""
-        return self._differs(other, SUBJECT)
+        """The first field in which another task differs, so that what it has learned of policies says nothing of them here.
+
+        What the names of models, data and files stand for is compared by content: a run may have come from another machine.
+        """
+        functions = [name for name in ("space",) if ".py:" in self.space or ".py:" in other.space]
+        demo = ["model"] if self.is_demo != other.is_demo else []
+        return self._differs(other, ["batch", "student", *functions, *demo])
 
     def _differs(self, other: Task, fields: Iterable[str]) -> str | None:
         return next((name for name in fields if getattr(self, name) != getattr(other, name)), None)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from optuna.distributions import BaseDistribution
 from optuna.trial import FixedTrial, Trial
 
 from autocompress.candidates.forecast import Forecast
@@ -91,25 +92,28 @@ class Appraisals:
         Of several policies of one structure the first is kept, as it was when they were appraised.
         """
         for trial in self.journal.appraised():
-            proposal = self._drawn_again(trial)
-            if proposal is not None:
+            drawn = self._drawn_again(trial)
+            if drawn is not None:
+                proposal, _ = drawn
                 self._known.setdefault(self.forecast.structure(proposal.policy), Appraised(proposal, trial.worth))
 
-    def take_over(self, trials: Sequence[AppraisedTrial]) -> int:
-        """Appraise what another search of the same subject has, for nothing; what its trials stand for is left out where that is another
-        policy on this device. How many were taken over."""
-        before = len(self)
-        for trial in trials:
-            proposal = self._drawn_again(trial)
-            if proposal is not None and proposal.policy.digest == trial.digest and proposal.policy not in self:
-                self._known[self.forecast.structure(proposal.policy)] = Appraised(proposal, trial.worth)
-                self.appraise(proposal)
-        return len(self) - before
+    def take_over(self, trial: AppraisedTrial) -> bool:
+        """Believe what another search of the same subject has appraised; False where its trial stands for another policy on this device."""
+        drawn = self._drawn_again(trial)
+        if drawn is None or drawn[0].policy.digest != trial.digest:
+            return False
+        proposal, distributions = drawn
+        if proposal.policy not in self:
+            self._known[self.forecast.structure(proposal.policy)] = Appraised(proposal, trial.worth)
+            violation = self.forecast.violation(proposal.workload, proposal.latency_s)
+            self.journal.add_appraised(trial, distributions, latency_s=proposal.latency_s, violation=violation)
+        return True
 
-    def _drawn_again(self, trial: AppraisedTrial) -> Proposal | None:
-        """What a trial's parameters stand for in this space; None where they are none of it."""
+    def _drawn_again(self, trial: AppraisedTrial) -> tuple[Proposal, dict[str, BaseDistribution]] | None:
+        """What a trial's parameters stand for in this space, and where they were drawn from; None where they are none of it."""
+        fixed = FixedTrial(trial.params)
         try:
-            return self.forecast.proposal(self.forecast.suggest(FixedTrial(trial.params)), trial.params)
+            return self.forecast.proposal(self.forecast.suggest(fixed), trial.params), fixed.distributions
         except (UsageError, ValueError):
             return None
 

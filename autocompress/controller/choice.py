@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from optuna.trial import Trial
 
@@ -73,7 +73,8 @@ class Chooser:
         findings = self.findings
         least = findings.gain_without(COLLAPSED)
         sound = [o for o in measured(findings.journal.outcomes) if feasible(o, findings.limits) and gain(o) >= least]
-        return [findings.forecast.proposal(o.policy, {}) for o in sound]
+        proposals = [findings.forecast.proposal(o.policy, {}) for o in sound]
+        return [replace(p, latency_s=findings.forecast.latency_s(p)) for p in proposals]
 
     def promising(self, pool: list[Proposal], leading: list[Proposal], margin: float = 0.0) -> list[Proposal]:
         """Of the pool, with latencies as predicted by now: within the budget, not trained before and not outclassed."""
@@ -86,14 +87,17 @@ class Chooser:
         return any(feasible(o, self.findings.limits, margin=MOST_DRIFT) for o in self.findings.climbers)
 
     def _measured_leader(self, pool: list[Proposal], margin: float) -> Appraised | None:
-        """The first to lead that measuring does not rule out either; where it rules out all, and no margin was asked for, the nearest.
+        """The first to lead that measuring does not rule out either.
+
+        Where it rules out all that were tried, no margin was asked for and nothing else is within the budget, the nearest of them.
 
         What was slower than predicted, even by what the forecast has learned from it, says that the others may be so too: the next is to be
         within the budget by as much, where one is.
         """
         forecast, missed, aim = self.findings.forecast, list[tuple[float, Appraised]](), margin
         for _ in range(MOST_MEASURED):
-            leader = self._leader(pool, aim) or self._leader(pool, margin)
+            without = {forecast.structure(leader.policy) for _, leader in missed}
+            leader = self._leader(pool, aim, without) or self._leader(pool, margin, without)
             if leader is None:
                 return None
             excess = forecast.excess(leader.proposal, margin=margin)
@@ -102,15 +106,16 @@ class Chooser:
             missed.append((excess, leader))
             slower = forecast.latency_s(leader.proposal) / forecast.predict(leader.policy).value
             aim = (1 + margin) * max(1.0, slower) - 1
-        return min(missed, key=lambda miss: miss[0])[1] if margin == 0 else None
+        return min(missed, key=lambda miss: miss[0])[1] if margin == 0 and not self.findings.climbers else None
 
-    def _leader(self, pool: list[Proposal], margin: float) -> Appraised | None:
+    def _leader(self, pool: list[Proposal], margin: float, without: set[Structure]) -> Appraised | None:
         """What, as appraised, adds most to those that were trained; of what is not appraised, as its promise says."""
-        appraisals, candidates = self.findings.appraisals, self._untrained(margin)
+        appraisals, candidates = self.findings.appraisals, self._untrained(margin, without)
         if candidates:
             covered = self._covered(lambda appraised: appraised.worth)
             return candidates[cover([(a.worth, a.latency_s) for a in candidates], 1, covered)[0]]
-        promising = self.promising(pool, self.leading(), margin)
+        structure = self.findings.forecast.structure
+        promising = [p for p in self.promising(pool, self.leading(), margin) if structure(p.policy) not in without]
         if not promising:
             return None
         covered = self._covered(lambda appraised: appraisals.promise(appraised.proposal))
@@ -133,9 +138,9 @@ class Chooser:
         unchanged = [o for o in findings.journal.outcomes if o.rung == "unchanged" and feasible(o, findings.limits)]
         return [*points, *((1.0, forecast.latency_s(forecast.proposal(o.policy, {}))) for o in unchanged)]
 
-    def _untrained(self, margin: float) -> list[Appraised]:
-        """Of what was appraised: within the budget as predicted by now, not trained before and not outclassed."""
-        known, leading = self._trained_structures(), self.leading()
+    def _untrained(self, margin: float, without: set[Structure]) -> list[Appraised]:
+        """Of what was appraised: within the budget as predicted by now, not trained before, not outclassed and none of these."""
+        known, leading = self._trained_structures() | without, self.leading()
         candidates = self.findings.appraisals.within_budget(margin=margin)
         return [a for a in candidates if self.findings.forecast.structure(a.policy) not in known and outclassed(a.proposal, leading) <= 0]
 

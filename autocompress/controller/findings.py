@@ -16,7 +16,7 @@ from autocompress.devices.timing import MOST_DRIFT
 from autocompress.export import is_intact
 from autocompress.front import gain, measured
 from autocompress.objective import Baseline, Setting, failure_of
-from autocompress.policy import Policy
+from autocompress.policy import Policy, Record
 from autocompress.progress import Progress
 from autocompress.records import Budget, Measurement, Outcome, Score
 from autocompress.report.view import format_score
@@ -26,6 +26,17 @@ from autocompress.schedule import Clock
 from autocompress.study.journal import Journal
 from autocompress.task import Task
 from autocompress.units import format_duration, format_size
+
+TAKEN_OVER = "taken_over"
+"""What the journal calls it."""
+
+
+class TakenOver(Record):
+    """What a search has of another one: ids of networks, the number of appraisals, and whether that is all it will have."""
+
+    ids: tuple[str, ...] = ()
+    appraised: int = 0
+    complete: bool = False
 
 
 @dataclass
@@ -42,8 +53,7 @@ class Findings:
     best: Outcome | None = None
     per_example_s: float = 0.0
     """What the original's file takes to answer one example."""
-    taken_over: set[str] = field(default_factory=set)
-    """Ids of what another search has trained."""
+    taken_over: TakenOver = field(default_factory=TakenOver)
 
     @functools.cached_property
     def appraisals(self) -> Appraisals:
@@ -205,6 +215,8 @@ class Findings:
                 self.journal.record(outcome.model_copy(update={"failure": None}))
             else:
                 self.journal.forget(outcome)
+                ids = tuple(id for id in self.taken_over.ids if id != outcome.id)
+                self.note_taken_over(self.taken_over.model_copy(update={"ids": ids}))
         return len(failed)
 
     def keep_original(self, baseline: Baseline) -> None:
@@ -213,9 +225,15 @@ class Findings:
         known = {"latency_s": baseline.latency_s, "val_score": baseline.val_score, "test_score": baseline.test_score}
         self.journal.note("original", {name: _json(record) for name, record in known.items()})
 
-    def note_taken_over(self, *, complete: bool = False) -> None:
-        """Keep what was trained by another search; `complete`: it has nothing more to give."""
-        self.journal.note("taken_over", {"ids": sorted(self.taken_over), "complete": complete})
+    def note_taken_over(self, taken: TakenOver) -> None:
+        """Keep what there is of another search by now."""
+        self.taken_over = taken
+        self.journal.note(TAKEN_OVER, taken.model_dump(mode="json"))
+
+    @property
+    def own_outcomes(self) -> list[Outcome]:
+        """What this search has made itself; while that is nothing, all there is."""
+        return [o for o in self.journal.outcomes if o.id not in self.taken_over.ids] or self.journal.outcomes
 
     def recall(self) -> None:
         """Take up what a resumed search knew, the original as it was measured last included."""
@@ -225,7 +243,7 @@ class Findings:
             latency_s = Measurement.model_validate(known["latency_s"])
             baseline = replace(baseline, latency_s=latency_s, val_score=val_score, test_score=test_score)
         self.keep_original(baseline)
-        self.taken_over = set((self.journal.noted("taken_over") or {}).get("ids", ()))
+        self.taken_over = TakenOver.model_validate(self.journal.noted(TAKEN_OVER) or {})
         self.best = self._best()
 
     # -- what the user sees --------------------------------------------------------------------------------------------

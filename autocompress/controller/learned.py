@@ -6,31 +6,49 @@ goes into what the new front lacks.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from autocompress.controller.findings import Findings
-from autocompress.errors import one_line
+from autocompress.errors import UsageError, one_line
 from autocompress.export import is_intact
 from autocompress.front import gain, measured
 from autocompress.objective import evaluate_again, fails_policy
 from autocompress.records import Outcome
+from autocompress.schedule import cover
 from autocompress.search_space import fitted
 from autocompress.study.journal import Journal
+
+SHARE = 0.3
+"""Of the time that is left, at most, for measuring what another search has trained, and as much again for its appraisals."""
 
 
 def take_over(findings: Findings, known: Journal, run: Path) -> None:
     """Take over what the journal of another search, in the folder `run`, knows; once, however often this search is resumed."""
-    intact = [o for o in measured(known.outcomes) if o.artifact is not None and is_intact((run / o.artifact).parent)]
-    wanted = [o for o in sorted(intact, key=gain, reverse=True) if _may_be_wanted(findings, o)]
-    for done, outcome in enumerate(wanted):
-        if findings.clock.left <= 0:
-            return
-        findings.show("measuring what was trained before", done, len(wanted))
-        _take_over_file(findings, outcome, run)
-    findings.show("taking over what was appraised")
-    appraised = findings.appraisals.take_over(known.appraised())
-    findings.note_taken_over(complete=True)
-    findings.progress.message(f"{len(findings.taken_over)} networks and {appraised} appraisals of {run} were taken over")
+    seconds = SHARE * findings.clock.left
+    if seconds <= 0:
+        return
+    missed = _take_over_files(findings, known, run, time.monotonic() + seconds)
+    missed += _take_over_appraisals(findings, known, time.monotonic() + seconds)
+    taken = findings.taken_over
+    findings.note_taken_over(taken.model_copy(update={"complete": True}))
+    late = f"; for {missed} more there was no time" if missed else ""
+    findings.progress.message(f"{len(taken.ids)} networks and {taken.appraised} appraisals of {run} were taken over{late}")
+
+
+def _take_over_files(findings: Findings, known: Journal, run: Path, until: float) -> int:
+    """Measure what covers most of the new front first; how many were left for want of time."""
+    forecast, longest = findings.forecast, 0.0
+    wanted = [o for o in measured(known.outcomes) if _may_be_wanted(findings, o)]
+    order = cover([(gain(o), forecast.latency_s(forecast.proposal(o.policy, {}))) for o in wanted], len(wanted))
+    for done, index in enumerate(order):
+        started = time.monotonic()
+        if started + longest > until:
+            return len(order) - done
+        findings.show("measuring what was trained before", done, len(order))
+        _take_over_file(findings, wanted[index], run)
+        longest = max(longest, time.monotonic() - started)
+    return 0
 
 
 def _may_be_wanted(findings: Findings, outcome: Outcome) -> bool:
@@ -45,13 +63,27 @@ def _may_be_wanted(findings: Findings, outcome: Outcome) -> bool:
 
 def _take_over_file(findings: Findings, outcome: Outcome, run: Path) -> None:
     bundle, predicted = (run / (outcome.artifact or "")).parent, findings.forecast.foretell(outcome.policy)
+    if not is_intact(bundle):
+        findings.progress.message(f"policy {outcome.id} of {run} is left out: its files are no longer what they were")
+        return
     try:
         taken = evaluate_again(findings.setting, outcome, bundle, predicted=predicted)
     except Exception as error:
-        if not fails_policy(error):
+        if not (fails_policy(error) or isinstance(error, UsageError)):
             raise
         findings.progress.message(f"policy {outcome.id} of {run} is left out: {one_line(error)}")
         return
-    findings.taken_over.add(outcome.id)
-    findings.note_taken_over()
+    known = findings.taken_over
+    findings.note_taken_over(known.model_copy(update={"ids": tuple(sorted({*known.ids, outcome.id}))}))
     findings.keep(taken)
+
+
+def _take_over_appraisals(findings: Findings, known: Journal, until: float) -> int:
+    """Believe what was appraised; how many were left for want of time."""
+    findings.show("taking over what was appraised")
+    trials, done = known.appraised(), 0
+    while done < len(trials) and time.monotonic() < until:
+        findings.appraisals.take_over(trials[done])
+        done += 1
+    findings.note_taken_over(findings.taken_over.model_copy(update={"appraised": len(findings.appraisals)}))
+    return len(trials) - done

@@ -28,7 +28,7 @@ UNKNOWN_OVERHEAD_S = 5.0
 
 @dataclass(eq=False)
 class Pace:
-    """Seconds for the runs of one search, from what its runs so far have taken."""
+    """Seconds for the runs of one search, from what its own so far have taken: another one may have run on another machine."""
 
     findings: Findings
 
@@ -39,7 +39,7 @@ class Pace:
 
         Before the first, as much as the unchanged network in int8, and its repair about as much as an appraisal.
         """
-        outcomes = measured(self.findings.journal.outcomes)
+        outcomes = measured(self.findings.own_outcomes)
         if short := [o.seconds - o.training_s for o in outcomes if o.rung == "short"]:
             return statistics.median_low(short)
         unchanged = [o.seconds - o.training_s for o in outcomes if o.rung == "unchanged"]
@@ -47,12 +47,12 @@ class Pace:
 
     def finishing(self) -> float:
         """Seconds that any run costs after its training."""
-        known = [o.finishing_s for o in measured(self.findings.journal.outcomes) if o.finishing_s]
+        known = [o.finishing_s for o in measured(self.findings.own_outcomes) if o.finishing_s]
         return statistics.median_low(known or [UNKNOWN_OVERHEAD_S])
 
     def step_seconds(self) -> float:
         """What a step of training took, as a rule; 0 before the first."""
-        return statistics.median_low([o.training_s / o.steps for o in self.findings.journal.outcomes if o.steps] or [0.0])
+        return statistics.median_low([o.training_s / o.steps for o in self.findings.own_outcomes if o.steps] or [0.0])
 
     def step_cost(self, policy: Policy) -> float:
         """What a training step of the student costs, up to a factor: as its latency in float32 tells, in which it is trained."""

@@ -64,6 +64,7 @@ class Search:
         appraisals, trials = findings.appraisals, findings.task.trials
         started, seconds, leading = time.monotonic(), appraisal_seconds(findings.clock), self._chooser.leading()
         most = min(MOST_APPRAISED, APPRAISED_A_TRIAL * trials) if trials is not None else MOST_APPRAISED
+        most += findings.taken_over.appraised
         first = self._first(pool, leading, started + seconds, most)
         while not self._is_over() and len(appraisals) < most:
             until = started + extended(seconds, appraisals.agreement())
@@ -226,4 +227,4 @@ class Search:
     def _has_enough(self) -> bool:
         """Whether as many policies were trained as `--trials` allows."""
         findings, trials = self.findings, self.findings.task.trials
-        return trials is not None and len({o.id for o in findings.short_runs} - findings.taken_over) >= trials
+        return trials is not None and len({o.id for o in findings.short_runs}.difference(findings.taken_over.ids)) >= trials

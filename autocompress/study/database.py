@@ -73,10 +73,16 @@ def read_journal(run: Path, task: Task) -> Journal:
     """The journal of another search, to learn from it. Raises UsageError where there is none, or it is not of the same subject."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     hint = "--from takes the run folder of a search of the same model and data"
-    if STUDY not in (_studies(run / DATABASE) or ()):
-        raise UsageError(f"there is no search to learn from in {str(run)!r}", hint=hint)
+    nothing = UsageError(f"there is no search to learn from in {str(run)!r}", hint=hint)
+    if not {STUDY, DISTILLATIONS} <= set(_studies(run / DATABASE) or ()):
+        raise nothing
     storage = _storage(run / DATABASE)
-    journal = Journal(*(optuna.load_study(study_name=name, storage=storage) for name in (STUDY, DISTILLATIONS)))
+    try:
+        journal = Journal(*(optuna.load_study(study_name=name, storage=storage) for name in (STUDY, DISTILLATIONS)))
+    except ValueError:  # of a version that kept other things
+        raise nothing from None
+    if journal.noted("task") is None:
+        raise nothing
     before = _kept_task(journal.noted("task"))
     changed = before.other_subject(task)
     if changed is not None:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from autocompress.policy import Policy
 from autocompress.records import Outcome
@@ -102,6 +103,20 @@ class Journal:
         trial.set_constraint("budget", violation)
         trial.set_constraint("outclassed", 0.0)
         self._tell(trial, [worth, latency_s])
+
+    def add_appraised(
+        self, trial: AppraisedTrial, distributions: dict[str, BaseDistribution], *, latency_s: float, violation: float
+    ) -> None:
+        """The same of a policy that this study need not ask for, in one go: another search has appraised it."""
+        self.study.add_trial(
+            create_trial(
+                values=[trial.worth, latency_s],
+                params={name: trial.params[name] for name in distributions},
+                distributions=distributions,
+                user_attrs={WORTH: trial.worth, DIGEST: trial.digest},
+                constraints={"budget": violation, "outclassed": 0.0},
+            )
+        )
 
     def _tell(self, trial: Trial, values: list[float]) -> None:
         try:

@@ -265,7 +265,7 @@ def test_a_network_that_cannot_be_traced_is_searched_all_the_same(data, tmp_path
             return super().forward(x * 1.0 if x.shape[2] > 4 else x)
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("autocompress.schedule.FULL_FACTOR", 0.1)
+    monkeypatch.setattr("autocompress.controller.pace.FULL_FACTOR", 0.1)
     torch.manual_seed(0)
     model: nn.Module = Untraceable().eval()
     diary = Diary()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import onnx
 import pytest
@@ -10,7 +11,7 @@ from running import journal_of, short_runs_only
 from tasks import SLOW_CALLS, Diary, Net, blobs
 
 from autocompress.cli import main
-from autocompress.errors import UsageError
+from autocompress.errors import PolicyFailure, UsageError
 from autocompress.session import run_search
 from autocompress.task import Task
 from autocompress.testing.devices import Costs, FakeDevice
@@ -20,6 +21,10 @@ OTHER = Costs(call=5e-6, node=4e-6, mac=1e-9, mac_int8=0.8e-9)
 
 def task(**changes) -> Task:
     return Task(model="own:net", data="own:blobs", search_time="60s").model_copy(update=changes)
+
+
+def appraised(run) -> int:
+    return json.loads((run / "front.json").read_text(encoding="utf-8"))["ladder"]["appraised"]
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +58,7 @@ def test_another_device_and_budget_train_only_what_the_new_front_lacks(first, ne
     trained = [o.policy for o in found.values() if o.rung == "short" and o.id not in taken]
     assert len(trained) <= 1, "`--trials` is about what this search trains"
     assert not {policy.digest for policy in trained} & {o.policy.digest for o in known.values()}
-    appraised = len(journal_of(first).appraised())
-    assert result.content["ladder"]["appraised"] >= appraised > 0
+    assert result.content["ladder"]["appraised"] >= appraised(first) > 0
     assert (first / "study.db").read_bytes() == before, "a search only reads what another has learned"
 
 
@@ -77,7 +81,7 @@ def test_on_the_same_device_nothing_is_scored_again_and_a_resumed_search_takes_n
     run_search(wanted, run, model=net, data=data, device=FakeDevice(SLOW_CALLS))
     known, found = ({o.id: o for o in journal_of(folder).outcomes if o.rung == "short"} for folder in (first, run))
     assert found.keys() == known.keys()
-    assert len(journal_of(run).appraised()) == len(journal_of(first).appraised())
+    assert appraised(run) == appraised(first)
     monkeypatch.setattr("autocompress.session.take_over", lambda *_: pytest.fail("all of it is known"))
     run_search(wanted, run, resume=True, model=net, data=data, device=FakeDevice(SLOW_CALLS))
 
@@ -106,3 +110,19 @@ def test_the_command_line_takes_the_task_of_the_other_run(first, tmp_path, monke
     capsys.readouterr()
     assert main(["search", "--from", str(tmp_path), "--json"]) == 2
     assert "there is no search to learn from" in json.loads(capsys.readouterr().out)["error"]["message"]
+
+
+def test_what_does_not_work_here_or_is_damaged_is_left_out_and_said(first, net, data, tmp_path, monkeypatch):
+    def fails(setting, outcome, bundle, **_):
+        raise PolicyFailure("the device has no such kernel")
+
+    for phase in ("appraise", "short_rung", "full_rung"):
+        monkeypatch.setattr(f"autocompress.controller.search.Search.{phase}", lambda self, *_: None)
+    copy, diary = tmp_path / "copy", Diary()
+    shutil.copytree(first, copy)
+    (copy / "models" / "00000" / "model.onnx").write_bytes(b"damaged")
+    monkeypatch.setattr("autocompress.controller.learned.evaluate_again", fails)
+    run_search(task(from_run=str(copy)), tmp_path / "run", model=net, data=data, device=FakeDevice(SLOW_CALLS), progress=diary)
+    assert any("policy 00000" in message and "no longer what they were" in message for message in diary.messages)
+    assert any("policy 00001" in message and "no such kernel" in message for message in diary.messages)
+    assert any(message.startswith("0 networks and ") for message in diary.messages)
