@@ -53,14 +53,18 @@ def hypervolume(points: Points, reference: tuple[float, float]) -> float:
     return float(np.sum((front[:, 0] - reference[0]) * (right - front[:, 1])))
 
 
-def _point(outcome: Outcome) -> tuple[float, float]:
-    assert outcome.val_score is not None and outcome.latency_s is not None
-    return outcome.val_score.gain, outcome.latency_s.median
-
-
 def gain(outcome: Outcome) -> float:
     """Score on validation where more is better; below all others where there is none."""
     return outcome.val_score.gain if outcome.val_score is not None and outcome.failure is None else -math.inf
+
+
+def cost(outcome: Outcome) -> float:
+    """Median latency in units of what the original took in turns with the file; in seconds where it was not measured beside it.
+
+    What was measured while the machine was slow can so be compared with what was measured while it was not.
+    """
+    assert outcome.latency_s is not None
+    return outcome.latency_s.median / (outcome.latency_s.original_s or 1.0)
 
 
 def measured(outcomes: Iterable[Outcome]) -> list[Outcome]:
@@ -69,10 +73,10 @@ def measured(outcomes: Iterable[Outcome]) -> list[Outcome]:
 
 
 def pareto_front(outcomes: Iterable[Outcome]) -> list[Outcome]:
-    """The non-dominated outcomes by validation score and measured median latency, fastest first."""
+    """The outcomes that none dominates in gain and cost, fastest first."""
     candidates = measured(outcomes)
     if not candidates:
         return []
-    keep = non_dominated(np.array([_point(o) for o in candidates]))
+    keep = non_dominated(np.array([(gain(o), cost(o)) for o in candidates]))
     front = [o for o, kept in zip(candidates, keep, strict=True) if kept]
-    return sorted(front, key=lambda o: _point(o)[1])
+    return sorted(front, key=cost)

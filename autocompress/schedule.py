@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autocompress.front import gain, hypervolume, measured
+from autocompress.front import cost, gain, hypervolume, measured
 from autocompress.ranks import is_low
 from autocompress.records import Outcome
 
@@ -216,12 +216,11 @@ def promoted(
 ) -> list[Outcome]:
     """The `n` outcomes that cover most, beside those that are `settled` (trained to the end, or in no need of it).
 
-    merit: what is covered beside latency; the score where nothing else is said.
+    merit: what is covered beside cost; the score where nothing else is said.
     """
 
-    def point(outcome: Outcome) -> Point:
-        assert outcome.latency_s is not None
-        return merit(outcome), outcome.latency_s.median
+    def points(known: Sequence[Outcome]) -> list[Point]:
+        return [(merit(o), cost(o)) for o in known]
 
     candidates = measured(outcomes)
-    return [candidates[index] for index in cover([point(o) for o in candidates], n, [point(o) for o in measured(settled)])]
+    return [candidates[index] for index in cover(points(candidates), n, points(measured(settled)))]

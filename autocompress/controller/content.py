@@ -76,13 +76,14 @@ def progress_point(outcomes: Sequence[Outcome], baseline: Baseline, limits: Budg
 
     The reference is the original's latency and a score of 0; for scores below 0, twice the original's.
     """
-    points = [(o.val_score.gain, o.latency_s.median) for o in measured(outcomes) if o.val_score and o.latency_s]
+    usual = baseline.latency_s.median
+    points = [(gain(o), usual / speedup(o, baseline)) for o in measured(outcomes)]
     within = [o.val_score.value for o in measured(outcomes) if o.val_score and feasible(o, limits)]
     worst = min(0.0, 2.0 * baseline.val_score.gain) if baseline.val_score is not None else 0.0
     return {
         "elapsed_s": elapsed_s,
         "trials": trials,
-        "hypervolume": hypervolume(np.array(points), (worst, baseline.latency_s.median)),
+        "hypervolume": hypervolume(np.array(points), (worst, usual)),
         "best_val": max(within) if within else None,
     }
 

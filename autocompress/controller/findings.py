@@ -121,7 +121,7 @@ class Findings:
         """What front.json holds now."""
         baseline, outcomes, every = self.setting.baseline, self.outcomes(), self.journal.outcomes
         front = front_of(outcomes, self.limits, baseline)
-        on_front = {o.id for o in front}
+        on_front = [o.id for o in front]
         points = [entry(o, baseline, self.limits, self._layers(o.policy), dominated=o.id not in on_front) for o in measured(outcomes)]
         original = Original(
             val_score=baseline.val_score,
@@ -136,7 +136,7 @@ class Findings:
             environment=self.setting.device.environment(),
             budget=self.budget,
             baseline=original,
-            front=tuple(point for point in sorted(points, key=lambda point: point.latency_s.median) if not point.dominated),
+            front=tuple(sorted((point for point in points if not point.dominated), key=lambda point: on_front.index(point.id))),
             points=tuple(points),
             best=front[-1].id if front else None,
             progress=tuple(ProgressPoint.model_validate(point) for point in self.points),

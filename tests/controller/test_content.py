@@ -76,6 +76,16 @@ def test_speed_ups_and_relative_budgets_refer_to_the_original_as_it_was_beside_t
     assert (told.feasible, told.speedup) == (False, pytest.approx(10.0 / 5.5))
 
 
+def test_files_that_were_measured_at_different_times_are_compared_by_the_original_beside_them():
+    """Seen on a shared machine: the best file was measured in a slow minute, and a worse one seemed to beat it."""
+    slow_minute = outcome("better", Policy(), 1.6, 1.0, 0.95)
+    quick_minute = outcome("worse", Policy(), 1.4, 1.0, 0.90)
+    slow_minute = slow_minute.model_copy(update={"latency_s": slow_minute.latency_s.model_copy(update={"original_s": 6.0})})
+    quick_minute = quick_minute.model_copy(update={"latency_s": quick_minute.latency_s.model_copy(update={"original_s": 3.6})})
+    original = Baseline(Path("b.onnx"), latency(3.6), 100, val_score=Score(name="s", value=0.99))
+    assert [o.id for o in front_of([quick_minute, slow_minute], Budget(), original)] == ["better"]
+
+
 def test_a_file_that_the_original_beat_when_both_were_measured_is_on_no_front():
     slow = outcome("slow", Policy(), 11.0, 1.0, 0.5)
     slow = slow.model_copy(update={"latency_s": slow.latency_s.model_copy(update={"original_s": 10.0})})
