@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType, NoneType
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +24,7 @@ from autocompress.controller.search import Search
 from autocompress.data import Data
 from autocompress.data.sources import Splits, as_data
 from autocompress.devices.base import Device
-from autocompress.errors import AutocompressError, InfeasibleBudget, Terminated, TooManyFailures, UsageError
+from autocompress.errors import AutocompressError, InfeasibleBudget, TooManyFailures, UsageError
 from autocompress.ledger import Ledger
 from autocompress.objective import Setting
 from autocompress.policy import Policy
@@ -41,6 +39,7 @@ from autocompress.results import Results
 from autocompress.run_folder import PARETO, locked, new_run, read_front, write_atomically
 from autocompress.schedule import Clock
 from autocompress.search_space import Suggest, find_suggest, own_suggest, structural
+from autocompress.signals import Attentive, stopped_by_signals
 from autocompress.study.database import open_journal, read_journal, require_own, require_same_contents, require_same_subject, writing
 from autocompress.study.journal import Journal
 from autocompress.task import OBJECT, TASK_FILE, Task, load_task
@@ -214,7 +213,8 @@ def run_search(
     progress = progress or SilentProgress()
     require_own(run, resume=resume)
     fresh = not run.exists()
-    with locked(run), _terminated_by_signal(), writing(run):
+    with locked(run), stopped_by_signals() as stop, writing(run):
+        progress = Attentive(progress, stop)
         journal = open_journal(run, task, resume=resume, sampler=sampler)
         progress.message(f"searching in {run}")
         if not resume:
@@ -349,31 +349,6 @@ def _result(findings: Findings) -> SearchResult:
             smallest_latency_s=fastest,
         )
     return result
-
-
-class _Signalled(BaseException):
-    """Not an Exception, as KeyboardInterrupt is none: what handles errors of one policy must not stop it."""
-
-
-@contextmanager
-def _terminated_by_signal() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a search as Ctrl-C does: what is finished is written. One that was ignored before stays so, as under nohup."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame_: FrameType | None) -> None:
-        raise _Signalled(signal.Signals(number).name)
-
-    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in heard}
-    try:
-        yield
-    except _Signalled as signalled:
-        raise Terminated(f"the search was terminated by {signalled}", hint="continue it with --resume") from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def plan(task: Task) -> dict[str, Any]:

@@ -1,15 +1,12 @@
-"""What a search does to its folder and to its process, without searching."""
+"""What a search does to its folder, and what it asks of Python, without searching."""
 
 from __future__ import annotations
-
-import os
-import signal
 
 import pytest
 from torch import nn
 
 from autocompress import session
-from autocompress.errors import Terminated, UsageError
+from autocompress.errors import UsageError
 from autocompress.task import DEMO_MODEL, TASK_FILE, Task, load_task
 
 
@@ -25,32 +22,6 @@ def test_only_the_demonstrations_weights_are_forgotten(tmp_path, begun, kept):
         (tmp_path / TASK_FILE).write_text(begun.to_toml())
     session._forget_teacher(tmp_path)
     assert weights.is_file() is kept
-
-
-@pytest.fixture
-def handlers():
-    """The handlers of this process, put back afterwards."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_a_search(handlers, number):
-    signal.signal(number, signal.SIG_DFL)
-    with pytest.raises(Terminated, match=number.name), session._terminated_by_signal():
-        os.kill(os.getpid(), number)
-    assert signal.getsignal(number) is signal.SIG_DFL
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_that_is_ignored_already_stays_ignored(handlers, number):
-    """`nohup autocompress search` goes on when its terminal is closed."""
-    signal.signal(number, signal.SIG_IGN)
-    with session._terminated_by_signal():
-        os.kill(os.getpid(), number)
-        assert signal.getsignal(number) is signal.SIG_IGN
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,66 @@
+"""Signals end a search, however they arrive."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import pytest
+
+from autocompress.errors import Terminated
+from autocompress.progress import SilentProgress
+from autocompress.signals import Attentive, stopped_by_signals
+
+NOW = {"phase": "training", "done": 1, "total": None, "tried": 0, "best": "", "seconds_left": None}
+
+
+@pytest.fixture
+def handlers():
+    """The handlers of this process, put back afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_search(handlers, number):
+    signal.signal(number, signal.SIG_DFL)
+    with pytest.raises(Terminated, match=number.name), stopped_by_signals():
+        os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_is_ignored_already_stays_ignored(handlers, number):
+    """`nohup autocompress search` goes on when its terminal is closed."""
+    signal.signal(number, signal.SIG_IGN)
+    with stopped_by_signals():
+        os.kill(os.getpid(), number)
+        assert signal.getsignal(number) is signal.SIG_IGN
+
+
+class Dying:
+    """Is interrupted where Python forgets what is raised."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __del__(self):
+        signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_what_python_has_swallowed_is_raised_again(handlers, monkeypatch, number, error):
+    """Seen in a search: the callbacks of weak references, of which a database has many, swallowed one Ctrl-C in ten."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    swallowed, reached = [], []
+    monkeypatch.setattr(sys, "unraisablehook", swallowed.append)
+    with pytest.raises(error), stopped_by_signals() as stop:
+        progress = Attentive(SilentProgress(), stop)
+        progress.update(**NOW)
+        Dying(number)
+        reached.append("on")
+        progress.update(**NOW)
+    assert (len(swallowed), reached) == (1, ["on"])
