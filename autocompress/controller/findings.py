@@ -27,6 +27,8 @@ from autocompress.study.journal import Journal
 from autocompress.task import Task
 from autocompress.units import format_duration, format_size
 
+LOUDLY = 0.1
+"""Share of a policy's score that longer training must have cost to be disbelieved, where validation cannot tell."""
 TAKEN_OVER = "taken_over"
 """What the journal calls it."""
 
@@ -53,6 +55,9 @@ class Findings:
     best: Outcome | None = None
     per_example_s: float = 0.0
     """What the original's file takes to answer one example."""
+    is_validation_seen: bool = False
+    """Whether the original scores on validation what it scores on training examples: it has probably seen both, and validation then favours
+    students that have stayed close to it."""
     taken_over: TakenOver = field(default_factory=TakenOver)
 
     @functools.cached_property
@@ -82,16 +87,20 @@ class Findings:
 
     def outcomes(self) -> list[Outcome]:
         """One outcome a policy: of its files within the budget, else of all, the most accurate; a failure where there is none."""
-
-        def worth(outcome: Outcome) -> tuple[bool, float]:
-            return feasible(outcome, self.limits), gain(outcome)
-
         kept: dict[str, Outcome] = {}
         for outcome in self.journal.outcomes:
             before = kept.get(outcome.policy.digest)
-            if before is None or worth(outcome) >= worth(before):
+            if before is None or self._is_better(outcome, before):
                 kept[outcome.policy.digest] = outcome
         return list(kept.values())
+
+    def _is_better(self, outcome: Outcome, before: Outcome) -> bool:
+        """Of two files of one policy. Where validation favours what has hardly been trained, it must contradict longer training loudly."""
+        is_within, was_within = feasible(outcome, self.limits), feasible(before, self.limits)
+        if is_within != was_within:
+            return is_within
+        lost = LOUDLY * abs(gain(before)) if self.is_validation_seen and (outcome.rung, before.rung) == ("full", "short") else 0.0
+        return gain(outcome) >= gain(before) - lost
 
     @property
     def short_runs(self) -> list[Outcome]:
