@@ -224,19 +224,28 @@ def evaluate_again(setting: Setting, outcome: Outcome, bundle: Path, *, predicte
 
     Raises what `fails_policy`, where the file does not work here.
     """
-    folder, policy = setting.models / outcome.id, outcome.policy
+    folder = setting.models / outcome.id
     shutil.rmtree(folder, ignore_errors=True)
     with writing(folder):
         shutil.copytree(bundle, folder)
     path = folder / read_manifest(folder).artifact
-    score = outcome.val_score
-    if score is None or score.n != len(setting.data.val) or not _is_of_this_device(setting, outcome):
-        student = load_student(folder, fake_quantize(build_student(setting.graph_of(policy), policy), policy.quant))
-        outputs, _ = check_artifact(setting, student, path, policy)
-        score = score_outputs(outputs, setting.data.val.targets, setting.data)
-    _, latency = measure_beside_baseline(setting, [path])
+    try:
+        score, latency = _scored_again(setting, outcome, path), measure_beside_baseline(setting, [path])[1]
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     found = {"val_score": score, "latency_s": latency, "predicted_latency_s": predicted}
     return outcome.model_copy(update=found | {"test_score": None, "search_latency_s": None})
+
+
+def _scored_again(setting: Setting, outcome: Outcome, path: Path) -> Score:
+    """What this device's runtime makes of a file on the validation split; what is known already where it has scored it so."""
+    score, policy = outcome.val_score, outcome.policy
+    if score is None or score.n != len(setting.data.val) or not _is_of_this_device(setting, outcome):
+        student = load_student(path.parent, fake_quantize(build_student(setting.graph_of(policy), policy), policy.quant))
+        outputs, _ = check_artifact(setting, student, path, policy)
+        score = score_outputs(outputs, setting.data.val.targets, setting.data)
+    return score
 
 
 def _is_of_this_device(setting: Setting, outcome: Outcome) -> bool:

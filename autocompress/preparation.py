@@ -40,8 +40,6 @@ BASELINE = "baseline"
 TEACHER_WEIGHTS = "teacher.safetensors"
 PARITY_EXAMPLES = 16
 """Validation examples on which the original's file is compared with the model."""
-MOST_COMPARED = 1000
-"""Training examples on which the original is scored, to be compared with its score on validation."""
 LEAST_VALIDATION, MOST_SHARE = 256, 5.0
 """Of validation examples there are at least so many, unless they take so many times the seconds that they should."""
 
@@ -262,14 +260,6 @@ def score_original(setting: Setting) -> Score:
     """The original's validation score, taken from its exported file. Raises UsageError where it has none."""
     with _about_the_model(setting.model_reference), setting.ledger.spend("score"):
         return score_artifact(setting.device, setting.baseline.path, setting.data, setting.data.val, setting.batch)
-
-
-def score_training(setting: Setting) -> Score:
-    """The original's score on as many training examples as validate it, up to MOST_COMPARED, taken from its exported file."""
-    data = setting.data
-    examples = sample(data.train, min(len(data.val), MOST_COMPARED))
-    with _about_the_model(setting.model_reference), setting.ledger.spend("score"):
-        return score_artifact(setting.device, setting.baseline.path, data, examples, setting.batch)
 
 
 def limit_validation(setting: Setting, seconds: float, examples: int | None = None) -> Setting:

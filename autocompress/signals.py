@@ -48,7 +48,7 @@ def stopped_by_signals() -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) not in (signal.SIG_IGN, None)]
     heard += [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []
     before = {number: signal.signal(number, stop.handle) for number in heard}
     try:

@@ -104,9 +104,12 @@ class Appraisals:
             return False
         proposal, distributions = drawn
         if proposal.policy not in self:
-            self._known[self.forecast.structure(proposal.policy)] = Appraised(proposal, trial.worth)
             violation = self.forecast.violation(proposal.workload, proposal.latency_s)
-            self.journal.add_appraised(trial, distributions, latency_s=proposal.latency_s, violation=violation)
+            try:
+                self.journal.add_appraised(trial, distributions, latency_s=proposal.latency_s, violation=violation)
+            except ValueError:  # beyond what the space draws by now
+                return False
+            self._known[self.forecast.structure(proposal.policy)] = Appraised(proposal, trial.worth)
         return True
 
     def _drawn_again(self, trial: AppraisedTrial) -> tuple[Proposal, dict[str, BaseDistribution]] | None:

@@ -105,7 +105,7 @@ class Chooser:
                 return leader
             missed.append((excess, leader))
             slower = forecast.latency_s(leader.proposal) / forecast.predict(leader.policy).value
-            aim = (1 + margin) * max(1.0, slower) - 1
+            aim = max(aim, (1 + margin) * slower - 1)
         return min(missed, key=lambda miss: miss[0])[1] if margin == 0 and not self.findings.climbers else None
 
     def _leader(self, pool: list[Proposal], margin: float, without: set[Structure]) -> Appraised | None:

@@ -19,7 +19,7 @@ from autocompress.objective import Baseline, Setting, failure_of
 from autocompress.policy import Policy, Record
 from autocompress.progress import Progress
 from autocompress.records import Budget, Measurement, Outcome, Score
-from autocompress.report.view import format_score
+from autocompress.report.view import format_score, is_share
 from autocompress.results import FailedTrial, LayerChange, Original, ProgressPoint, Results
 from autocompress.run_folder import FRONT, write_atomically
 from autocompress.schedule import Clock
@@ -27,8 +27,8 @@ from autocompress.study.journal import Journal
 from autocompress.task import Task
 from autocompress.units import format_duration, format_size
 
-LOUDLY = 0.1
-"""Share of a policy's score that longer training must have cost to be disbelieved, where validation cannot tell."""
+Z = 2.0
+"""Standard errors by which two scores of one split differ by chance."""
 TAKEN_OVER = "taken_over"
 """What the journal calls it."""
 
@@ -55,9 +55,6 @@ class Findings:
     best: Outcome | None = None
     per_example_s: float = 0.0
     """What the original's file takes to answer one example."""
-    is_validation_seen: bool = False
-    """Whether the original scores on validation what it scores on training examples: it has probably seen both, and validation then favours
-    students that have stayed close to it."""
     taken_over: TakenOver = field(default_factory=TakenOver)
 
     @functools.cached_property
@@ -95,12 +92,14 @@ class Findings:
         return list(kept.values())
 
     def _is_better(self, outcome: Outcome, before: Outcome) -> bool:
-        """Of two files of one policy. Where validation favours what has hardly been trained, it must contradict longer training loudly."""
+        """Of two files of one policy. Longer training is believed unless validation contradicts it by more than chance explains.
+
+        A teacher that has seen the validation examples lets what has stayed closest to it look better than it is.
+        """
         is_within, was_within = feasible(outcome, self.limits), feasible(before, self.limits)
         if is_within != was_within:
             return is_within
-        lost = LOUDLY * abs(gain(before)) if self.is_validation_seen and (outcome.rung, before.rung) == ("full", "short") else 0.0
-        return gain(outcome) >= gain(before) - lost
+        return gain(outcome) >= gain(before) - (_chance(outcome, before) if outcome.rung == "full" else 0.0)
 
     @property
     def short_runs(self) -> list[Outcome]:
@@ -272,3 +271,9 @@ class Findings:
 
 def _json(record: Any) -> Any:
     return None if record is None else record.model_dump(mode="json")
+
+
+def _chance(*outcomes: Outcome) -> float:
+    """By how much two shares of right answers may differ by chance; 0 for other scores, whose spread is not known."""
+    shares = [(o.val_score.value, o.val_score.n) for o in outcomes if o.val_score is not None and is_share(o.val_score) and o.val_score.n]
+    return Z * math.sqrt(sum(p * (1 - p) / n for p, n in shares)) if len(shares) == len(outcomes) else 0.0

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
 
 from autocompress.candidates.proposals import Proposal
 from autocompress.controller.findings import Findings
 from autocompress.front import measured
-from autocompress.preparation import limit_validation, score_original, score_training
-from autocompress.records import Score
-from autocompress.report.view import is_share
+from autocompress.preparation import limit_validation, score_original
 from autocompress.schedule import calibration_seconds, pool_seconds, reserve_seconds, teacher_seconds, validation_seconds
 
-Z = 2.0
-"""Standard errors by which two scores of the original must differ to be called different."""
 GUESSING = 0.05
 """Share of the way from guessing to no error: an original that has not gone so far looks untrained, which is told."""
 
@@ -49,22 +44,12 @@ def know_original(findings: Findings) -> None:
     score = score_original(findings.setting)
     findings.keep_original(replace(findings.setting.baseline, val_score=score))
     findings.per_example_s = (time.monotonic() - started) / len(data.val)
-    findings.is_validation_seen = _is_no_lower(score, score_training(findings.setting))
     guess = 1 / data.classes if data.classes else 0.0
     if data.score is None and score.value < guess + GUESSING * (1 - guess):
         cure = "search longer (--search-time)" if findings.task.is_demo else "give its trained weights (--weights FILE)"
         findings.progress.message(f"the original scores {100 * score.value:.1f} %, hardly more than guessing: {cure}")
     clock, latency = findings.clock, findings.setting.baseline.latency_s.median
     findings.clock = clock.with_reserve(reserve_seconds(clock.total, findings.per_example_s, len(data.test), latency))
-
-
-def _is_no_lower(validation: Score, training: Score) -> bool:
-    """Whether one share of right answers is no lower than another, as far as so many examples tell (Wald's test, Laplace's estimates)."""
-    if not all(is_share(score) and score.n for score in (validation, training)):
-        return False
-    estimates = [((score.value * score.n + 1) / (score.n + 2), score.n) for score in (validation, training)]
-    spread = math.sqrt(sum(p * (1 - p) / n for p, n in estimates))
-    return validation.value + Z * spread >= training.value
 
 
 def ask_teacher(findings: Findings) -> None:
