@@ -64,7 +64,7 @@ def cost(outcome: Outcome) -> float:
     What was measured while the machine was slow can so be compared with what was measured while it was not.
     """
     assert outcome.latency_s is not None
-    return outcome.latency_s.median / (outcome.latency_s.original_s or 1.0)
+    return outcome.latency_s.relative(1.0)
 
 
 def measured(outcomes: Iterable[Outcome]) -> list[Outcome]:

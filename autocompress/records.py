@@ -100,6 +100,10 @@ class Measurement(Record):
         """The same, with what the original took when both were measured in turns."""
         return self.model_copy(update={"original_s": original.median})
 
+    def relative(self, otherwise_s: float) -> float:
+        """The median in units of what the original took beside it; of so many seconds where it was not measured beside it."""
+        return self.median / (self.original_s or otherwise_s)
+
     def times(self, factor: float) -> Measurement:
         """The same on a machine that takes so many times as long."""
         seconds = {name: factor * getattr(self, name) for name in ("median", "low", "high", "p95", "iqr", "first_call")}

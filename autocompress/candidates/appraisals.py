@@ -6,6 +6,7 @@ import functools
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from optuna.distributions import BaseDistribution
@@ -97,20 +98,16 @@ class Appraisals:
                 proposal, _ = drawn
                 self._known.setdefault(self.forecast.structure(proposal.policy), Appraised(proposal, trial.worth))
 
-    def take_over(self, trial: AppraisedTrial) -> bool:
-        """Believe what another search of the same subject has appraised; False where its trial stands for another policy on this device."""
+    def take_over(self, trial: AppraisedTrial) -> None:
+        """Believe what another search of the same subject has appraised, unless its trial stands for another policy on this device."""
         drawn = self._drawn_again(trial)
-        if drawn is None or drawn[0].policy.digest != trial.digest:
-            return False
+        if drawn is None or drawn[0].policy.digest != trial.digest or drawn[0].policy in self:
+            return
         proposal, distributions = drawn
-        if proposal.policy not in self:
-            violation = self.forecast.violation(proposal.workload, proposal.latency_s)
-            try:
-                self.journal.add_appraised(trial, distributions, latency_s=proposal.latency_s, violation=violation)
-            except ValueError:  # beyond what the space draws by now
-                return False
+        violation = self.forecast.violation(proposal.workload, proposal.latency_s)
+        with suppress(ValueError):  # beyond what the space draws by now
+            self.journal.add_appraised(trial, distributions, latency_s=proposal.latency_s, violation=violation)
             self._known[self.forecast.structure(proposal.policy)] = Appraised(proposal, trial.worth)
-        return True
 
     def _drawn_again(self, trial: AppraisedTrial) -> tuple[Proposal, dict[str, BaseDistribution]] | None:
         """What a trial's parameters stand for in this space, and where they were drawn from; None where they are none of it."""

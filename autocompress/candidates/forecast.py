@@ -249,7 +249,7 @@ class Forecast:
         """Fit the latency model to what has been measured of these, beside what it knew."""
         for outcome in outcomes:
             if outcome.latency_s is not None:
-                self._note(outcome.policy, outcome.latency_s.median / (outcome.latency_s.original_s or self._original_s))
+                self._note(outcome.policy, outcome.latency_s.relative(self._original_s))
         self.model.fit([(workload, originals * self._original_s) for workload, originals in self.networks.values()])
 
     def calibrate(self, seconds: float, seed: int, tick: Tick) -> None:

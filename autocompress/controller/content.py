@@ -25,7 +25,7 @@ def feasible(outcome: Outcome, limits: Budget, *, margin: float = 0.0) -> bool:
 def speedup(outcome: Outcome, baseline: Baseline) -> float:
     """How many times as fast as the original a measured file is: as that was beside it, else as it is known now."""
     assert outcome.latency_s is not None
-    return (outcome.latency_s.original_s or baseline.latency_s.median) / outcome.latency_s.median
+    return 1 / outcome.latency_s.relative(baseline.latency_s.median)
 
 
 def entry(outcome: Outcome, baseline: Baseline, limits: Budget, layers: tuple[LayerChange, ...], *, dominated: bool) -> Entry:

@@ -129,8 +129,8 @@ class Findings:
         """What front.json holds now."""
         baseline, outcomes, every = self.setting.baseline, self.outcomes(), self.journal.outcomes
         front = front_of(outcomes, self.limits, baseline)
-        on_front = [o.id for o in front]
-        points = [entry(o, baseline, self.limits, self._layers(o.policy), dominated=o.id not in on_front) for o in measured(outcomes)]
+        on_front = {o.id for o in front}
+        points = {o.id: entry(o, baseline, self.limits, self._layers(o.policy), dominated=o.id not in on_front) for o in measured(outcomes)}
         original = Original(
             val_score=baseline.val_score,
             test_score=baseline.test_score,
@@ -144,8 +144,8 @@ class Findings:
             environment=self.setting.device.environment(),
             budget=self.budget,
             baseline=original,
-            front=tuple(sorted((point for point in points if not point.dominated), key=lambda point: on_front.index(point.id))),
-            points=tuple(points),
+            front=tuple(points[o.id] for o in front),
+            points=tuple(points.values()),
             best=front[-1].id if front else None,
             progress=tuple(ProgressPoint.model_validate(point) for point in self.points),
             prediction=prediction_quality(every, self.forecast.structure) | {"held_out": self.forecast.model.held_out_error()},
