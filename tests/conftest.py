@@ -71,3 +71,13 @@ def content() -> dict[str, Any]:
 def results(content: dict[str, Any]) -> Results:
     """The same, read."""
     return Results.read(content)
+
+
+@pytest.fixture
+def untraceable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every network is one that torch.export refuses."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr("autocompress.graph.trace.exported", refuse)

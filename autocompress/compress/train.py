@@ -24,7 +24,6 @@ from autocompress.compress.quantize import calibrate, fake_quantize, snap_biases
 from autocompress.compress.teacher import Teacher
 from autocompress.data import Data
 from autocompress.errors import PolicyFailure
-from autocompress.graph.nodes import is_stochastic_depth
 from autocompress.policy import DistillSpec, QuantSpec
 
 RISE = 0.15
@@ -216,11 +215,11 @@ def _reestimate_norms(model: nn.Module, data: Data, plan: TrainPlan, steps: int)
 
 
 def _train_mode(model: nn.Module, distillation: Distillation | None) -> nn.Module:
-    """Dropout, of layers too, is for students without a teacher: it would blur the features that are to be matched."""
+    """Dropout is for students without a teacher: it would blur the features that are to be matched."""
     model.train()
     if distillation is not None and distillation.shared is not None:
         for module in model.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd) or is_stochastic_depth(module):
+            if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.eval()
     return model
 

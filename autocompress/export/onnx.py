@@ -6,12 +6,7 @@ weights as int8 (or packed) initialisers with one scale a channel, biases of int
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +20,7 @@ from autocompress.compress.quantize import TINY, UINT8_MAX, ActivationQuantizer,
 from autocompress.errors import PolicyFailure, UsageError, one_line, root_cause
 from autocompress.export.fold import fold_norms, plain_weights
 from autocompress.policy import QuantSpec
+from autocompress.quiet import quiet
 
 OPSET = 21
 """First opset with int4 tensors."""
@@ -65,7 +61,7 @@ def onnx_bytes(student: fx.GraphModule, quant: QuantSpec, example: tuple[Tensor,
 
 def _export(module: fx.GraphModule, example: tuple[Tensor, ...]) -> onnx.ModelProto:
     names = [node.name for node in module.graph.nodes if node.op == "placeholder"]
-    with _quiet():
+    with quiet("torch.onnx"):
         try:
             program = torch.onnx.export(
                 module, example, dynamo=True, opset_version=OPSET, input_names=names[: len(example)], verbose=False, optimize=True
@@ -78,20 +74,6 @@ def _export(module: fx.GraphModule, example: tuple[Tensor, ...]) -> onnx.ModelPr
         model = onnx.version_converter.convert_version(model, OPSET)
     _name_outputs(model)
     return model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter prints and warns about its own internals."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _name_outputs(model: onnx.ModelProto) -> None:

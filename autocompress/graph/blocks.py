@@ -73,7 +73,7 @@ def drop(module: fx.GraphModule, branches: list[Branch]) -> None:
         users = list(add.users)
         add.replace_all_uses_with(skip)
         for user in users:
-            if relu_of(user, module) and relu_of(user, module) == relu_of(skip, module):
+            if relu_of(user) and relu_of(user) == relu_of(skip):
                 user.replace_all_uses_with(skip)
     module.graph.eliminate_dead_code()
     module.delete_all_unused_submodules()

@@ -10,18 +10,17 @@ cover concatenations, zero-padded shortcuts and added channels.)
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import fx, nn
 
-from autocompress.graph.nodes import Conv, is_depthwise, kind_of, module_of
+from autocompress.graph.nodes import Conv, arguments, is_depthwise, kind_of, module_of, name_of
 
 Ids = NDArray[np.int64]
+LAST = 2**62
+"""Where a slice ends that is open."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ class _Rules:
 
     def _not_a_tensor(self, node: fx.Node) -> None:
         """Reading a size ties nothing; anything else that turns channels into another kind of value is not understood."""
-        if not (node.op == "call_method" and node.target in ("size", "dim")) and node.target is not getattr:
+        if name_of(node) != "sym_size":
             self._freeze_inputs(node, f"read by {_title(node)}")
 
     def _frozen(self, node: fx.Node, reason: str) -> Layout:
@@ -216,28 +215,28 @@ class _Rules:
         source = self._only(node)
         if source is None or source.repeat != 1:
             return None
-        if node.op == "call_module" or node.target not in (torch.mean, "mean"):
+        given = arguments(node)
+        if name_of(node) != "mean":
             return source if source.axis == 1 else None
         before = len(node.all_input_nodes[0].meta["shape"])
-        dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        if dims is None:
+        if not given.get("dim"):
             return None
-        reduced = {d % before for d in ([dims] if isinstance(dims, int) else list(dims))}  # type: ignore[arg-type]
+        reduced = {d % before for d in given["dim"]}
         if source.axis in reduced:
             return None
         kept = len(node.meta["shape"]) == before
         return source if kept else Layout(source.ids, source.axis - sum(d < source.axis for d in reduced))
 
     def _concat(self, node: fx.Node) -> Layout | None:
-        layouts, tensors = self._inputs(node), node.args[0]
-        if not isinstance(tensors, (list, tuple)) or len(layouts) != len(tensors):
+        layouts, given = self._inputs(node), arguments(node)
+        tensors = given["tensors"]
+        if len(layouts) != len(tensors):
             return None
-        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-        axis = int(dim) % len(node.meta["shape"])  # type: ignore[arg-type]
+        axis = given["dim"] % len(node.meta["shape"])
         if any(layout.axis != axis or layout.repeat != 1 for layout in layouts):
             return None
         by_name = self.channels.layouts
-        return Layout(np.concatenate([by_name[t.name].ids for t in tensors]), axis)  # type: ignore[union-attr, index]
+        return Layout(np.concatenate([by_name[t.name].ids for t in tensors]), axis)
 
     def _pad(self, node: fx.Node) -> Layout | None:
         source, amounts = self._only(node), pad_amounts(node)
@@ -254,11 +253,9 @@ class _Rules:
         return Layout(np.concatenate(parts), 1)
 
     def _slice(self, node: fx.Node) -> Layout | None:
-        source, index = self._only(node), node.args[1]
-        if source is None or not isinstance(index, tuple) or not all(isinstance(part, slice) for part in index):
-            return None
-        whole = len(index) <= source.axis or index[source.axis] == slice(None)
-        return source if whole else None
+        source, given = self._only(node), arguments(node)
+        whole = (given["start"] or 0, given["step"]) == (0, 1) and (given["end"] is None or given["end"] >= LAST)
+        return source if source is not None and (whole or given["dim"] % len(node.meta["shape"]) != source.axis) else None
 
     def _reshape(self, node: fx.Node) -> Layout | None:
         source = self._only(node)
@@ -273,28 +270,21 @@ class _Rules:
 
 def _size_is_free(node: fx.Node) -> bool:
     """Whether a reshape to n x C leaves C to be inferred (flatten, or -1)."""
-    if node.op == "call_module" or "flatten" in str(node.target):
-        return True
-    sizes: Iterable[Any] = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
-    return list(sizes)[-1:] == [-1]
+    given = arguments(node)
+    return name_of(node) == "flatten" or (given.get("size") or given.get("shape") or [0])[-1] == -1
 
 
 def pad_amounts(node: fx.Node) -> tuple[int, ...] | None:
     """The amounts of a constant zero padding written in the graph, or None."""
-    if node.op != "call_function" or len(node.args) < 2 or not isinstance(node.args[1], (tuple, list)):
+    given = arguments(node)
+    amounts, mode, value = given.get("pad"), given.get("mode", "constant"), given.get("value")
+    if amounts is None or mode != "constant" or value not in (None, 0, 0.0) or not all(isinstance(a, int) for a in amounts):
         return None
-    mode = node.kwargs.get("mode", node.args[2] if len(node.args) > 2 else "constant")
-    value = node.kwargs.get("value", node.args[3] if len(node.args) > 3 else None)
-    amounts = node.args[1]
-    if mode != "constant" or value not in (None, 0, 0.0) or not all(isinstance(a, int) for a in amounts):
-        return None
-    return tuple(int(a) for a in amounts)  # type: ignore[arg-type]
+    return tuple(amounts)
 
 
 def _title(node: fx.Node) -> str:
-    if node.op == "call_function":
-        return getattr(node.target, "__name__", str(node.target))
-    return str(node.target)
+    return name_of(node) or str(node.target)
 
 
 def group_ids(channels: Channels) -> list[tuple[frozenset[Role], Ids]]:

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from autocompress.errors import UsageError, one_line
 from autocompress.graph.blocks import Branch, drop, find_branches
 from autocompress.graph.channels import Channels, Layout, Role, frozen_roots, group_ids, propagate
+from autocompress.graph.exported import BRANCH
 from autocompress.graph.importance import channel_scores
 from autocompress.graph.nodes import Weighted, is_layer, is_norm, kind_of, leaves, module_of
 from autocompress.graph.resize import Groups, Roots, Selection, run_ends
@@ -290,12 +291,16 @@ class Graph:
     def _find_frozen(self) -> tuple[Frozen, ...]:
         whole = [Frozen("the whole network", self.opaque_reason)] if self.opaque_reason else []
         groups = [Frozen(group.name, group.reason) for group in self.groups if not group.prunable]
-        parts = [
-            Frozen(name, f"{type(module).__name__} is one operator here: its weights are neither pruned nor quantized")
+        branch = self.module.meta.get(BRANCH)
+        path = [Frozen("the path through the code", f"it depends on the data, and the example's was taken: {branch}")] if branch else []
+        held = {
+            name: type(module).__name__
             for name, module in leaves(self.module)
             if not is_layer(module) and not is_norm(module) and any(True for _ in module.parameters())
-        ]
-        return (*whole, *groups, *parts)
+        }
+        held |= dict(node.meta["owner"] for node in self.module.graph.nodes if node.meta.get("owner"))
+        parts = [Frozen(name, f"{kind} is one operator here: its weights are neither pruned nor quantized") for name, kind in held.items()]
+        return (*whole, *path, *groups, *parts)
 
     def _find_classifier(self) -> str | None:
         output = next(node for node in self.module.graph.nodes if node.op == "output")

@@ -1,19 +1,16 @@
 """What each node of a traced network is, which nodes a runtime fuses into one operator, and which run in int8.
 
 Used by the tracer (workloads), by quantization (where fake quantizers go) and by the exporter, so that all three agree.
-A traced network is a `torch.fx.GraphModule` whose leaves are modules of torch.nn.
+A traced network is a `torch.fx.GraphModule` of ATen's operators, and of modules of torch.nn where they hold weights (see `exported`).
 """
 
 from __future__ import annotations
 
-import operator
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 NodeKind = Literal[
@@ -43,80 +40,29 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _MODULES: tuple[tuple[tuple[type[nn.Module], ...], NodeKind], ...] = (
     ((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), "norm"),
-    (
-        (
-            nn.ReLU,
-            nn.ReLU6,
-            nn.Hardswish,
-            nn.Hardsigmoid,
-            nn.SiLU,
-            nn.Sigmoid,
-            nn.GELU,
-            nn.LeakyReLU,
-            nn.ELU,
-            nn.Tanh,
-            nn.Mish,
-            nn.Hardtanh,
-        ),
-        "activation",
-    ),
-    ((nn.MaxPool2d, nn.AdaptiveMaxPool2d), "maxpool"),
-    ((nn.AvgPool2d, nn.AdaptiveAvgPool2d), "avgpool"),
-    ((nn.Flatten, nn.Unflatten), "reshape"),
     ((nn.Dropout, nn.Dropout2d, nn.Identity), "identity"),
-    ((nn.ZeroPad2d, nn.ConstantPad2d), "pad"),
 )
-_FUNCTIONS: dict[object, NodeKind] = {
-    operator.add: "add",
-    operator.iadd: "add",
-    torch.add: "add",
-    operator.mul: "mul",
-    operator.imul: "mul",
-    torch.mul: "mul",
-    F.relu: "activation",
-    torch.relu: "activation",
-    F.relu6: "activation",
-    F.hardswish: "activation",
-    F.hardsigmoid: "activation",
-    F.silu: "activation",
-    torch.sigmoid: "activation",
-    F.gelu: "activation",
-    F.leaky_relu: "activation",
-    F.elu: "activation",
-    torch.tanh: "activation",
-    F.mish: "activation",
-    F.max_pool2d: "maxpool",
-    torch.max_pool2d: "maxpool",
-    F.adaptive_max_pool2d: "maxpool",
-    F.avg_pool2d: "avgpool",
-    F.adaptive_avg_pool2d: "avgpool",
-    torch.mean: "avgpool",
-    torch.cat: "concat",
-    torch.concat: "concat",
-    F.pad: "pad",
-    operator.getitem: "slice",
-    torch.flatten: "reshape",
-    torch.reshape: "reshape",
-    F.dropout: "identity",
-}
-_METHODS: dict[str, NodeKind] = {
-    "add": "add",
-    "add_": "add",
-    "mul": "mul",
-    "mul_": "mul",
-    "relu": "activation",
-    "relu_": "activation",
-    "sigmoid": "activation",
-    "mean": "avgpool",
-    "flatten": "reshape",
-    "view": "reshape",
-    "reshape": "reshape",
-    "contiguous": "identity",
-}
+_KINDS: dict[NodeKind, tuple[str, ...]] = {
+    "add": ("add",),
+    "mul": ("mul",),
+    "activation": (
+        "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu", "sigmoid", "gelu", "leaky_relu", "elu", "tanh", "mish",
+    ),
+    "maxpool": ("max_pool2d", "adaptive_max_pool2d"),
+    "avgpool": ("avg_pool2d", "adaptive_avg_pool2d", "mean"),
+    "concat": ("cat",),
+    "pad": ("pad", "constant_pad_nd"),
+    "slice": ("slice",),
+    "reshape": ("view", "reshape", "flatten", "unflatten", "_unsafe_view"),
+    "identity": ("contiguous", "clone", "alias", "detach"),
+}  # fmt: skip
+"""Operators of ATen by what they are here."""
+_OPERATORS: dict[str, NodeKind] = {name: kind for kind, names in _KINDS.items() for name in names}
 FOLLOWERS = ("add", "maxpool", "avgpool", "concat", "pad", "slice", "reshape", "identity")
 """Kinds that a runtime keeps in int8 where all their inputs are."""
-_RELU = (nn.ReLU, nn.ReLU6)
-_RELU_FUNCTIONS: dict[object, str] = {F.relu: "relu", torch.relu: "relu", F.relu6: "relu6"}
+SIX = (0.0, 6.0)
+"""Limits of the hard tanh that is a ReLU6."""
+ATEN = "aten::"
 
 
 def module_of(node: fx.Node, root: nn.Module) -> nn.Module | None:
@@ -134,17 +80,8 @@ def annotate_kinds(root: fx.GraphModule) -> None:
     """Keep every node's kind with the node, so that it is looked up once."""
     for node in root.graph.nodes:
         node.meta["kind"] = _classify(node, root)
-        node.meta["relu"] = _relu_name(node, root)
+        node.meta["relu"] = _relu_name(node)
         node.meta["is_folded_norm"] = _is_folded(node, root)
-
-
-def is_stochastic_depth(module: nn.Module | None) -> bool:
-    """torchvision's StochasticDepth, which is a leaf here: it scales whole samples in training and is the identity otherwise.
-
-    Where torchvision has not been imported, which takes seconds, nothing is made of its modules.
-    """
-    home = sys.modules.get("torchvision.ops")
-    return home is not None and isinstance(module, home.StochasticDepth)
 
 
 def is_layer(module: nn.Module | None) -> bool:
@@ -160,7 +97,7 @@ def is_norm(module: nn.Module) -> bool:
 def is_leaf(module: nn.Module) -> bool:
     """Whether a network calls this module as one operator: what torch.nn holds, but no container."""
     own = type(module).__module__.startswith(("torch.nn", "torch.ao.nn")) and type(module) is not nn.Module
-    return is_stochastic_depth(module) or (own and not isinstance(module, _CONTAINERS))
+    return own and not isinstance(module, _CONTAINERS)
 
 
 def leaves(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -182,26 +119,45 @@ def _classify(node: fx.Node, root: nn.Module) -> NodeKind:
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
         known = _LAYERS.get(type(module)) or next((kind for types, kind in _MODULES if isinstance(module, types)), None)
-        return known or ("identity" if is_stochastic_depth(module) else "other")
-    if node.op == "call_function":
-        return _FUNCTIONS.get(node.target, "other")
-    if node.op == "call_method":
-        return _METHODS.get(str(node.target), "other")
-    return "other"
+        return known or "other"
+    return _OPERATORS.get(name_of(node), "other") if isinstance(node.target, torch._ops.OpOverload) else "other"
 
 
-def relu_of(node: fx.Node, root: nn.Module) -> str | None:
+def name_of(node: fx.Node) -> str:
+    """The name of the function that the node calls, without ATen's own prefix and overloads; empty where it calls none."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target._schema.name).removeprefix(ATEN)
+    return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """What an operator of ATen is called with, by the names of its schema, defaults included; empty for any other node."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return {}
+    expected = node.target._schema.arguments
+    defaults = {a.name: a.default_value for a in expected if a.has_default_value()}
+    return defaults | dict(zip((a.name for a in expected), node.args, strict=False)) | node.kwargs
+
+
+def value_of(node: fx.Node, root: nn.Module) -> Any:
+    """What a node that reads an attribute of the network reads."""
+    value: Any = root
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value
+
+
+def relu_of(node: fx.Node) -> str | None:
     """`"relu"` or `"relu6"` when the node is an activation that int8 kernels absorb, else None."""
-    return node.meta["relu"] if "relu" in node.meta else _relu_name(node, root)
+    return node.meta["relu"] if "relu" in node.meta else _relu_name(node)
 
 
-def _relu_name(node: fx.Node, root: nn.Module) -> str | None:
-    module = module_of(node, root)
-    if isinstance(module, _RELU):
-        return "relu6" if isinstance(module, nn.ReLU6) else "relu"
-    if node.op == "call_method" and node.target in ("relu", "relu_"):
-        return "relu"
-    return _RELU_FUNCTIONS.get(node.target) if node.op == "call_function" else None
+def _relu_name(node: fx.Node) -> str | None:
+    name = name_of(node)
+    if name == "hardtanh":
+        given = arguments(node)
+        return "relu6" if (given["min_val"], given["max_val"]) == SIX else None
+    return name if name in ("relu", "relu6") else None
 
 
 def is_depthwise(layer: nn.Module | None) -> bool:
@@ -247,7 +203,7 @@ def fused(head: fx.Node, root: nn.Module) -> Fused:
             norm = last = user
     if kind in ("conv", "linear", "add"):
         user = _only_user(last)
-        activation = relu_of(user, root) if user is not None else None
+        activation = relu_of(user) if user is not None else None
         if user is not None and activation:
             return Fused(head, norm, user, activation)
     return Fused(head, norm)

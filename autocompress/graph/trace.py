@@ -1,4 +1,4 @@
-"""Trace a user's network into a `torch.fx.GraphModule` whose leaves are modules of torch.nn.
+"""Trace a user's network into a `torch.fx.GraphModule` of operators, and of modules of torch.nn where they hold weights.
 
 The user's model is copied first and never touched. What cannot be traced becomes an *opaque* graph, one call of the whole copy: its layers
 can still be quantized and distilled, but nothing of its structure can change.
@@ -6,7 +6,6 @@ can still be quantized and distilled, but nothing of its structure can change.
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +13,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from autocompress.errors import UsageError, one_line
-from autocompress.graph.nodes import annotate_kinds, is_leaf
+from autocompress.graph.exported import exported
+from autocompress.graph.nodes import annotate_kinds
 from autocompress.graph.plain import fold_computed_weights, own_copy
 
 OPAQUE = "model"
 TOLERANCE = 1e-4
-FIRST = ("input", "tensors")
-"""How torch calls the first argument of a module or function of one or several tensors."""
-OUT_OF_PLACE = {
-    operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul, operator.itruediv: operator.truediv,
-}  # fmt: skip
-VIEWS = {"view": "reshape", "view_as": "reshape_as"}
-"""Training keeps images channels last, and no view flattens such a map: the operator that copies where it must stands in."""
 
 
 @dataclass(frozen=True)
@@ -36,107 +29,50 @@ class Traced:
     reason: str = ""
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_leaf(m)
-
-
 def trace(model: nn.Module, example: tuple[Tensor, ...]) -> Traced:
     """Trace `model` on a batch of example inputs; every tensor node carries `meta["shape"]`, batch included.
 
     Raises UsageError when the model itself does not run on the example.
     """
     duplicate = own_copy(model)
-    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+    with torch.random.fork_rng(devices=[]):
         try:
-            expected = duplicate(*_copies(example))
+            expected = _run(duplicate, example)
         except Exception as error:  # whatever the user's own code raises
             raise UsageError(
                 f"the model does not run on its example input: {one_line(error)}",
                 hint="model and data must belong together: does model(inputs[:1]) run on inputs of the data?",
             ) from None
     fold_computed_weights(duplicate)
-    with torch.random.fork_rng(devices=[]), torch.inference_mode():
-        try:
-            module = _symbolic(own_copy(duplicate))  # which changes modules that the traced network shares with what was traced
-            if not _same(module(*_copies(example)), expected):
-                return _opaque(duplicate, example, "the traced network computes something else")
-        except Exception as error:  # torch.fx raises many kinds, and runs the user's own code
-            return _opaque(duplicate, example, f"torch.fx cannot trace it: {one_line(error)}")
-        annotate_shapes(module, example)
-        return Traced(module)
+    with torch.random.fork_rng(devices=[]):
+        for functional in (False, True):
+            try:
+                module = exported(own_copy(duplicate), example, functional=functional)
+                annotate_kinds(module)
+                annotate_shapes(module, example)
+                found = _run(module, example)
+            except Exception as error:  # torch.export raises many kinds, and runs the user's own code
+                return _opaque(duplicate, example, f"torch.export cannot trace it: {one_line(error)}")
+            if _same(found, expected):
+                return Traced(module)
+    return _opaque(duplicate, example, "the traced network computes something else")
 
 
 def untraced(model: nn.Module, example: tuple[Tensor, ...], reason: str) -> Traced:
     """A copy of the model as an opaque graph."""
     duplicate = own_copy(model)
     fold_computed_weights(duplicate)
-    with torch.inference_mode():
-        return _opaque(duplicate, example, reason)
+    return _opaque(duplicate, example, reason)
+
+
+@torch.no_grad()
+def _run(model: nn.Module, example: tuple[Tensor, ...]) -> Any:
+    return model(*_copies(example))
 
 
 def _copies(example: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """A network may change its inputs in place."""
     return tuple(tensor.clone() for tensor in example)
-
-
-def _symbolic(model: nn.Module) -> fx.GraphModule:
-    module = fx.GraphModule(model, _Tracer().trace(model))
-    _normalise(module)
-    module.graph.lint()
-    module.recompile()
-    return module.eval()
-
-
-def _normalise(module: fx.GraphModule) -> None:
-    """Out-of-place operators only, so that blocks can be removed without aliasing; no identities; what is read comes by position."""
-    order = {node: position for position, node in enumerate(module.graph.nodes)}
-    overwriting = {name for name, leaf in module.named_modules() if getattr(leaf, "inplace", False)}
-    for name in overwriting:
-        module.get_submodule(name).inplace = False  # type: ignore[assignment]
-    for node in order:
-        named = next((name for name in FIRST if name in node.kwargs), None)
-        if named is not None and not node.args:
-            node.args = (node.kwargs[named],)
-            node.kwargs = {name: value for name, value in node.kwargs.items() if name != named}
-        if _put_out_of_place(node) or (node.op == "call_module" and node.target in overwriting):
-            _read_instead(node, order)
-        if node.op == "call_method" and node.target in VIEWS and not _views_other_bits(node):
-            node.target = VIEWS[str(node.target)]
-        if node.op == "call_module" and type(module.get_submodule(str(node.target))) is nn.Identity:
-            node.replace_all_uses_with(node.all_input_nodes[0])
-            module.graph.erase_node(node)
-    module.delete_all_unused_submodules()
-    annotate_kinds(module)
-
-
-def _put_out_of_place(node: fx.Node) -> bool:
-    """Let a function or method that overwrites its first input return its result only; whether it was one."""
-    target = node.target
-    if node.op == "call_function" and target in OUT_OF_PLACE:
-        node.target = OUT_OF_PLACE[target]
-    elif node.op == "call_function" and node.kwargs.get("inplace"):
-        node.kwargs = {**node.kwargs, "inplace": False}
-    elif node.op == "call_method" and str(target).endswith("_") and callable(getattr(Tensor, str(target)[:-1], None)):
-        node.target = str(target)[:-1]
-    else:
-        return False
-    return True
-
-
-def _read_instead(node: fx.Node, order: dict[fx.Node, int]) -> None:
-    """What would read the overwritten input after the node reads its result. (Other views of the same memory are found by comparing.)"""
-    overwritten = node.args[0]
-    if not isinstance(overwritten, fx.Node):
-        return
-    for reader in list(overwritten.users):
-        if order[reader] > order[node]:
-            reader.replace_input_with(overwritten, node)
-
-
-def _views_other_bits(node: fx.Node) -> bool:
-    """`x.view(torch.uint8)` reads the same bytes as another type: no reshape."""
-    return bool(node.kwargs) or any(isinstance(argument, torch.dtype) for argument in node.args)
 
 
 def is_opaque(module: nn.Module) -> bool:
@@ -176,7 +112,7 @@ class _Shapes(fx.Interpreter):
         return value
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def annotate_shapes(module: fx.GraphModule, example: tuple[Tensor, ...]) -> None:
     """Write `meta["shape"]` of every tensor node by running the example."""
     with torch.random.fork_rng(devices=[]):

@@ -15,21 +15,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import fx, nn
 
 from autocompress.graph.blocks import Branch
 from autocompress.graph.channels import Layout
-from autocompress.graph.nodes import FOLLOWERS, Weighted, follows_batch, is_depthwise, is_folded_norm, kind_of, module_of, relu_of
+from autocompress.graph.nodes import (
+    FOLLOWERS,
+    Weighted,
+    arguments,
+    follows_batch,
+    is_depthwise,
+    is_folded_norm,
+    kind_of,
+    module_of,
+    name_of,
+    relu_of,
+)  # fmt: skip
 from autocompress.graph.resize import Groups, Roots
 from autocompress.records import Operator, OperatorKind, Shape, Workload
 
 OPERATOR_KINDS: tuple[OperatorKind, ...] = (
     "conv", "linear", "add", "mul", "maxpool", "avgpool", "norm", "activation", "concat", "pad", "slice",
 )  # fmt: skip
-WINDOW_FUNCTIONS = (F.max_pool2d, torch.max_pool2d, F.avg_pool2d)
 NORM_VECTORS = 4
 """A batch norm that is not folded has weight, bias, mean and variance in the file."""
 MOST_CODES = 2**20
@@ -138,7 +146,7 @@ class Arithmetic:
         self._number = {node: index for index, node in enumerate(self._nodes)}
         self._inputs = [[self._number[source] for source in node.all_input_nodes] for node in self._nodes]
         self._kinds = [kind_of(node, module) for node in self._nodes]
-        relus = [relu_of(node, module) or "" for node in self._nodes]
+        relus = [relu_of(node) or "" for node in self._nodes]
         self._relu_names = sorted({"", *relus})
         self._relu = np.array([self._relu_names.index(relu) for relu in [*relus, ""]])  # NONE, the last, is no ReLU
         self._folds = np.array([is_folded_norm(node, module) for node in self._nodes] + [False])
@@ -336,14 +344,14 @@ class Arithmetic:
     def _make_operator(self, index: int, shapes: tuple[Shape, ...], relu: int, has_norm: bool, int8: bool, weight_bits: int) -> Operator:
         node, kind, (*inputs, output) = self._nodes[index], self._kinds[index], shapes
         layer = module_of(node, self._module)
-        alone = _activation_name(node, layer) if kind == "activation" else None
+        alone = _activation_name(node) if kind == "activation" else None
         common = {
             "name": self._name(index), "kind": kind, "inputs": tuple(inputs), "output": output,
             "activation": self._relu_names[relu] or alone, "bits": 8 if int8 else 32,
         }  # fmt: skip
         if not isinstance(layer, Weighted):
             params = output[1] * _vectors(layer) if layer is not None and kind == "norm" else 0
-            return Operator(**common, **_window(node, layer), params=params)
+            return Operator(**common, **_window(node), params=params)
         has_bias = layer.bias is not None or has_norm
         if isinstance(layer, nn.Linear):
             return Operator(**common, weight_bits=weight_bits, params=output[-1] * (inputs[0][-1] + has_bias))
@@ -427,25 +435,20 @@ def _vectors(norm: nn.Module) -> int:
     return sum(1 for _ in norm.parameters()) if follows_batch(norm) else NORM_VECTORS
 
 
-def _activation_name(node: fx.Node, layer: nn.Module | None) -> str:
-    if layer is not None:
-        return type(layer).__name__.lower()
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "activation")
+def _activation_name(node: fx.Node) -> str:
+    return relu_of(node) or name_of(node)
 
 
-def _window(node: fx.Node, layer: nn.Module | None) -> dict[str, tuple[int, ...]]:
+def _window(node: fx.Node) -> dict[str, tuple[int, ...]]:
     """Kernel, stride and padding of a pool whose window is written down."""
-    if isinstance(layer, (nn.MaxPool2d, nn.AvgPool2d)):
-        window: dict[str, Any] = {"kernel": layer.kernel_size, "stride": layer.stride, "padding": layer.padding}
-    elif node.target in WINDOW_FUNCTIONS:
-        given = dict(zip(("input", "kernel_size", "stride", "padding"), node.args, strict=False)) | node.kwargs
-        kernel = given.get("kernel_size")
-        window = {"kernel": kernel, "stride": given.get("stride") or kernel, "padding": given.get("padding", 0)}
-    else:
+    given = arguments(node)
+    if "kernel_size" not in given:
         return {}
-    pairs = {name: tuple(value) if isinstance(value, (tuple, list)) else (value, value) for name, value in window.items()}
-    known = all(isinstance(size, int) for pair in pairs.values() for size in pair)  # sizes may be computed from the input's
-    return pairs if known else {}
+    kernel = given["kernel_size"]
+    window = {"kernel": kernel, "stride": given["stride"] or kernel, "padding": given["padding"]}
+    pairs = {name: tuple(value * 2 if len(value) == 1 else value) for name, value in window.items() if isinstance(value, list)}
+    known = len(pairs) == len(window) and all(isinstance(size, int) for pair in pairs.values() for size in pair)
+    return pairs if known else {}  # sizes may be computed from the input's
 
 
 def weight_bytes(operator: Operator) -> int:

@@ -261,7 +261,7 @@ def test_channel_without_weights_keeps_its_bias():
 
 
 class Opaque(nn.Module):
-    """Its path depends on the data, so that it cannot be traced."""
+    """What torch.export refuses, where the fixture says so."""
 
     def __init__(self):
         super().__init__()
@@ -269,12 +269,11 @@ class Opaque(nn.Module):
         self.head = nn.Linear(16, 10)
 
     def forward(self, x):
-        if not torch.compiler.is_exporting() and float(x.abs().sum()) < 0:
-            x = -x
         return self.head(self.layer(x).mean((2, 3)))
 
 
 @pytest.mark.parametrize("layers", [{}, {"model.layer.0": 32, "model.layer.3": 4}], ids=str)
+@pytest.mark.usefixtures("untraceable")
 def test_opaque_network_is_quantized_and_exported(layers):
     inputs = torch.randn(32, 3, 12, 12)
     torch.manual_seed(1)

@@ -1,0 +1,238 @@
+"""A network as `torch.export` writes it down, with its layers and norms put back as modules of torch.nn.
+
+Export calls the network's code once and records the operators of ATen that it calls: what the code computes from shapes becomes constants,
+but for the size of the batch. Then, in place on the record: what depends on no input is computed once, what overwrites a tensor becomes
+what makes a new one, and layers become modules again (see `modules`), so that they can be resized, rounded and trained.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from autocompress.graph.modules import COMPUTED, put_modules_back
+from autocompress.graph.nodes import arguments, is_leaf, name_of, value_of
+from autocompress.quiet import quiet
+
+BRANCH = "branch"
+"""Where a traced network keeps the place in the code where the values of the example have decided which operators it calls."""
+FACTORIES = {"zeros": "new_zeros", "ones": "new_ones", "full": "new_full", "empty": "new_empty"}
+"""What makes a tensor of a given size, and what makes it with the type and on the device of another tensor."""
+WEIGHTS = ("weight", "bias")
+VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+"""Training keeps images channels last, and no view flattens such a map: the operator that copies where it must stands in."""
+
+
+def exported(model: nn.Module, example: tuple[Tensor, ...], *, functional: bool = False) -> fx.GraphModule:
+    """The network's operators, with modules in place of those that a module of torch.nn stands for.
+
+    Raises what export or the model's own code raise.
+
+    Args:
+        model: the caller's own copy, in eval mode; the result shares its parameters.
+        functional: let torch replace what writes into views of a tensor, which takes several times as long.
+    """
+    for parameter in model.parameters():  # without gradients torch's attention calls operators that no runtime knows
+        parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+    with quiet(), torch.enable_grad():
+        program, branch = _recorded(model, tuple(_several(tensor) for tensor in example))
+        recorded = (program.run_decompositions({}) if functional else program).module(check_guards=False)
+    assert isinstance(recorded, fx.GraphModule)
+    _take_outputs_as_they_are(recorded)
+    _make_tensors_where_the_input_is(recorded.graph)
+    _compute_constants(recorded)
+    _put_out_of_place(recorded.graph)
+    put_modules_back(recorded, model)
+    module = _tidy(recorded, model)
+    module.meta[BRANCH] = branch
+    return module
+
+
+def _recorded(model: nn.Module, batches: tuple[Tensor, ...]) -> tuple[torch.export.ExportedProgram, str]:
+    """The operators that the code calls, and where it has chosen them by the values of the example, if it has."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # a slow import, which export does anyway
+
+    free = tuple({0: torch.export.Dim.AUTO} if tensor.dim() else {} for tensor in batches)
+    try:
+        return torch.export.export(model, batches, dynamic_shapes=free, strict=False), ""
+    except GuardOnDataDependentSymNode as error:
+        places = re.findall(r'File "[^"]+", line \d+', str(error))
+        program = torch.export.draft_export(model, batches, dynamic_shapes=free, strict=False)
+        gc.collect()  # of the files that it leaves open, while nobody listens
+        return program, places[-1] if places else "somewhere"
+
+
+def _several(tensor: Tensor) -> Tensor:
+    """More than one input: export takes it for granted that there is one where there is one."""
+    return torch.cat([tensor, tensor]) if tensor.dim() and len(tensor) == 1 else tensor.clone()
+
+
+def _take_outputs_as_they_are(recorded: fx.GraphModule) -> None:
+    """As the network gives them, in plain containers, without export's own wrapping; no checks of what was exported."""
+    graph = recorded.graph
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and "_assert" in name_of(node):
+            graph.erase_node(node)
+    output, spec = next(node for node in graph.nodes if node.op == "output"), recorded._out_spec
+    assert spec is not None
+    flat = pytree.tree_leaves(output.args, is_leaf=lambda value: value is None)
+    output.args = (_plain(pytree.tree_unflatten(flat, spec)),)
+    graph.set_codegen(fx.graph.CodeGen())
+
+
+def _plain(value: Any) -> Any:
+    """Dicts, lists and tuples in place of what is derived from them."""
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_plain(part) for part in value)
+    return [_plain(part) for part in value] if isinstance(value, list) else value
+
+
+def _make_tensors_where_the_input_is(graph: fx.Graph) -> None:
+    """What is as large as the batch is made on its device, wherever export ran; what has one size for all is made of nothing."""
+    like = next((node for node in graph.nodes if node.op == "placeholder"), None)
+    for node in graph.nodes:
+        name = name_of(node)
+        given = arguments(node)
+        if name in FACTORIES and node.all_input_nodes and like is not None:
+            node.target = getattr(torch.ops.aten, FACTORIES[name]).default
+            node.args = (like, *node.args)
+            node.kwargs = {"dtype": node.meta["val"].dtype}
+        elif name in FACTORIES.values() and node.all_input_nodes == [given["self"]]:
+            node.target = getattr(torch.ops.aten, name.removeprefix("new_")).default
+            node.args = node.args[1:]
+            node.kwargs = {"dtype": node.meta["val"].dtype}
+
+
+# -- what depends on no input ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _compute_constants(recorded: fx.GraphModule) -> None:
+    """Values that are the same for every input become buffers; weights that are computed at every call, weights.
+
+    What else is made of parameters stays as it is, so that it can be trained.
+    """
+    fixed = _fixed(recorded.graph)
+    trained = _made_of_parameters(recorded, fixed)
+    values = _computed(recorded, fixed)
+    for number, node in enumerate(values):
+        readers = [user for user in node.users if user not in values and (node not in trained or _weighs(node, user))]
+        value = values[node]
+        if not readers or not isinstance(value, Tensor):
+            continue
+        name = f"{COMPUTED}{number}"
+        setattr(recorded, name, nn.Parameter(value)) if node in trained else recorded.register_buffer(name, value)
+        with recorded.graph.inserting_before(node):
+            constant = recorded.graph.get_attr(name)
+        constant.meta = dict(node.meta)
+        for reader in readers:
+            reader.replace_input_with(node, constant)
+    recorded.graph.eliminate_dead_code()
+
+
+def _fixed(graph: fx.Graph) -> list[fx.Node]:
+    """Operators that depend on no input, and draw no random numbers."""
+    fixed: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        draws = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if node.op == "call_function" and not draws and all(n in fixed or n.op == "get_attr" for n in node.all_input_nodes):
+            fixed[node] = None
+    return list(fixed)
+
+
+def _made_of_parameters(recorded: fx.GraphModule, fixed: list[fx.Node]) -> set[fx.Node]:
+    made: set[fx.Node] = set()
+    for node in fixed:
+        sources = node.all_input_nodes
+        if any(n in made or (n.op == "get_attr" and isinstance(value_of(n, recorded), nn.Parameter)) for n in sources):
+            made.add(node)
+    return made
+
+
+def _computed(recorded: fx.GraphModule, fixed: list[fx.Node]) -> dict[fx.Node, Any]:
+    """Values of operators, in order, since one may overwrite what others read; what the network holds stays as it is."""
+    interpreter = fx.Interpreter(recorded, garbage_collect_values=False)
+    for source in {source for node in fixed for source in node.all_input_nodes if source.op == "get_attr"}:
+        interpreter.env[source] = value_of(source, recorded).detach().clone()
+    for node in fixed:
+        interpreter.env[node] = interpreter.run_node(node)
+    return {node: _own(interpreter.env[node]) for node in fixed}
+
+
+def _own(value: Any) -> Any:
+    return value.detach().clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
+
+
+def _weighs(node: fx.Node, user: fx.Node) -> bool:
+    """Whether the user is a layer that takes this as its weight or bias."""
+    given = arguments(user)
+    return any(given.get(role) is node for role in WEIGHTS)
+
+
+# -- what overwrites a tensor ---------------------------------------------------------------------------------------------------
+
+
+def _put_out_of_place(graph: fx.Graph) -> None:
+    """What overwrites its first input makes a tensor instead, which is read by whoever read the input afterwards; views are copies.
+
+    Other views of the same memory are found by comparing what the network computes before and after.
+    """
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    for node, position in order.items():
+        if node.target in VIEWS:
+            node.target = torch.ops.aten.reshape.default
+        target = _out_of_place(node)
+        if target is None:
+            continue
+        node.target, overwritten = target, node.args[0]
+        assert isinstance(overwritten, fx.Node)
+        for reader in list(overwritten.users):
+            if order[reader] > position:
+                reader.replace_input_with(overwritten, node)
+
+
+def _out_of_place(node: fx.Node) -> torch._ops.OpOverload | None:
+    """The operator that makes what this one overwrites its first input with; None where it overwrites nothing."""
+    name = name_of(node)
+    if not isinstance(node.target, torch._ops.OpOverload) or not name.endswith("_") or name.startswith("_"):
+        return None
+    return getattr(getattr(torch.ops.aten, name[:-1], None), node.target._overloadname, None)
+
+
+def _tidy(recorded: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
+    """With nothing but what is read, and only that saved which the network saves."""
+    recorded.graph.eliminate_dead_code()
+    recorded.graph.lint()
+    module = fx.GraphModule(recorded, recorded.graph)
+    kept = model.state_dict().keys()
+    for name, buffer in list(module.named_buffers()):
+        if name not in kept:
+            owner, _, own = name.rpartition(".")
+            module.get_submodule(owner).register_buffer(own, buffer, persistent=False)
+    for node in module.graph.nodes:
+        node.meta = {"line": _line(node), "owner": _owner(node, model)}
+    return module.eval()
+
+
+def _owner(node: fx.Node, model: nn.Module) -> tuple[str, str] | None:
+    """Path and type of the module of torch.nn whose parameter the node reads: one that has not been put back."""
+    name = str(node.target)
+    if node.op != "get_attr" or name not in dict(model.named_parameters(remove_duplicate=False)):
+        return None
+    path = name.rpartition(".")[0]
+    owner = model.get_submodule(path)
+    return (path, type(owner).__name__) if is_leaf(owner) else None
+
+
+def _line(node: fx.Node) -> str:
+    """Where the network's code calls the operator: the last line of a stack of calls."""
+    places = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
+    return places[-1] if places else ""
