@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from typing import Annotated, Any, Literal, Self
 
@@ -150,15 +151,17 @@ class Policy(Record):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
 
-    def channels(self, group: str, size: int) -> int:
+    def channels(self, group: str, size: int, unit: int = 1) -> int:
         """Channels that `group` of `size` channels has in the student, rounded to `student.multiple`, at least one multiple.
+
+        Where each stands for `unit` channels of a layer, as an attention head does, it is their number that is rounded.
 
         An untouched group keeps its size, whatever the multiple.
         """
         factor = self.student.width * self.student.widths.get(group, 1.0) * (1.0 - self.prune.ratios.get(group, 0.0))
         if factor == 1.0:
             return size
-        multiple = min(self.student.multiple, size)
+        multiple = min(self.student.multiple // math.gcd(self.student.multiple, unit), size)
         return max(multiple, round(size * factor / multiple) * multiple)
 
     def in_words(self) -> str:

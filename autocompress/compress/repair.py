@@ -228,11 +228,14 @@ class _Repair(fx.Interpreter):
 
     def _target(self, aim: _Aim) -> tuple[Tensor, Tensor]:
         """(the layer's channels that the teacher has too, rows x these channels: what their values should be)."""
-        known, index = self._known[aim.teacher, aim.last], self._graph.index(aim.end.name, self._selection)
+        known, index = self._known[aim.teacher, aim.last], self._graph.index(aim.end.name, self._axis(aim), self._selection)
         index = np.arange(known.shape[1]) if index is None else index
         kept = np.flatnonzero(index != NEW)
         target, rows = known[:, torch.from_numpy(index[kept])], torch.from_numpy(kept)
         return rows, target if aim.beside is None else target - _rows_of(self.env[aim.beside], last=aim.last)[:, rows]
+
+    def _axis(self, aim: _Aim) -> int:
+        return len(aim.end.meta["shape"]) - 1 if aim.last else 1
 
     def _write(self, aim: _Aim, layer: nn.Conv2d | nn.Linear, kept: Tensor, weight: Tensor, bias: Tensor) -> None:
         """Where a batch norm follows, filters keep the length that they had, on which the speed of their training depends.

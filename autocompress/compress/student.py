@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import skip_init
 
 from autocompress.compress.distill import SharedFeatures
+from autocompress.compress.sizes import resize_arguments
 from autocompress.graph import Graph
-from autocompress.graph.channels import pad_amounts
-from autocompress.graph.nodes import Conv, Weighted, is_depthwise, kind_of, module_of
+from autocompress.graph.nodes import Conv, Weighted, channel_axis, module_of, value_of
 from autocompress.graph.resize import NEW, Roots, Selection
 from autocompress.graph.trace import annotate_shapes
 from autocompress.policy import Policy
@@ -33,12 +33,13 @@ def build_student(graph: Graph, policy: Policy) -> fx.GraphModule:
     student = copy.deepcopy(graph.without(policy.student.drop))
     selection = graph.selection(policy)
     generator = torch.Generator().manual_seed(INIT_SEED)
-    for node in student.graph.nodes:
-        kind = kind_of(node, student)
-        if kind in ("conv", "linear", "norm"):
+    for node in list(student.graph.nodes):
+        if node.op == "call_module":
             _resize_module(node, student, graph, selection, generator)
-        elif kind == "pad":
-            _resize_pad(node, graph, selection)
+        elif node.op == "get_attr":
+            _resize_attribute(node, student, graph, selection)
+        else:
+            resize_arguments(node, graph, selection)
     student.recompile()
     annotate_shapes(student, graph.example)
     for parameter in student.parameters():  # a teacher may be frozen; what learns from it is not
@@ -56,7 +57,7 @@ def shared_features(graph: Graph, policy: Policy) -> SharedFeatures | None:
     student = graph.without(policy.student.drop)
     node = next(n for n in student.graph.nodes if n.op == "call_module" and n.target == graph.classifier)
     source = node.all_input_nodes[0]
-    index = graph.index(source.name, graph.selection(policy))
+    index = graph.index(source.name, 1, graph.selection(policy))
     if index is None:
         index = np.arange(source.meta["shape"][1])
     kept = np.flatnonzero(index != NEW)
@@ -64,29 +65,33 @@ def shared_features(graph: Graph, policy: Policy) -> SharedFeatures | None:
 
 
 def _resize_module(node: fx.Node, student: fx.GraphModule, graph: Graph, selection: Selection, generator: torch.Generator) -> None:
-    source, target = node.all_input_nodes[0].name, node.name
-    rows, columns = graph.index(target, selection), graph.index(source, selection)
+    module = module_of(node, student)
+    if not isinstance(module, (Weighted, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
+        return
+    axis = channel_axis(node, student)
+    rows, columns = (graph.index(name, axis, selection) for name in (node.name, node.all_input_nodes[0].name))
     if rows is None and columns is None:
         return
-    module = module_of(node, student)
     if isinstance(module, Conv):
         resized: nn.Module = _conv(module, rows, columns, generator)
     elif isinstance(module, nn.Linear):
         resized = _linear(module, rows, columns, generator)
     else:
-        resized = _norm(cast(nn.BatchNorm2d, module), rows)
+        assert rows is not None  # what a norm makes has the channels that it reads
+        resized = _group_norm(module, rows) if isinstance(module, nn.GroupNorm) else _norm(cast(nn.BatchNorm2d, module), rows)
     student.set_submodule(str(node.target), resized)
 
 
 def _conv(old: Conv, rows: Roots | None, columns: Roots | None, generator: torch.Generator) -> Conv:
-    depthwise = is_depthwise(old)
+    """Groups of filters go as a whole: what one of them reads does not change."""
     outputs = len(rows) if rows is not None else old.out_channels
-    inputs = outputs if depthwise else len(columns) if columns is not None else old.in_channels
+    inputs = len(columns) if columns is not None else old.in_channels
+    groups = old.groups if old.groups == 1 else inputs * old.groups // old.in_channels
     new: Conv = skip_init(
         type(old), inputs, outputs, old.kernel_size, old.stride, old.padding, old.dilation,
-        groups=outputs if depthwise else old.groups, bias=old.bias is not None, padding_mode=old.padding_mode, dtype=old.weight.dtype,
+        groups=groups, bias=old.bias is not None, padding_mode=old.padding_mode, dtype=old.weight.dtype,
     )  # fmt: skip
-    _fill(new, old, rows, None if depthwise else columns, generator)
+    _fill(new, old, rows, columns if old.groups == 1 else None, generator)
     return new
 
 
@@ -103,6 +108,33 @@ def _linear(old: nn.Linear, rows: Roots | None, columns: Roots | None, generator
 
 
 @torch.no_grad()
+def _group_norm(old: nn.GroupNorm, index: Roots) -> nn.GroupNorm:
+    """As many channels in a group as before, in more or fewer groups."""
+    groups = len(index) * old.num_groups // old.num_channels
+    new = nn.GroupNorm(groups, len(index), old.eps, old.affine, dtype=old.weight.dtype if old.affine else None)
+    if old.affine:
+        new.weight.copy_(_gather(old.weight, index, 0, fill=1.0))
+        new.bias.copy_(_gather(old.bias, index, 0))
+    return new.train(old.training)
+
+
+@torch.no_grad()
+def _resize_attribute(node: fx.Node, student: fx.GraphModule, graph: Graph, selection: Selection) -> None:
+    """A parameter or buffer that follows channels; what it says of those that are added is what it says of the others on average."""
+    value = old = value_of(node, student)
+    for axis in graph.roots(node.name):
+        value = _gather(value, graph.index(node.name, axis, selection), axis, fill=float(old.mean()))
+    if value is old:
+        return
+    path, _, name = str(node.target).rpartition(".")
+    owner = student.get_submodule(path)
+    if isinstance(old, nn.Parameter):
+        setattr(owner, name, nn.Parameter(value))
+    else:
+        owner.register_buffer(name, value, persistent=name not in owner._non_persistent_buffers_set)
+
+
+@torch.no_grad()
 def _fill(new: Weighted, old: Weighted, rows: Roots | None, columns: Roots | None, generator: torch.Generator) -> None:
     """Old filters read nothing from added channels at first (function-preserving growth as in Net2Net, Chen et al. 2016, arXiv
     1511.05641, by zeros instead of copies)."""
@@ -116,9 +148,7 @@ def _fill(new: Weighted, old: Weighted, rows: Roots | None, columns: Roots | Non
     new.train(old.training)
 
 
-def _norm(old: nn.BatchNorm2d, index: Roots | None) -> nn.Module:
-    if index is None:
-        return old
+def _norm(old: nn.BatchNorm2d, index: Roots) -> nn.Module:
     new = type(old)(len(index), eps=old.eps, momentum=old.momentum, affine=old.affine, track_running_stats=old.track_running_stats)
     fills = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
     with torch.no_grad():
@@ -145,14 +175,3 @@ def _along(flags: NDArray[np.bool_], axis: int, dims: int) -> Tensor:
     shape = [1] * dims
     shape[axis] = -1
     return torch.from_numpy(flags).view(shape)
-
-
-def _resize_pad(node: fx.Node, graph: Graph, selection: Selection) -> None:
-    """Padding over channels: what is padded in front and behind follows from the channels that came before and after."""
-    amounts, roots = pad_amounts(node), graph.roots(node.name)
-    if amounts is None or roots is None or len(amounts) < 2 * (len(node.meta["shape"]) - 1):
-        return
-    front, back = amounts[-2], amounts[-1]
-    before = selection.size(roots[:front])
-    behind = selection.size(roots[len(roots) - back :]) if back else 0
-    node.args = (node.args[0], (*amounts[:-2], before, behind), *node.args[2:])

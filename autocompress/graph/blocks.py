@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from autocompress.graph.nodes import kind_of, relu_of
+from autocompress.graph.nodes import drop_unread, is_about_sizes, kind_of, relu_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ def _between(skip: fx.Node, end: fx.Node, add: fx.Node) -> list[fx.Node]:
         node = waiting.pop()
         if node is skip or node in inside:
             continue
-        if node.op in ("placeholder", "get_attr"):
+        if is_about_sizes(node):  # the batch's
+            continue
+        if node.op == "placeholder":
             return []
         inside[node] = None
         waiting.extend(node.all_input_nodes)
@@ -75,6 +77,6 @@ def drop(module: fx.GraphModule, branches: list[Branch]) -> None:
         for user in users:
             if relu_of(user) and relu_of(user) == relu_of(skip):
                 user.replace_all_uses_with(skip)
-    module.graph.eliminate_dead_code()
+    drop_unread(module.graph)
     module.delete_all_unused_submodules()
     module.recompile()

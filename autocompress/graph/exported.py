@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from autocompress.graph.modules import COMPUTED, put_modules_back
-from autocompress.graph.nodes import arguments, is_leaf, name_of, value_of
+from autocompress.graph.nodes import arguments, drop_unread, is_leaf, name_of, value_of
 from autocompress.quiet import quiet
 
 BRANCH = "branch"
@@ -135,7 +135,7 @@ def _compute_constants(recorded: fx.GraphModule) -> None:
         constant.meta = dict(node.meta)
         for reader in readers:
             reader.replace_input_with(node, constant)
-    recorded.graph.eliminate_dead_code()
+    drop_unread(recorded.graph)
 
 
 def _fixed(graph: fx.Graph) -> list[fx.Node]:
@@ -209,7 +209,7 @@ def _out_of_place(node: fx.Node) -> torch._ops.OpOverload | None:
 
 def _tidy(recorded: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
     """With nothing but what is read, and only that saved which the network saves."""
-    recorded.graph.eliminate_dead_code()
+    drop_unread(recorded.graph)
     recorded.graph.lint()
     module = fx.GraphModule(recorded, recorded.graph)
     kept = model.state_dict().keys()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -16,12 +16,13 @@ from torch import Tensor, fx, nn
 
 from autocompress.errors import UsageError, one_line
 from autocompress.graph.blocks import Branch, drop, find_branches
-from autocompress.graph.channels import Channels, Layout, Role, frozen_roots, group_ids, propagate
+from autocompress.graph.channels import Channels, Role, frozen_roots, group_ids
 from autocompress.graph.exported import BRANCH
 from autocompress.graph.importance import channel_scores
-from autocompress.graph.nodes import Weighted, is_layer, is_norm, kind_of, leaves, module_of
+from autocompress.graph.nodes import Weighted, channel_axis, is_layer, is_norm, kind_of, leaves, module_of
 from autocompress.graph.resize import Groups, Roots, Selection, run_ends
-from autocompress.graph.trace import OPAQUE, trace, untraced
+from autocompress.graph.rules import propagate
+from autocompress.graph.trace import OPAQUE, annotate_shapes, trace, untraced
 from autocompress.graph.workloads import Arithmetic, Population, Workloads, packed_bytes
 from autocompress.policy import Policy
 from autocompress.records import Workload
@@ -35,6 +36,7 @@ class ChannelGroup:
     """Channels that can be removed or added one by one, in all tensors that share them.
 
     stream: a residual stream, that is, the channels pass through an addition.
+    unit: how many channels of a layer are one here, since they go together: those of an attention head, or of a group of filters.
     producers, consumers: names of the layers that write and read them.
     """
 
@@ -42,6 +44,7 @@ class ChannelGroup:
     size: int
     prunable: bool
     reason: str
+    unit: int
     stream: bool
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
@@ -106,8 +109,11 @@ class Graph:
         self.module = module
         self.example = example
         self.opaque_reason = opaque_reason
-        self._channels = propagate(module) if not opaque_reason else Channels()
-        self._roots = {name: self._channels.roots(layout) for name, layout in self._channels.layouts.items()}
+        self._channels = _propagated(module, example) if not opaque_reason else Channels()
+        self._roots = {
+            name: {axis: self._channels.roots(ids) for axis, ids in layout.items()} for name, layout in self._channels.layouts.items()
+        }  # fmt: skip
+        self._nodes = {node.name: node for node in module.graph.nodes}
         self._members: dict[str, Roots] = {}
         self.groups = self._find_groups()
         self._branches = find_branches(module) if not opaque_reason else []
@@ -118,7 +124,7 @@ class Graph:
         self._resizable = self._rank_channels()
         self._without = lru_cache(CACHED_SHAPES)(self._drop_copy)
         names = [layer.name for layer in self.layers]
-        self._arithmetic = Arithmetic(module, self._channels.layouts, self._roots, self._resizable, self._branches, names)
+        self._arithmetic = Arithmetic(module, self._roots, self._resizable, self._branches, names)
 
     @classmethod
     def trace(cls, model: nn.Module, example: tuple[Tensor, ...]) -> Graph:
@@ -150,7 +156,7 @@ class Graph:
 
     def sizes(self, policy: Policy, *, grown: bool = True) -> dict[str, int]:
         """Channels of every group that the policy may change; not `grown`: without those that the network does not have."""
-        counts = {g.name: (policy.channels(g.name, g.size), g.size) for g in self.groups if g.prunable}
+        counts = {g.name: (policy.channels(g.name, g.size, g.unit), g.size) for g in self.groups if g.prunable}
         return {name: count if grown else min(count, size) for name, (count, size) in counts.items()}
 
     def selection(self, policy: Policy, *, grown: bool = True) -> Selection:
@@ -173,20 +179,14 @@ class Graph:
     def _layers_in(self, blocks: tuple[str, ...]) -> set[str]:
         return {layer for block in self.blocks if block.name in blocks for layer in block.layers}
 
-    def roots(self, node: str) -> Roots | None:
-        """Id classes of a node's channels; None where it has none."""
-        return self._roots.get(node)
+    def roots(self, node: str) -> Mapping[int, Roots]:
+        """Id classes of a node's value along each axis that holds channels."""
+        return self._roots.get(node, {})
 
-    def index(self, node: str, selection: Selection) -> Roots | None:
-        """For each channel of a student's node the one it comes from, or NEW; None where nothing changes or the teacher lacks the node."""
-        layout, roots = self.layout(node), self.roots(node)
-        if layout is None or roots is None or not selection.changes(roots):
-            return None
-        return selection.index(roots, layout.repeat)
-
-    def layout(self, node: str) -> Layout | None:
-        """Channel layout of a node; None where it has none."""
-        return self._channels.layouts.get(node)
+    def index(self, node: str, axis: int, selection: Selection) -> Roots | None:
+        """For each entry of a student's node the one it comes from, or NEW; None where nothing changes or the teacher lacks the node."""
+        roots = self.roots(node).get(axis)
+        return selection.index(roots) if roots is not None and selection.changes(roots) else None
 
     def without(self, dropped: tuple[str, ...]) -> fx.GraphModule:
         """The traced network without these blocks; shared and read-only: copy it before a change."""
@@ -230,7 +230,7 @@ class Graph:
         gone = self._layers_in(policy.student.drop)
         rows = []
         for layer in self.layers:
-            roots = self._roots.get(self._node_of[layer.name]) if not self.opaque_reason else None
+            roots = self._channels_of(self._node_of[layer.name]) if not self.opaque_reason else None
             channels = selection.size(roots) if roots is not None else layer.out_channels
             rows.append({
                 "name": layer.name, "kind": layer.kind, "teacher_channels": layer.out_channels,
@@ -252,7 +252,8 @@ class Graph:
             name = target[makers[0].node]
             taken[name] += 1
             name = name if taken[name] == 1 else f"{name}#{taken[name]}"
-            reason = next((reasons[root] for root in members.tolist() if root in reasons), "")
+            alone = "it is one that goes together" if len(members) == 1 else ""
+            reason = next((reasons[root] for root in members.tolist() if root in reasons), alone)
             self._members[name] = members
             groups.append(
                 ChannelGroup(
@@ -260,12 +261,23 @@ class Graph:
                     size=len(members),
                     prunable=not reason,
                     reason=reason,
+                    unit=self._unit(makers, members),
                     stream=any(role.part == "add" for role in roles),
                     producers=tuple(target[r.node] for r in makers),
                     consumers=_targets(roles, "in", position, target),
                 )
             )
         return tuple(groups)
+
+    def _unit(self, makers: Sequence[Role], members: Roots) -> int:
+        """Channels of a layer that are one of the group."""
+        rows = [self._channels.roots(ids) for role, ids in self._channels.roles if role in makers]
+        return min(int(count) for own in rows if (count := np.isin(own, members).sum() // len(members)))
+
+    def _channels_of(self, name: str) -> Roots | None:
+        """Id classes of what a layer makes."""
+        node = self._nodes[name]
+        return self.roots(name).get(channel_axis(node, self.module))
 
     def _find_layers(self) -> tuple[Layer, ...]:
         if self.opaque_reason:
@@ -278,7 +290,7 @@ class Graph:
 
     def _born_at(self, node: fx.Node) -> str | None:
         """Of the groups that share a tensor, the one that is produced first the latest: the group of this stage."""
-        roots = set(self._roots.get(node.name, np.zeros(0, dtype=np.int64)).tolist())
+        roots = set(self._roots[node.name][channel_axis(node, self.module)].tolist())
         sharing = [g for g in self.groups if roots & set(self._members[g.name].tolist())]
         order = {str(n.target): i for i, n in enumerate(self.module.graph.nodes)}
         return max(sharing, key=lambda g: order[g.producers[0]]).name if sharing else None
@@ -312,7 +324,7 @@ class Graph:
 
     def _rank_channels(self) -> Groups:
         scores = channel_scores(self.module, self._channels)
-        layouts = list({roots.tobytes(): roots for roots in self._roots.values()}.values())
+        layouts = list({roots.tobytes(): roots for by_axis in self._roots.values() for roots in by_axis.values()}.values())
         members = {group.name: self._members[group.name] for group in self.groups if group.prunable}
         return Groups(
             order={name: roots[np.lexsort((roots, -scores[roots]))] for name, roots in members.items()},
@@ -329,6 +341,18 @@ class Graph:
         module = fx.GraphModule(_references(self.module), graph)
         drop(module, [branch for branch in self._branches if branch.name in dropped])
         return module
+
+
+def _propagated(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Channels:
+    """Channels of one input: in a larger batch an axis may hold the channels of all inputs, one after the other."""
+    one = tuple(tensor[:1] for tensor in example)
+    if all(len(tensor) == 1 for tensor in example):
+        return propagate(module)
+    annotate_shapes(module, one)
+    try:
+        return propagate(module)
+    finally:
+        annotate_shapes(module, example)
 
 
 def _targets(roles: frozenset[Role], part: str, position: dict[str, int], target: dict[str, str]) -> tuple[str, ...]:

@@ -65,6 +65,11 @@ SIX = (0.0, 6.0)
 ATEN = "aten::"
 
 
+def drop_unread(graph: fx.Graph) -> None:
+    """Remove nodes that nobody reads. torch keeps some of those that may draw random numbers, as attention may."""
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+
+
 def module_of(node: fx.Node, root: nn.Module) -> nn.Module | None:
     """The leaf module that the node calls, or None."""
     return root.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -158,6 +163,16 @@ def _relu_name(node: fx.Node) -> str | None:
         given = arguments(node)
         return "relu6" if (given["min_val"], given["max_val"]) == SIX else None
     return name if name in ("relu", "relu6") else None
+
+
+def is_about_sizes(node: fx.Node) -> bool:
+    """Whether the value is a number that follows from the size of the batch."""
+    return "shape" not in node.meta and "shapes" not in node.meta and node.op == "call_function"
+
+
+def channel_axis(node: fx.Node, root: nn.Module) -> int:
+    """Axis of the channels that a layer or norm makes."""
+    return len(node.meta["shape"]) - 1 if kind_of(node, root) == "linear" else 1
 
 
 def is_depthwise(layer: nn.Module | None) -> bool:

@@ -23,14 +23,16 @@ class Selection:
         """Number of channels that a layout has afterwards."""
         return int(self.keep[roots].sum() + self.added[roots].sum())
 
-    def index(self, roots: Roots, repeat: int = 1) -> Roots:
-        """For each new position the old one that it takes its weights from, or NEW."""
+    def index(self, roots: Roots) -> Roots:
+        """For each new position the old one that it takes its weights from, or NEW; neighbours of one class stay together."""
         positions: list[Roots] = []
-        for position, root in enumerate(roots.tolist()):
+        starts = np.flatnonzero(np.concatenate([[True], roots[1:] != roots[:-1]])) if len(roots) else np.zeros(0, dtype=np.int64)
+        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(roots)], strict=False):
+            root = roots[start]
             if self.keep[root]:
-                positions.append(np.arange(position * repeat, (position + 1) * repeat))
+                positions.append(np.arange(start, end))
             if self.added[root]:
-                positions.append(np.full(int(self.added[root]) * repeat, NEW))
+                positions.append(np.full(int(self.added[root]) * (end - start), NEW))
         return np.concatenate(positions) if positions else np.zeros(0, dtype=np.int64)
 
     def changes(self, roots: Roots) -> bool:

@@ -109,11 +109,13 @@ class _Shapes(fx.Interpreter):
         n.meta.pop("shape", None)
         if isinstance(value, Tensor):
             n.meta["shape"] = tuple(value.shape)
+        elif isinstance(value, (tuple, list)) and value and all(isinstance(part, Tensor) for part in value):
+            n.meta["shapes"] = [tuple(part.shape) for part in value]
         return value
 
 
 @torch.no_grad()
 def annotate_shapes(module: fx.GraphModule, example: tuple[Tensor, ...]) -> None:
-    """Write `meta["shape"]` of every tensor node by running the example."""
+    """Write `meta["shape"]` of every tensor node, `meta["shapes"]` where there are several tensors, by running the example."""
     with torch.random.fork_rng(devices=[]):
         _Shapes(module).run(*_copies(example))

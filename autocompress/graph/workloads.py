@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import fx, nn
 
 from autocompress.graph.blocks import Branch
-from autocompress.graph.channels import Layout
 from autocompress.graph.nodes import (
     FOLLOWERS,
     Weighted,
@@ -134,11 +133,12 @@ class Arithmetic:
     """A traced network, prepared for the workloads of populations.
 
     Args:
-        layouts, roots: channel layout and id classes by node name. groups: those that may change. layers: names, as in `Population.bits`.
+        roots: id classes of the axes that hold channels, by node name. groups: those that may change. layers: names, as in
+            `Population.bits`.
     """
 
     def __init__(
-        self, module: fx.GraphModule, layouts: Mapping[str, Layout], roots: Mapping[str, Roots], groups: Groups,
+        self, module: fx.GraphModule, roots: Mapping[str, Mapping[int, Roots]], groups: Groups,
         branches: Sequence[Branch], layers: Sequence[str],
     ) -> None:  # fmt: skip
         self._module, self._groups = module, groups
@@ -153,9 +153,11 @@ class Arithmetic:
         self._tensor = ["shape" in node.meta for node in self._nodes]
         self._skips = {self._number_of(branch.add): (block, self._skip(branch)) for block, branch in enumerate(branches)}
         self._layer = {name: index for index, name in enumerate(layers)}
-        self._layouts = layouts
-        self._key_of = {index: roots[node.name].tobytes() for index, node in enumerate(self._nodes) if node.name in roots}
-        self._classes = {classes.tobytes(): classes for classes in roots.values()}
+        self._keys_of = {
+            index: {axis: classes.tobytes() for axis, classes in roots[node.name].items()}
+            for index, node in enumerate(self._nodes) if roots.get(node.name)
+        }  # fmt: skip
+        self._classes = {classes.tobytes(): classes for by_axis in roots.values() for classes in by_axis.values()}
         self._parts = {key: self._parts_of(classes) for key, classes in self._classes.items()}
         self._places = [index for index, kind in enumerate(self._kinds) if kind in OPERATOR_KINDS and self._tensor[index]]
         self._loose = self._find_loose()
@@ -308,7 +310,7 @@ class Arithmetic:
         layer = self._layer.get(str(node.target)) if self._kinds[index] in ("conv", "linear") else None
         fusions = Column.of((2 * activation + fused_norm)[of_policy])
         tensors = [source for source in self._inputs[index] if self._tensor[source]] + [index]
-        keys = dict.fromkeys(key for key in map(self._key_of.get, tensors) if key is not None)
+        keys = dict.fromkeys(key for tensor in tensors for key in self._keys_of.get(tensor, {}).values())
         dimensions = [columns[key] for key in keys] + [fusions, Column.of(int8.astype(np.int64))]
         code = _numbered([*dimensions, *([bits[layer]] if layer is not None else [])])
         present = (skeleton.alive[index] & ~skeleton.inner[index])[of_policy]
@@ -326,12 +328,10 @@ class Arithmetic:
         return tuple(variants), np.where(present, which[code.position], NONE)
 
     def _shape(self, index: int, columns: Mapping[bytes, Column], policy: int) -> Shape:
-        shape: Shape = self._nodes[index].meta["shape"]
-        key = self._key_of.get(index)
-        if key is None:
-            return shape
-        layout = self._layouts[self._nodes[index].name]
-        return (*shape[: layout.axis], columns[key].at(policy) * layout.repeat, *shape[layout.axis + 1 :])
+        shape = list(self._nodes[index].meta["shape"])
+        for axis, key in self._keys_of.get(index, {}).items():
+            shape[axis] = shape[axis] * columns[key].at(policy) // len(self._classes[key])
+        return tuple(shape)
 
     def _operator(self, *key: Any) -> Operator:
         """Operators are kept: those of one population are mostly those of the next."""

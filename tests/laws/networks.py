@@ -28,6 +28,31 @@ def _densenet() -> nn.Module:
     return torchvision.models.DenseNet(growth_rate=16, block_config=(3, 4), num_init_features=32, num_classes=CLASSES)
 
 
+def _resnext() -> nn.Module:
+    block = torchvision.models.resnet.Bottleneck
+    return torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=CLASSES, groups=8, width_per_group=8)
+
+
+def _resnet_with_group_norms() -> nn.Module:
+    block = torchvision.models.resnet.BasicBlock
+    return torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=CLASSES, norm_layer=lambda n: nn.GroupNorm(8, n))
+
+
+def _convnext() -> nn.Module:
+    stages = [torchvision.models.convnext.CNBlockConfig(*stage) for stage in ((24, 48, 2), (48, None, 2))]
+    return torchvision.models.ConvNeXt(stages, layer_scale=0.5, num_classes=CLASSES)
+
+
+def _vit() -> nn.Module:
+    return torchvision.models.VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=CLASSES
+    )
+
+
+def _swin() -> nn.Module:
+    return torchvision.models.SwinTransformer([2, 2], 24, [2, 2], [3, 6], [4, 4], num_classes=CLASSES)
+
+
 NETWORKS = {
     "tiny_resnet": (tiny_resnet, 32),
     "resnet20": (resnet20, 32),
@@ -36,6 +61,12 @@ NETWORKS = {
     "vgg11_bn": (_vgg11_bn, 64),
     "densenet": (_densenet, 64),
     "efficientnet_b0": (lambda: torchvision.models.efficientnet_b0(num_classes=CLASSES), 64),
+    "resnext": (_resnext, 64),
+    "group_norms": (_resnet_with_group_norms, 64),
+    "shufflenet": (lambda: torchvision.models.ShuffleNetV2([2, 2, 2], [24, 48, 96, 192, 256], CLASSES), 64),
+    "convnext": (_convnext, 64),
+    "vit": (_vit, 32),
+    "swin": (_swin, 32),
 }
 
 
@@ -51,6 +82,13 @@ def with_statistics(model: nn.Module) -> nn.Module:
     for norm in model.modules():
         if isinstance(norm, (nn.Conv2d, nn.Linear)) and norm.bias is not None:
             nn.init.normal_(norm.bias, 0.0, 0.1)
+        if isinstance(norm, nn.Linear) and not norm.weight.any():
+            nn.init.normal_(norm.weight, 0.0, 0.1)
+        if isinstance(norm, nn.MultiheadAttention):
+            nn.init.normal_(norm.in_proj_bias, 0.0, 0.1)
+        if isinstance(norm, (nn.LayerNorm, nn.GroupNorm)):
+            nn.init.uniform_(norm.weight, 0.8, 1.6)
+            nn.init.normal_(norm.bias, 0.1, 0.2)
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.uniform_(norm.weight, 0.8, 1.6)
             nn.init.normal_(norm.bias, 0.1, 0.2)

@@ -9,7 +9,7 @@ from torch import nn
 from autocompress.compress.distill import observe
 from autocompress.compress.student import build_student, shared_features
 from autocompress.graph import Graph
-from autocompress.graph.nodes import fused
+from autocompress.graph.nodes import channel_axis
 from autocompress.policy import Policy, PruneSpec, StudentSpec
 from laws.networks import NETWORKS, network, random_policy
 
@@ -26,15 +26,17 @@ def zeroed(model: nn.Module, graph: Graph, policy: Policy) -> nn.Module:
     model, keep = copy.deepcopy(model), graph.selection(policy).keep
     nodes = {str(node.target): node for node in graph.module.graph.nodes if node.op == "call_module"}
     for layer in graph.layers:
-        module, source = model.get_submodule(layer.name), nodes[layer.name].all_input_nodes[0].name
+        roots = graph.roots(nodes[layer.name].all_input_nodes[0].name).get(channel_axis(nodes[layer.name], graph.module))
+        if roots is None or keep[roots].all():
+            continue
+        module = model.get_submodule(layer.name)
         if getattr(module, "groups", 1) == 1:
-            kept = torch.from_numpy(keep[graph.roots(source)].repeat(graph.layout(source).repeat))
-            module.weight[:, ~kept] = 0
+            module.weight[:, ~torch.from_numpy(keep[roots])] = 0
     for block in graph.blocks:
         if block.name in policy.student.drop:
             last = nodes[block.layers[-1]]
-            for end in (last, fused(last, graph.module).norm):
-                for parameter in model.get_submodule(str(end.target)).parameters() if end is not None else ():
+            for end in (last, *(user for user in last.users if user.op == "call_module")):
+                for parameter in model.get_submodule(str(end.target)).parameters():
                     parameter.zero_()
     return model
 
@@ -68,7 +70,8 @@ def test_default_policy_changes_nothing(traced):
     with torch.no_grad():
         assert torch.equal(student(inputs), graph.module(inputs))
         assert torch.allclose(student(inputs), model(inputs), rtol=1e-10, atol=1e-10)
-    state, own = student.state_dict(), model.state_dict()
+    own = {name.replace("in_proj_", "in_proj."): value for name, value in model.state_dict().items()}
+    state = student.state_dict()
     assert state.keys() == own.keys()
     assert all(torch.equal(state[key], own[key]) for key in own)
 
