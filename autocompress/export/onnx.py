@@ -53,6 +53,7 @@ def onnx_bytes(student: fx.GraphModule, quant: QuantSpec, example: tuple[Tensor,
         if isinstance(child, ActivationQuantizer):
             module.set_submodule(name, _FixedQuantizer(child) if bool(child.calibrated) else nn.Identity())
     model = _export(module, example)
+    _name_turned_weights(model, {f"{name}.weight": module.get_parameter(f"{name}.weight") for name in bits})
     _require_packed(student, bits, _pack_weights(model, bits, quant.reduced_range))
     _strip(model)
     onnx.checker.check_model(model)
@@ -89,6 +90,23 @@ def _name_outputs(model: onnx.ModelProto) -> None:
             node.output[index] = renamed.get(name, name)
         for index, name in enumerate(node.input):
             node.input[index] = renamed.get(name, name)
+
+
+def _name_turned_weights(model: onnx.ModelProto, weights: dict[str, Tensor]) -> None:
+    """Weights that the exporter has transposed, small ones at once, get the names of those that they are made of."""
+    held = {value.name: value for value in model.graph.initializer}
+    unnamed = {name: numpy_helper.to_array(value) for name, value in held.items() if len(value.dims) == 2 and name not in weights}
+    renamed: dict[str, str] = {}
+    for name, weight in weights.items():
+        if name not in held and weight.dim() == 2:
+            turned = weight.detach().numpy().T
+            same = (other for other, value in unnamed.items() if value.shape == turned.shape and np.array_equal(value, turned))
+            found = next((other for other in same if other not in renamed), None)
+            if found is not None:
+                held[found].name = renamed[found] = name
+    for node in model.graph.node:
+        for index, read in enumerate(node.input):
+            node.input[index] = renamed.get(read, read)
 
 
 def _pack_weights(model: onnx.ModelProto, bits: dict[str, int], reduced_range: bool) -> set[str]:

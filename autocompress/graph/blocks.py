@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from torch import fx
@@ -31,7 +32,8 @@ def find_branches(module: fx.GraphModule) -> list[Branch]:
             layers = [n for n in inside if kind_of(n, module) in ("conv", "linear")]
             if layers and skip.meta.get("shape") == node.meta.get("shape"):
                 modules = tuple(str(n.target) for n in reversed(inside) if n.op == "call_module")
-                branches.append(Branch(_name(modules, {b.name for b in branches}), node.name, branch.name, modules))
+                name = _name([str(n.target) for n in reversed(layers)], {b.name for b in branches})
+                branches.append(Branch(name, node.name, branch.name, modules))
                 break
     return branches
 
@@ -54,16 +56,17 @@ def _between(skip: fx.Node, end: fx.Node, add: fx.Node) -> list[fx.Node]:
     return [node for node in reversed(add.graph.nodes) if node in inside] if closed else []
 
 
-def _name(modules: tuple[str, ...], taken: set[str]) -> str:
-    """The longest common module path of the branch, made unique."""
-    paths = [module.split(".")[:-1] or [module] for module in modules]
+def _name(layers: list[str], taken: set[str]) -> str:
+    """The longest common path of the branch's layers, or the first of them; made unique."""
+    paths = [layer.split(".")[:-1] or [layer] for layer in layers]
     common: list[str] = []
     for parts in zip(*paths, strict=False):
         if len(set(parts)) > 1:
             break
         common.append(parts[0])
-    name = ".".join(common) or modules[0]
-    return name if name not in taken else modules[0]
+    wanted = ".".join(common)
+    free = next((name for name in (wanted, layers[0]) if name and name not in taken), None)
+    return free or next(name for number in itertools.count(2) if (name := f"{layers[0]}#{number}") not in taken)
 
 
 def drop(module: fx.GraphModule, branches: list[Branch]) -> None:

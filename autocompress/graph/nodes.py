@@ -94,7 +94,7 @@ def is_layer(module: nn.Module | None) -> bool:
     return type(module) in _LAYERS
 
 
-def is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module | None) -> bool:
     """Whether this is a norm of torch.nn, with weights or without."""
     return isinstance(module, _NORMS)
 

@@ -24,7 +24,6 @@ from autocompress.graph.nodes import (
     Weighted,
     arguments,
     follows_batch,
-    is_depthwise,
     is_folded_norm,
     kind_of,
     module_of,
@@ -129,6 +128,16 @@ class Skeleton:
     ends: Flags
 
 
+@dataclass(frozen=True)
+class Loose:
+    """A parameter that is counted by itself: its bytes, the layouts that it follows, the nodes that read it, and those that count it."""
+
+    size: int
+    keys: tuple[bytes, ...]
+    readers: list[int]
+    counted: list[int]
+
+
 class Arithmetic:
     """A traced network, prepared for the workloads of populations.
 
@@ -177,17 +186,17 @@ class Arithmetic:
         changing = {root for _, group in parts for root in self._groups.order[group].tolist()}
         return sum(1 for root in classes.tolist() if root not in changing), parts
 
-    def _find_loose(self) -> list[tuple[int, list[int], list[int]]]:
-        """Parameters that not only layers and norms hold: their bytes, the other nodes that read them, and the layers and norms."""
-        sizes: dict[int, int] = {}
+    def _find_loose(self) -> list[Loose]:
+        """Parameters that not only layers and norms hold, which are counted with these."""
+        sizes: dict[int, tuple[int, tuple[bytes, ...]]] = {}
         readers: dict[int, list[int]] = defaultdict(list)
         counted: dict[int, list[int]] = defaultdict(list)
         for index, node in enumerate(self._nodes):
             for parameter in _parameters(node, self._module):
-                sizes[id(parameter)] = 4 * parameter.numel()
+                sizes[id(parameter)] = 4 * parameter.numel(), tuple(self._keys_of.get(index, {}).values())
                 kinds = counted if self._kinds[index] in ("conv", "linear", "norm") else readers
                 kinds[id(parameter)].append(index)
-        return [(sizes[key], readers[key], counted[key]) for key in readers]
+        return [Loose(*sizes[key], readers[key], counted[key]) for key in readers]
 
     # -- which nodes are left --------------------------------------------------------------------------------------
 
@@ -202,7 +211,7 @@ class Arithmetic:
         for place, index in enumerate(self._places):
             found, which[place] = self._variants(index, skeleton, of_policy, columns, bits, runs_int8[index])
             variants.append(found)
-        return Workloads(tuple(variants), which, self._weight_bytes(variants, which) + self._loose_bytes(skeleton)[of_policy])
+        return Workloads(tuple(variants), which, self._weight_bytes(variants, which) + self._loose_bytes(skeleton, of_policy, columns))
 
     def _skeleton(self, dropped: Flags) -> Skeleton:
         value = self._values(dropped)
@@ -355,7 +364,7 @@ class Arithmetic:
         has_bias = layer.bias is not None or has_norm
         if isinstance(layer, nn.Linear):
             return Operator(**common, weight_bits=weight_bits, params=output[-1] * (inputs[0][-1] + has_bias))
-        groups = output[1] if is_depthwise(layer) else layer.groups
+        groups = layer.groups if layer.groups == 1 else layer.groups * inputs[0][1] // layer.in_channels  # they go as a whole
         per_filter = inputs[0][1] // groups * math.prod(layer.kernel_size)
         return Operator(
             **common,
@@ -388,11 +397,15 @@ class Arithmetic:
                 counted |= which[place] != NONE
         return total
 
-    def _loose_bytes(self, skeleton: Skeleton) -> Numbers:
-        """Of each set of dropped blocks: what other modules hold, in float32."""
-        total = np.zeros(skeleton.alive.shape[1], dtype=np.int64)
-        for size, readers, counted in self._loose:
-            total += size * (skeleton.alive[readers].any(0) & ~skeleton.alive[counted].any(0))
+    def _loose_bytes(self, skeleton: Skeleton, of_policy: Numbers, columns: Mapping[bytes, Column]) -> Numbers:
+        """What other modules hold, in float32."""
+        total = np.zeros(len(of_policy), dtype=np.int64)
+        for loose in self._loose:
+            size = np.full(len(of_policy), loose.size)
+            for key in loose.keys:
+                size = size * columns[key].distinct[columns[key].position] // len(self._classes[key])
+            is_left = np.any(skeleton.alive[loose.readers], axis=0) & ~np.any(skeleton.alive[loose.counted], axis=0)
+            total += size * is_left[of_policy]
         return total
 
 

@@ -53,6 +53,64 @@ def _swin() -> nn.Module:
     return torchvision.models.SwinTransformer([2, 2], 24, [2, 2], [3, 6], [4, 4], num_classes=CLASSES)
 
 
+class Gates(nn.Module):
+    """Channels that are halved, cut, put together in another order and scaled by what the network holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.gate, self.mix = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 24, 3, padding=1), nn.Conv2d(12, 20, 1)
+        self.act, self.scale = nn.PReLU(20), nn.Parameter(torch.rand(20, 1, 1) + 0.5)
+        self.register_buffer("shift", torch.randn(1, 20, 1, 1))
+        self.last, self.head = nn.Conv2d(32, 10, 3), nn.Linear(5, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        value, gate = self.gate(torch.relu(self.stem(x))).chunk(2, dim=1)
+        x = self.act(self.mix(value * torch.sigmoid(gate))) * self.scale + self.shift
+        first, second = x.split([8, 12], dim=1)
+        x = torch.cat([second, nn.functional.pad(first, (1, 1, 1, 1), mode="reflect")[:, :, 1:-1, 1:-1], x[:, 4:16]], dim=1)
+        return self.head(nn.functional.glu(self.last(x).mean((2, 3)), dim=1))
+
+
+class Tokens(nn.Module):
+    """Attention whose keys and values serve two heads each, written out, on embedded and summed tokens; then a gated MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.place = nn.Conv2d(3, 24, 4, stride=4), nn.Parameter(torch.randn(1, 16, 24) * 0.2)
+        self.norm, self.q, self.kv = nn.LayerNorm(24), nn.Linear(24, 32), nn.Linear(24, 32)
+        self.bias, self.out = nn.Parameter(torch.randn(4, 1, 1)), nn.Linear(32, 24)
+        self.up, self.down, self.head = nn.Linear(24, 48, bias=False), nn.Linear(24, 24), nn.Linear(24, CLASSES)
+
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        n, tokens, _ = x.shape
+        q = self.q(x).view(n, tokens, 4, 8).transpose(1, 2)
+        k, v = self.kv(x).view(n, tokens, 2, 2, 8).permute(2, 0, 3, 1, 4)
+        k, v = k.repeat_interleave(2, dim=1), v[:, :, None].expand(n, 2, 2, tokens, 8).reshape(n, 4, tokens, 8)
+        weights = (q @ k.transpose(-2, -1) * 8**-0.5 + self.bias).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).reshape(n, tokens, -1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2) + self.place
+        x = x + self.attend(self.norm(x))
+        value, gate = torch.split(self.up(self.norm(x)), 24, dim=-1)
+        return self.head((x + self.down(value * nn.functional.gelu(gate))).mean(1))
+
+
+class Mixer(nn.Module):
+    """Layers over tokens and over channels in turn (Tolstikhin et al. 2021, arXiv 2105.01601)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Conv2d(3, 24, 4, stride=4), nn.LayerNorm(24), nn.Linear(24, CLASSES)
+        self.over_tokens = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+        self.over_channels = nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 24))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        x = x + self.over_tokens(self.norm(x).transpose(1, 2)).transpose(1, 2)
+        return self.head((x + self.over_channels(self.norm(x))).mean(1))
+
+
 NETWORKS = {
     "tiny_resnet": (tiny_resnet, 32),
     "resnet20": (resnet20, 32),
@@ -67,6 +125,9 @@ NETWORKS = {
     "convnext": (_convnext, 64),
     "vit": (_vit, 32),
     "swin": (_swin, 32),
+    "gates": (Gates, 16),
+    "tokens": (Tokens, 16),
+    "mixer": (Mixer, 16),
 }
 
 
@@ -101,7 +162,7 @@ def random_policy(graph: Graph, seed: int, *, widths: bool = False, bits: tuple[
     """Half of the groups changed, a third of the blocks dropped, bits drawn for every layer."""
     draw = random.Random(seed)
     groups = [group.name for group in graph.groups if group.prunable]
-    ratios = {name: draw.uniform(0.1, 0.8) for name in groups if draw.random() < 0.5}
+    ratios = {name: draw.uniform(0.1, 0.8) for name in groups if draw.random() < 0.5} or {groups[0]: 0.5}
     wider = {name: draw.uniform(1.0, 1.6) for name in groups if widths and draw.random() < 0.3}
     return Policy(
         student=StudentSpec(widths=wider, drop=tuple(b.name for b in graph.blocks if draw.random() < 0.33), multiple=multiple),

@@ -71,7 +71,20 @@ def images(name, n=32):
 
 @pytest.mark.parametrize(
     ("name", "batch"),
-    [("tiny_resnet", 1), ("tiny_resnet", 8), ("mobilenet_v3_small", 8), ("vgg11_bn", 1), ("efficientnet_b0", 1)],
+    [
+        ("tiny_resnet", 1),
+        ("tiny_resnet", 8),
+        ("mobilenet_v3_small", 8),
+        ("vgg11_bn", 1),
+        ("efficientnet_b0", 1),
+        ("resnext", 1),
+        ("group_norms", 1),
+        ("shufflenet", 8),
+        ("convnext", 1),
+        ("vit", 1),
+        ("vit", 8),
+        ("swin", 8),
+    ],
 )
 def test_float_file_equals_the_student(name, batch):
     model, inputs = images(name, 8)
@@ -126,7 +139,17 @@ def test_every_int8_convolution_has_an_int8_kernel(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "bits"), [("tiny_resnet", (8, 32)), ("tiny_resnet", (2, 3, 4, 5, 6, 7, 8, 16, 32)), ("resnet20", (4, 8))], ids=str
+    ("name", "bits"),
+    [
+        ("tiny_resnet", (8, 32)),
+        ("tiny_resnet", (2, 3, 4, 5, 6, 7, 8, 16, 32)),
+        ("resnet20", (4, 8)),
+        ("vit", (8, 32)),
+        ("swin", (4, 8)),
+        ("convnext", (8,)),
+        ("resnext", (8, 32)),
+    ],
+    ids=str,
 )
 def test_mixed_bits(name, bits):
     model, inputs = images(name)

@@ -9,7 +9,7 @@ from torch import nn
 from autocompress.compress.distill import observe
 from autocompress.compress.student import build_student, shared_features
 from autocompress.graph import Graph
-from autocompress.graph.nodes import channel_axis
+from autocompress.graph.nodes import channel_axis, is_norm, module_of
 from autocompress.policy import Policy, PruneSpec, StudentSpec
 from laws.networks import NETWORKS, network, random_policy
 
@@ -35,7 +35,7 @@ def zeroed(model: nn.Module, graph: Graph, policy: Policy) -> nn.Module:
     for block in graph.blocks:
         if block.name in policy.student.drop:
             last = nodes[block.layers[-1]]
-            for end in (last, *(user for user in last.users if user.op == "call_module")):
+            for end in (last, *(user for user in last.users if is_norm(module_of(user, graph.module)))):
                 for parameter in model.get_submodule(str(end.target)).parameters():
                     parameter.zero_()
     return model
