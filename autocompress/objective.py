@@ -25,7 +25,7 @@ from autocompress.compress.repair import TeacherActivations, examples_for, repai
 from autocompress.compress.student import build_student, shared_features
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import CALIBRATION_INPUTS, Distillation, Tick, TrainPlan, quantizes, train_quantized
-from autocompress.data import Data
+from autocompress.data import Data, sampled
 from autocompress.devices.base import Device
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import AutocompressError, PolicyFailure, one_line
@@ -43,6 +43,8 @@ CALIBRATION_S = 20.0
 LEAST_REPAIR_S = 10.0
 """A student's repair may take as long as its training, and so long in any case: half repaired it would be worth little."""
 FLOAT_WEIGHTS = "float.safetensors"
+COMPARED = 1000
+"""Inputs for which a file must answer as its student: enough to tell 0.5 %; all of them take as long as a tenth of the training."""
 SECONDS_EACH = 0.5
 """Of measuring a file in a search: half of what a figure deserves, since the front is measured again, for longer, at the end."""
 DRIFT_RETRIES = 3
@@ -312,13 +314,13 @@ def _repair(setting: Setting, student: fx.GraphModule, policy: Policy, until: fl
 
 
 def check_artifact(setting: Setting, student: fx.GraphModule, path: Path, policy: Policy) -> tuple[Tensor, Parity]:
-    """Outputs of the exported file on the validation split. Raises PolicyFailure unless they are the student's."""
+    """Outputs of the exported file on the validation split. Raises PolicyFailure unless they are the student's on COMPARED of them."""
     with setting.ledger.spend("score"):
         outputs = run_artifact(setting.device, path, setting.data, setting.data.val, setting.batch)
-        expected = _answers(student, setting)
+        rows, expected = _some_answers(student, setting)
     layers = [layer.name for layer in setting.graph_of(policy).layers]
     decisions = setting.data.classes is not None
-    return outputs, check_parity(expected, outputs, policy.quant, layers, decisions=decisions)
+    return outputs, check_parity(expected, outputs[rows], policy.quant, layers, decisions=decisions)
 
 
 def measure_beside_baseline(
@@ -351,11 +353,13 @@ def _noisy(latency: Measurement, reason: str) -> Measurement:
 
 
 @torch.inference_mode()
-def _answers(student: fx.GraphModule, setting: Setting) -> Tensor:
+def _some_answers(student: fx.GraphModule, setting: Setting) -> tuple[Tensor, Tensor]:
+    """(rows of the validation split, what the student answers of them)."""
+    data = setting.data
     if any(follows_batch(module) for module in student.modules()):  # then the file's batches give other answers than larger ones
-        return model_answers(student, setting.data, setting.data.val, setting.batch)
-    batches = setting.data.batches(setting.data.val, setting.batch_size)
-    return torch.cat([student(inputs).float() for inputs, _ in batches])
+        return torch.arange(len(data.val)), model_answers(student, data, data.val, setting.batch)
+    rows = sampled(len(data.val), COMPARED)
+    return rows, torch.cat([student(inputs).float() for inputs, _ in data.batches(data.val[rows], setting.batch_size)])
 
 
 def fails_policy(error: Exception) -> bool:

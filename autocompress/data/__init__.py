@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from autocompress.data.splits import IMAGENET_MEAN, IMAGENET_STD, SPLITS, Data, Split, sample, shifted, stratified
+from autocompress.data.splits import IMAGENET_MEAN, IMAGENET_STD, SPLITS, Data, Split, sample, sampled, shifted, stratified
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "SPLITS", "Data", "Split", "sample", "shifted", "stratified"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "SPLITS", "Data", "Split", "sample", "sampled", "shifted", "stratified"]

@@ -351,7 +351,10 @@ def stratified(targets: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
 
 def sample(split: Split, n: int) -> Split:
     """`n` examples of a split, or all where it has no more; always the same ones, and more of them for a larger `n`."""
-    if n >= len(split):
-        return split
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    return split[order[:n].sort().values]
+    return split if n >= len(split) else split[sampled(len(split), n)]
+
+
+def sampled(size: int, n: int) -> Tensor:
+    """The rows that `sample` takes of so many."""
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(SPLIT_SEED))
+    return order[:n].sort().values

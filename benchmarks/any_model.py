@@ -1,0 +1,324 @@
+"""Which networks can be traced, pruned, and are the same function afterwards? One network of each family, one row each.
+
+    .venv/bin/pip install -q -e ".[dev,timm]" transformers
+    .venv/bin/python benchmarks/any_model.py [NAME ...] [--export]
+
+Weights are random and nothing is downloaded. Each network is handled in a process of its own, on one thread, with at most MEMORY bytes and
+PATIENCE_S seconds. Columns: seconds of tracing, memory at its peak, operators; layers; channel groups, and how many can change; droppable
+blocks; share of the convolutions' and linear layers' parameters that pruning can reach; and the laws, for a policy drawn at random:
+
+1. the student is the network with the removed channels' contribution zeroed (largest relative difference);
+2. its workload is that which was predicted (yes or no);
+3. the exported file answers as the student (largest relative difference; with `--export`).
+
+Writes benchmarks/results/any_model.{json,md}. Exit code 1 when a network fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+RESULTS = Path(__file__).parent / "results"
+MEMORY = 12 * 2**30
+PATIENCE_S = 600
+CLASSES = 10
+
+TORCHVISION = (
+    "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3", "maxvit_t",
+    "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_x_400mf", "regnet_y_400mf", "resnet18", "resnet50",
+    "resnext50_32x4d", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11_bn", "vit_b_32", "wide_resnet50_2",
+    "segmentation:lraspp_mobilenet_v3_large", "segmentation:deeplabv3_mobilenet_v3_large", "segmentation:fcn_resnet50",
+    "video:r3d_18",
+)  # fmt: skip
+TIMM = (
+    "beit_base_patch16_224", "botnet26t_256", "cait_xxs24_224", "coat_lite_tiny", "coatnet_nano_rw_224", "convit_tiny",
+    "convmixer_768_32", "convnext_atto", "crossvit_tiny_240", "cs3darknet_s", "davit_tiny", "deit_tiny_patch16_224", "densenet121",
+    "dla34", "dm_nfnet_f0", "dpn68", "edgenext_xx_small", "efficientformer_l1", "efficientformerv2_s0", "efficientnet_b0",
+    "efficientvit_b0", "efficientvit_m0", "ese_vovnet19b_slim", "eva02_tiny_patch14_224", "fasternet_t0", "fastvit_t8",
+    "fbnetc_100", "focalnet_tiny_srf", "gcvit_xxtiny", "ghostnet_100", "gmixer_12_224", "hardcorenas_a", "hgnetv2_b0",
+    "hiera_tiny_224", "hrnet_w18_small", "inception_next_atto", "inception_v4", "lcnet_050", "legacy_seresnet18", "levit_128s",
+    "mambaout_femto", "maxvit_nano_rw_256", "mixer_s32_224", "mixnet_s", "mobilenetv2_050", "mobilenetv3_small_050",
+    "mobilenetv4_conv_small", "mobileone_s0", "mobilevit_xxs", "mvitv2_tiny", "nasnetalarge", "nest_tiny", "nextvit_small",
+    "nf_regnet_b0", "pit_ti_224", "poolformer_s12", "pvt_v2_b0", "rdnet_tiny", "regnetx_002", "regnety_002", "repghostnet_050",
+    "repvgg_a0", "repvit_m0_9", "res2net50_14w_8s", "resmlp_12_224", "resnest14d", "resnet18", "resnetv2_50", "rexnet_100",
+    "selecsls42", "sequencer2d_s", "shvit_s1", "skresnet18", "starnet_s1", "swiftformer_xs", "swin_tiny_patch4_window7_224",
+    "swinv2_cr_tiny_224", "tiny_vit_5m_224", "tnt_s_legacy_patch16_224", "tresnet_m", "twins_svt_small", "vgg11_bn",
+    "visformer_tiny", "vit_relpos_small_patch16_224", "vit_tiny_patch16_224", "volo_d1_224", "xception41", "xcit_nano_12_p16_224",
+)  # fmt: skip
+HUGGING_FACE = ("bert", "distilbert", "roberta", "vit", "whisper_encoder", "gpt2", "llama")
+OWN = ("mlp", "lstm", "gru", "keyword_spotter", "unet")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--export", action="store_true")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        print(json.dumps(report_on(given.one, export=given.export)))
+        return 0
+    everything = [
+        *(f"torchvision:{name}" for name in TORCHVISION), *(f"timm:{name}" for name in TIMM),
+        *(f"transformers:{name}" for name in HUGGING_FACE), *(f"own:{name}" for name in OWN),
+    ]  # fmt: skip
+    rows = [in_a_child(name, export=given.export) for name in given.names or everything]
+    if not given.names:
+        write(rows)
+    return int(any(row.get("error") for row in rows))
+
+
+def in_a_child(name: str, *, export: bool) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--one", name, *(["--export"] if export else [])]
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY + 8 * 2**30, MEMORY + 8 * 2**30))  # torch maps much more than it uses
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, env=environment, preexec_fn=limit, check=False)
+        lines = done.stdout.strip().splitlines()
+        failed = (done.stderr.strip().splitlines() or ["killed"])[-1]
+        row = json.loads(lines[-1]) if done.returncode == 0 and lines else {"name": name, "error": failed[:300]}
+    except subprocess.TimeoutExpired:
+        row = {"name": name, "error": f"not done after {PATIENCE_S} s"}
+    print(in_words(row), flush=True)
+    return row
+
+
+# -- one network ------------------------------------------------------------------------------------------------------------------
+
+
+def report_on(name: str, *, export: bool) -> dict[str, Any]:
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, example = network(name)
+    from autocompress.graph import Graph
+    from autocompress.policy import Policy
+
+    begun = time.perf_counter()
+    graph = Graph.trace(model, (example,))
+    row: dict[str, Any] = {
+        "name": name, "trace_s": time.perf_counter() - begun, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "operators": len(graph.module.graph.nodes), "layers": len(graph.layers), "groups": len(graph.groups),
+        "prunable": sum(group.prunable for group in graph.groups), "blocks": len(graph.blocks), "reached": reached(graph),
+        "opaque": graph.opaque_reason, "why": sorted({group.reason for group in graph.groups if not group.prunable}),
+    }  # fmt: skip
+    policy = random_policy(graph, 0)
+    row["law1"] = law1(graph, policy, example)
+    from autocompress.compress.student import build_student
+
+    student = build_student(graph, policy)
+    again = Graph.trace(student, (example,))
+    row["law2"] = [o.signature for o in again.workload(Policy()).operators] == [o.signature for o in graph.workload(policy).operators]
+    if export:
+        row["law3"] = law3(student, example)
+    return row
+
+
+def random_policy(graph: Any, seed: int) -> Any:
+    import random
+
+    from autocompress.policy import Policy, PruneSpec
+
+    draw = random.Random(seed)
+    groups = [group.name for group in graph.groups if group.prunable]
+    return Policy(prune=PruneSpec(ratios={name: draw.uniform(0.2, 0.7) for name in groups if draw.random() < 0.7}))
+
+
+def reached(graph: Any) -> float:
+    """Share of the layers' parameters that lie between channels of which some can be removed."""
+    free = {layer for group in graph.groups if group.prunable for layer in (*group.producers, *group.consumers)}
+    total = sum(layer.params for layer in graph.layers)
+    return sum(layer.params for layer in graph.layers if layer.name in free) / max(1, total)
+
+
+@torch.no_grad()
+def law1(graph: Any, policy: Any, example: Tensor) -> float:
+    """Largest difference between the student and the network of which no layer reads a removed channel, relative to its outputs."""
+    from autocompress.compress.student import build_student
+    from autocompress.graph.nodes import channel_axis, kind_of, module_of
+
+    keep, zeroed = graph.selection(policy).keep, copy.deepcopy(graph.module)
+    for node in zeroed.graph.nodes:
+        if kind_of(node, zeroed) not in ("conv", "linear"):
+            continue
+        roots = graph.roots(node.all_input_nodes[0].name).get(channel_axis(node, zeroed))
+        layer = module_of(node, zeroed)
+        if roots is not None and getattr(layer, "groups", 1) == 1:
+            layer.weight[:, ~torch.from_numpy(keep[roots])] = 0
+    expected, found = (first_tensor(m(example.clone())) for m in (zeroed, build_student(graph, policy)))
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+
+
+@torch.no_grad()
+def law3(student: nn.Module, example: Tensor) -> float:
+    import onnxruntime
+
+    from autocompress.export import onnx_bytes
+    from autocompress.policy import QuantSpec
+
+    session = onnxruntime.InferenceSession(onnx_bytes(student, QuantSpec(), (example,)), providers=["CPUExecutionProvider"])
+    found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: example.numpy()})[0])
+    expected = first_tensor(student(example.clone()))
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+
+
+def first_tensor(outputs: Any) -> Tensor:
+    while not isinstance(outputs, Tensor):
+        outputs = next(iter(outputs.values() if isinstance(outputs, dict) else outputs))
+    return outputs
+
+
+# -- networks ---------------------------------------------------------------------------------------------------------------------
+
+
+def network(name: str) -> tuple[nn.Module, Tensor]:
+    origin, _, own = name.partition(":")
+    model, example = {"torchvision": torchvision_network, "timm": timm_network, "transformers": transformer, "own": own_network}[origin](
+        own
+    )
+    for norm in model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_var is not None:
+            nn.init.normal_(norm.running_mean, 0.0, 0.1)
+            nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    return model.eval(), example
+
+
+def torchvision_network(name: str) -> tuple[nn.Module, Tensor]:
+    import torchvision
+
+    kind, _, own = name.rpartition(":")
+    if kind == "segmentation":
+        return torchvision.models.get_model(own, weights=None, weights_backbone=None, num_classes=CLASSES), torch.randn(1, 3, 224, 224)
+    if kind == "video":
+        return torchvision.models.get_model(own, weights=None, num_classes=CLASSES), torch.randn(1, 3, 4, 56, 56)
+    options = {"init_weights": False} if own in ("googlenet", "inception_v3") else {}
+    size = 299 if own == "inception_v3" else 224
+    return torchvision.models.get_model(own, weights=None, num_classes=CLASSES, **options), torch.randn(1, 3, size, size)
+
+
+def timm_network(name: str) -> tuple[nn.Module, Tensor]:
+    import timm
+
+    model = timm.create_model(name, pretrained=False, num_classes=CLASSES)
+    return model, torch.randn(1, *model.default_cfg["input_size"])
+
+
+class Wrapped(nn.Module):
+    """A network of transformers that is called with one tensor, and answers with one."""
+
+    def __init__(self, model: nn.Module, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model, self.call = model, call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.model, x)
+
+
+def transformer(name: str) -> tuple[nn.Module, Tensor]:
+    import transformers as hf
+
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    tokens = torch.randint(0, 100, (1, 16))
+    if name == "distilbert":
+        model = hf.DistilBertModel(hf.DistilBertConfig(vocab_size=100, dim=64, n_layers=2, n_heads=4, hidden_dim=128))
+    elif name == "vit":
+        images = torch.randn(1, 3, 32, 32)
+        return Wrapped(
+            hf.ViTModel(hf.ViTConfig(image_size=32, patch_size=8, **small)), lambda m, x: m(pixel_values=x).last_hidden_state
+        ), images
+    elif name == "whisper_encoder":
+        config = hf.WhisperConfig(d_model=64, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=128, max_source_positions=50)
+        encoder = hf.models.whisper.modeling_whisper.WhisperEncoder(config)
+        return Wrapped(encoder, lambda m, x: m(x).last_hidden_state), torch.randn(1, config.num_mel_bins, 100)
+    elif name == "gpt2":
+        model = hf.GPT2Model(hf.GPT2Config(vocab_size=100, n_embd=64, n_layer=2, n_head=4))
+    elif name == "llama":
+        model = hf.LlamaModel(hf.LlamaConfig(vocab_size=100, num_key_value_heads=2, **small))
+    else:
+        config, kind = {"bert": (hf.BertConfig, hf.BertModel), "roberta": (hf.RobertaConfig, hf.RobertaModel)}[name]
+        model = kind(config(vocab_size=100, **small))
+    plain = {"use_cache": False} if name in ("gpt2", "llama") else {}
+    return Wrapped(model, lambda m, x: m(input_ids=x, **plain).last_hidden_state), tokens
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.Module], *, convolves: bool = False) -> None:
+        super().__init__()
+        self.front = nn.Conv1d(20, 24, 3, padding=1) if convolves else nn.Identity()
+        self.recurrent, self.head = kind(24 if convolves else 20, 32, num_layers=2, batch_first=True), nn.Linear(32, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.recurrent(torch.relu(self.front(x)).transpose(1, 2))[0][:, -1])
+
+
+class UNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down1, self.down2, self.middle = block(3, 16), block(16, 32), block(32, 64)
+        self.up2, self.join2, self.up1, self.join1 = (
+            nn.ConvTranspose2d(64, 32, 2, 2),
+            block(64, 32),
+            nn.Upsample(scale_factor=2),
+            block(48, 16),
+        )
+        self.head = nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.down1(x)
+        second = self.down2(nn.functional.max_pool2d(first, 2))
+        x = self.join2(torch.cat([self.up2(self.middle(nn.functional.max_pool2d(second, 2))), second], 1))
+        return self.head(self.join1(torch.cat([self.up1(x), first], 1)))
+
+
+def block(before: int, after: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU())
+
+
+def own_network(name: str) -> tuple[nn.Module, Tensor]:
+    if name == "mlp":
+        return nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, CLASSES)), torch.randn(1, 20)
+    if name == "unet":
+        return UNet(), torch.randn(1, 3, 64, 64)
+    return Recurrent(nn.GRU if name == "gru" else nn.LSTM, convolves=name == "keyword_spotter"), torch.randn(1, 20, 16)
+
+
+# -- the table --------------------------------------------------------------------------------------------------------------------
+
+
+def in_words(row: dict[str, Any]) -> str:
+    if row.get("error"):
+        return f"| {row['name']} | **{row['error']}** | | | | | | | | |"
+    laws = [f"{row['law1']:.0e}", "yes" if row["law2"] else "**no**", f"{row['law3']:.0e}" if "law3" in row else ""]
+    groups = "cannot be traced" if row["opaque"] else f"{row['prunable']} of {row['groups']}"
+    cost = f"{row['trace_s']:.1f} | {row['peak_gb']:.1f} | {row['operators']}"
+    return f"| {row['name']} | {cost} | {row['layers']} | {groups} | {row['blocks']} | {row['reached']:.1%} | {' | '.join(laws)} |"
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    (RESULTS / "any_model.json").write_text(json.dumps({"when": when, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+    head = "| network | trace, s | GB | operators | layers | groups | blocks | reached | law 1 | law 2 | law 3 |\n" + "|---" * 11 + "|\n"
+    (RESULTS / "any_model.md").write_text(head + "\n".join(map(in_words, rows)) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
