@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from autocompress.data.sources import load_data
-from autocompress.graph import Graph
+from autocompress.graph import ChannelGroup, Graph
 from autocompress.models import example_for, load_model
 
 
@@ -52,8 +52,8 @@ def summary(graph: Graph) -> dict[str, Any]:
     }
 
 
-def _group(group: Any) -> dict[str, Any]:
+def _group(group: ChannelGroup) -> dict[str, Any]:
     return {
-        "name": group.name, "channels": group.size, "residual_stream": group.stream, "can_change": group.prunable,
-        "written_by": len(group.producers), "read_by": len(group.consumers), "reason": group.reason,
+        "name": group.name, "channels": group.size * group.unit, "at_once": group.unit, "residual_stream": group.stream,
+        "can_change": group.prunable, "written_by": len(group.producers), "read_by": len(group.consumers), "reason": group.reason,
     }  # fmt: skip

@@ -96,9 +96,17 @@ def _set(node: fx.Node, name: str, value: Any) -> None:
         node.update_kwarg(name, value)
 
 
+def _new(node: fx.Node, graph: Graph, selection: Selection) -> None:
+    sizes = list(arguments(node)["size"])
+    for axis, roots in graph.roots(node.name).items():
+        sizes[axis] = selection.size(roots)
+    _set(node, "size", sizes)
+
+
 _CHANGES: dict[str, Callable[[fx.Node, Graph, Selection], None]] = {
     **dict.fromkeys(("view", "reshape", "expand", "unflatten"), _reshape),
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), _split),
+    **dict.fromkeys(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full"), _new),
     "slice": _slice,
 }

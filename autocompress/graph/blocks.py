@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
-from autocompress.graph.nodes import drop_unread, is_about_sizes, kind_of, relu_of
+from autocompress.graph.nodes import drop_unread, kind_of, relu_of
 
 
 @dataclass(frozen=True)
@@ -21,39 +22,37 @@ class Branch:
 
 
 def find_branches(module: fx.GraphModule) -> list[Branch]:
-    """All additions of a tensor to what was computed from it alone, in order."""
+    """All additions of a tensor to what was computed from it, and is read by nobody else, in order."""
     branches: list[Branch] = []
-    for node in module.graph.nodes:
+    nodes = list(module.graph.nodes)
+    position = {node: index for index, node in enumerate(nodes)}
+    for node in nodes:
         if kind_of(node, module) != "add" or len(node.all_input_nodes) != 2:
             continue
         first, second = node.all_input_nodes
         for skip, branch in ((first, second), (second, first)):
-            inside = _between(skip, branch, node)
+            inside = _between(skip, branch, nodes[position[skip] + 1 : position[node]])
+            closed = all(user is node or user in inside for part in inside for user in part.users)
             layers = [n for n in inside if kind_of(n, module) in ("conv", "linear")]
-            if layers and skip.meta.get("shape") == node.meta.get("shape"):
-                modules = tuple(str(n.target) for n in reversed(inside) if n.op == "call_module")
-                name = _name([str(n.target) for n in reversed(layers)], {b.name for b in branches})
+            if closed and layers and skip.meta.get("shape") == node.meta.get("shape"):
+                modules = tuple(str(n.target) for n in inside if n.op == "call_module")
+                name = _name([str(n.target) for n in layers], {b.name for b in branches})
                 branches.append(Branch(name, node.name, branch.name, modules))
                 break
     return branches
 
 
-def _between(skip: fx.Node, end: fx.Node, add: fx.Node) -> list[fx.Node]:
-    """Nodes from `skip` (exclusive) to `end`, last first; empty unless they start at `skip` alone and feed `add` alone."""
-    inside: dict[fx.Node, None] = {}
-    waiting = [end]
-    while waiting:
-        node = waiting.pop()
-        if node is skip or node in inside:
-            continue
-        if is_about_sizes(node):  # the batch's
-            continue
-        if node.op == "placeholder":
-            return []
-        inside[node] = None
-        waiting.extend(node.all_input_nodes)
-    closed = all(user is add or user in inside for node in inside for user in node.users)
-    return [node for node in reversed(add.graph.nodes) if node in inside] if closed else []
+def _between(skip: fx.Node, end: fx.Node, nodes: Sequence[fx.Node]) -> dict[fx.Node, None]:
+    """Of the nodes that lie between them in order, those on some path from `skip` to `end`, which may read others beside it."""
+    behind: set[fx.Node] = set()
+    for node in nodes:
+        if any(source is skip or source in behind for source in node.all_input_nodes):
+            behind.add(node)
+    before: set[fx.Node] = set()
+    for node in reversed(nodes):
+        if node is end or any(user in before for user in node.users):
+            before.add(node)
+    return {node: None for node in nodes if node in behind and node in before}
 
 
 def _name(layers: list[str], taken: set[str]) -> str:

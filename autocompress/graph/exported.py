@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ BRANCH = "branch"
 """Where a traced network keeps the place in the code where the values of the example have decided which operators it calls."""
 FACTORIES = {"zeros": "new_zeros", "ones": "new_ones", "full": "new_full", "empty": "new_empty"}
 """What makes a tensor of a given size, and what makes it with the type and on the device of another tensor."""
+LAST = 2**62
+"""Where a slice ends that is open."""
+COPIES = ("clone", "contiguous", "alias", "lift_fresh_copy")
 WEIGHTS = ("weight", "bias")
 VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 """Training keeps images channels last, and no view flattens such a map: the operator that copies where it must stands in."""
@@ -62,10 +66,9 @@ def _recorded(model: nn.Module, batches: tuple[Tensor, ...]) -> tuple[torch.expo
     try:
         return torch.export.export(model, batches, dynamic_shapes=free, strict=False), ""
     except GuardOnDataDependentSymNode as error:
-        places = re.findall(r'File "[^"]+", line \d+', str(error))
         program = torch.export.draft_export(model, batches, dynamic_shapes=free, strict=False)
         gc.collect()  # of the files that it leaves open, while nobody listens
-        return program, places[-1] if places else "somewhere"
+        return program, _place(str(error)) or "somewhere"
 
 
 def _several(tensor: Tensor) -> Tensor:
@@ -189,6 +192,8 @@ def _put_out_of_place(graph: fx.Graph) -> None:
     for node, position in order.items():
         if node.target in VIEWS:
             node.target = torch.ops.aten.reshape.default
+        elif _does_nothing(node):
+            node.replace_all_uses_with(node.all_input_nodes[0])
         target = _out_of_place(node)
         if target is None:
             continue
@@ -197,6 +202,15 @@ def _put_out_of_place(graph: fx.Graph) -> None:
         for reader in list(overwritten.users):
             if order[reader] > position:
                 reader.replace_input_with(overwritten, node)
+
+
+def _does_nothing(node: fx.Node) -> bool:
+    """Where nothing is overwritten, a copy is what it copies; and a slice may take everything."""
+    given, name = arguments(node), name_of(node)
+    if name != "slice":
+        return name in COPIES
+    start, end = given["start"] or 0, LAST if given["end"] is None else given["end"]
+    return start == 0 and isinstance(end, int) and end >= LAST and given["step"] == 1
 
 
 def _out_of_place(node: fx.Node) -> torch._ops.OpOverload | None:
@@ -218,7 +232,7 @@ def _tidy(recorded: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
             owner, _, own = name.rpartition(".")
             module.get_submodule(owner).register_buffer(own, buffer, persistent=False)
     for node in module.graph.nodes:
-        node.meta = {"line": _line(node), "owner": _owner(node, model)}
+        node.meta = {"line": _place(str(node.meta.get("stack_trace"))), "owner": _owner(node, model)}
     return module.eval()
 
 
@@ -232,7 +246,7 @@ def _owner(node: fx.Node, model: nn.Module) -> tuple[str, str] | None:
     return (path, type(owner).__name__) if is_leaf(owner) else None
 
 
-def _line(node: fx.Node) -> str:
-    """Where the network's code calls the operator: the last line of a stack of calls."""
-    places = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
-    return places[-1] if places else ""
+def _place(stack: str) -> str:
+    """The innermost line of a stack of calls, as file.py:line; empty where there is none."""
+    places = re.findall(r'File "([^"]+)", line (\d+)', stack)
+    return f"{Path(places[-1][0]).name}:{places[-1][1]}" if places else ""

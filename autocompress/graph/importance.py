@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from autocompress.graph.channels import Channels
-from autocompress.graph.nodes import Weighted, fused, module_of
+from autocompress.graph.nodes import Weighted, fused, module_of, value_of
 
 
 def channel_scores(module: fx.GraphModule, channels: Channels) -> NDArray[np.float64]:
@@ -23,16 +23,25 @@ def channel_scores(module: fx.GraphModule, channels: Channels) -> NDArray[np.flo
         if role.part not in ("out", "depthwise"):
             continue
         roots = [channels.root(index) for index in ids.tolist()]
-        norms = _filter_norms(nodes[role.node], module).numpy()
+        node = nodes[role.node]
+        if node.op == "get_attr":
+            axis = next(axis for axis, own in channels.layouts[node.name].items() if own is ids)
+            norms = _norms(value_of(node, module), axis).numpy()
+        else:
+            norms = _filter_norms(node, module).numpy()
         np.add.at(scores, roots, norms / max(float(norms.mean()), 1e-12))
     return scores
+
+
+def _norms(weight: Tensor, axis: int) -> Tensor:
+    return weight.detach().double().movedim(axis, 0).flatten(1).norm(dim=1)
 
 
 @torch.no_grad()
 def _filter_norms(node: fx.Node, module: fx.GraphModule) -> Tensor:
     layer = module_of(node, module)
     assert isinstance(layer, Weighted)
-    norms = layer.weight.detach().double().flatten(1).norm(dim=1)
+    norms = _norms(layer.weight, 0)
     norm_node = fused(node, module).norm
     norm = module_of(norm_node, module) if norm_node is not None else None
     if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_var is not None and norm.weight is not None:

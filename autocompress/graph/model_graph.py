@@ -311,7 +311,11 @@ class Graph:
             if not is_layer(module) and not is_norm(module) and any(True for _ in module.parameters())
         }
         held |= dict(node.meta["owner"] for node in self.module.graph.nodes if node.meta.get("owner"))
-        parts = [Frozen(name, f"{kind} is one operator here: its weights are neither pruned nor quantized") for name, kind in held.items()]
+        makers = {maker.rpartition(".")[0] for group in self.groups if group.prunable for maker in group.producers}
+        parts = [
+            Frozen(name, f"{kind} is one operator here: its weights are {'not' if name in makers else 'neither pruned nor'} quantized")
+            for name, kind in held.items()
+        ]
         return (*whole, *path, *groups, *parts)
 
     def _find_classifier(self) -> str | None:
@@ -348,8 +352,11 @@ def _propagated(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Channels
     one = tuple(tensor[:1] for tensor in example)
     if all(len(tensor) == 1 for tensor in example):
         return propagate(module)
-    annotate_shapes(module, one)
     try:
+        annotate_shapes(module, one)
+        return propagate(module)
+    except ValueError:  # a norm of the batch's own has nothing to average over
+        annotate_shapes(module, example)
         return propagate(module)
     finally:
         annotate_shapes(module, example)

@@ -16,7 +16,15 @@ BATCH_NORMS: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d,
 """By the axes of what they normalise."""
 COMPUTED = "constant_"
 """How names begin of values that were computed once."""
+PRODUCTS = {
+    "addmm": {"self": "bias", "mat1": "input", "mat2": "weight"},
+    "mm": {"self": "input", "mat2": "weight"},
+    "matmul": {"self": "input", "other": "weight"},
+}
+"""Linear layers that are written as products with a weight of inputs x outputs: their arguments by the names of a layer."""
 FUNCTIONAL_NORM = "_native_batch_norm_legit_no_training"
+SEVERAL = (FUNCTIONAL_NORM, "adaptive_max_pool2d")
+"""Functions that give several tensors, of which the first is the output."""
 HELD = ("weight", "bias", "running_mean", "running_var")
 """Arguments that a module holds."""
 
@@ -38,8 +46,7 @@ class _Call:
     @property
     def same_module(self) -> tuple[object, ...]:
         """Equal for calls of one module."""
-        held = tuple(sorted((own, name) for own, (name, _) in self.tensors.items()))
-        return (name_of(self.node), self.options, held or self.home)
+        return (name_of(self.node), self.options, self.home, tuple(sorted((own, name) for own, (name, _) in self.tensors.items())))
 
 
 def put_modules_back(recorded: fx.GraphModule, model: nn.Module) -> None:
@@ -51,12 +58,26 @@ def put_modules_back(recorded: fx.GraphModule, model: nn.Module) -> None:
         recorded.add_submodule(names[call.same_module], _holding(call, names[call.same_module], model))
     for node, call in calls.items():
         with recorded.graph.inserting_before(node):
-            source = arguments(node)["input"]  # which may have been put back by now
+            source = _source(node)  # which may have been put back by now
             written = recorded.graph.call_module(names[call.same_module], (source,))
         written.meta = dict(node.meta)
         node.replace_all_uses_with(written)
         recorded.graph.erase_node(node)
-    _take_first_of(recorded.graph, recorded)
+        if name_of(node) in SEVERAL:
+            _take_first_of(written)
+
+
+def _roles(node: fx.Node) -> dict[str, Any]:
+    """The call's arguments by the names that layers have for them; a weight may be written the other way round."""
+    given = arguments(node)
+    renamed = PRODUCTS.get(name_of(node), {})
+    return {renamed.get(name, name): value for name, value in given.items()}
+
+
+def _source(node: fx.Node) -> Any:
+    """What the module is called on."""
+    given = _roles(node)
+    return given.get("input", given.get("self"))
 
 
 def _call(node: fx.Node, recorded: fx.GraphModule, model: nn.Module) -> _Call | None:
@@ -64,14 +85,14 @@ def _call(node: fx.Node, recorded: fx.GraphModule, model: nn.Module) -> _Call | 
     maker = _MAKERS.get(name_of(node))
     if maker is None:
         return None
-    given = arguments(node)
-    source = given.get("input")
+    given = _roles(node)
+    source = _source(node)
     held = {own: value for own in HELD if isinstance(value := given.get(own), fx.Node)}
     if not isinstance(source, fx.Node) or any(value.op != "get_attr" for value in held.values()):
         return None
     tensors = {own: (str(value.target), value_of(value, recorded)) for own, value in held.items()}
     values = {own: value for own, (_, value) in tensors.items()}
-    options = {key: value for key, value in given.items() if key not in ("input", *HELD)}
+    options = {key: value for key, value in given.items() if key not in ("input", "self", *HELD)}
     if any(isinstance(part, fx.Node) for value in options.values() for part in (value if isinstance(value, list) else [value])):
         return None
     make = maker(source, values, options)
@@ -112,6 +133,15 @@ def _linear(_: fx.Node, values: _Values, __: _Options) -> Callable[[], nn.Module
     return lambda: nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in values, device="meta")
 
 
+def _product(source: fx.Node, values: _Values, options: _Options) -> Callable[[], nn.Module] | None:
+    weight, bias = values.get("weight"), values.get("bias")
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or any(value != 1 for value in options.values()):
+        return None
+    if source.meta["val"].dim() < 2 or (bias is not None and bias.shape != weight.shape[1:]):
+        return None
+    return lambda: nn.Linear(weight.shape[0], weight.shape[1], bias=bias is not None, device="meta")
+
+
 def _batch_norm(source: fx.Node, values: _Values, options: _Options) -> Callable[[], nn.Module] | None:
     tracks, affine, dims = "running_mean" in values, "weight" in values, source.meta["val"].dim()
     if options.get("training", False) is tracks or affine is not ("bias" in values) or dims not in BATCH_NORMS:
@@ -136,14 +166,18 @@ def _group_norm(source: fx.Node, values: _Values, options: _Options) -> Callable
     return lambda: nn.GroupNorm(options["num_groups"], channels, options["eps"], affine="weight" in values, device="meta")
 
 
+def _adaptive_max_pool(_: fx.Node, __: _Values, options: _Options) -> Callable[[], nn.Module] | None:
+    return lambda: nn.AdaptiveMaxPool2d(tuple(options["output_size"]))
+
+
 def _dropout(module: type[nn.Module]) -> _Maker:
     return lambda _, __, options: lambda: module(options["p"])
 
 
 _MAKERS: dict[str, _Maker] = {
-    **{kind: _convolution(kind) for kind in CONVOLUTIONS},
-    "linear": _linear, "batch_norm": _batch_norm, FUNCTIONAL_NORM: _batch_norm, "layer_norm": _layer_norm, "group_norm": _group_norm,
-    "dropout": _dropout(nn.Dropout), "feature_dropout": _dropout(nn.Dropout2d),
+    **{kind: _convolution(kind) for kind in CONVOLUTIONS}, "linear": _linear, **dict.fromkeys(PRODUCTS, _product),
+    **dict.fromkeys(("batch_norm", FUNCTIONAL_NORM), _batch_norm), "layer_norm": _layer_norm, "group_norm": _group_norm,
+    "dropout": _dropout(nn.Dropout), "feature_dropout": _dropout(nn.Dropout2d), "adaptive_max_pool2d": _adaptive_max_pool,
 }  # fmt: skip
 
 
@@ -216,7 +250,8 @@ def _free(name: str, taken: set[str]) -> str:
 def _holding(call: _Call, name: str, model: nn.Module) -> nn.Module:
     """The module with the network's own tensors, parameters where it has parameters."""
     module = call.make()
-    for own, (_, value) in call.tensors.items():
+    for own, (_, held) in call.tensors.items():
+        value = nn.Parameter(held.detach().t().contiguous()) if own == "weight" and name_of(call.node) in PRODUCTS else held
         setattr(module, own, value if own.startswith("running") or isinstance(value, nn.Parameter) else nn.Parameter(value))
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.num_batches_tracked is not None:
         counted = getattr(dict(model.named_modules()).get(name), "num_batches_tracked", None)
@@ -224,10 +259,8 @@ def _holding(call: _Call, name: str, model: nn.Module) -> nn.Module:
     return module.eval()
 
 
-def _take_first_of(graph: fx.Graph, recorded: fx.GraphModule) -> None:
-    """A functional norm gives its output and two more values, of which nobody reads the rest."""
-    for node in list(graph.nodes):
-        if node.op == "call_module" and isinstance(recorded.get_submodule(str(node.target)), nn.modules.batchnorm._BatchNorm):
-            for user in [u for u in node.users if name_of(u) == "getitem"]:
-                user.replace_all_uses_with(node)
-                graph.erase_node(user)
+def _take_first_of(node: fx.Node) -> None:
+    """Some functions give more than the output, as a functional norm does, which modules do not."""
+    for user in [user for user in node.users if name_of(user) == "getitem"]:
+        user.replace_all_uses_with(node)
+        node.graph.erase_node(user)

@@ -41,6 +41,7 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
 _MODULES: tuple[tuple[tuple[type[nn.Module], ...], NodeKind], ...] = (
     ((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), "norm"),
     ((nn.Dropout, nn.Dropout2d, nn.Identity), "identity"),
+    ((nn.AdaptiveMaxPool2d,), "maxpool"),
 )
 _KINDS: dict[NodeKind, tuple[str, ...]] = {
     "add": ("add",),
@@ -48,7 +49,7 @@ _KINDS: dict[NodeKind, tuple[str, ...]] = {
     "activation": (
         "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu", "sigmoid", "gelu", "leaky_relu", "elu", "tanh", "mish",
     ),
-    "maxpool": ("max_pool2d", "adaptive_max_pool2d"),
+    "maxpool": ("max_pool2d",),
     "avgpool": ("avg_pool2d", "adaptive_avg_pool2d", "mean"),
     "concat": ("cat",),
     "pad": ("pad", "constant_pad_nd"),

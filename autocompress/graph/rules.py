@@ -31,10 +31,9 @@ _SPATIAL = (
     "adaptive_avg_pool3d", "adaptive_max_pool2d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d",
 )  # fmt: skip
 _REDUCE = ("mean", "sum", "amax", "amin", "var", "std", "logsumexp")
-_NEW = (
-    "zeros", "ones", "full", "empty", "arange", "new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like",
-    "scalar_tensor",
-)  # fmt: skip
+_NEW = ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
+_RECURRENT = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+"""Gates, and so rows of the weights, of each hidden unit."""
 
 
 class NotUnderstood(Exception):
@@ -60,16 +59,18 @@ class _Rules:
         """Layouts of the tensors that a node with several gives."""
         self._rules: dict[str, Callable[[fx.Node], Layout]] = {
             **dict.fromkeys(_SAME, self._same), **dict.fromkeys(_JOIN, self._join), **dict.fromkeys(_SPATIAL, self._spatial),
-            **dict.fromkeys(_REDUCE, self._reduce), **dict.fromkeys(_NEW, self._nothing),
+            **dict.fromkeys(_REDUCE, self._reduce), **dict.fromkeys(_NEW, self._new),
             **dict.fromkeys(("softmax", "_softmax", "log_softmax"), self._softmax),
-            **dict.fromkeys(("view", "reshape", "flatten", "unflatten"), self._reshape),
+            **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "reshape_as", "view_as"), self._reshape),
             **dict.fromkeys(("permute", "transpose", "t", "movedim", "unsqueeze", "squeeze"), self._move),
             **dict.fromkeys(("split", "split_with_sizes", "chunk", "unbind"), self._split),
             **dict.fromkeys(("matmul", "bmm"), self._matmul), **dict.fromkeys(("roll", "flip"), self._along),
             **dict.fromkeys(("pad", "constant_pad_nd"), self._pad),
             "cat": self._concat, "slice": self._slice, "select": self._select, "expand": self._expand, "getitem": self._part,
             "repeat_interleave": self._repeat, "scaled_dot_product_attention": self._attention, "embedding": self._embedding,
-            "index": self._index, "prelu": self._prelu, "glu": self._glu,
+            "index": self._index, "prelu": self._prelu, "glu": self._glu, "einsum": self._einsum,
+            **dict.fromkeys(_RECURRENT, self._recurrent),
+            **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), self._transposed_conv),
         }  # fmt: skip
 
     def of(self, node: fx.Node) -> Layout:
@@ -80,12 +81,16 @@ class _Rules:
             return {}
         if node.op == "get_attr":
             return self._attribute(node)
+        rule = self._module_rule if node.op == "call_module" else self._rules.get(name_of(node), self._unknown)
         try:
-            return self._module_rule(node) if node.op == "call_module" else self._rules[name_of(node)](node)
-        except (NotUnderstood, KeyError) as error:
-            why = str(error) if isinstance(error, NotUnderstood) else ""
-            self._freeze_all(node, why or f"{_title(node)} is not understood")
+            return rule(node)
+        except NotUnderstood as why:
+            line = node.meta.get("line")
+            self._freeze_all(node, (str(why) or f"{_title(node)} is not understood") + (f" ({line})" if line else ""))
             return {}
+
+    def _unknown(self, _: fx.Node) -> Layout:
+        raise NotUnderstood
 
     # -- helpers ------------------------------------------------------------------------------------------------
 
@@ -112,13 +117,18 @@ class _Rules:
         value = value_of(node, self._module)
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return {}
-        layout = {axis: self._channels.fresh(size) for axis, size in enumerate(value.shape) if size > 1}
+        return self._own_axes(node, value.shape)
+
+    def _own_axes(self, node: fx.Node, sizes: Sequence[int]) -> Layout:
+        layout = {axis: self._channels.fresh(size) for axis, size in enumerate(sizes) if size > 1}
         for ids in layout.values():
             self._channels.play(node.name, "parameter", ids)
         return layout
 
-    def _nothing(self, _: fx.Node) -> Layout:
-        return {}
+    def _new(self, node: fx.Node) -> Layout:
+        """What has one value throughout may follow as well, where its size is written down."""
+        sizes = arguments(node)["size"]
+        return self._own_axes(node, [size if isinstance(size, int) else 1 for size in sizes])
 
     # -- modules ------------------------------------------------------------------------------------------------
 
@@ -127,6 +137,7 @@ class _Rules:
         rules: tuple[tuple[Any, Callable[[fx.Node], Layout]], ...] = (
             (Conv, self._conv), (nn.Linear, self._linear), (nn.modules.batchnorm._BatchNorm, self._batch_norm),
             (nn.LayerNorm, self._layer_norm), (nn.GroupNorm, self._group_norm), (nn.modules.dropout._DropoutNd, self._same),
+            (nn.AdaptiveMaxPool2d, self._spatial),
         )  # fmt: skip
         rule = next((rule for types, rule in rules if isinstance(module, types)), None)
         if rule is None or module is None:
@@ -231,10 +242,13 @@ class _Rules:
                 ids_of.append(ids)
             elif ids is not None:
                 self._channels.freeze(ids, f"{title} spreads it over others")
-        known = [ids for ids in ids_of if ids is not None]
+        return self._joined_ids([ids for ids in ids_of if ids is not None], len(ids_of), title)
+
+    def _joined_ids(self, known: Sequence[Ids], wanted: int, title: str) -> Ids | None:
+        """Ids of the same axis of several tensors, which are as many as `wanted` where it can change in all of them."""
         for ids in known[1:]:
             self._channels.unify(known[0], ids)
-        if known and len(known) < len(ids_of):
+        if known and len(known) < wanted:
             self._channels.freeze(known[0], f"{title} joins it with what cannot change")
         return known[0] if known else None
 
@@ -394,8 +408,13 @@ class _Rules:
         return self._moved(source, where)
 
     def _reshape(self, node: fx.Node) -> Layout:
-        source = self._only(node)
-        return split_ids(node, source, self._channels) if source else {}
+        source, *like = node.all_input_nodes
+        layout = split_ids(node, self._known(source), self._channels)
+        for other in like if name_of(node) in ("reshape_as", "view_as") else ():
+            for axis, size in enumerate(node.meta["shape"]):
+                pair = [ids for ids in (layout.get(axis), self._known(other).get(axis)) if ids is not None]
+                self._joined_ids(pair, 2 if size > 1 else len(pair), _title(node))
+        return layout
 
     # -- products -----------------------------------------------------------------------------------------------
 
@@ -438,6 +457,66 @@ class _Rules:
             if axis in self._known(tensor):
                 layout[axis] = self._known(tensor)[axis]
         return layout
+
+    def _einsum(self, node: fx.Node) -> Layout:
+        given = arguments(node)
+        equation, tensors = given["equation"].replace(" ", ""), list(given["tensors"])
+        if "." in equation or "->" not in equation:
+            raise NotUnderstood
+        terms, result = equation.split("->")
+        found: dict[str, list[Ids]] = {}
+        places = [(label, axis, tensor) for term, tensor in zip(terms.split(","), tensors, strict=True) for axis, label in enumerate(term)]
+        for label, axis, tensor in places:
+            if axis in self._known(tensor):
+                found.setdefault(label, []).append(self._known(tensor)[axis])
+        for label, known in found.items():
+            self._joined_ids(known, sum(label == other for other, _, _ in places), _title(node))
+        return {axis: found[label][0] for axis, label in enumerate(result) if label in found}
+
+    # -- functions that are given weights -------------------------------------------------------------------------
+
+    def _transposed_conv(self, node: fx.Node) -> Layout:
+        given = arguments(node)
+        weight, source = self._known(given["weight"]), self._known(given["input"])
+        if given["groups"] != 1 or given["weight"].op != "get_attr" or 1 not in weight:
+            raise NotUnderstood
+        self._freeze_axes(source, [axis for axis in source if axis != 1], f"{_title(node)} slides along them")
+        self._follow(weight.get(0), source.get(1), _title(node))
+        self._channels.play(given["weight"].name, "out", weight[1])
+        if isinstance(given["bias"], fx.Node):
+            self._follow(self._known(given["bias"]).get(0), weight[1], _title(node))
+        return {1: weight[1]}
+
+    def _recurrent(self, node: fx.Node) -> Layout:
+        """Hidden units of all layers and directions go together, since one tensor holds their states."""
+        given, name = arguments(node), _title(node)
+        states = given["hx"] if isinstance(given["hx"], (list, tuple)) else [given["hx"]]
+        directions, of_one = 1 + given["bidirectional"], 4 if given["has_biases"] else 2
+        weights = [self._known(weight) for weight in given["params"]]
+        if len(weights) != given["num_layers"] * directions * of_one or any(0 not in weight for weight in weights):
+            raise NotUnderstood
+        hidden, source = weights[1].get(1), self._known(given["input"]).get(2)
+        if hidden is None:
+            raise NotUnderstood
+        for first in range(0, len(weights), of_one):
+            inward, own, *biases = weights[first : first + of_one]
+            for weight in (inward, own, *biases):
+                self._channels.unify(weight[0], np.tile(hidden, _RECURRENT[name]))
+            self._channels.unify(own[1], hidden)
+            self._follow(inward.get(1), source, name)
+            self._channels.play(given["params"][first].name, "out", inward[0])
+            if (first // of_one + 1) % directions == 0:
+                source = np.tile(hidden, directions)
+        for state in states:
+            self._follow(self._known(state).get(2), hidden, name)
+        rows = [self._known(given["input"]).get(axis) for axis in (0, 1)]
+        self._freeze({axis: ids for axis, ids in enumerate(rows) if ids is not None}, f"{name} runs along them")
+        self._parts[node.name] = [{2: np.tile(hidden, directions)}, *([{2: hidden}] * len(states))]
+        return {}
+
+    def _follow(self, own: Ids | None, channels: Ids | None, title: str) -> None:
+        """An axis of a weight is as long as there are channels."""
+        self._joined_ids([ids for ids in (own, channels) if ids is not None], 2, title)
 
     # -- tables -------------------------------------------------------------------------------------------------
 

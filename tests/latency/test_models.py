@@ -105,11 +105,18 @@ POOLS = {
     "AdaptiveMaxPool2d": (nn.AdaptiveMaxPool2d(4), "MaxPool"),
     "AvgPool2d": (nn.AvgPool2d(2), "AveragePool"),
     "avg_pool2d": (lambda x: F.avg_pool2d(x, (3, 3), stride=2), "AveragePool"),
-    "of the whole map": (lambda x: F.avg_pool2d(x, x.size(3)), "ReduceMean"),
+    "of the whole map": (lambda x: F.avg_pool2d(x, x.size(3)), "AveragePool"),
     "AdaptiveAvgPool2d": (nn.AdaptiveAvgPool2d(4), "AveragePool"),
     "mean": (lambda x: x.mean((2, 3), keepdim=True), "ReduceMean"),
 }
-KERNELS = {"MaxPool2d": (3, 3), "max_pool2d": (3, 3), "ceil": (2, 2), "AvgPool2d": (2, 2), "avg_pool2d": (3, 3)}
+KERNELS = {
+    "MaxPool2d": (3, 3),
+    "max_pool2d": (3, 3),
+    "ceil": (2, 2),
+    "AvgPool2d": (2, 2),
+    "avg_pool2d": (3, 3),
+    "of the whole map": (11, 11),
+}
 
 
 @pytest.mark.parametrize("bits", [8, 32])
