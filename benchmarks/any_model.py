@@ -5,7 +5,8 @@
 
 Weights are random and nothing is downloaded. Each network is handled in a process of its own, on one thread, with at most MEMORY bytes and
 PATIENCE_S seconds. Columns: seconds of tracing, memory at its peak, operators; layers; channel groups, and how many can change; droppable
-blocks; share of the convolutions' and linear layers' parameters that pruning can reach; and the laws, for a policy drawn at random:
+blocks; share of the convolutions' and linear layers' parameters that pruning can reach; share of all that a policy drawn at random leaves;
+and the laws, for this policy:
 
 1. the student is the network with the removed channels' contribution zeroed (largest relative difference);
 2. its workload is that which was predicted (yes or no);
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--export", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--at-once", type=int, default=1, help="processes; times are of one only where there is one")
     given = parser.parse_args()
     if given.one:
         print(json.dumps(report_on(given.one, export=given.export)))
@@ -76,7 +79,8 @@ def main() -> int:
         *(f"torchvision:{name}" for name in TORCHVISION), *(f"timm:{name}" for name in TIMM),
         *(f"transformers:{name}" for name in HUGGING_FACE), *(f"own:{name}" for name in OWN),
     ]  # fmt: skip
-    rows = [in_a_child(name, export=given.export) for name in given.names or everything]
+    with ThreadPoolExecutor(given.at_once) as pool:
+        rows = list(pool.map(lambda name: in_a_child(name, export=given.export), given.names or everything))
     if not given.names:
         write(rows)
     return int(any(row.get("error") for row in rows))
@@ -126,6 +130,7 @@ def report_on(name: str, *, export: bool) -> dict[str, Any]:
     from autocompress.compress.student import build_student
 
     student = build_student(graph, policy)
+    row["left"] = sum(p.numel() for p in student.parameters()) / sum(p.numel() for p in graph.module.parameters())
     again = Graph.trace(student, (example,))
     row["law2"] = [o.signature for o in again.workload(Policy()).operators] == [o.signature for o in graph.workload(policy).operators]
     if export:
@@ -154,10 +159,13 @@ def reached(graph: Any) -> float:
 def law1(graph: Any, policy: Any, example: Tensor) -> float:
     """Largest difference between the student and the network of which no layer reads a removed channel, relative to its outputs."""
     from autocompress.compress.student import build_student
-    from autocompress.graph.nodes import channel_axis, kind_of, module_of
+    from autocompress.graph.nodes import channel_axis, kind_of, module_of, value_of
 
     keep, zeroed = graph.selection(policy).keep, copy.deepcopy(graph.module)
     for node in zeroed.graph.nodes:
+        if node.op == "get_attr":
+            for axis, roots in graph.roots(node.name).items():
+                value_of(node, zeroed).movedim(axis, 0)[~torch.from_numpy(keep[roots])] = 0
         if kind_of(node, zeroed) not in ("conv", "linear"):
             continue
         roots = graph.roots(node.all_input_nodes[0].name).get(channel_axis(node, zeroed))
@@ -310,13 +318,17 @@ def in_words(row: dict[str, Any]) -> str:
     laws = [f"{row['law1']:.0e}", "yes" if row["law2"] else "**no**", f"{row['law3']:.0e}" if "law3" in row else ""]
     groups = "cannot be traced" if row["opaque"] else f"{row['prunable']} of {row['groups']}"
     cost = f"{row['trace_s']:.1f} | {row['peak_gb']:.1f} | {row['operators']}"
-    return f"| {row['name']} | {cost} | {row['layers']} | {groups} | {row['blocks']} | {row['reached']:.1%} | {' | '.join(laws)} |"
+    return f"| {row['name']} | {cost} | {row['layers']} | {groups} | {row['blocks']} | {row['reached']:.1%} | {row['left']:.0%} | {' | '.join(laws)} |"
 
 
 def write(rows: list[dict[str, Any]]) -> None:
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     (RESULTS / "any_model.json").write_text(json.dumps({"when": when, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
-    head = "| network | trace, s | GB | operators | layers | groups | blocks | reached | law 1 | law 2 | law 3 |\n" + "|---" * 11 + "|\n"
+    head = (
+        "| network | trace, s | GB | operators | layers | groups | blocks | reached | left | law 1 | law 2 | law 3 |\n"
+        + "|---" * 12
+        + "|\n"
+    )
     (RESULTS / "any_model.md").write_text(head + "\n".join(map(in_words, rows)) + "\n")
 
 
