@@ -145,7 +145,8 @@ def random_policy(graph: Any, seed: int) -> Any:
 
     draw = random.Random(seed)
     groups = [group.name for group in graph.groups if group.prunable]
-    return Policy(prune=PruneSpec(ratios={name: draw.uniform(0.2, 0.7) for name in groups if draw.random() < 0.7}))
+    ratios = {name: draw.uniform(0.2, 0.7) for name in groups if draw.random() < 0.7}
+    return Policy(prune=PruneSpec(ratios=ratios or dict.fromkeys(groups[:1], 0.5)))
 
 
 def reached(graph: Any) -> float:
@@ -207,6 +208,9 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
         if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_var is not None:
             nn.init.normal_(norm.running_mean, 0.0, 0.1)
             nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    for parameter in model.parameters():  # of zeros, as the last layers of branches often are, nobody would miss any
+        if parameter.detach().abs().max() < 1e-3:
+            nn.init.normal_(parameter, 0.0, 0.1)
     return model.eval(), example
 
 
@@ -318,17 +322,15 @@ def in_words(row: dict[str, Any]) -> str:
     laws = [f"{row['law1']:.0e}", "yes" if row["law2"] else "**no**", f"{row['law3']:.0e}" if "law3" in row else ""]
     groups = "cannot be traced" if row["opaque"] else f"{row['prunable']} of {row['groups']}"
     cost = f"{row['trace_s']:.1f} | {row['peak_gb']:.1f} | {row['operators']}"
-    return f"| {row['name']} | {cost} | {row['layers']} | {groups} | {row['blocks']} | {row['reached']:.1%} | {row['left']:.0%} | {' | '.join(laws)} |"
+    size = f"{row['reached']:.1%} | {row['left']:.0%}"
+    return f"| {row['name']} | {cost} | {row['layers']} | {groups} | {row['blocks']} | {size} | {' | '.join(laws)} |"
 
 
 def write(rows: list[dict[str, Any]]) -> None:
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     (RESULTS / "any_model.json").write_text(json.dumps({"when": when, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
-    head = (
-        "| network | trace, s | GB | operators | layers | groups | blocks | reached | left | law 1 | law 2 | law 3 |\n"
-        + "|---" * 12
-        + "|\n"
-    )
+    columns = "network | trace, s | GB | operators | layers | groups | blocks | reached | left | law 1 | law 2 | law 3"
+    head = f"| {columns} |\n" + "|---" * 12 + "|\n"
     (RESULTS / "any_model.md").write_text(head + "\n".join(map(in_words, rows)) + "\n")
 
 

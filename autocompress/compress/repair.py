@@ -43,7 +43,7 @@ SEED = 20241
 def examples_for(graph: Graph) -> int:
     """How many inputs a repair looks at: fewer where maps are large."""
     shapes = [node.meta["shape"] for node in graph.module.graph.nodes if "shape" in node.meta]
-    largest = max(math.prod(shape) / shape[0] for shape in shapes if shape)
+    largest = max(math.prod(shape) for shape in shapes) / len(graph.example[0])
     return max(1, min(MOST_EXAMPLES, int(MAP_BYTES / (4 * largest))))
 
 

@@ -28,7 +28,9 @@ def resize_arguments(node: fx.Node, graph: Graph, selection: Selection) -> None:
 def _reshape(node: fx.Node, graph: Graph, selection: Selection) -> None:
     """Axes that hold channels, where their size is written down: -1 follows by itself."""
     given = arguments(node)
-    name = next(name for name in ("shape", "size", "sizes") if name in given)
+    name = next((name for name in ("shape", "size", "sizes") if name in given), None)
+    if name is None:
+        return
     first = given["dim"] % len(node.all_input_nodes[0].meta["shape"]) if name_of(node) == "unflatten" else 0
     sizes = list(given[name])
     for axis, roots in graph.roots(node.name).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from autocompress.graph.nodes import drop_unread, kind_of, relu_of
 
 @dataclass(frozen=True)
 class Branch:
-    """A residual branch: node `add` = a skip + node `end`, and the modules that only the branch uses."""
+    """A residual branch: node `add` = a skip + node `end`, and the modules that nothing but the branch calls."""
 
     name: str
     add: str
@@ -25,6 +26,7 @@ def find_branches(module: fx.GraphModule) -> list[Branch]:
     """All additions of a tensor to what was computed from it, and is read by nobody else, in order."""
     branches: list[Branch] = []
     nodes = list(module.graph.nodes)
+    calls = Counter(str(node.target) for node in nodes)
     position = {node: index for index, node in enumerate(nodes)}
     for node in nodes:
         if kind_of(node, module) != "add" or len(node.all_input_nodes) != 2:
@@ -33,9 +35,10 @@ def find_branches(module: fx.GraphModule) -> list[Branch]:
         for skip, branch in ((first, second), (second, first)):
             inside = _between(skip, branch, nodes[position[skip] + 1 : position[node]])
             closed = all(user is node or user in inside for part in inside for user in part.users)
-            layers = [n for n in inside if kind_of(n, module) in ("conv", "linear")]
+            called = [n for n in inside if n.op == "call_module" and calls[str(n.target)] == 1]
+            layers = [n for n in called if kind_of(n, module) in ("conv", "linear")]
             if closed and layers and skip.meta.get("shape") == node.meta.get("shape"):
-                modules = tuple(str(n.target) for n in inside if n.op == "call_module")
+                modules = tuple(str(n.target) for n in called)
                 name = _name([str(n.target) for n in layers], {b.name for b in branches})
                 branches.append(Branch(name, node.name, branch.name, modules))
                 break

@@ -10,7 +10,7 @@ DepGraph, arXiv 2301.12900; ids for single channels also cover concatenations, z
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,6 +37,8 @@ class Channels:
     frozen: dict[int, str] = field(default_factory=dict)
     roles: list[tuple[Role, Ids]] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
+    cuts: list[tuple[int, int]] = field(default_factory=list)
+    """Neighbours that an operator takes apart."""
 
     def fresh(self, n: int) -> Ids:
         start = len(self.parents)
@@ -60,6 +62,10 @@ class Channels:
     def freeze(self, ids: Ids, reason: str) -> None:
         for index in np.unique(ids).tolist():
             self.frozen.setdefault(index, reason)
+
+    def cut(self, ids: Ids, places: Iterable[int]) -> None:
+        """The axis is cut in front of these places."""
+        self.cuts += [(int(ids[place - 1]), int(ids[place])) for place in places if 0 < place < len(ids)]
 
     def play(self, node: str, part: str, ids: Ids) -> None:
         self.roles.append((Role(node, part), ids))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +26,43 @@ BRANCH = "branch"
 """Where a traced network keeps the place in the code where the values of the example have decided which operators it calls."""
 FACTORIES = {"zeros": "new_zeros", "ones": "new_ones", "full": "new_full", "empty": "new_empty"}
 """What makes a tensor of a given size, and what makes it with the type and on the device of another tensor."""
+ELSEWHERE = ("arange", "eye", "linspace", "rand", "randn")
+"""What makes a tensor where export ran, and has no form that makes it where another one is."""
 LAST = 2**62
 """Where a slice ends that is open."""
 COPIES = ("clone", "contiguous", "alias", "lift_fresh_copy")
+RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 WEIGHTS = ("weight", "bias")
-VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+RESHAPE, LIKE = torch.ops.aten.reshape.default, torch.ops.aten.reshape_as.default
+VIEWS = {torch.ops.aten.view.default: RESHAPE, torch.ops.aten._unsafe_view.default: RESHAPE, torch.ops.aten.view_as.default: LIKE}
 """Training keeps images channels last, and no view flattens such a map: the operator that copies where it must stands in."""
 
 
-def exported(model: nn.Module, example: tuple[Tensor, ...], *, functional: bool = False) -> fx.GraphModule:
+def beside(tensor: Tensor, other: Tensor) -> Tensor:
+    """On the device of another tensor."""
+    return tensor.to(other.device)
+
+
+def exported(model: nn.Module, example: tuple[Tensor, ...]) -> fx.GraphModule:
     """The network's operators, with modules in place of those that a module of torch.nn stands for.
 
-    Raises what export or the model's own code raise.
-
-    Args:
-        model: the caller's own copy, in eval mode; the result shares its parameters.
-        functional: let torch replace what writes into views of a tensor, which takes several times as long.
+    `model` must be the caller's own copy, in eval mode; the result shares its parameters. Raises what export or the model's own code raise,
+    and ValueError for code that is for one number of inputs only.
     """
     for parameter in model.parameters():  # without gradients torch's attention calls operators that no runtime knows
         parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     with quiet(), torch.enable_grad():
         program, branch = _recorded(model, tuple(_several(tensor) for tensor in example))
-        recorded = (program.run_decompositions({}) if functional else program).module(check_guards=False)
+        _require_any_number(program)
+        if _writes_what_others_see(program.graph):  # torch takes several times as long to replace that
+            program = program.run_decompositions({})
+        recorded = program.module(check_guards=False)
     assert isinstance(recorded, fx.GraphModule)
     _take_outputs_as_they_are(recorded)
     _make_tensors_where_the_input_is(recorded.graph)
     _compute_constants(recorded)
     _put_out_of_place(recorded.graph)
+    _leave_out_copies(recorded.graph)
     put_modules_back(recorded, model)
     module = _tidy(recorded, model)
     module.meta[BRANCH] = branch
@@ -69,6 +80,14 @@ def _recorded(model: nn.Module, batches: tuple[Tensor, ...]) -> tuple[torch.expo
         program = torch.export.draft_export(model, batches, dynamic_shapes=free, strict=False)
         gc.collect()  # of the files that it leaves open, while nobody listens
         return program, _place(str(error)) or "somewhere"
+
+
+def _require_any_number(program: torch.export.ExportedProgram) -> None:
+    """Raises ValueError where the code has made a constant of the number of inputs."""
+    named = program.graph_signature.user_inputs
+    inputs = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in named]
+    if not any(isinstance(size, torch.SymInt) for value in inputs if isinstance(value, Tensor) for size in value.shape[:1]):
+        raise ValueError("its code is for one number of inputs")
 
 
 def _several(tensor: Tensor) -> Tensor:
@@ -101,9 +120,19 @@ def _plain(value: Any) -> Any:
 def _make_tensors_where_the_input_is(graph: fx.Graph) -> None:
     """What is as large as the batch is made on its device, wherever export ran; what has one size for all is made of nothing."""
     like = next((node for node in graph.nodes if node.op == "placeholder"), None)
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         name = name_of(node)
         given = arguments(node)
+        if name in ("to", "_to_copy") and given.get("device") is not None:
+            node.target = torch.ops.aten.to.dtype
+            node.args, node.kwargs = (node.all_input_nodes[0], node.meta["val"].dtype), {}
+        elif name in ELSEWHERE and node.all_input_nodes and like is not None:
+            with graph.inserting_after(node):
+                there = graph.call_function(beside, (node, like))
+            there.meta = dict(node.meta)
+            node.replace_all_uses_with(there, delete_user_cb=lambda user, made=there: user is not made)
+        elif "device" in node.kwargs and name not in FACTORIES:
+            node.kwargs = {key: value for key, value in node.kwargs.items() if key not in ("device", "pin_memory")}
         if name in FACTORIES and node.all_input_nodes and like is not None:
             node.target = getattr(torch.ops.aten, FACTORIES[name]).default
             node.args = (like, *node.args)
@@ -125,9 +154,10 @@ def _compute_constants(recorded: fx.GraphModule) -> None:
     """
     fixed = _fixed(recorded.graph)
     trained = _made_of_parameters(recorded, fixed)
+    alone = _made_of_nothing_else(recorded.graph, trained)
     values = _computed(recorded, fixed)
     for number, node in enumerate(values):
-        readers = [user for user in node.users if user not in values and (node not in trained or _weighs(node, user))]
+        readers = [user for user in node.users if user not in values and (node not in trained or (_weighs(node, user) and node in alone))]
         value = values[node]
         if not readers or not isinstance(value, Tensor):
             continue
@@ -160,6 +190,17 @@ def _made_of_parameters(recorded: fx.GraphModule, fixed: list[fx.Node]) -> set[f
     return made
 
 
+def _made_of_nothing_else(graph: fx.Graph, trained: set[fx.Node]) -> set[fx.Node]:
+    """Those whose parameters nobody reads but to make them: as weights of their own they are tied to nothing."""
+    tied = {node for node in graph.nodes if node.op == "get_attr" and any(user not in trained for user in node.users)}
+    alone: set[fx.Node] = set()
+    for node in graph.nodes:
+        sources = node.all_input_nodes
+        if node in trained and tied.isdisjoint(sources) and all(n in alone for n in sources if n in trained):
+            alone.add(node)
+    return alone
+
+
 def _computed(recorded: fx.GraphModule, fixed: list[fx.Node]) -> dict[fx.Node, Any]:
     """Values of operators, in order, since one may overwrite what others read; what the network holds stays as it is."""
     interpreter = fx.Interpreter(recorded, garbage_collect_values=False)
@@ -184,16 +225,11 @@ def _weighs(node: fx.Node, user: fx.Node) -> bool:
 
 
 def _put_out_of_place(graph: fx.Graph) -> None:
-    """What overwrites its first input makes a tensor instead, which is read by whoever read the input afterwards; views are copies.
-
-    Other views of the same memory are found by comparing what the network computes before and after.
-    """
+    """What overwrites its first input makes a tensor instead, which is read by whoever read the input afterwards; views are copies."""
     order = {node: position for position, node in enumerate(graph.nodes)}
     for node, position in order.items():
         if node.target in VIEWS:
-            node.target = torch.ops.aten.reshape.default
-        elif _does_nothing(node):
-            node.replace_all_uses_with(node.all_input_nodes[0])
+            node.target = VIEWS[node.target]
         target = _out_of_place(node)
         if target is None:
             continue
@@ -204,8 +240,40 @@ def _put_out_of_place(graph: fx.Graph) -> None:
                 reader.replace_input_with(overwritten, node)
 
 
+def _leave_out_copies(graph: fx.Graph) -> None:
+    """Where nothing is overwritten any more, a copy is what it copies."""
+    for node in graph.nodes:
+        if _does_nothing(node):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+
+
+def _writes_what_others_see(graph: fx.Graph) -> bool:
+    """Whether a tensor is overwritten that is read afterwards by another name: as a view, or what it is a view of."""
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    memory: dict[fx.Node, list[fx.Node]] = {}
+    written: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for node in order:
+        source = next(iter(node.all_input_nodes), None)
+        shares = name_of(node) == "getitem" or any(value.alias_info is not None for value in _returns(node))
+        memory[node] = memory[source] if shares and source is not None else []
+        memory[node].append(node)
+        if source is not None and _out_of_place(node) is not None:
+            written[source].append(node)
+    return any(
+        order[user] > order[writes[0]]
+        for target, writes in written.items()
+        for other in memory[target]
+        if other is not target and other not in writes
+        for user in other.users
+    )
+
+
+def _returns(node: fx.Node) -> list[torch.Argument]:
+    return node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else []
+
+
 def _does_nothing(node: fx.Node) -> bool:
-    """Where nothing is overwritten, a copy is what it copies; and a slice may take everything."""
+    """A slice may take everything."""
     given, name = arguments(node), name_of(node)
     if name != "slice":
         return name in COPIES
@@ -227,13 +295,22 @@ def _tidy(recorded: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
     recorded.graph.lint()
     module = fx.GraphModule(recorded, recorded.graph)
     kept = model.state_dict().keys()
+    save_only(module, kept)
+    for node in module.graph.nodes:
+        if name_of(node) in RECURRENT:  # a GPU goes back only through what runs as in training
+            node.args = tuple({"train": True, "dropout": 0.0}.get(key, value) for key, value in arguments(node).items())
+            node.kwargs = {}
+        own = node.meta.get("is_own", False)
+        node.meta = {"line": _place(str(node.meta.get("stack_trace"))), "owner": _owner(node, model), "is_own": own}
+    return module.eval()
+
+
+def save_only(module: nn.Module, kept: Collection[str]) -> None:
+    """Other buffers are left out of the module's state."""
     for name, buffer in list(module.named_buffers()):
         if name not in kept:
             owner, _, own = name.rpartition(".")
             module.get_submodule(owner).register_buffer(own, buffer, persistent=False)
-    for node in module.graph.nodes:
-        node.meta = {"line": _place(str(node.meta.get("stack_trace"))), "owner": _owner(node, model)}
-    return module.eval()
 
 
 def _owner(node: fx.Node, model: nn.Module) -> tuple[str, str] | None:

@@ -17,11 +17,11 @@ from torch import Tensor, fx, nn
 from autocompress.errors import UsageError, one_line
 from autocompress.graph.blocks import Branch, drop, find_branches
 from autocompress.graph.channels import Channels, Role, frozen_roots, group_ids
-from autocompress.graph.exported import BRANCH
+from autocompress.graph.exported import BRANCH, save_only
 from autocompress.graph.importance import channel_scores
 from autocompress.graph.nodes import Weighted, channel_axis, is_layer, is_norm, kind_of, leaves, module_of
 from autocompress.graph.resize import Groups, Roots, Selection, run_ends
-from autocompress.graph.rules import propagate
+from autocompress.graph.rules import PRODUCT, propagate
 from autocompress.graph.trace import OPAQUE, annotate_shapes, trace, untraced
 from autocompress.graph.workloads import Arithmetic, Population, Workloads, packed_bytes
 from autocompress.policy import Policy
@@ -36,6 +36,7 @@ class ChannelGroup:
     """Channels that can be removed or added one by one, in all tensors that share them.
 
     stream: a residual stream, that is, the channels pass through an addition.
+    growable: whether channels can be added without a change to what the network computes.
     unit: how many channels of a layer are one here, since they go together: those of an attention head, or of a group of filters.
     producers, consumers: names of the layers that write and read them.
     """
@@ -44,6 +45,7 @@ class ChannelGroup:
     size: int
     prunable: bool
     reason: str
+    growable: bool
     unit: int
     stream: bool
     producers: tuple[str, ...]
@@ -157,7 +159,8 @@ class Graph:
     def sizes(self, policy: Policy, *, grown: bool = True) -> dict[str, int]:
         """Channels of every group that the policy may change; not `grown`: without those that the network does not have."""
         counts = {g.name: (policy.channels(g.name, g.size, g.unit), g.size) for g in self.groups if g.prunable}
-        return {name: count if grown else min(count, size) for name, (count, size) in counts.items()}
+        growable = {group.name for group in self.groups if group.growable}
+        return {name: count if grown and name in growable else min(count, size) for name, (count, size) in counts.items()}
 
     def selection(self, policy: Policy, *, grown: bool = True) -> Selection:
         """Which channels stay, and where new ones go."""
@@ -261,6 +264,7 @@ class Graph:
                     size=len(members),
                     prunable=not reason,
                     reason=reason,
+                    growable=self._is_growable(roles, makers, members),
                     unit=self._unit(makers, members),
                     stream=any(role.part == "add" for role in roles),
                     producers=tuple(target[r.node] for r in makers),
@@ -273,6 +277,14 @@ class Graph:
         """Channels of a layer that are one of the group."""
         rows = [self._channels.roots(ids) for role, ids in self._channels.roles if role in makers]
         return min(int(count) for own in rows if (count := np.isin(own, members).sum() // len(members)))
+
+    def _is_growable(self, roles: frozenset[Role], makers: Sequence[Role], members: Roots) -> bool:
+        """Not where a function multiplies or makes them, nor where those that go together are neighbours that are taken apart elsewhere."""
+        if any(role.part == PRODUCT for role in roles) or any(self._nodes[role.node].op == "get_attr" for role in makers):
+            return False
+        own = set(members.tolist())
+        pairs = ({self._channels.root(index) for index in cut} for cut in self._channels.cuts)
+        return not any(len(pair) == 1 and pair <= own for pair in pairs)
 
     def _channels_of(self, name: str) -> Roots | None:
         """Id classes of what a layer makes."""
@@ -321,8 +333,8 @@ class Graph:
     def _find_classifier(self) -> str | None:
         output = next(node for node in self.module.graph.nodes if node.op == "output")
         made = output.args[0]
-        if not isinstance(made, fx.Node) or kind_of(made, self.module) != "linear":
-            return None
+        if not isinstance(made, fx.Node) or kind_of(made, self.module) != "linear" or not made.meta.get("is_own"):
+            return None  # in the network itself a module of this name must be called too
         shapes = [node.meta.get("shape", ()) for node in (made, *made.all_input_nodes)]
         return str(made.target) if all(len(shape) == 2 for shape in shapes) else None
 
@@ -343,6 +355,7 @@ class Graph:
         output = graph.graph_copy(self.module.graph, values)
         graph.output(output)
         module = fx.GraphModule(_references(self.module), graph)
+        save_only(module, self.module.state_dict().keys())
         drop(module, [branch for branch in self._branches if branch.name in dropped])
         return module
 

@@ -53,14 +53,16 @@ def put_modules_back(recorded: fx.GraphModule, model: nn.Module) -> None:
     """In place: each call of a layer, norm or dropout whose weights nothing else computes with becomes a call of a module."""
     calls = {node: call for node in recorded.graph.nodes if (call := _call(node, recorded, model)) is not None}
     calls = _without_those_that_share(calls)
-    names = _names(list(calls.values()))
+    left = {str(n.target) for n in recorded.graph.nodes if n.op == "get_attr" and any(user not in calls for user in n.users)}
+    names = _names(list(calls.values()), left)
+    turned: dict[str, nn.Parameter] = {}
     for call in {call.same_module: call for call in calls.values()}.values():
-        recorded.add_submodule(names[call.same_module], _holding(call, names[call.same_module], model))
+        recorded.add_submodule(names[call.same_module], _holding(call, names[call.same_module], model, turned))
     for node, call in calls.items():
         with recorded.graph.inserting_before(node):
             source = _source(node)  # which may have been put back by now
             written = recorded.graph.call_module(names[call.same_module], (source,))
-        written.meta = dict(node.meta)
+        written.meta = {**node.meta, "is_own": _caller(node, model)[0] == names[call.same_module]}
         node.replace_all_uses_with(written)
         recorded.graph.erase_node(node)
         if name_of(node) in SEVERAL:
@@ -91,6 +93,8 @@ def _call(node: fx.Node, recorded: fx.GraphModule, model: nn.Module) -> _Call | 
     if not isinstance(source, fx.Node) or any(value.op != "get_attr" for value in held.values()):
         return None
     tensors = {own: (str(value.target), value_of(value, recorded)) for own, value in held.items()}
+    if any(not own.startswith("running") and not isinstance(value, nn.Parameter) for own, (_, value) in tensors.items()):
+        return None  # a filter that is no parameter is not to be trained
     values = {own: value for own, (_, value) in tensors.items()}
     options = {key: value for key, value in given.items() if key not in ("input", "self", *HELD)}
     if any(isinstance(part, fx.Node) for value in options.values() for part in (value if isinstance(value, list) else [value])):
@@ -181,11 +185,20 @@ _MAKERS: dict[str, _Maker] = {
 }  # fmt: skip
 
 
+def _weights(node: fx.Node) -> list[fx.Node]:
+    return [source for source in node.all_input_nodes if source.op == "get_attr"]
+
+
 # -- which modules, and where -----------------------------------------------------------------------------------------------------
 
 
 def _without_those_that_share(calls: dict[fx.Node, _Call]) -> dict[fx.Node, _Call]:
-    """Only calls whose weights nothing but such calls reads: what else computes with a weight would miss its changes."""
+    """Only calls whose weights nothing but such calls reads: what else computes with a weight would miss its changes.
+
+    Nor may one read it the other way round.
+    """
+    straight = {source for node in calls if name_of(node) not in PRODUCTS for source in node.all_input_nodes}
+    calls = {node: call for node, call in calls.items() if name_of(node) not in PRODUCTS or straight.isdisjoint(_weights(node))}
     while True:
         read_elsewhere = {
             source for call in calls.values() for source in call.node.all_input_nodes
@@ -197,14 +210,16 @@ def _without_those_that_share(calls: dict[fx.Node, _Call]) -> dict[fx.Node, _Cal
         calls = left
 
 
-def _names(calls: list[_Call]) -> dict[tuple[object, ...], str]:
-    """A name for each module, no name inside another."""
+def _names(calls: list[_Call], left: set[str]) -> dict[tuple[object, ...], str]:
+    """A name for each module, no name inside another, nor in place of what holds parameters that are `left`."""
     names: dict[tuple[object, ...], str] = {}
     for call in calls:
         if call.same_module not in names:
             taken = {part for name in names.values() for part in _prefixes(name)}
             inside = any(prefix in names.values() for prefix in _prefixes(call.home)[:-1])
-            names[call.same_module] = _free(call.home if not inside else call.home.replace(".", "_"), taken)
+            holds = any(name.startswith(f"{call.home}.") for name in left)
+            wanted = f"{call.home}.{name_of(call.node)}" if holds else call.home.replace(".", "_") if inside else call.home
+            names[call.same_module] = _free(wanted, taken)
     return names
 
 
@@ -214,11 +229,12 @@ def _home(node: fx.Node, tensors: Mapping[str, tuple[str, Tensor]], model: nn.Mo
     kind = name_of(node).strip("_")
     if "weight" in tensors:
         name, weight = tensors["weight"]
-        if getattr(owner, "weight", None) is weight or (
-            name.startswith("constant_") and isinstance(getattr(owner, "weight", None), Tensor)
-        ):
+        own, computed = getattr(owner, "weight", None), name.startswith(COMPUTED)
+        if name_of(node) in PRODUCTS:  # whose weight is held the other way round
+            return f"{name.removesuffix('weight').rstrip('._')}.linear".lstrip(".")
+        if own is weight or (computed and isinstance(own, Tensor)):
             return path or kind
-        if name.endswith("weight") and not name.startswith("constant_"):
+        if name.endswith("weight") and not computed:
             return name.removesuffix("weight").rstrip("._") or kind
     is_module = type(owner).__module__.startswith("torch.nn") and not list(owner.children())
     return path if path and is_module else f"{path}.{kind}".lstrip(".")
@@ -247,15 +263,17 @@ def _free(name: str, taken: set[str]) -> str:
     return free
 
 
-def _holding(call: _Call, name: str, model: nn.Module) -> nn.Module:
-    """The module with the network's own tensors, parameters where it has parameters."""
+def _holding(call: _Call, name: str, model: nn.Module, turned: dict[str, nn.Parameter]) -> nn.Module:
+    """The module with the network's own tensors; `turned` are weights that are held the other way round, each once."""
     module = call.make()
-    for own, (_, held) in call.tensors.items():
-        value = nn.Parameter(held.detach().t().contiguous()) if own == "weight" and name_of(call.node) in PRODUCTS else held
-        setattr(module, own, value if own.startswith("running") or isinstance(value, nn.Parameter) else nn.Parameter(value))
+    for own, (path, value) in call.tensors.items():
+        is_turned = own == "weight" and name_of(call.node) in PRODUCTS
+        setattr(module, own, turned.setdefault(path, nn.Parameter(value.detach().t().contiguous())) if is_turned else value)
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.num_batches_tracked is not None:
-        counted = getattr(dict(model.named_modules()).get(name), "num_batches_tracked", None)
+        norm = dict(model.named_modules()).get(name)
+        counted = getattr(norm, "num_batches_tracked", None)
         module.num_batches_tracked = counted if isinstance(counted, Tensor) else torch.zeros((), dtype=torch.long)
+        module.momentum = getattr(norm, "momentum", module.momentum)  # None, an even average, is recorded as 0
     return module.eval()
 
 

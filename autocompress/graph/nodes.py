@@ -126,7 +126,9 @@ def _classify(node: fx.Node, root: nn.Module) -> NodeKind:
         module = root.get_submodule(str(node.target))
         known = _LAYERS.get(type(module)) or next((kind for types, kind in _MODULES if isinstance(module, types)), None)
         return known or "other"
-    return _OPERATORS.get(name_of(node), "other") if isinstance(node.target, torch._ops.OpOverload) else "other"
+    if not isinstance(node.target, torch._ops.OpOverload) or arguments(node).get("alpha", 1) != 1:
+        return "other"
+    return _OPERATORS.get(name_of(node), "other")
 
 
 def name_of(node: fx.Node) -> str:
@@ -192,7 +194,10 @@ def is_folded_norm(node: fx.Node, root: nn.Module) -> bool:
 
 
 def _is_folded(node: fx.Node, root: nn.Module) -> bool:
-    return kind_of(node, root) == "norm" and not follows_batch(module_of(node, root))
+    """A linear layer's norm may average over another axis than that of its channels."""
+    source = node.all_input_nodes[0] if node.all_input_nodes else node
+    same_axis = kind_of(source, root) != "linear" or len(source.meta.get("shape", ())) == 2
+    return kind_of(node, root) == "norm" and same_axis and not follows_batch(module_of(node, root))
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ It raises NotUnderstood for what it does not cover: then everything that the nod
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, fx, nn
 
 from autocompress.graph.channels import Channels, Ids, Layout
@@ -36,6 +38,10 @@ _RECURRENT = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 """Gates, and so rows of the weights, of each hidden unit."""
 
 
+PRODUCT = "product"
+"""Of channels that are multiplied with each other: what is added would not be multiplied with zeros."""
+
+
 class NotUnderstood(Exception):
     """What a node does to channels is not covered; the message says in what way, or is empty."""
 
@@ -58,19 +64,20 @@ class _Rules:
         self._parts: dict[str, list[Layout]] = {}
         """Layouts of the tensors that a node with several gives."""
         self._rules: dict[str, Callable[[fx.Node], Layout]] = {
-            **dict.fromkeys(_SAME, self._same), **dict.fromkeys(_JOIN, self._join), **dict.fromkeys(_SPATIAL, self._spatial),
-            **dict.fromkeys(_REDUCE, self._reduce), **dict.fromkeys(_NEW, self._new),
-            **dict.fromkeys(("softmax", "_softmax", "log_softmax"), self._softmax),
-            **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "reshape_as", "view_as"), self._reshape),
-            **dict.fromkeys(("permute", "transpose", "t", "movedim", "unsqueeze", "squeeze"), self._move),
-            **dict.fromkeys(("split", "split_with_sizes", "chunk", "unbind"), self._split),
-            **dict.fromkeys(("matmul", "bmm"), self._matmul), **dict.fromkeys(("roll", "flip"), self._along),
-            **dict.fromkeys(("pad", "constant_pad_nd"), self._pad),
-            "cat": self._concat, "slice": self._slice, "select": self._select, "expand": self._expand, "getitem": self._part,
-            "repeat_interleave": self._repeat, "scaled_dot_product_attention": self._attention, "embedding": self._embedding,
-            "index": self._index, "prelu": self._prelu, "glu": self._glu, "einsum": self._einsum,
-            **dict.fromkeys(_RECURRENT, self._recurrent),
-            **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), self._transposed_conv),
+            name: rule
+            for rule, names in (
+                (self._same, _SAME), (self._join, _JOIN), (self._spatial, _SPATIAL), (self._reduce, _REDUCE), (self._new, _NEW),
+                (self._softmax, ("softmax", "_softmax", "log_softmax")), (self._prelu, ("prelu",)), (self._glu, ("glu",)),
+                (self._reshape, ("view", "reshape", "flatten", "unflatten", "reshape_as", "view_as")),
+                (self._move, ("permute", "transpose", "t", "unsqueeze", "squeeze")), (self._along, ("roll", "flip")),
+                (self._expand, ("expand",)), (self._expand_as, ("expand_as",)), (self._repeat, ("repeat_interleave",)),
+                (self._split, ("split", "split_with_sizes", "chunk", "unbind")), (self._part, ("getitem",)),
+                (self._concat, ("cat",)), (self._slice, ("slice",)), (self._select, ("select",)), (self._pad, ("pad", "constant_pad_nd")),
+                (self._matmul, ("matmul", "bmm")), (self._attention, ("scaled_dot_product_attention",)), (self._einsum, ("einsum",)),
+                (self._embedding, ("embedding",)), (self._index, ("index",)), (self._first, ("beside",)),
+                (self._recurrent, _RECURRENT), (self._transposed_conv, ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")),
+            )
+            for name in names
         }  # fmt: skip
 
     def of(self, node: fx.Node) -> Layout:
@@ -143,7 +150,7 @@ class _Rules:
         if rule is None or module is None:
             raise NotUnderstood
         layout = rule(node)
-        if str(node.target) in self._shared and any(True for _ in module.parameters()):
+        if str(node.target) in self._shared and any(True for _ in itertools.chain(module.parameters(), module.buffers())):
             for each in (layout, self._known(node.all_input_nodes[0])):
                 self._freeze(each, f"{node.target} is used more than once")
         return layout
@@ -218,6 +225,9 @@ class _Rules:
             raise NotUnderstood
         return self._known(first)
 
+    def _first(self, node: fx.Node) -> Layout:
+        return self._known(node.all_input_nodes[0])
+
     def _join(self, node: fx.Node) -> Layout:
         tensors = [source for source in node.all_input_nodes if "shape" in source.meta]
         layout = self._joined(tensors, node.meta["shape"], range(len(node.meta["shape"])), _title(node))
@@ -266,6 +276,7 @@ class _Rules:
         if axis not in source:
             return source
         first, second = np.split(source[axis], 2)
+        self._channels.cut(source[axis], [len(first)])
         self._channels.unify(first, second)
         return {**source, axis: first}
 
@@ -356,7 +367,9 @@ class _Rules:
             return source
         if not isinstance(start, int) or not isinstance(end, int) or step != 1:
             raise NotUnderstood
-        return {**source, axis: source[axis][start:end]}
+        first, last, _ = slice(start, end).indices(len(source[axis]))
+        self._channels.cut(source[axis], (first, last))
+        return {**source, axis: source[axis][first:last]}
 
     def _select(self, node: fx.Node) -> Layout:
         source, axis = self._only(node), self._axis(node, "dim")
@@ -372,6 +385,8 @@ class _Rules:
             self._parts[node.name] = [layout] * len(shapes)
             return {}
         ends = np.cumsum([shape[axis] for shape in shapes])[:-1]
+        if axis in source:
+            self._channels.cut(source[axis], ends.tolist())
         own = np.split(source[axis], ends) if axis in source else [None] * len(shapes)
         rest = {other: ids for other, ids in source.items() if other != axis}
         self._parts[node.name] = [rest if part is None else {**rest, axis: part} for part in own]
@@ -399,6 +414,10 @@ class _Rules:
         self._freeze_axes(source, [axis for axis in source if before[axis] == 1], f"{_title(node)} repeats it")
         return {axis + shift: ids for axis, ids in source.items() if before[axis] != 1}
 
+    def _expand_as(self, node: fx.Node) -> Layout:
+        source, other = node.all_input_nodes if len(node.all_input_nodes) == 2 else (node.all_input_nodes[0],) * 2
+        return self._joined([source, other], node.meta["shape"], range(len(node.meta["shape"])), _title(node))
+
     def _move(self, node: fx.Node) -> Layout:
         source = self._only(node)
         where = moves(node)
@@ -409,6 +428,8 @@ class _Rules:
 
     def _reshape(self, node: fx.Node) -> Layout:
         source, *like = node.all_input_nodes
+        if "dtype" in arguments(node):  # the same bits as another type
+            raise NotUnderstood
         layout = split_ids(node, self._known(source), self._channels)
         for other in like if name_of(node) in ("reshape_as", "view_as") else ():
             for axis, size in enumerate(node.meta["shape"]):
@@ -424,7 +445,7 @@ class _Rules:
         if min(ranks) < 2:
             raise NotUnderstood
         rows, columns = self._known(first), self._known(second)
-        self._contract(rows.get(ranks[0] - 1), columns.get(ranks[1] - 2), _title(node))
+        self._contract(rows.get(ranks[0] - 1), columns.get(ranks[1] - 2), node)
         layout = self._joined([first, second], node.meta["shape"], range(rank - 2), _title(node))
         if ranks[0] - 2 in rows:
             layout[rank - 2] = rows[ranks[0] - 2]
@@ -432,13 +453,14 @@ class _Rules:
             layout[rank - 1] = columns[ranks[1] - 1]
         return layout
 
-    def _contract(self, first: Ids | None, second: Ids | None, title: str) -> None:
+    def _contract(self, first: Ids | None, second: Ids | None, node: fx.Node) -> None:
         """What is multiplied pairwise and added up: both lose the same."""
         if first is not None and second is not None:
             self._channels.unify(first, second)
+            self._channels.play(node.name, PRODUCT, first)
         for ids in (first, second):
             if ids is not None and (first is None or second is None):
-                self._channels.freeze(ids, f"{title} multiplies it with what cannot change")
+                self._channels.freeze(ids, f"{_title(node)} multiplies it with what cannot change")
 
     def _attention(self, node: fx.Node) -> Layout:
         """softmax(Q K^T / sqrt(size of a head)) V of batch x heads x tokens x size (Vaswani et al. 2017, arXiv 1706.03762)."""
@@ -470,6 +492,7 @@ class _Rules:
             if axis in self._known(tensor):
                 found.setdefault(label, []).append(self._known(tensor)[axis])
         for label, known in found.items():
+            self._channels.play(node.name, PRODUCT, known[0])
             self._joined_ids(known, sum(label == other for other, _, _ in places), _title(node))
         return {axis: found[label][0] for axis, label in enumerate(result) if label in found}
 
@@ -493,7 +516,11 @@ class _Rules:
         states = given["hx"] if isinstance(given["hx"], (list, tuple)) else [given["hx"]]
         directions, of_one = 1 + given["bidirectional"], 4 if given["has_biases"] else 2
         weights = [self._known(weight) for weight in given["params"]]
-        if len(weights) != given["num_layers"] * directions * of_one or any(0 not in weight for weight in weights):
+        if (
+            len(given["input"].meta["shape"]) != 3
+            or len(weights) != given["num_layers"] * directions * of_one
+            or any(0 not in weight for weight in weights)
+        ):
             raise NotUnderstood
         hidden, source = weights[1].get(1), self._known(given["input"]).get(2)
         if hidden is None:
@@ -530,7 +557,7 @@ class _Rules:
         given = arguments(node)
         source, indices = given["self"], list(given["indices"])
         used = [axis for axis, index in enumerate(indices) if index is not None]
-        if len(used) != 1 or any(self._known(index) for index in indices):
+        if len(used) != 1 or any(self._known(index) for index in indices) or indices[used[0]].meta["dtype"] is torch.bool:
             raise NotUnderstood
         (axis,) = used
         more = len(indices[axis].meta["shape"]) - 1

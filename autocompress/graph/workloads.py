@@ -193,7 +193,9 @@ class Arithmetic:
         counted: dict[int, list[int]] = defaultdict(list)
         for index, node in enumerate(self._nodes):
             for parameter in _parameters(node, self._module):
-                sizes[id(parameter)] = 4 * parameter.numel(), tuple(self._keys_of.get(index, {}).values())
+                frozen = isinstance(module_of(node, self._module), nn.LayerNorm)
+                keys = () if frozen else tuple(self._keys_of.get(index, {}).values())
+                sizes[id(parameter)] = 4 * parameter.numel(), keys
                 kinds = counted if self._kinds[index] in ("conv", "linear", "norm") else readers
                 kinds[id(parameter)].append(index)
         return [Loose(*sizes[key], readers[key], counted[key]) for key in readers]
