@@ -12,7 +12,8 @@ and the laws, for this policy:
 2. its workload is that which was predicted (yes or no);
 3. the exported file answers as the student (largest relative difference; with `--export`).
 
-Writes benchmarks/results/any_model.{json,md}. Exit code 1 when a network fails.
+Writes benchmarks/results/any_model.{json,md}, with the commit that each row is of; without names, what has no row yet is added. Exit code 1
+when a network fails.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 RESULTS = Path(__file__).parent / "results"
+KEPT = RESULTS / "any_model.json"
 MEMORY = 12 * 2**30
 PATIENCE_S = 600
 CLASSES = 10
@@ -67,23 +69,33 @@ OWN = ("mlp", "lstm", "gru", "keyword_spotter", "unet")
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("names", nargs="*")
+    parser.add_argument("names", nargs="*", help="of the networks; without, all that have no result yet")
     parser.add_argument("--export", action="store_true")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--at-once", type=int, default=1, help="processes; times are of one only where there is one")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
         print(json.dumps(report_on(given.one, export=given.export)))
         return 0
-    everything = [
+    known = {row["name"]: row for row in json.loads(KEPT.read_text())["rows"]} if KEPT.exists() else {}
+    names = given.names or [name for name in everything() if name not in known]
+    with ThreadPoolExecutor(given.at_once) as pool:
+        for row in pool.map(lambda name: in_a_child(name, export=given.export), names):
+            known[row["name"]] = row
+            write([known[name] for name in everything() if name in known])
+    return int(any(row.get("error") for row in known.values()))
+
+
+def everything() -> list[str]:
+    return [
         *(f"torchvision:{name}" for name in TORCHVISION), *(f"timm:{name}" for name in TIMM),
         *(f"transformers:{name}" for name in HUGGING_FACE), *(f"own:{name}" for name in OWN),
     ]  # fmt: skip
-    with ThreadPoolExecutor(given.at_once) as pool:
-        rows = list(pool.map(lambda name: in_a_child(name, export=given.export), given.names or everything))
-    if not given.names:
-        write(rows)
-    return int(any(row.get("error") for row in rows))
+
+
+def commit() -> str:
+    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def in_a_child(name: str, *, export: bool) -> dict[str, Any]:
@@ -101,7 +113,7 @@ def in_a_child(name: str, *, export: bool) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         row = {"name": name, "error": f"not done after {PATIENCE_S} s"}
     print(in_words(row), flush=True)
-    return row
+    return {**row, "commit": commit()}
 
 
 # -- one network ------------------------------------------------------------------------------------------------------------------
@@ -327,8 +339,9 @@ def in_words(row: dict[str, Any]) -> str:
 
 
 def write(rows: list[dict[str, Any]]) -> None:
+    """After each network, so that an interrupted run goes on with the next one."""
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    (RESULTS / "any_model.json").write_text(json.dumps({"when": when, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+    KEPT.write_text(json.dumps({"when": when, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
     columns = "network | trace, s | GB | operators | layers | groups | blocks | reached | left | law 1 | law 2 | law 3"
     head = f"| {columns} |\n" + "|---" * 12 + "|\n"
     (RESULTS / "any_model.md").write_text(head + "\n".join(map(in_words, rows)) + "\n")
