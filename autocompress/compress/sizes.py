@@ -11,11 +11,8 @@ import torch
 from torch import fx
 
 from autocompress.graph import Graph
-from autocompress.graph.nodes import arguments, name_of
+from autocompress.graph.nodes import arguments, name_of, pad_amounts, slice_bounds
 from autocompress.graph.resize import Selection
-from autocompress.graph.rules import pad_amounts
-
-LAST = 2**62
 
 
 def resize_arguments(node: fx.Node, graph: Graph, selection: Selection) -> None:
@@ -28,9 +25,7 @@ def resize_arguments(node: fx.Node, graph: Graph, selection: Selection) -> None:
 def _reshape(node: fx.Node, graph: Graph, selection: Selection) -> None:
     """Axes that hold channels, where their size is written down: -1 follows by itself."""
     given = arguments(node)
-    name = next((name for name in ("shape", "size", "sizes") if name in given), None)
-    if name is None:
-        return
+    name = next(name for name in ("shape", "size", "sizes") if name in given)
     first = given["dim"] % len(node.all_input_nodes[0].meta["shape"]) if name_of(node) == "unflatten" else 0
     sizes = list(given[name])
     for axis, roots in graph.roots(node.name).items():
@@ -67,14 +62,13 @@ def _pad(node: fx.Node, graph: Graph, selection: Selection) -> None:
 
 
 def _slice(node: fx.Node, graph: Graph, selection: Selection) -> None:
-    given, source = arguments(node), node.all_input_nodes[0]
-    roots = graph.roots(source.name).get(given["dim"] % len(source.meta["shape"]))
-    start, end = given["start"] or 0, given["end"] if given["end"] is not None else LAST
-    if roots is None or not selection.changes(roots) or (start == 0 and end >= LAST):
+    source = node.all_input_nodes[0]
+    roots = graph.roots(source.name).get(arguments(node)["dim"] % len(source.meta["shape"]))
+    bounds = slice_bounds(node, len(roots)) if roots is not None and selection.changes(roots) else None
+    if roots is None or bounds is None:
         return
-    first, last, _ = slice(start, end).indices(len(roots))
-    _set(node, "start", selection.size(roots[:first]))
-    _set(node, "end", selection.size(roots[:last]))
+    for name, place in zip(("start", "end"), bounds, strict=True):
+        _set(node, name, selection.size(roots[:place]))
 
 
 def _split(node: fx.Node, graph: Graph, selection: Selection) -> None:
@@ -106,7 +100,7 @@ def _new(node: fx.Node, graph: Graph, selection: Selection) -> None:
 
 
 _CHANGES: dict[str, Callable[[fx.Node, Graph, Selection], None]] = {
-    **dict.fromkeys(("view", "reshape", "expand", "unflatten"), _reshape),
+    **dict.fromkeys(("reshape", "expand", "unflatten"), _reshape),
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), _split),
     **dict.fromkeys(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full"), _new),

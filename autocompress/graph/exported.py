@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from autocompress.graph.modules import COMPUTED, put_modules_back
-from autocompress.graph.nodes import arguments, drop_unread, is_leaf, name_of, value_of
+from autocompress.graph.nodes import RECURRENT, arguments, drop_unread, is_leaf, name_of, slice_bounds, value_of
 from autocompress.quiet import quiet
 
 BRANCH = "branch"
@@ -28,10 +29,7 @@ FACTORIES = {"zeros": "new_zeros", "ones": "new_ones", "full": "new_full", "empt
 """What makes a tensor of a given size, and what makes it with the type and on the device of another tensor."""
 ELSEWHERE = ("arange", "eye", "linspace", "rand", "randn")
 """What makes a tensor where export ran, and has no form that makes it where another one is."""
-LAST = 2**62
-"""Where a slice ends that is open."""
 COPIES = ("clone", "contiguous", "alias", "lift_fresh_copy")
-RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 WEIGHTS = ("weight", "bias")
 RESHAPE, LIKE = torch.ops.aten.reshape.default, torch.ops.aten.reshape_as.default
 VIEWS = {torch.ops.aten.view.default: RESHAPE, torch.ops.aten._unsafe_view.default: RESHAPE, torch.ops.aten.view_as.default: LIKE}
@@ -274,11 +272,7 @@ def _returns(node: fx.Node) -> list[torch.Argument]:
 
 def _does_nothing(node: fx.Node) -> bool:
     """A slice may take everything."""
-    given, name = arguments(node), name_of(node)
-    if name != "slice":
-        return name in COPIES
-    start, end = given["start"] or 0, LAST if given["end"] is None else given["end"]
-    return start == 0 and isinstance(end, int) and end >= LAST and given["step"] == 1
+    return name_of(node) in COPIES or (name_of(node) == "slice" and slice_bounds(node, sys.maxsize) == (0, sys.maxsize))
 
 
 def _out_of_place(node: fx.Node) -> torch._ops.OpOverload | None:
@@ -294,14 +288,15 @@ def _tidy(recorded: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
     drop_unread(recorded.graph)
     recorded.graph.lint()
     module = fx.GraphModule(recorded, recorded.graph)
-    kept = model.state_dict().keys()
-    save_only(module, kept)
+    save_only(module, model.state_dict().keys())
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for node in module.graph.nodes:
         if name_of(node) in RECURRENT:  # a GPU goes back only through what runs as in training
             node.args = tuple({"train": True, "dropout": 0.0}.get(key, value) for key, value in arguments(node).items())
             node.kwargs = {}
-        own = node.meta.get("is_own", False)
-        node.meta = {"line": _place(str(node.meta.get("stack_trace"))), "owner": _owner(node, model), "is_own": own}
+        owner = _owner(str(node.target), model) if node.op == "get_attr" and node.target in parameters else None
+        line, own = _place(str(node.meta.get("stack_trace"))), node.meta.get("is_own", False)
+        node.meta = {"line": line, "owner": owner, "is_own": own}
     return module.eval()
 
 
@@ -313,11 +308,8 @@ def save_only(module: nn.Module, kept: Collection[str]) -> None:
             module.get_submodule(owner).register_buffer(own, buffer, persistent=False)
 
 
-def _owner(node: fx.Node, model: nn.Module) -> tuple[str, str] | None:
-    """Path and type of the module of torch.nn whose parameter the node reads: one that has not been put back."""
-    name = str(node.target)
-    if node.op != "get_attr" or name not in dict(model.named_parameters(remove_duplicate=False)):
-        return None
+def _owner(name: str, model: nn.Module) -> tuple[str, str] | None:
+    """Path and type of the module of torch.nn that holds a parameter; None where the network's own code holds it."""
     path = name.rpartition(".")[0]
     owner = model.get_submodule(path)
     return (path, type(owner).__name__) if is_leaf(owner) else None

@@ -18,10 +18,11 @@ from autocompress.errors import UsageError, one_line
 from autocompress.graph.blocks import Branch, drop, find_branches
 from autocompress.graph.channels import Channels, Role, frozen_roots, group_ids
 from autocompress.graph.exported import BRANCH, save_only
+from autocompress.graph.flow import PRODUCT
 from autocompress.graph.importance import channel_scores
 from autocompress.graph.nodes import Weighted, channel_axis, is_layer, is_norm, kind_of, leaves, module_of
 from autocompress.graph.resize import Groups, Roots, Selection, run_ends
-from autocompress.graph.rules import PRODUCT, propagate
+from autocompress.graph.rules import propagate
 from autocompress.graph.trace import OPAQUE, annotate_shapes, trace, untraced
 from autocompress.graph.workloads import Arithmetic, Population, Workloads, packed_bytes
 from autocompress.policy import Policy
@@ -116,6 +117,8 @@ class Graph:
             name: {axis: self._channels.roots(ids) for axis, ids in layout.items()} for name, layout in self._channels.layouts.items()
         }  # fmt: skip
         self._nodes = {node.name: node for node in module.graph.nodes}
+        pairs = ({self._channels.root(index) for index in pair} for pair in self._channels.cuts)
+        self._cut = {root for pair in pairs if len(pair) == 1 for root in pair}
         self._members: dict[str, Roots] = {}
         self.groups = self._find_groups()
         self._branches = find_branches(module) if not opaque_reason else []
@@ -282,9 +285,7 @@ class Graph:
         """Not where a function multiplies or makes them, nor where those that go together are neighbours that are taken apart elsewhere."""
         if any(role.part == PRODUCT for role in roles) or any(self._nodes[role.node].op == "get_attr" for role in makers):
             return False
-        own = set(members.tolist())
-        pairs = ({self._channels.root(index) for index in cut} for cut in self._channels.cuts)
-        return not any(len(pair) == 1 and pair <= own for pair in pairs)
+        return self._cut.isdisjoint(members.tolist())
 
     def _channels_of(self, name: str) -> Roots | None:
         """Id classes of what a layer makes."""
@@ -362,17 +363,15 @@ class Graph:
 
 def _propagated(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Channels:
     """Channels of one input: in a larger batch an axis may hold the channels of all inputs, one after the other."""
-    one = tuple(tensor[:1] for tensor in example)
     if all(len(tensor) == 1 for tensor in example):
         return propagate(module)
     try:
-        annotate_shapes(module, one)
-        return propagate(module)
-    except ValueError:  # a norm of the batch's own has nothing to average over
+        annotate_shapes(module, tuple(tensor[:1] for tensor in example))
+    except Exception:  # as a norm raises that has nothing to average over, or what squeezes the batch away
         annotate_shapes(module, example)
-        return propagate(module)
-    finally:
-        annotate_shapes(module, example)
+    channels = propagate(module)
+    annotate_shapes(module, example)
+    return channels
 
 
 def _targets(roles: frozenset[Role], part: str, position: dict[str, int], target: dict[str, str]) -> tuple[str, ...]:

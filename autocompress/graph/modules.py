@@ -56,8 +56,9 @@ def put_modules_back(recorded: fx.GraphModule, model: nn.Module) -> None:
     left = {str(n.target) for n in recorded.graph.nodes if n.op == "get_attr" and any(user not in calls for user in n.users)}
     names = _names(list(calls.values()), left)
     turned: dict[str, nn.Parameter] = {}
-    for call in {call.same_module: call for call in calls.values()}.values():
-        recorded.add_submodule(names[call.same_module], _holding(call, names[call.same_module], model, turned))
+    own = dict(model.named_modules())
+    for same, call in {call.same_module: call for call in calls.values()}.items():
+        recorded.add_submodule(names[same], _holding(call, own.get(names[same]), turned))
     for node, call in calls.items():
         with recorded.graph.inserting_before(node):
             source = _source(node)  # which may have been put back by now
@@ -185,10 +186,6 @@ _MAKERS: dict[str, _Maker] = {
 }  # fmt: skip
 
 
-def _weights(node: fx.Node) -> list[fx.Node]:
-    return [source for source in node.all_input_nodes if source.op == "get_attr"]
-
-
 # -- which modules, and where -----------------------------------------------------------------------------------------------------
 
 
@@ -197,8 +194,8 @@ def _without_those_that_share(calls: dict[fx.Node, _Call]) -> dict[fx.Node, _Cal
 
     Nor may one read it the other way round.
     """
-    straight = {source for node in calls if name_of(node) not in PRODUCTS for source in node.all_input_nodes}
-    calls = {node: call for node, call in calls.items() if name_of(node) not in PRODUCTS or straight.isdisjoint(_weights(node))}
+    straight = {n for node in calls if name_of(node) not in PRODUCTS for n in node.all_input_nodes if n.op == "get_attr"}
+    calls = {node: call for node, call in calls.items() if name_of(node) not in PRODUCTS or straight.isdisjoint(node.all_input_nodes)}
     while True:
         read_elsewhere = {
             source for call in calls.values() for source in call.node.all_input_nodes
@@ -213,13 +210,16 @@ def _without_those_that_share(calls: dict[fx.Node, _Call]) -> dict[fx.Node, _Cal
 def _names(calls: list[_Call], left: set[str]) -> dict[tuple[object, ...], str]:
     """A name for each module, no name inside another, nor in place of what holds parameters that are `left`."""
     names: dict[tuple[object, ...], str] = {}
+    given: set[str] = set()
+    taken: set[str] = set()
+    holding = {prefix for name in left for prefix in _prefixes(name)[:-1]}
     for call in calls:
         if call.same_module not in names:
-            taken = {part for name in names.values() for part in _prefixes(name)}
-            inside = any(prefix in names.values() for prefix in _prefixes(call.home)[:-1])
-            holds = any(name.startswith(f"{call.home}.") for name in left)
-            wanted = f"{call.home}.{name_of(call.node)}" if holds else call.home.replace(".", "_") if inside else call.home
-            names[call.same_module] = _free(wanted, taken)
+            inside = not given.isdisjoint(_prefixes(call.home)[:-1])
+            wanted = f"{call.home}.{name_of(call.node)}" if call.home in holding else call.home.replace(".", "_") if inside else call.home
+            name = names[call.same_module] = _free(wanted, taken)
+            given.add(name)
+            taken.update(_prefixes(name))
     return names
 
 
@@ -263,17 +263,20 @@ def _free(name: str, taken: set[str]) -> str:
     return free
 
 
-def _holding(call: _Call, name: str, model: nn.Module, turned: dict[str, nn.Parameter]) -> nn.Module:
-    """The module with the network's own tensors; `turned` are weights that are held the other way round, each once."""
+def _holding(call: _Call, original: nn.Module | None, turned: dict[str, nn.Parameter]) -> nn.Module:
+    """The module with the network's own tensors.
+
+    Args:
+        original: the network's module of this name. turned: weights that are held the other way round, each once; more may be added.
+    """
     module = call.make()
     for own, (path, value) in call.tensors.items():
         is_turned = own == "weight" and name_of(call.node) in PRODUCTS
         setattr(module, own, turned.setdefault(path, nn.Parameter(value.detach().t().contiguous())) if is_turned else value)
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.num_batches_tracked is not None:
-        norm = dict(model.named_modules()).get(name)
-        counted = getattr(norm, "num_batches_tracked", None)
+        counted = getattr(original, "num_batches_tracked", None)
         module.num_batches_tracked = counted if isinstance(counted, Tensor) else torch.zeros((), dtype=torch.long)
-        module.momentum = getattr(norm, "momentum", module.momentum)  # None, an even average, is recorded as 0
+        module.momentum = getattr(original, "momentum", module.momentum)  # None, an even average, is recorded as 0
     return module.eval()
 
 

@@ -54,8 +54,8 @@ _KINDS: dict[NodeKind, tuple[str, ...]] = {
     "concat": ("cat",),
     "pad": ("pad", "constant_pad_nd"),
     "slice": ("slice",),
-    "reshape": ("view", "reshape", "flatten", "unflatten", "_unsafe_view"),
-    "identity": ("contiguous", "clone", "alias", "detach"),
+    "reshape": ("reshape", "reshape_as", "flatten", "unflatten"),
+    "identity": ("detach",),
 }  # fmt: skip
 """Operators of ATen by what they are here."""
 _OPERATORS: dict[str, NodeKind] = {name: kind for kind, names in _KINDS.items() for name in names}
@@ -64,6 +64,8 @@ FOLLOWERS = ("add", "maxpool", "avgpool", "concat", "pad", "slice", "reshape", "
 SIX = (0.0, 6.0)
 """Limits of the hard tanh that is a ReLU6."""
 ATEN = "aten::"
+RECURRENT = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+"""Recurrent layers, and their gates, which are so many rows of the weights for each hidden unit."""
 
 
 def drop_unread(graph: fx.Graph) -> None:
@@ -145,6 +147,27 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     expected = node.target._schema.arguments
     defaults = {a.name: a.default_value for a in expected if a.has_default_value()}
     return defaults | dict(zip((a.name for a in expected), node.args, strict=False)) | node.kwargs
+
+
+def pad_amounts(node: fx.Node) -> dict[int, tuple[int, int]] | None:
+    """How much a constant zero padding adds in front of and behind each axis, or None."""
+    given = arguments(node)
+    amounts, mode, value = given.get("pad"), given.get("mode", "constant"), given.get("value")
+    if amounts is None or mode != "constant" or value not in (None, 0, 0.0) or not all(isinstance(a, int) for a in amounts):
+        return None
+    rank = len(node.meta["shape"])
+    padded = {rank - 1 - axis: (amounts[2 * axis], amounts[2 * axis + 1]) for axis in range(len(amounts) // 2)}
+    return {axis: padded.get(axis, (0, 0)) for axis in range(rank)}
+
+
+def slice_bounds(node: fx.Node, size: int) -> tuple[int, int] | None:
+    """Where a slice of an axis of so many entries begins and ends; None for one that skips entries, or whose bounds are computed."""
+    given = arguments(node)
+    start, end = given["start"], given["end"]
+    if given["step"] != 1 or not all(bound is None or isinstance(bound, int) for bound in (start, end)):
+        return None
+    first, last, _ = slice(start, end).indices(size)
+    return first, max(first, last)
 
 
 def value_of(node: fx.Node, root: nn.Module) -> Any:

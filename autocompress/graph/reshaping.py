@@ -12,7 +12,6 @@ from autocompress.graph.nodes import arguments, name_of
 
 Move = Mapping[int, int]
 """Axis before -> axis after, of the axes that stay."""
-SAME_PLACES = ("contiguous", "clone")
 
 
 def moves(node: fx.Node) -> Move | None:
@@ -40,10 +39,8 @@ def split_ids(node: fx.Node, source: Layout, channels: Channels) -> Layout:
     """The layout of a reshaped tensor: axes are merged and taken apart group by group."""
     before, after = node.all_input_nodes[0].meta["shape"], node.meta["shape"]
     layout: dict[int, Ids] = {}
-    covered: set[int] = set()
     for old, new in _matched(before, after):
         inside = [axis for axis in old if axis in source]
-        covered.update(old)
         if not inside:
             continue
         wide = [axis for axis in new if after[axis] != 1]
@@ -100,7 +97,7 @@ def _is_taken_apart(node: fx.Node, axis: int) -> bool:
     for user in node.users:
         if name_of(user) in ("select", "unbind") and arguments(user)["dim"] % len(node.meta["shape"]) == axis:
             return True
-        where = {axis: axis} if name_of(user) in SAME_PLACES else moves(user) if arguments(user) else None
+        where = moves(user) if arguments(user) else None
         if where is not None and axis in where and _is_taken_apart(user, where[axis]):
             return True
     return False
@@ -113,7 +110,5 @@ def _is_shuffled(node: fx.Node, axes: Sequence[int]) -> bool:
         return False
     where = moves(users[0]) or {}
     readers = list(users[0].users)
-    while len(readers) == 1 and name_of(readers[0]) in SAME_PLACES:
-        readers = list(readers[0].users)
     swapped = (where.get(axes[0]), where.get(axes[1])) == (axes[1], axes[0])
-    return swapped and len(readers) == 1 and name_of(readers[0]) in ("view", "reshape", "flatten")
+    return swapped and len(readers) == 1 and name_of(readers[0]) in ("reshape", "flatten")

@@ -21,7 +21,7 @@ SAME_RANK = ("pad", "slice")
 """Operators that keep the number of axes here; indexing that drops or adds one (`x[:, 0]`, `x[:, None]`) is interpolated."""
 ACTIVATIONS = {
     "relu": "Relu", "relu6": "Relu", "hardswish": "HardSwish", "hardsigmoid": "HardSigmoid", "sigmoid": "Sigmoid", "tanh": "Tanh",
-    "gelu": "Gelu", "elu": "Elu", "leakyrelu": "LeakyRelu", "leaky_relu": "LeakyRelu", "mish": "Mish",
+    "gelu": "Gelu", "elu": "Elu", "leaky_relu": "LeakyRelu", "mish": "Mish",
 }  # fmt: skip
 
 

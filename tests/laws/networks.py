@@ -96,6 +96,32 @@ class Tokens(nn.Module):
         return self.head((x + self.down(value * nn.functional.gelu(gate))).mean(1))
 
 
+class Up(nn.Module):
+    """Down and up again by a transposed convolution, beside what was there before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.deep, self.up = nn.Conv2d(3, 12, 3, 2, 1), nn.Conv2d(12, 16, 3, padding=1), nn.ConvTranspose2d(16, 8, 2, 2)
+        self.join, self.head = nn.Conv2d(11, 12, 3, padding=1), nn.Linear(12, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        deep = self.up(torch.relu(self.deep(torch.relu(self.down(x)))))
+        return self.head(torch.relu(self.join(torch.cat([torch.relu(deep), x], dim=1))).mean((2, 3)))
+
+
+class Recurrent(nn.Module):
+    """Columns of an image, read one after the other in both directions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.recurrent = nn.Linear(48, 20), nn.LSTM(20, 12, 2, batch_first=True, bidirectional=True)
+        self.hidden, self.head = nn.Linear(24, 512), nn.Linear(512, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        columns = torch.relu(self.front(x.permute(0, 3, 1, 2).flatten(2)))
+        return self.head(torch.relu(self.hidden(self.recurrent(columns)[0].mean(1))))
+
+
 class Mixer(nn.Module):
     """Layers over tokens and over channels in turn (Tolstikhin et al. 2021, arXiv 2105.01601)."""
 
@@ -128,6 +154,8 @@ NETWORKS = {
     "gates": (Gates, 16),
     "tokens": (Tokens, 16),
     "mixer": (Mixer, 16),
+    "up": (Up, 16),
+    "recurrent": (Recurrent, 16),
 }
 
 

@@ -32,6 +32,11 @@ def zeroed(model: nn.Module, graph: Graph, policy: Policy) -> nn.Module:
         module = model.get_submodule(layer.name)
         if getattr(module, "groups", 1) == 1:
             module.weight[:, ~torch.from_numpy(keep[roots])] = 0
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    for node in graph.module.graph.nodes:
+        for axis, roots in graph.roots(node.name).items() if node.op == "get_attr" else ():
+            if not keep[roots].all():
+                own[str(node.target)].movedim(axis, 0)[~torch.from_numpy(keep[roots])] = 0
     for block in graph.blocks:
         if block.name in policy.student.drop:
             last = nodes[block.layers[-1]]
