@@ -15,7 +15,10 @@ Shape = tuple[int, ...]
 Signature = tuple[object, ...]
 Rung = Literal["unchanged", "short", "full"]
 """What a policy went through: `unchanged` is the model itself in fewer bits, calibrated; `short` and `full` say how long it was trained."""
-OperatorKind = Literal["conv", "linear", "add", "mul", "maxpool", "avgpool", "norm", "activation", "concat", "pad", "slice", "other"]
+OperatorKind = Literal[
+    "conv", "linear", "add", "mul", "maxpool", "avgpool", "norm", "activation", "concat", "pad", "slice", "matmul", "softmax",
+    "attention", "layernorm", "other",
+]  # fmt: skip
 """Pools may be adaptive; `avgpool` covers means over the whole map, `norm` only norms that cannot be folded into a layer."""
 
 

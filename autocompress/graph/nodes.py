@@ -28,6 +28,10 @@ NodeKind = Literal[
     "slice",
     "reshape",
     "identity",
+    "matmul",
+    "softmax",
+    "attention",
+    "layernorm",
     "output",
     "other",
 ]
@@ -42,6 +46,7 @@ _MODULES: tuple[tuple[tuple[type[nn.Module], ...], NodeKind], ...] = (
     ((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), "norm"),
     ((nn.Dropout, nn.Dropout2d, nn.Identity), "identity"),
     ((nn.AdaptiveMaxPool2d,), "maxpool"),
+    ((nn.LayerNorm,), "layernorm"),
 )
 _KINDS: dict[NodeKind, tuple[str, ...]] = {
     "add": ("add",),
@@ -56,6 +61,9 @@ _KINDS: dict[NodeKind, tuple[str, ...]] = {
     "slice": ("slice",),
     "reshape": ("reshape", "reshape_as", "flatten", "unflatten"),
     "identity": ("detach",),
+    "matmul": ("matmul", "bmm"),
+    "softmax": ("softmax",),
+    "attention": ("scaled_dot_product_attention",),
 }  # fmt: skip
 """Operators of ATen by what they are here."""
 _OPERATORS: dict[str, NodeKind] = {name: kind for kind, names in _KINDS.items() for name in names}

@@ -34,7 +34,8 @@ from autocompress.graph.resize import Groups, Roots
 from autocompress.records import Operator, OperatorKind, Shape, Workload
 
 OPERATOR_KINDS: tuple[OperatorKind, ...] = (
-    "conv", "linear", "add", "mul", "maxpool", "avgpool", "norm", "activation", "concat", "pad", "slice",
+    "conv", "linear", "add", "mul", "maxpool", "avgpool", "norm", "activation", "concat", "pad", "slice", "matmul", "softmax", "attention",
+    "layernorm",
 )  # fmt: skip
 NORM_VECTORS = 4
 """A batch norm that is not folded has weight, bias, mean and variance in the file."""

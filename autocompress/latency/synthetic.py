@@ -91,6 +91,7 @@ def build_onnx(operator: Operator) -> bytes | None:
     makers = {
         "conv": _conv, "linear": _linear, "add": _pairwise, "mul": _pairwise, "maxpool": _pool, "avgpool": _pool,
         "norm": _norm, "activation": _activation, "concat": _concat, "pad": _pad, "slice": _slice,
+        "matmul": _matmul, "softmax": _softmax, "attention": _attention, "layernorm": _layer_norm,
     }  # fmt: skip
     maker = makers.get(operator.kind)
     if maker is None or not operator.inputs:
@@ -150,6 +151,32 @@ def _norm(builder: _Builder, operator: Operator) -> str:
     n = operator.inputs[0][1]
     ones = [builder.constant(name, np.ones(n, dtype=np.float32)) for name in ("scale", "shift", "mean", "variance")]
     return builder.node("BatchNormalization", [builder.input(operator.inputs[0]), *ones])
+
+
+def _matmul(builder: _Builder, operator: Operator) -> str:
+    first, second = operator.inputs if len(operator.inputs) == 2 else operator.inputs * 2
+    return builder.node("MatMul", [builder.input(first), builder.input(second)])
+
+
+def _softmax(builder: _Builder, operator: Operator) -> str:
+    return builder.node("Softmax", [builder.input(operator.inputs[0])], axis=-1)
+
+
+def _attention(builder: _Builder, operator: Operator) -> str:
+    """As the exporter writes it: softmax(Q K^T * scale) V. One tensor may be several of the three; a mask is left out."""
+    shapes = operator.inputs[:3] if len(operator.inputs) >= 3 else (operator.inputs[0], operator.inputs[-1], operator.inputs[-1])
+    query, key, value = (builder.input(shape) for shape in shapes)
+    axes = list(range(len(shapes[1])))
+    turned = builder.node("Transpose", [key], perm=[*axes[:-2], axes[-1], axes[-2]])
+    scale = builder.constant("attention_scale", np.array(shapes[0][-1] ** -0.5, dtype=np.float32))
+    scores = builder.node("MatMul", [builder.node("Mul", [query, scale]), turned])
+    return builder.node("MatMul", [builder.node("Softmax", [scores], axis=-1), value])
+
+
+def _layer_norm(builder: _Builder, operator: Operator) -> str:
+    n = operator.inputs[0][-1]
+    ones = [builder.constant(name, np.ones(n, dtype=np.float32)) for name in ("scale", "shift")]
+    return builder.node("LayerNormalization", [builder.input(operator.inputs[0]), *ones], axis=-1)
 
 
 def _activation(builder: _Builder, operator: Operator) -> str:

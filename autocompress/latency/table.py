@@ -185,13 +185,22 @@ class _Interpolation:
 
 
 def _features(operator: Operator) -> list[float]:
-    macs = float(operator.macs)
+    macs = float(operator.macs or _products(operator))
     if operator.kind in ("conv", "linear") and operator.groups == 1:
         inputs = operator.inputs[0][1] if operator.kind == "conv" else operator.inputs[0][-1]
         outputs = operator.output[1] if operator.kind == "conv" else operator.output[-1]
         macs *= _round_up(inputs) / inputs * _round_up(outputs) / outputs
     read = float(sum(math.prod(shape) for shape in operator.inputs))
     return [1.0, macs, read, float(math.prod(operator.output)), float(operator.params)]
+
+
+def _products(operator: Operator) -> int:
+    """Multiply-accumulates of tensors with each other: none of them is a weight."""
+    if operator.kind == "matmul":
+        return math.prod(operator.output) * operator.inputs[0][-1]
+    if operator.kind == "attention":  # of queries with keys, and of scores with values
+        return 2 * math.prod(operator.output) * operator.inputs[min(1, len(operator.inputs) - 1)][-2]
+    return 0
 
 
 def _round_up(channels: int) -> int:

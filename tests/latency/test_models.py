@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws.networks import network
 from torch import nn
 
 from autocompress.compress.quantize import calibrate, fake_quantize
 from autocompress.compress.student import build_student
+from autocompress.devices.onnxruntime import OnnxRuntimeCpu
 from autocompress.errors import PolicyFailure
 from autocompress.export import onnx_bytes
 from autocompress.graph import Graph
@@ -96,6 +98,19 @@ def test_every_operator_of_a_network_can_be_built_alone(workloads):
         model = onnx.load_from_string(build_onnx(operator))
         onnx.checker.check_model(model)
         assert device.seconds_of_model(model) == pytest.approx(device.costs.call + device.seconds_of_operator(operator), rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "tokens"])
+def test_what_attention_is_made_of_is_measured_too(name):
+    model, inputs = network(name)
+    operators = {o.signature: o for o in Graph.trace(model, (inputs[:1],)).workload(Policy()).operators}.values()
+    kinds = {operator.kind for operator in operators}
+    assert "layernorm" in kinds and kinds & {"attention", "matmul"}
+    for operator in operators:
+        if operator.kind in ("attention", "matmul", "softmax", "layernorm"):
+            built = onnx.shape_inference.infer_shapes(onnx.load_from_string(build_onnx(operator)), check_type=True, strict_mode=True)
+            onnx.checker.check_model(built)
+            assert OnnxRuntimeCpu().measure_many([built.SerializeToString()])[0] > 0
 
 
 POOLS = {
