@@ -29,6 +29,8 @@ FACTORIES = {"zeros": "new_zeros", "ones": "new_ones", "full": "new_full", "empt
 """What makes a tensor of a given size, and what makes it with the type and on the device of another tensor."""
 ELSEWHERE = ("arange", "eye", "linspace", "rand", "randn")
 """What makes a tensor where export ran, and has no form that makes it where another one is."""
+HEADS = 4
+"""Axes of attention as it is exported: batch x heads x tokens x size."""
 COPIES = ("clone", "contiguous", "alias", "lift_fresh_copy")
 WEIGHTS = ("weight", "bias")
 RESHAPE, LIKE = torch.ops.aten.reshape.default, torch.ops.aten.reshape_as.default
@@ -61,6 +63,7 @@ def exported(model: nn.Module, example: tuple[Tensor, ...]) -> fx.GraphModule:
     _compute_constants(recorded)
     _put_out_of_place(recorded.graph)
     _leave_out_copies(recorded.graph)
+    _write_attention_out(recorded.graph)
     put_modules_back(recorded, model)
     module = _tidy(recorded, model)
     module.meta[BRANCH] = branch
@@ -243,6 +246,24 @@ def _leave_out_copies(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if _does_nothing(node):
             node.replace_all_uses_with(node.all_input_nodes[0])
+
+
+def _write_attention_out(graph: fx.Graph) -> None:
+    """Attention over more axes than batch, heads, tokens and size is one operator of torch's, but none that is exported to ONNX."""
+    aten = torch.ops.aten
+    for node in list(graph.nodes):
+        given = arguments(node)
+        plain = not given.get("is_causal") and not given.get("enable_gqa") and given.get("attn_mask") is None
+        if name_of(node) != "scaled_dot_product_attention" or not plain or node.meta["val"].dim() <= HEADS:
+            continue
+        query, key, value = (given[name] for name in ("query", "key", "value"))
+        scale = given["scale"] or query.meta["val"].shape[-1] ** -0.5
+        with graph.inserting_before(node):
+            scores = graph.call_function(aten.matmul.default, (query, graph.call_function(aten.transpose.int, (key, -2, -1))))
+            shares = graph.call_function(aten.softmax.int, (graph.call_function(aten.mul.Tensor, (scores, float(scale))), -1))
+            written = graph.call_function(aten.matmul.default, (shares, value))
+        written.meta = dict(node.meta)
+        node.replace_all_uses_with(written)
 
 
 def _writes_what_others_see(graph: fx.Graph) -> bool:

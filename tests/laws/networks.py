@@ -96,6 +96,22 @@ class Tokens(nn.Module):
         return self.head((x + self.down(value * nn.functional.gelu(gate))).mean(1))
 
 
+class Windows(nn.Module):
+    """Attention within windows, on tensors of five axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.out = nn.Conv2d(3, 24, 2, stride=2), nn.Linear(24, 72), nn.Linear(24, 24)
+        self.up, self.down, self.head = nn.Linear(24, 48), nn.Linear(48, 24), nn.Linear(24, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n = x.shape[0]
+        x = self.embed(x).reshape(n, 24, 4, 16).permute(0, 2, 3, 1)
+        q, k, v = self.qkv(x).reshape(n, 4, 16, 3, 3, 8).permute(3, 0, 1, 4, 2, 5).unbind(0)
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(n, 4, 16, 24))
+        return self.head((x + self.down(torch.relu(self.up(x)))).mean((1, 2)))
+
+
 class Up(nn.Module):
     """Down and up again by a transposed convolution, beside what was there before."""
 
@@ -154,6 +170,7 @@ NETWORKS = {
     "gates": (Gates, 16),
     "tokens": (Tokens, 16),
     "mixer": (Mixer, 16),
+    "windows": (Windows, 16),
     "up": (Up, 16),
     "recurrent": (Recurrent, 16),
 }

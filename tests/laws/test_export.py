@@ -84,6 +84,9 @@ def images(name, n=32):
         ("vit", 1),
         ("vit", 8),
         ("swin", 8),
+        ("windows", 1),
+        ("up", 1),
+        ("recurrent", 1),
     ],
 )
 def test_float_file_equals_the_student(name, batch):
