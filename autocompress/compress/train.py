@@ -6,12 +6,13 @@ a short linear rise, then a linear fall to a hundredth. No weight decay on biase
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -44,11 +45,14 @@ much of its answers differs it has more to learn than to lose (`benchmarks/rates
 whatever the gradient: of SGD the first steps follow the largest gradients that there will be, and a few of them ruin a repaired student."""
 CAUTION = 3
 """Power of what there is to learn that SGD's rates keep where steps are few: all from scratch, a fortieth where 0.3 of answers differ."""
+SLOWER, MOST_RESTARTS = 4.0, 3
+"""By how much rates fall each time that training diverges and begins again, and how often it may: networks without norms need it."""
 FEATURE_SCALE = 25.0
 """Weight of the difference of features beside the loss of answers, which is T^2 times a divergence: 16 times at the default T = 4 only."""
 
 Tick = Callable[[float], None]
 """Called after each step with the progress in [0, 1]."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,32 @@ def train(
 ) -> nn.Module:
     """Train `student` in place and return it in eval mode.
 
-    Without a distillation the loss is the task's own. Raises PolicyFailure when the loss stops being finite.
+    Without a distillation the loss is the task's own. Raises PolicyFailure when the loss does not stay finite at any of the rates tried.
     """
-    steps = _Steps(plan)
-    _run(student, data, plan, steps, until=1.0, distillation=distillation, tick=tick)
-    _reestimate_norms(student, data, plan, steps.done)
-    return student.eval()
+
+    def attempt(plan: TrainPlan) -> nn.Module:
+        steps = _Steps(plan)
+        _run(student, data, plan, steps, until=1.0, distillation=distillation, tick=tick)
+        _reestimate_norms(student, data, plan, steps.done)
+        return student.eval()
+
+    return _at_bearable_rates(attempt, student, plan)
+
+
+class Diverged(PolicyFailure):
+    """The loss is no longer finite."""
+
+
+def _at_bearable_rates(attempt: Callable[[TrainPlan], T], student: nn.Module, plan: TrainPlan) -> T:
+    """Train by the plan; each time that the loss diverges, once more from where the student began, at lower rates, in what time is left."""
+    begun = copy.deepcopy(student.state_dict())
+    for _ in range(MOST_RESTARTS):
+        try:
+            return attempt(plan)
+        except Diverged:
+            student.load_state_dict(begun)
+            plan = replace(plan, learning_rate=plan.learning_rate / SLOWER)
+    return attempt(plan)
 
 
 def quantizes(quant: QuantSpec) -> bool:
@@ -122,6 +146,16 @@ def train_quantized(
 
     One schedule spans both parts. With `plan.steps == 0` this is post-training quantization: calibration only.
     """
+
+    def attempt(plan: TrainPlan) -> fx.GraphModule:
+        return _train_quantized(student, quant, data, plan, distillation, tick)
+
+    return _at_bearable_rates(attempt, student, plan) if plan.steps else attempt(plan)
+
+
+def _train_quantized(
+    student: fx.GraphModule, quant: QuantSpec, data: Data, plan: TrainPlan, distillation: Distillation | None, tick: Tick | None
+) -> fx.GraphModule:
     rounds = quantizes(quant)
     steps = _Steps(plan)
     float_share = 1.0 - (plan.quant_fraction if rounds else 0.0)
@@ -187,7 +221,7 @@ def _run(
         inputs = data.view(indices, view, plan.seed)
         loss = _loss(model, data, indices, inputs, view, distillation, device)
         if not math.isfinite(loss.item()):
-            raise PolicyFailure(f"training diverged: the loss must stay finite, but is {loss.item()} at step {steps.done}")
+            raise Diverged(f"training diverged: the loss must stay finite, but is {loss.item()} at step {steps.done}")
         optimizer.step(loss, steps.rates)
         steps.done += 1
         if tick is not None:

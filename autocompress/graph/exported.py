@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,12 +53,9 @@ def exported(model: nn.Module, example: tuple[Tensor, ...]) -> fx.GraphModule:
     with quiet(), torch.enable_grad():
         program, branch = _recorded(model, tuple(_several(tensor) for tensor in example))
         _require_any_number(program)
-        if _writes_what_others_see(program.graph):  # torch takes several times as long to replace that
-            program = program.run_decompositions({})
-        recorded = program.module(check_guards=False)
-    assert isinstance(recorded, fx.GraphModule)
-    _take_outputs_as_they_are(recorded)
-    _make_tensors_where_the_input_is(recorded.graph)
+        recorded = _as_module(program)
+        if _writes_what_others_see(recorded.graph):  # torch takes several times as long to replace that
+            recorded = _as_module(program.run_decompositions({}))
     _compute_constants(recorded)
     _put_out_of_place(recorded.graph)
     _leave_out_copies(recorded.graph)
@@ -81,6 +77,14 @@ def _recorded(model: nn.Module, batches: tuple[Tensor, ...]) -> tuple[torch.expo
         program = torch.export.draft_export(model, batches, dynamic_shapes=free, strict=False)
         gc.collect()  # of the files that it leaves open, while nobody listens
         return program, _place(str(error)) or "somewhere"
+
+
+def _as_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    recorded = program.module(check_guards=False)
+    assert isinstance(recorded, fx.GraphModule)
+    _take_outputs_as_they_are(recorded)
+    _make_tensors_where_the_input_is(recorded.graph)
+    return recorded
 
 
 def _require_any_number(program: torch.export.ExportedProgram) -> None:
@@ -267,24 +271,33 @@ def _write_attention_out(graph: fx.Graph) -> None:
 
 
 def _writes_what_others_see(graph: fx.Graph) -> bool:
-    """Whether a tensor is overwritten that is read afterwards by another name: as a view, or what it is a view of."""
+    """Whether a tensor is overwritten of which a view, made before, is read afterwards; or a view, and what it is a view of is."""
     order = {node: position for position, node in enumerate(graph.nodes)}
+    fixed = set(_fixed(graph))
     memory: dict[fx.Node, list[fx.Node]] = {}
-    written: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    tensor: dict[fx.Node, fx.Node] = {}
+    writes: list[tuple[fx.Node, fx.Node]] = []
     for node in order:
         source = next(iter(node.all_input_nodes), None)
         shares = name_of(node) == "getitem" or any(value.alias_info is not None for value in _returns(node))
         memory[node] = memory[source] if shares and source is not None else []
         memory[node].append(node)
+        tensor[node] = node
         if source is not None and _out_of_place(node) is not None:
-            written[source].append(node)
+            tensor[node] = tensor[source]
+            writes.append((source, node))
     return any(
-        order[user] > order[writes[0]]
-        for target, writes in written.items()
+        tensor[other] is not tensor[target] and order[other] < order[write] and any(order[user] > order[write] for user in other.users)
+        for target, write in writes
+        if not _is_constant_by_then(memory[target], fixed, order)
         for other in memory[target]
-        if other is not target and other not in writes
-        for user in other.users
     )
+
+
+def _is_constant_by_then(memory: list[fx.Node], fixed: set[fx.Node], order: dict[fx.Node, int]) -> bool:
+    """Whether what these share is computed once, before anything reads it that depends on an input."""
+    last = max(order[node] for node in memory)
+    return fixed.issuperset(memory) and all(user in fixed or order[user] > last for node in memory for user in node.users)
 
 
 def _returns(node: fx.Node) -> list[torch.Argument]:

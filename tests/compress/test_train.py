@@ -15,6 +15,7 @@ from autocompress.compress.student import build_student
 from autocompress.compress.train import TrainPlan, train, train_quantized
 from autocompress.data import Data, Split
 from autocompress.devices import processor
+from autocompress.errors import PolicyFailure
 from autocompress.export import compare, onnx_bytes
 from autocompress.graph import Graph
 from autocompress.policy import Policy, QuantSpec, StudentSpec
@@ -200,3 +201,21 @@ def test_how_many_steps_there_will_be_is_told_by_the_clock():
     so_far._allowed += 10.0
     so_far.done = 15
     assert so_far.rates == pytest.approx([0.1 * train_module.one_cycle(0.5)] * 2, rel=0.05)
+
+
+@pytest.mark.parametrize("trained", [train, trained_as_a_student], ids=["teacher", "student"])
+def test_training_that_diverges_begins_again_at_lower_rates(data, trained, monkeypatch):
+    rates, step = [], train_module._Optimizer.step
+    monkeypatch.setattr(train_module._Optimizer, "step", lambda self, loss, rate: rates.append(self._parts[0][1]) or step(self, loss, rate))
+    net = student_of(LeNet(), data)
+    trained(net, data, TrainPlan(steps=60, batch_size=16, learning_rate=1e3))
+    assert len(set(rates)) > 1 and rates[-60:] == [min(rates)] * 60, "rates that are bearable are kept to the end"
+    assert all(torch.isfinite(parameter).all() for parameter in net.parameters())
+
+
+def test_training_that_diverges_at_any_rate_fails_and_says_so(data):
+    net = student_of(LeNet(), data)
+    with torch.no_grad():
+        net.get_parameter("head.bias").fill_(float("nan"))
+    with pytest.raises(PolicyFailure, match="training diverged: the loss must stay finite, but is nan at step 0"):
+        train(net, data, TrainPlan(steps=3, batch_size=16))

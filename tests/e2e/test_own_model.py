@@ -63,6 +63,7 @@ def test_a_task_file_with_a_model_and_photos_of_ones_own(place, capsys, monkeypa
     assert main(["export", str(run), "--pick", "int8", "--out", str(out), "--json"]) == 0
     capsys.readouterr()
     content = json.loads((run / "front.json").read_text())
+    assert content["failures"] == []
     assert {entry["id"].removesuffix("-full") for entry in content["points"]} == {"int8", "00000"}
     assert content["baseline"]["test_score"]["n"] >= 3
     session = onnxruntime.InferenceSession(str(out / "model.onnx"), providers=["CPUExecutionProvider"])

@@ -18,15 +18,12 @@ SIZES = {"inception_v3": 96}
 OPTIONS = {"googlenet": {"init_weights": False}, "inception_v3": {"init_weights": False}}
 FOUND = {  # name: (layers, channel groups, of these prunable, droppable blocks)
     "resnet18": (21, 13, 12, 5),
-    "resnet34": (37, 21, 20, 13),
     "resnet50": (54, 38, 37, 12),
     "resnext50_32x4d": (54, 22, 21, 12),
     "vgg11": (10, 10, 9, 0),
-    "vgg16_bn": (15, 15, 14, 0),
     "densenet121": (121, 121, 120, 0),
     "mobilenet_v2": (53, 26, 25, 10),
     "mobilenet_v3_large": (64, 31, 30, 10),
-    "mobilenet_v3_small": (54, 28, 27, 6),
     "efficientnet_b0": (82, 41, 40, 9),
     "shufflenet_v2_x1_0": (57, 40, 31, 0),
     "googlenet": (58, 58, 57, 0),

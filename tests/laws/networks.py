@@ -28,6 +28,19 @@ def _densenet() -> nn.Module:
     return torchvision.models.DenseNet(growth_rate=16, block_config=(3, 4), num_init_features=32, num_classes=CLASSES)
 
 
+def _mobilenet() -> nn.Module:
+    """Version 3, with one block of each kind: with and without expansion, squeeze-excite, hard swish and a stride."""
+    kinds = ((16, 3, 16, 16, True, "RE", 2), (16, 3, 72, 24, False, "RE", 1), (24, 5, 96, 40, True, "HS", 2), (40, 5, 120, 40, True, "HS", 1))
+    blocks = [torchvision.models.mobilenetv3.InvertedResidualConfig(*kind, 1, 1.0) for kind in kinds]
+    return torchvision.models.MobileNetV3(blocks, last_channel=64, num_classes=CLASSES)
+
+
+def _efficientnet() -> nn.Module:
+    kinds = ((1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2))
+    blocks = [torchvision.models.efficientnet.MBConvConfig(*kind, 1.0, 1.0) for kind in kinds]
+    return torchvision.models.EfficientNet(blocks, dropout=0.2, last_channel=128, num_classes=CLASSES)
+
+
 def _resnext() -> nn.Module:
     block = torchvision.models.resnet.Bottleneck
     return torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=CLASSES, groups=8, width_per_group=8)
@@ -50,7 +63,7 @@ def _vit() -> nn.Module:
 
 
 def _swin() -> nn.Module:
-    return torchvision.models.SwinTransformer([2, 2], 24, [2, 2], [3, 6], [4, 4], num_classes=CLASSES)
+    return torchvision.models.SwinTransformer([2, 2], 24, [2, 1], [3, 6], [4, 4], num_classes=CLASSES)
 
 
 class Gates(nn.Module):
@@ -156,14 +169,13 @@ class Mixer(nn.Module):
 NETWORKS = {
     "tiny_resnet": (tiny_resnet, 32),
     "resnet20": (resnet20, 32),
-    "resnet18": (lambda: torchvision.models.resnet18(num_classes=CLASSES), 64),
-    "mobilenet_v3_small": (lambda: torchvision.models.mobilenet_v3_small(num_classes=CLASSES), 64),
+    "mobilenet": (_mobilenet, 32),
     "vgg11_bn": (_vgg11_bn, 64),
     "densenet": (_densenet, 64),
-    "efficientnet_b0": (lambda: torchvision.models.efficientnet_b0(num_classes=CLASSES), 64),
+    "efficientnet": (_efficientnet, 32),
     "resnext": (_resnext, 64),
     "group_norms": (_resnet_with_group_norms, 64),
-    "shufflenet": (lambda: torchvision.models.ShuffleNetV2([2, 2, 2], [24, 48, 96, 192, 256], CLASSES), 64),
+    "shufflenet": (lambda: torchvision.models.ShuffleNetV2([2, 2, 1], [24, 48, 96, 192, 256], CLASSES), 64),
     "convnext": (_convnext, 64),
     "vit": (_vit, 32),
     "swin": (_swin, 32),

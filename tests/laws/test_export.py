@@ -74,9 +74,9 @@ def images(name, n=32):
     [
         ("tiny_resnet", 1),
         ("tiny_resnet", 8),
-        ("mobilenet_v3_small", 8),
+        ("mobilenet", 8),
         ("vgg11_bn", 1),
-        ("efficientnet_b0", 1),
+        ("efficientnet", 1),
         ("resnext", 1),
         ("group_norms", 1),
         ("shufflenet", 8),
@@ -131,7 +131,7 @@ def test_snapped_biases_leave_only_the_rounding_of_floats():
     assert equal[0] <= 0.6
 
 
-@pytest.mark.parametrize("name", ["tiny_resnet", "mobilenet_v3_small"])
+@pytest.mark.parametrize("name", ["tiny_resnet", "mobilenet"])
 def test_every_int8_convolution_has_an_int8_kernel(name, tmp_path):
     model, inputs = images(name, 16)
     _, payload = exported(model, inputs, Policy(quant=QuantSpec(bits=8)))
