@@ -30,8 +30,9 @@ def _densenet() -> nn.Module:
 
 def _mobilenet() -> nn.Module:
     """Version 3, with one block of each kind: with and without expansion, squeeze-excite, hard swish and a stride."""
-    kinds = ((16, 3, 16, 16, True, "RE", 2), (16, 3, 72, 24, False, "RE", 1), (24, 5, 96, 40, True, "HS", 2), (40, 5, 120, 40, True, "HS", 1))
-    blocks = [torchvision.models.mobilenetv3.InvertedResidualConfig(*kind, 1, 1.0) for kind in kinds]
+    plain = ((16, 3, 16, 16, True, "RE", 2), (16, 3, 72, 24, False, "RE", 1))
+    hard = ((24, 5, 96, 40, True, "HS", 2), (40, 5, 120, 40, True, "HS", 1))
+    blocks = [torchvision.models.mobilenetv3.InvertedResidualConfig(*kind, 1, 1.0) for kind in (*plain, *hard)]
     return torchvision.models.MobileNetV3(blocks, last_channel=64, num_classes=CLASSES)
 
 
