@@ -16,7 +16,7 @@ import typer
 from autocompress import options
 from autocompress.errors import AutocompressError, InfeasibleBudget, UsageError, one_line
 from autocompress.references import DEFAULT_DEVICE, require_formats
-from autocompress.run_folder import FRONT, PARETO, REPORT, new_run, read_front
+from autocompress.run_folder import FRONT, PARETO, REPORT, new_run, read_front, write_atomically
 from autocompress.terminal import complain, emit, emit_json, emit_record, report_error, terminal_width
 
 if TYPE_CHECKING:
@@ -257,13 +257,21 @@ def inspect(
     model: options.Reference,
     weights: options.Weights = None,
     data: options.Data = None,
+    device: options.InspectedOn = None,
+    html: options.Html = None,
     json: options.Json = False,
 ) -> None:
-    """Show layers, channel groups and blocks of a model, what cannot be compressed, and why."""
+    """Show layers, channel groups and blocks of a model, what they cost, what cannot be compressed, and why."""
     from autocompress.inspect import inspect_model
 
-    content = inspect_model(model, weights=weights, data=data)
-    emit_json(content) if json else emit_record(content)
+    content = inspect_model(model, weights=weights, data=data, device=device)
+    if html is not None:
+        from autocompress.report.network import network_page
+
+        write_atomically(html, network_page(content))
+    emit_json(content) if json else emit_record({key: value for key, value in content.items() if key != "steps"})
+    if html is not None:
+        complain(f"picture {html}")
 
 
 @app.command()

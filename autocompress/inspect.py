@@ -7,28 +7,66 @@ from pathlib import Path
 from typing import Any
 
 from autocompress.data.sources import load_data
+from autocompress.devices import Device, open_device
 from autocompress.graph import ChannelGroup, Graph
+from autocompress.graph.outline import outline
+from autocompress.latency import OperatorTable
 from autocompress.models import example_for, load_model
+from autocompress.policy import Policy
+from autocompress.records import Step
+
+MEASURE_S = 120.0
+"""For measuring operators, at most."""
 
 
-def inspect_model(reference: str, *, weights: Path | str | None = None, data: str | None = None) -> dict[str, Any]:
+def inspect_model(
+    reference: str, *, weights: Path | str | None = None, data: str | None = None, device: str | None = None
+) -> dict[str, Any]:
     """Layers, channel groups, droppable blocks and frozen parts of a model, and how much of it each technique reaches.
 
     Args:
         data: reference of data whose inputs the model is traced with; None tries the usual image shapes.
+        device: where operators are measured, each by itself; None measures nothing.
 
-    Raises UsageError when the model or the data do not load or do not fit.
+    Raises UsageError when the model or the data do not load or do not fit, or the device is unknown.
     """
+    target = open_device(device) if device is not None else None
     loaded, file = load_data(data) if data is not None else None, Path(weights) if weights is not None else None
     model = load_model(reference, weights=file, classes=loaded.classes if loaded is not None else None)
     example = loaded.example(1) if loaded is not None else example_for(model, reference)
     graph = Graph.trace(model, (example,))
-    return {"model": reference, "input": "x".join(map(str, example.shape))} | summary(graph) | {
-        "layers": [asdict(layer) for layer in graph.layers],
+    steps = outline(graph) if target is None else _measured(outline(graph), graph, target)
+    return {"model": reference, "input": "x".join(map(str, example.shape)), "device": device} | summary(graph) | {
+        "layers": _layers(graph, steps),
         "channel_groups": [_group(group) for group in graph.groups],
         "blocks": [{"name": b.name, "stream": b.stream, "layers": ", ".join(b.layers)} for b in graph.blocks],
         "frozen": [asdict(frozen) for frozen in graph.frozen],
+        "steps": [step.model_dump(mode="json") for step in steps],
     }  # fmt: skip
+
+
+def _measured(steps: list[Step], graph: Graph, device: Device) -> list[Step]:
+    """With the seconds that each operator takes by itself."""
+    table, workload = OperatorTable.for_device(device), graph.workload(Policy())
+    table.calibrate(device, [workload], MEASURE_S)
+    seconds = {operator.name: table.lookup(operator) for operator in workload.operators}
+    return [step.model_copy(update={"latency_s": seconds.get(step.name)}) for step in steps]
+
+
+def _layers(graph: Graph, steps: list[Step]) -> list[dict[str, Any]]:
+    """What each layer costs, as shares of what all operators cost, and where it belongs."""
+    step_of = {step.name: step for step in steps}
+    totals = {key: sum(getattr(step, key) or 0 for step in steps) for key in ("macs", "latency_s")}
+    rows = []
+    for layer in graph.layers:
+        step = step_of.get(layer.name)
+        row = asdict(layer) | {"block": step.block if step is not None else None, "macs": step.macs if step is not None else None}
+        for key, total in totals.items():
+            value = getattr(step, key) if step is not None else None
+            if total:
+                row[f"share_of_{key.removesuffix('_s')}"] = f"{100 * value / total:.1f} %" if value is not None else None
+        rows.append(row)
+    return rows
 
 
 def summary(graph: Graph) -> dict[str, Any]:

@@ -41,6 +41,10 @@ OwnDevice = Annotated[
     str | None,
     typer.Option("--device", rich_help_panel=MODEL, help=f"What to measure on. Default: {DEFAULT_DEVICE}."),
 ]
+InspectedOn = Annotated[
+    str | None,
+    typer.Option("--device", rich_help_panel=MODEL, help="Measure operators there, each by itself; see `autocompress devices`."),
+]
 Batch = Annotated[int, typer.Option("--batch", min=1, rich_help_panel=MODEL, help="Inputs a call.")]
 OwnBatch = Annotated[
     int | None,
@@ -98,6 +102,7 @@ FromRun = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", rich_help_panel=OUTPUT, help="Continue the search in --out.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", rich_help_panel=OUTPUT, help="Say what would be searched, and stop.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=OUTPUT, help="Show no progress.")]
+Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", rich_help_panel=OUTPUT, help="Write a picture of the network, too.")]
 Json = Annotated[bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print JSON instead of text.")]
 Open = Annotated[bool, typer.Option("--open", help="Open it in the browser.")]
 Pick = Annotated[str, typer.Option("--pick", help="best, or the id of a policy.")]

@@ -58,6 +58,26 @@ class Operator(Record):
         return tuple(value for field, value in self if field != "name")
 
 
+class Step(Record):
+    """One operator of a network as a person reads it, with what a runtime folds into it.
+
+    name: of its layer, or of the operator. inputs: positions of the steps that it reads. group: the channel group that most of its channels
+    are of. block: the innermost droppable block around it. line: of the code, where it is known. latency_s: of the operator by itself,
+    where it was measured.
+    """
+
+    name: str
+    title: str
+    shape: Shape
+    inputs: tuple[int, ...]
+    group: str | None
+    block: str | None
+    params: int
+    macs: int
+    line: str
+    latency_s: float | None = None
+
+
 class Workload(Record):
     """The operators of one student in execution order, and the bytes of its weights in the file."""
 

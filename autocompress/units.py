@@ -61,6 +61,11 @@ def format_size(n_bytes: float) -> str:
     return _three_digits(n_bytes, ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B")))
 
 
+def format_count(number: float) -> str:
+    """36992 -> `"37 k"`."""
+    return _three_digits(number, ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))).rstrip()
+
+
 def _three_digits(value: float, scale: tuple[tuple[float, str], ...]) -> str:
     """In the largest unit of which it is one or more after rounding, else in the last: 0.9999 s is 1 s, not 1e+03 ms."""
     factor, unit = next((step for step in scale if float(f"{value / step[0]:.3g}") >= 1), scale[-1])

@@ -1,12 +1,22 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from laws.networks import network
 from torch import nn
 
 from autocompress.errors import UsageError
 from autocompress.graph import Graph
+from autocompress.graph.outline import outline
 from autocompress.inspect import inspect_model, summary
+from autocompress.policy import Policy
+from autocompress.records import Step
+from autocompress.report.network import lay_out, network_page
+from autocompress.testing.devices import FakeDevice
 from autocompress.testing.models import tiny_resnet
 
 
@@ -53,6 +63,69 @@ def test_weights_that_nothing_reaches_count_among_all_weights():
     share = sum(p.numel() for p in model.head.parameters()) / sum(p.numel() for p in model.parameters())
     told = summary(Graph.trace(model, (torch.randn(1, 5, 8),)))
     assert told["weights_that_can_be_quantized"] == f"{100 * share:.1f} %" != "100.0 %"
+
+
+def test_the_steps_are_what_a_runtime_executes_and_all_parameters_are_counted_once():
+    model = tiny_resnet()
+    graph = Graph.trace(model, (torch.randn(1, 3, 32, 32),))
+    steps = outline(graph)
+    assert sum(step.params for step in steps) == sum(p.numel() for p in model.parameters())
+    assert sum(step.macs for step in steps) == graph.workload(Policy()).macs
+    assert all(source < number for number, step in enumerate(steps) for source in step.inputs)
+    by_name = {step.name: step for step in steps}
+    assert by_name["layer1.0.conv1"].title == "conv 3×3 · batch norm · relu"
+    assert (by_name["layer1.0.conv1"].group, by_name["layer1.0.conv1"].block) == ("layer1.0.conv1", "layer1.0")
+    assert by_name["layer1.0.conv1"].line == "models.py:22", "the line that calls the layer, not torch's own"
+    assert (by_name["layer2.0.conv2"].block, by_name["linear"].block) == (None, None)
+    added = steps[by_name["add"].inputs[0]], steps[by_name["add"].inputs[1]]
+    assert {step.name for step in added} == {"layer1.0.conv2", "conv1"}
+
+
+def test_views_of_views_are_one_step():
+    model, inputs = network("tokens")
+    titles = [step.title for step in outline(Graph.trace(model, (inputs,)))]
+    assert "flatten · transpose" in titles
+    assert titles.count("layer norm") == 2
+
+
+@given(st.lists(st.lists(st.integers(0, 30), max_size=4), min_size=1, max_size=30))
+def test_every_tensor_keeps_a_lane_of_its_own_until_its_last_reader(reads):
+    steps = [step_of(tuple({source for source in sources if source < number})) for number, sources in enumerate(reads)]
+    living: dict[int, int] = {}
+    last = {source: number for number, step in enumerate(steps) for source in step.inputs}
+    for number, row in enumerate(lay_out(steps)):
+        assert {made: lane for lane, made in row.read} == {made: living[made] for made in steps[number].inputs}
+        living = {made: lane for made, lane in living.items() if last[made] > number}
+        assert dict(map(reversed, row.passing)) == living
+        assert row.lane not in living.values()
+        if row.is_read:
+            living[number] = row.lane
+        assert len(set(living.values())) == len(living)
+
+
+def step_of(inputs):
+    return Step(name="s", title="s", shape=(1,), inputs=inputs, group=None, block=None, params=0, macs=0, line="")
+
+
+def test_the_page_shows_every_step_in_the_colour_of_its_group_and_escapes_names():
+    told = inspect_model("autocompress.testing.models:tiny_resnet")
+    told["frozen"].append({"name": "<script>", "reason": "a & b"})
+    page = network_page(told)
+    assert page.count("<circle") == len(told["steps"])
+    assert page.count("&lt;script&gt;") == 1 and "<script" not in page
+    chips = re.findall(r'class="chip" style="background: ([^"]+)"', page)
+    assert len({colour for colour in chips if colour.startswith("#")}) == sum(group["can_change"] for group in told["channel_groups"])
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_operators_are_measured_where_a_device_is_named(monkeypatch):
+    monkeypatch.setattr("autocompress.inspect.open_device", lambda name: FakeDevice())
+    told = inspect_model("autocompress.testing.models:tiny_resnet", device="fake")
+    seconds = {step["name"]: step["latency_s"] for step in told["steps"]}
+    assert all(seconds[layer["name"]] > 0 for layer in told["layers"])
+    assert sum(float(layer["share_of_latency"].split()[0]) for layer in told["layers"]) <= 100.5
+    assert "share_of_latency" not in inspect_model("autocompress.testing.models:tiny_resnet")["layers"][0]
+    assert "%" in network_page(told)
 
 
 def test_data_gives_the_shape_of_the_inputs():

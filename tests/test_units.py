@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autocompress.errors import UsageError
-from autocompress.units import format_duration, format_size, is_size, parse_duration, parse_size
+from autocompress.units import format_count, format_duration, format_size, is_size, parse_duration, parse_size
 
 
 @pytest.mark.parametrize(
@@ -91,3 +91,8 @@ def test_durations_as_people_write_them(seconds, text):
 @pytest.mark.parametrize(("n_bytes", "text"), [(0, "0 B"), (999, "999 B"), (999_999, "1 MB"), (1_234_567, "1.23 MB"), (2.5e12, "2.5 TB")])
 def test_sizes_as_people_write_them(n_bytes, text):
     assert format_size(n_bytes) == text
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0"), (950, "950"), (36_992, "37 k"), (999_960, "1 M"), (118_013_952, "118 M")])
+def test_counts_as_people_write_them(number, text):
+    assert format_count(number) == text

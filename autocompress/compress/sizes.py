@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from autocompress.graph import Graph
-from autocompress.graph.nodes import arguments, name_of, pad_amounts, slice_bounds
+from autocompress.graph.nodes import arguments, name_of, normalized_axes, pad_amounts, slice_bounds
 from autocompress.graph.resize import Selection
 
 
@@ -99,10 +99,20 @@ def _new(node: fx.Node, graph: Graph, selection: Selection) -> None:
     _set(node, "size", sizes)
 
 
+def _norm(node: fx.Node, graph: Graph, selection: Selection) -> None:
+    axes, sizes = normalized_axes(node, graph.module), list(arguments(node)["normalized_shape"])
+    for place, axis in enumerate(axes):
+        roots = graph.roots(node.name).get(axis)
+        if roots is not None:
+            sizes[place] = selection.size(roots)
+    _set(node, "normalized_shape", sizes)
+
+
 _CHANGES: dict[str, Callable[[fx.Node, Graph, Selection], None]] = {
     **dict.fromkeys(("reshape", "expand", "unflatten"), _reshape),
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), _split),
     **dict.fromkeys(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full"), _new),
     "slice": _slice,
+    "rms_norm": _norm,
 }

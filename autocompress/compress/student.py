@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.nn.utils import skip_init
 from autocompress.compress.distill import SharedFeatures
 from autocompress.compress.sizes import resize_arguments
 from autocompress.graph import Graph
-from autocompress.graph.nodes import Conv, Weighted, channel_axis, module_of, value_of
+from autocompress.graph.nodes import Conv, Weighted, channel_axis, module_of, normalized_axes, value_of
 from autocompress.graph.resize import NEW, Roots, Selection
 from autocompress.graph.trace import annotate_shapes
 from autocompress.policy import Policy
@@ -66,6 +67,9 @@ def shared_features(graph: Graph, policy: Policy) -> SharedFeatures | None:
 
 def _resize_module(node: fx.Node, student: fx.GraphModule, graph: Graph, selection: Selection, generator: torch.Generator) -> None:
     module = module_of(node, student)
+    if isinstance(module, nn.LayerNorm):
+        axes = normalized_axes(node, student)
+        student.set_submodule(str(node.target), _layer_norm(module, [graph.index(node.name, axis, selection) for axis in axes]))
     if not isinstance(module, (Weighted, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
         return
     axis = channel_axis(node, student)
@@ -115,6 +119,22 @@ def _group_norm(old: nn.GroupNorm, index: Roots) -> nn.GroupNorm:
     if old.affine:
         new.weight.copy_(_gather(old.weight, index, 0, fill=1.0))
         new.bias.copy_(_gather(old.bias, index, 0))
+    return new.train(old.training)
+
+
+@torch.no_grad()
+def _layer_norm(old: nn.LayerNorm, indices: Sequence[Roots | None]) -> nn.LayerNorm:
+    """indices: of each axis that is normalised."""
+    if all(index is None for index in indices):
+        return old
+    shape = [len(index) if index is not None else size for index, size in zip(indices, old.normalized_shape, strict=True)]
+    dtype = old.weight.dtype if old.elementwise_affine else None
+    new = nn.LayerNorm(shape, old.eps, old.elementwise_affine, bias=old.bias is not None, dtype=dtype)
+    for name, parameter in old.named_parameters():
+        value: Tensor = parameter
+        for axis, index in enumerate(indices):
+            value = _gather(value, index, axis)
+        new.get_parameter(name).copy_(value)
     return new.train(old.training)
 
 

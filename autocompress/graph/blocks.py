@@ -14,11 +14,12 @@ from autocompress.graph.nodes import drop_unread, kind_of, relu_of
 
 @dataclass(frozen=True)
 class Branch:
-    """A residual branch: node `add` = a skip + node `end`, and the modules that nothing but the branch calls."""
+    """A residual branch: node `add` = a skip + node `end`, the nodes inside, and the modules that nothing but the branch calls."""
 
     name: str
     add: str
     end: str
+    nodes: tuple[str, ...]
     modules: tuple[str, ...]
 
 
@@ -40,7 +41,7 @@ def find_branches(module: fx.GraphModule) -> list[Branch]:
             if closed and layers and skip.meta.get("shape") == node.meta.get("shape"):
                 modules = tuple(str(n.target) for n in called)
                 name = _name([str(n.target) for n in layers], {b.name for b in branches})
-                branches.append(Branch(name, node.name, branch.name, modules))
+                branches.append(Branch(name, node.name, branch.name, tuple(part.name for part in inside), modules))
                 break
     return branches
 

@@ -22,6 +22,7 @@ from autocompress.graph.modules import COMPUTED, put_modules_back
 from autocompress.graph.nodes import RECURRENT, arguments, drop_unread, is_leaf, name_of, slice_bounds, value_of
 from autocompress.quiet import quiet
 
+TORCH = Path(torch.__file__).parent
 BRANCH = "branch"
 """Where a traced network keeps the place in the code where the values of the example have decided which operators it calls."""
 FACTORIES = {"zeros": "new_zeros", "ones": "new_ones", "full": "new_full", "empty": "new_empty"}
@@ -350,6 +351,7 @@ def _owner(name: str, model: nn.Module) -> tuple[str, str] | None:
 
 
 def _place(stack: str) -> str:
-    """The innermost line of a stack of calls, as file.py:line; empty where there is none."""
+    """The innermost line of a stack of calls that is not torch's own, as file.py:line; empty where there is none."""
     places = re.findall(r'File "([^"]+)", line (\d+)', stack)
-    return f"{Path(places[-1][0]).name}:{places[-1][1]}" if places else ""
+    own = [place for place in places if not Path(place[0]).is_relative_to(TORCH)] or places
+    return f"{Path(own[-1][0]).name}:{own[-1][1]}" if own else ""

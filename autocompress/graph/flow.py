@@ -14,6 +14,10 @@ PRODUCT = "product"
 """Part in the life of channels that a function multiplies: what is added would not be multiplied with zeros."""
 
 
+STATISTIC = "statistic"
+"""Part in the life of channels of which something is computed together, as a norm's mean: it would change with what is added."""
+
+
 class NotUnderstood(Exception):
     """What a node does to channels is not covered; the message says in what way, or is empty."""
 

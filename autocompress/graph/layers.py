@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from autocompress.graph.channels import Ids, Layout
-from autocompress.graph.flow import PRODUCT, Flow, NotUnderstood, title
-from autocompress.graph.nodes import RECURRENT, Conv, arguments, is_depthwise, module_of, value_of
+from autocompress.graph.flow import PRODUCT, STATISTIC, Flow, NotUnderstood, title
+from autocompress.graph.nodes import RECURRENT, Conv, arguments, is_depthwise, module_of, normalized_axes, value_of
 
 Rule = Callable[[Flow, fx.Node], Layout]
 
@@ -101,10 +101,23 @@ def _batch_norm(flow: Flow, node: fx.Node) -> Layout:
 
 
 def _layer_norm(flow: Flow, node: fx.Node) -> Layout:
-    norm, source = module_of(node, flow.module), flow.known(node.all_input_nodes[0])
-    assert isinstance(norm, nn.LayerNorm)
-    rank = len(node.meta["shape"])
-    flow.freeze_axes(source, range(rank - len(norm.normalized_shape), rank), f"{node.target} normalises over all of them together")
+    """Normalises over what is left; scale and shift follow it."""
+    source = flow.known(node.all_input_nodes[0])
+    for axis in normalized_axes(node, flow.module):
+        if axis in source:
+            flow.channels.play(node.name, STATISTIC, source[axis])
+    return source
+
+
+def _rms_norm(flow: Flow, node: fx.Node) -> Layout:
+    """Zhang & Sennrich 2019, arXiv 1910.07467."""
+    given = arguments(node)
+    source, weight = flow.known(given["input"]), given["weight"]
+    for place, axis in enumerate(normalized_axes(node, flow.module)):
+        if axis in source:
+            flow.channels.play(node.name, STATISTIC, source[axis])
+        if isinstance(weight, fx.Node):
+            flow.follow(flow.known(weight).get(place), source.get(axis), title(node))
     return source
 
 
@@ -205,7 +218,7 @@ _MODULES: tuple[tuple[Any, Rule], ...] = (
 )  # fmt: skip
 WEIGHTED: dict[str, Rule] = {
     **dict.fromkeys(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full"), _new),
-    **dict.fromkeys(RECURRENT, _recurrent), "prelu": _prelu, "embedding": _embedding, "index": _index,
+    **dict.fromkeys(RECURRENT, _recurrent), "prelu": _prelu, "rms_norm": _rms_norm, "embedding": _embedding, "index": _index,
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed_conv),
 }  # fmt: skip
 """Rules of functions that hold or are given what the network holds."""

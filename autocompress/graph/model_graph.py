@@ -18,7 +18,7 @@ from autocompress.errors import UsageError, one_line
 from autocompress.graph.blocks import Branch, drop, find_branches
 from autocompress.graph.channels import Channels, Role, frozen_roots, group_ids
 from autocompress.graph.exported import BRANCH, save_only
-from autocompress.graph.flow import PRODUCT
+from autocompress.graph.flow import PRODUCT, STATISTIC
 from autocompress.graph.importance import channel_scores
 from autocompress.graph.nodes import Weighted, channel_axis, is_layer, is_norm, kind_of, leaves, module_of
 from autocompress.graph.resize import Groups, Roots, Selection, run_ends
@@ -189,6 +189,18 @@ class Graph:
         """Id classes of a node's value along each axis that holds channels."""
         return self._roots.get(node, {})
 
+    def groups_of(self, node: str) -> list[str]:
+        """Channel groups that a node's value has channels of, those with most first."""
+        counts = {
+            name: sum(int(np.isin(own, members).sum()) for own in self.roots(node).values()) for name, members in self._members.items()
+        }
+        return sorted((name for name, count in counts.items() if count), key=lambda name: -counts[name])
+
+    def block_of(self, node: str) -> str | None:
+        """The innermost droppable block that a node belongs to."""
+        around = [branch for branch in self._branches if node in branch.nodes]
+        return min(around, key=lambda branch: len(branch.nodes)).name if around else None
+
     def index(self, node: str, axis: int, selection: Selection) -> Roots | None:
         """For each entry of a student's node the one it comes from, or NEW; None where nothing changes or the teacher lacks the node."""
         roots = self.roots(node).get(axis)
@@ -282,8 +294,8 @@ class Graph:
         return min(int(count) for own in rows if (count := np.isin(own, members).sum() // len(members)))
 
     def _is_growable(self, roles: frozenset[Role], makers: Sequence[Role], members: Roots) -> bool:
-        """Not where a function multiplies or makes them, nor where those that go together are neighbours that are taken apart elsewhere."""
-        if any(role.part == PRODUCT for role in roles) or any(self._nodes[role.node].op == "get_attr" for role in makers):
+        """Not where a function multiplies, averages or makes them, nor where those that go together are taken apart elsewhere."""
+        if any(role.part in (PRODUCT, STATISTIC) for role in roles) or any(self._nodes[role.node].op == "get_attr" for role in makers):
             return False
         return self._cut.isdisjoint(members.tolist())
 

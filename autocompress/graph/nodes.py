@@ -209,6 +209,19 @@ def channel_axis(node: fx.Node, root: nn.Module) -> int:
     return len(node.meta["shape"]) - 1 if kind_of(node, root) == "linear" else 1
 
 
+def normalized_axes(node: fx.Node, root: nn.Module) -> range:
+    """Axes over which a layer norm, or a norm by the root mean square, normalises together: the last ones."""
+    norm, rank = module_of(node, root), len(node.meta["shape"])
+    shape = norm.normalized_shape if isinstance(norm, nn.LayerNorm) else arguments(node)["normalized_shape"]
+    return range(rank - len(shape), rank)
+
+
+def reduced_axes(node: fx.Node) -> list[int]:
+    """Axes of its input that a mean, a sum or the like reduces to one value."""
+    dims, rank = arguments(node).get("dim"), len(node.all_input_nodes[0].meta["shape"])
+    return sorted({axis % rank for axis in ([dims] if isinstance(dims, int) else dims or range(rank))})
+
+
 def is_depthwise(layer: nn.Module | None) -> bool:
     """Whether this is a convolution of each channel by itself."""
     return isinstance(layer, Conv) and 1 < layer.groups == layer.in_channels == layer.out_channels

@@ -12,9 +12,9 @@ import numpy as np
 from torch import fx
 
 from autocompress.graph.channels import Channels, Ids, Layout
-from autocompress.graph.flow import PRODUCT, Flow, NotUnderstood, axis_of, title
+from autocompress.graph.flow import PRODUCT, STATISTIC, Flow, NotUnderstood, axis_of, title
 from autocompress.graph.layers import WEIGHTED, Rule, of_attribute, of_module, spatial
-from autocompress.graph.nodes import arguments, is_about_sizes, name_of, pad_amounts, slice_bounds
+from autocompress.graph.nodes import arguments, is_about_sizes, name_of, pad_amounts, reduced_axes, slice_bounds
 from autocompress.graph.reshaping import moves, split_ids
 
 _SAME = (
@@ -27,7 +27,8 @@ _SPATIAL = (
     "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
     "adaptive_avg_pool3d", "adaptive_max_pool2d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d",
 )  # fmt: skip
-_REDUCE = ("mean", "sum", "amax", "amin", "var", "std", "logsumexp")
+REDUCTIONS = ("mean", "sum", "amax", "amin", "var", "std", "logsumexp", "linalg_vector_norm")
+"""What makes one value of all entries along an axis."""
 
 
 def propagate(module: fx.GraphModule) -> Channels:
@@ -99,12 +100,12 @@ def _softmax(flow: Flow, node: fx.Node) -> Layout:
 
 
 def _reduce(flow: Flow, node: fx.Node) -> Layout:
-    source, given = flow.only(node), arguments(node)
-    rank = len(node.all_input_nodes[0].meta["shape"])
-    dims = given.get("dim")
-    gone = {axis % rank for axis in ([dims] if isinstance(dims, int) else dims or range(rank))}
-    flow.freeze_axes(source, sorted(gone), f"{title(node)} reduces over them")
-    if given.get("keepdim"):
+    """Of what is left."""
+    source, gone = flow.only(node), reduced_axes(node)
+    for axis in gone:
+        if axis in source:
+            flow.channels.play(node.name, STATISTIC, source[axis])
+    if arguments(node).get("keepdim"):
         return {axis: ids for axis, ids in source.items() if axis not in gone}
     return {axis - sum(d < axis for d in gone): ids for axis, ids in source.items() if axis not in gone}
 
@@ -287,7 +288,7 @@ def _einsum(flow: Flow, node: fx.Node) -> Layout:
 _RULES: dict[str, Rule] = WEIGHTED | {
     name: rule
     for rule, names in (
-        (_same, _SAME), (_join, _JOIN), (spatial, _SPATIAL), (_reduce, _REDUCE), (_softmax, ("softmax", "_softmax", "log_softmax")),
+        (_same, _SAME), (_join, _JOIN), (spatial, _SPATIAL), (_reduce, REDUCTIONS), (_softmax, ("softmax", "_softmax", "log_softmax")),
         (_reshape, ("reshape", "reshape_as", "flatten", "unflatten")), (_move, ("permute", "transpose", "t", "unsqueeze", "squeeze")),
         (_along, ("roll", "flip")), (_expand, ("expand",)), (_expand_as, ("expand_as",)), (_repeat, ("repeat_interleave",)),
         (_split, ("split", "split_with_sizes", "chunk", "unbind")), (_part, ("getitem",)), (_concat, ("cat",)), (_slice, ("slice",)),

@@ -28,6 +28,7 @@ from autocompress.graph.nodes import (
     kind_of,
     module_of,
     name_of,
+    normalized_axes,
     relu_of,
 )  # fmt: skip
 from autocompress.graph.resize import Groups, Roots
@@ -194,12 +195,15 @@ class Arithmetic:
         counted: dict[int, list[int]] = defaultdict(list)
         for index, node in enumerate(self._nodes):
             for parameter in _parameters(node, self._module):
-                frozen = isinstance(module_of(node, self._module), nn.LayerNorm)
-                keys = () if frozen else tuple(self._keys_of.get(index, {}).values())
+                keys = tuple(key for axis, key in self._keys_of.get(index, {}).items() if self._follows(node, axis))
                 sizes[id(parameter)] = 4 * parameter.numel(), keys
                 kinds = counted if self._kinds[index] in ("conv", "linear", "norm") else readers
                 kinds[id(parameter)].append(index)
         return [Loose(*sizes[key], readers[key], counted[key]) for key in readers]
+
+    def _follows(self, node: fx.Node, axis: int) -> bool:
+        """Whether the node's parameters have an axis of what it makes."""
+        return not isinstance(module_of(node, self._module), nn.LayerNorm) or axis in normalized_axes(node, self._module)
 
     # -- which nodes are left --------------------------------------------------------------------------------------
 

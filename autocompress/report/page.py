@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from autocompress.report.figures import LIGHT, Figure, layers_figure, pareto_figure, prediction_figure, progress_figure
+from autocompress.report.figures import Figure, layers_figure, pareto_figure, prediction_figure, progress_figure
 from autocompress.report.plots import pareto_png
+from autocompress.report.templates import filled
 from autocompress.report.view import caveats, format_score, headline, score_interval
 from autocompress.results import Entry, Results
 from autocompress.run_folder import PARETO, REPORT, write_atomically
@@ -28,20 +28,16 @@ def write_report(results: Results, run: Path) -> None:
 
 def render(results: Results, run: Path) -> str:
     """The page. Everything that comes from a run is escaped; scripts and styles are inside."""
-    from jinja2 import Environment, StrictUndefined
     from plotly.offline import get_plotlyjs
 
-    template = files("autocompress").joinpath("templates", "report.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"duration": format_duration, "size": format_size, "score": format_score}
-    return environment.from_string(template).render(
+    return filled(
+        "report.html.j2",
         results=results,
         run=str(run),
         headline=headline(results).replace(" %", "\N{NO-BREAK SPACE}%"),
         caveats=caveats(results),
         tiles=_tiles(results),
         figures=_script_json(figures(results)),
-        light=LIGHT,
         shown=_shown(results),
         failures=Counter((f.stage, f.reason) for f in results.failures).most_common(),
         quality=_quality(results),

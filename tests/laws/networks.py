@@ -110,6 +110,34 @@ class Tokens(nn.Module):
         return self.head((x + self.down(value * nn.functional.gelu(gate))).mean(1))
 
 
+class Statistics(nn.Module):
+    """Norms that are written out, and gates of what all channels have in common.
+
+    The gate is that of CBAM (Woo et al. 2018, arXiv 1807.06521); attention by cosines, that of Swin V2 (Liu et al. 2021, arXiv
+    2111.09883).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.gate = nn.Conv2d(3, 24, 4, stride=4), nn.Conv2d(2, 1, 3, padding=1)
+        self.scale, self.norm = nn.Parameter(torch.rand(24) + 0.5), nn.RMSNorm(24)
+        self.qkv, self.out = nn.Linear(24, 96), nn.Linear(32, 24)
+        self.up, self.down, self.head = nn.Linear(24, 48), nn.Linear(48, 24), nn.Linear(24, CLASSES)
+
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        n, tokens, _ = x.shape
+        q, k, v = self.qkv(x).view(n, tokens, 3, 4, 8).permute(2, 0, 3, 1, 4)
+        weights = (nn.functional.normalize(q, dim=-1) @ nn.functional.normalize(k, dim=-1).transpose(-2, -1) * 10).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).reshape(n, tokens, -1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.embed(x))
+        x = x * torch.sigmoid(self.gate(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1)))
+        x = x.flatten(2).transpose(1, 2)
+        x = x + self.attend(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.scale)
+        return self.head((x + self.down(torch.relu(self.up(self.norm(x))))).mean(1))
+
+
 class Windows(nn.Module):
     """Attention within windows, on tensors of five axes."""
 
@@ -183,6 +211,7 @@ NETWORKS = {
     "gates": (Gates, 16),
     "tokens": (Tokens, 16),
     "mixer": (Mixer, 16),
+    "statistics": (Statistics, 16),
     "windows": (Windows, 16),
     "up": (Up, 16),
     "recurrent": (Recurrent, 16),
