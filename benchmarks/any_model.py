@@ -5,13 +5,15 @@
 
 Weights are random and nothing is downloaded. Each network is handled in a process of its own, on one thread, with at most MEMORY bytes and
 PATIENCE_S seconds. Columns: seconds of tracing, memory at its peak, operators; layers; channel groups, and how many can change; droppable
-blocks; share of the convolutions' and linear layers' parameters that pruning can reach; share of all that a policy drawn at random leaves;
-and the laws, for this policy:
+blocks; share of the convolutions' and linear layers' parameters that pruning can reach; share of all that a policy drawn at random leaves
+(some seven of ten channel groups are pruned); and the laws, for this policy:
 
 1. the student is the network of which nobody reads a removed channel: layers see zeros, norms and means take the rest (largest relative
    difference);
 2. its workload is that which was predicted (yes or no);
-3. the exported file answers as the student (largest relative difference; with `--export`).
+3. the exported file answers as the student (largest relative difference; with `--export`); and where widths, depth, ratios and bits are
+   drawn from the default search space, as `autocompress apply --policy random:SEED` does: signal to noise, in decibels, of a file that is
+   partly int8 against its student, on inputs that its ranges were not fitted to.
 
 Writes benchmarks/results/any_model.{json,md}, with the commit that each row is of; without names, what has no row yet is added. Exit code 1
 when a network fails.
@@ -40,6 +42,7 @@ KEPT = RESULTS / "any_model.json"
 MEMORY = 12 * 2**30
 PATIENCE_S = 600
 CLASSES = 10
+CALIBRATED, MOST_DRAWN = 8, 8
 
 TORCHVISION = (
     "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3", "maxvit_t",
@@ -147,6 +150,7 @@ def report_on(name: str, *, export: bool) -> dict[str, Any]:
     row["law2"] = [o.signature for o in again.workload(Policy()).operators] == [o.signature for o in graph.workload(policy).operators]
     if export:
         row["law3"] = law3(student, example)
+        row["law3_mixed_db"] = law3_mixed(graph, example)
     return row
 
 
@@ -181,15 +185,55 @@ def law1(graph: Any, policy: Any, example: Tensor) -> float:
 
 @torch.no_grad()
 def law3(student: nn.Module, example: Tensor) -> float:
-    import onnxruntime
-
     from autocompress.export import onnx_bytes
     from autocompress.policy import QuantSpec
 
-    session = onnxruntime.InferenceSession(onnx_bytes(student, QuantSpec(), (example,)), providers=["CPUExecutionProvider"])
-    found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: example.numpy()})[0])
+    found = answers(onnx_bytes(student, QuantSpec(), (example,)), [example])
     expected = first_tensor(student(example.clone()))
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+
+
+@torch.no_grad()
+def law3_mixed(graph: Any, example: Tensor) -> float | None:
+    """Of the first policy that is partly in int8; None where nothing can be."""
+    import numpy as np
+
+    from autocompress.candidates.proposals import LevelSuggester
+    from autocompress.compress.quantize import calibrate, fake_quantize, snap_biases
+    from autocompress.compress.student import build_student
+    from autocompress.compress.train import quantizes
+    from autocompress.devices import DeviceProfile, processor
+    from autocompress.export import onnx_bytes
+    from autocompress.search_space import find_suggest
+
+    profile = DeviceProfile(runtime="onnxruntime", channel_multiple=8, reduced_range=processor.int8_saturates(processor.flags()))
+    suggest = find_suggest("default", graph, profile)
+    drawn = (suggest(LevelSuggester(np.random.default_rng(seed))) for seed in range(MOST_DRAWN))
+    policy = next((policy for policy in drawn if quantizes(policy.quant)), None)
+    if policy is None:
+        return None
+    inputs = [like(example) for _ in range(2 * CALIBRATED)]
+    student = fake_quantize(build_student(graph, policy), policy.quant)
+    calibrate(student, inputs[:CALIBRATED])
+    student = snap_biases(student)
+    found = answers(onnx_bytes(student, policy.quant, (example,)), inputs[CALIBRATED:])
+    expected = torch.cat([first_tensor(student(x.clone())) for x in inputs[CALIBRATED:]])
+    noise = (found - expected).square().mean() / expected.square().mean()
+    return float(-10 * noise.clamp_min(1e-16).log10())
+
+
+def like(example: Tensor) -> Tensor:
+    """Another input at random."""
+    return torch.randn_like(example) if example.is_floating_point() else torch.randint_like(example, 0, 100)
+
+
+def answers(payload: bytes, inputs: list[Tensor]) -> Tensor:
+    """What a file makes of these, one after the other."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(payload, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return torch.cat([torch.from_numpy(session.run(None, {name: x.numpy()})[0]) for x in inputs])
 
 
 def first_tensor(outputs: Any) -> Tensor:
@@ -320,8 +364,10 @@ def own_network(name: str) -> tuple[nn.Module, Tensor]:
 
 def in_words(row: dict[str, Any]) -> str:
     if row.get("error"):
-        return f"| {row['name']} | **{row['error']}** | | | | | | | | |"
+        return f"| {row['name']} | **{row['error']}** | | | | | | | | | |"
     laws = [f"{row['law1']:.0e}", "yes" if row["law2"] else "**no**", f"{row['law3']:.0e}" if "law3" in row else ""]
+    mixed = row.get("law3_mixed_db")
+    laws.append(f"{mixed:.0f} dB" if mixed is not None else "float32" if "law3_mixed_db" in row else "")
     groups = "cannot be traced" if row["opaque"] else f"{row['prunable']} of {row['groups']}"
     cost = f"{row['trace_s']:.1f} | {row['peak_gb']:.1f} | {row['operators']}"
     size = f"{row['reached']:.1%} | {row['left']:.0%}"
@@ -332,8 +378,8 @@ def write(rows: list[dict[str, Any]]) -> None:
     """After each network, so that an interrupted run goes on with the next one."""
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     KEPT.write_text(json.dumps({"when": when, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
-    columns = "network | trace, s | GB | operators | layers | groups | blocks | reached | left | law 1 | law 2 | law 3"
-    head = f"| {columns} |\n" + "|---" * 12 + "|\n"
+    columns = "network | trace, s | GB | operators | layers | groups | blocks | reached | left | law 1 | law 2 | law 3 | mixed bits"
+    head = f"| {columns} |\n" + "|---" * 13 + "|\n"
     (RESULTS / "any_model.md").write_text(head + "\n".join(map(in_words, rows)) + "\n")
 
 
