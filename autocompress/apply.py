@@ -28,18 +28,20 @@ from autocompress.task import Task
 from autocompress.units import format_duration, format_size
 
 RANDOM = "random:"
-RANDOM_INPUTS = 256
+RANDOM_INPUTS, RANDOM_BYTES = 256, 2**28
+"""At most, where there is no data."""
 
 
 def apply_policy(
-    model: str, *, policy: Path | str, out: Path | str, weights: Path | str | None = None, data: str | None = None, batch: int = 1,
-    device: str = DEFAULT_DEVICE, space: str = "default", student: str | None = None,
+    model: str, *, policy: Path | str, out: Path | str, weights: Path | str | None = None, data: str | None = None,
+    input: str | None = None, batch: int = 1, device: str = DEFAULT_DEVICE, space: str = "default", student: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Compress, export and check one policy without training.
 
     With data, the student is repaired and int8 ranges are fitted to it; without, ranges come from random inputs.
 
     Args:
+        input: without data, the shape of one input, as in `inspect_model`.
         policy: a policy file, whose int8 weights are kept in a range that the device computes with exactly; or `random:SEED` for one drawn
             from `space`.
         student: reference of another architecture to derive the student from; a policy file that names a user's function needs it too.
@@ -52,7 +54,7 @@ def apply_policy(
     if given is not None and given.student.reference not in (None, model, student):
         require_harmless(given.student.reference, "--student")
     seed = _seed(policy.removeprefix(RANDOM)) if given is None else 0
-    loaded = load_data(data) if data is not None else _random_data(load_model(model, weights=weights), model)
+    loaded = load_data(data) if data is not None else _random_data(load_model(model, weights=weights), model, input)
     task = Task.create({
         "model": model, "data": data or "random", "device": device, "batch": batch, "space": space,
         "weights": str(weights) if weights is not None else None, "student": given.student.reference if given else student,
@@ -106,10 +108,12 @@ def _draw(task: Task, seed: int, setting: Setting) -> Policy:
     return structural(suggest)(LevelSuggester(np.random.default_rng(seed)))
 
 
-def _random_data(model: nn.Module, reference: str) -> Data:
+def _random_data(model: nn.Module, reference: str, shape: str | None) -> Data:
     """Random inputs of the model's shape, for the ranges of int8 and for comparing outputs; it has no score."""
-    example = example_for(model, reference)
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn((RANDOM_INPUTS, *example.shape[1:]), generator=generator)
-    split = Split(inputs, torch.zeros(RANDOM_INPUTS, dtype=torch.long))
+    example = example_for(model, reference, shape=shape)
+    n = max(1, min(RANDOM_INPUTS, RANDOM_BYTES // max(1, example[:1].nbytes)))
+    generator, sizes = torch.Generator().manual_seed(0), (n, *example.shape[1:])
+    floats = example.is_floating_point()  # whole numbers are 0 and 1, which every table of embeddings has
+    inputs = torch.randn(sizes, generator=generator) if floats else torch.randint(0, 2, sizes, generator=generator, dtype=example.dtype)
+    split = Split(inputs, torch.zeros(n, dtype=torch.long))
     return Data(split, split[slice(0, 64)], split[slice(0, 1)], loss=nn.functional.mse_loss, score=lambda outputs, targets: float("nan"))

@@ -200,6 +200,7 @@ def measure(
     device: options.Device = DEFAULT_DEVICE,
     weights: options.Weights = None,
     data: options.Data = None,
+    input: options.Input = None,
     batch: options.OwnBatch = None,
     json: options.Json = False,
 ) -> None:
@@ -207,14 +208,16 @@ def measure(
     if what.endswith(".onnx"):
         from autocompress.measure import measure_file
 
-        given = [name for name, value in (("--weights", weights), ("--data", data), ("--batch", batch)) if value is not None]
+        given = [
+            name for name, value in (("--weights", weights), ("--data", data), ("--input", input), ("--batch", batch)) if value is not None
+        ]
         if given:
             raise UsageError(f"{given[0]} is for models, but {what!r} is a file that has its own", hint=f"leave {given[0]} out")
         found = measure_file(Path(what), device=device)
     else:
         from autocompress.measure import measure_reference
 
-        found = measure_reference(what, device=device, weights=weights, data=data, batch=batch or 1)
+        found = measure_reference(what, device=device, weights=weights, data=data, input=input, batch=batch or 1)
     if json:
         emit_json({"device": device, "what": what, "latency_s": found.model_dump(mode="json")})
     else:
@@ -257,6 +260,7 @@ def inspect(
     model: options.Reference,
     weights: options.Weights = None,
     data: options.Data = None,
+    input: options.Input = None,
     device: options.InspectedOn = None,
     html: options.Html = None,
     json: options.Json = False,
@@ -264,7 +268,7 @@ def inspect(
     """Show layers, channel groups and blocks of a model, what they cost, what cannot be compressed, and why."""
     from autocompress.inspect import inspect_model
 
-    content = inspect_model(model, weights=weights, data=data, device=device)
+    content = inspect_model(model, weights=weights, data=data, input=input, device=device)
     if html is not None:
         from autocompress.report.network import network_page
 
@@ -297,6 +301,7 @@ def apply(
     out: options.Out,
     weights: options.Weights = None,
     data: options.Data = None,
+    input: options.Input = None,
     batch: options.Batch = 1,
     device: options.Device = DEFAULT_DEVICE,
     student: options.StudentSource = None,
@@ -305,7 +310,9 @@ def apply(
     """Apply one policy without a search: compress, export, check."""
     from autocompress.apply import apply_policy
 
-    content = apply_policy(model, policy=policy, weights=weights, data=data, batch=batch, device=device, out=out, student=student)
+    content = apply_policy(
+        model, policy=policy, weights=weights, data=data, input=input, batch=batch, device=device, out=out, student=student
+    )
     emit_json(content) if json else emit_record(content)
 
 

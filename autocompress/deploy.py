@@ -36,7 +36,8 @@ from autocompress.export import (
     verify_bundle,
 )
 from autocompress.graph import Graph
-from autocompress.models import load_model
+from autocompress.graph.plain import own_copy
+from autocompress.models import answer_with_one_tensor, load_model
 from autocompress.policy import Policy
 from autocompress.preparation import TEACHER_WEIGHTS
 from autocompress.records import Measurement
@@ -250,7 +251,8 @@ def recreate(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(manifest.seed)
             reference = load_model(reference, weights=own, classes=manifest.classes)
-    example = _example(manifest)
+    example, reference = _example(manifest), own_copy(reference)
+    answer_with_one_tensor(reference, example)
     made = load_student(bundle, fake_quantize(build_student(Graph.trace(reference, (example,)), policy), policy.quant))
     _require_same(made, bundle / MODEL, example)
     return made

@@ -11,7 +11,7 @@ from autocompress.devices import Device, open_device
 from autocompress.graph import ChannelGroup, Graph
 from autocompress.graph.outline import outline
 from autocompress.latency import OperatorTable
-from autocompress.models import example_for, load_model
+from autocompress.models import answer_with_one_tensor, example_for, load_model
 from autocompress.policy import Policy
 from autocompress.records import Step
 
@@ -20,12 +20,18 @@ MEASURE_S = 120.0
 
 
 def inspect_model(
-    reference: str, *, weights: Path | str | None = None, data: str | None = None, device: str | None = None
+    reference: str,
+    *,
+    weights: Path | str | None = None,
+    data: str | None = None,
+    input: str | None = None,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """Layers, channel groups, droppable blocks and frozen parts of a model, and how much of it each technique reaches.
 
     Args:
-        data: reference of data whose inputs the model is traced with; None tries the usual image shapes.
+        data: reference of data whose inputs the model is traced with.
+        input: without data, the shape of one input (`3x224x224`, `128:int64`); None tries the usual image shapes.
         device: where operators are measured, each by itself; None measures nothing.
 
     Raises UsageError when the model or the data do not load or do not fit, or the device is unknown.
@@ -33,10 +39,12 @@ def inspect_model(
     target = open_device(device) if device is not None else None
     loaded, file = load_data(data) if data is not None else None, Path(weights) if weights is not None else None
     model = load_model(reference, weights=file, classes=loaded.classes if loaded is not None else None)
-    example = loaded.example(1) if loaded is not None else example_for(model, reference)
+    example = loaded.example(1) if loaded is not None else example_for(model, reference, shape=input)
+    output = answer_with_one_tensor(model, example)
     graph = Graph.trace(model, (example,))
     steps = outline(graph) if target is None else _measured(outline(graph), graph, target)
-    return {"model": reference, "input": "x".join(map(str, example.shape)), "device": device} | summary(graph) | {
+    network = {"model": reference, "input": "x".join(map(str, example.shape)), "output": output or "all", "device": device}
+    return network | summary(graph) | {
         "layers": _layers(graph, steps),
         "channel_groups": [_group(group) for group in graph.groups],
         "blocks": [{"name": b.name, "stream": b.stream, "layers": ", ".join(b.layers)} for b in graph.blocks],

@@ -13,7 +13,7 @@ from autocompress.devices import open_device
 from autocompress.errors import refused
 from autocompress.export import check_onnx, write_bundle
 from autocompress.graph import Graph
-from autocompress.models import example_for, load_model
+from autocompress.models import answer_with_one_tensor, example_for, load_model
 from autocompress.policy import Policy
 from autocompress.records import Measurement
 from autocompress.references import DEFAULT_DEVICE
@@ -21,12 +21,15 @@ from autocompress.references import DEFAULT_DEVICE
 MEASURE_S = 2.0
 
 
-def measure_reference(reference: str, *, device: str, weights: Path | None = None, data: str | None = None, batch: int = 1) -> Measurement:
-    """Latency of a model as it is: exported in float32 and measured on the device."""
+def measure_reference(
+    reference: str, *, device: str, weights: Path | None = None, data: str | None = None, input: str | None = None, batch: int = 1
+) -> Measurement:
+    """Latency of a model as it is: exported in float32 and measured on the device; `input` as in `inspect_model`."""
     target = open_device(device)
     loaded = load_data(data) if data is not None else None
     model = load_model(reference, weights=weights, classes=loaded.classes if loaded is not None else None)
-    example: Tensor = loaded.example(batch) if loaded is not None else example_for(model, reference, batch)
+    example: Tensor = loaded.example(batch) if loaded is not None else example_for(model, reference, batch, input)
+    answer_with_one_tensor(model, example)
     graph = Graph.trace(model, (example,))
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder, refused(f"{reference} cannot be measured"):
         manifest = write_bundle(Path(folder), build_student(graph, Policy()), Policy(), (example,), model=reference)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,21 +71,70 @@ def _timm(name: str, classes: int | None) -> nn.Module:
     return timm.create_model(name, pretrained=False, **({} if classes is None else {"num_classes": classes}))
 
 
-USUAL_SHAPES = ((3, 224, 224), (3, 299, 299), (3, 32, 32), (1, 28, 28), (1, 8, 8))
-"""Inputs that a model is tried with when no data says what it takes."""
+MAIN = ("logits", "out", "last_hidden_state")
+"""What networks of transformers, torchvision's for segmentation and encoders call the output that counts."""
 
 
 @torch.inference_mode()
-def example_for(model: nn.Module, reference: str, batch: int = 1) -> Tensor:
-    """A batch of zeros of the first usual image shape that the model takes. Raises UsageError when it takes none."""
-    for shape in USUAL_SHAPES:
-        example = torch.zeros((batch, *shape))
+def answer_with_one_tensor(model: nn.Module, example: Tensor) -> str:
+    """Let a model that returns several outputs by name return the main one, in place: its name; empty where nothing is changed.
+
+    What else it returns belongs to training, as auxiliary classifiers do. Where no output is known to be the main one all stay.
+    """
+    try:
+        outputs = model(example.clone())
+    except Exception:  # whatever the user's own code raises: who uses the model tells
+        return ""
+    if not isinstance(outputs, Mapping):
+        return ""
+    tensors = [name for name, value in outputs.items() if isinstance(value, Tensor)]
+    name = next((name for name in MAIN if name in tensors), tensors[0] if len(outputs) == len(tensors) == 1 else None)
+    if name is None:
+        return ""
+    model.register_forward_hook(functools.partial(_take, name=name))
+    return name
+
+
+def _take(_: nn.Module, __: object, outputs: Mapping[str, Tensor], *, name: str) -> Tensor:
+    return outputs[name]
+
+
+USUAL_SHAPES = ((3, 224, 224), (3, 299, 299), (3, 32, 32), (1, 28, 28), (1, 8, 8), (3, 16, 112, 112))
+"""Inputs that a model is tried with when nothing says what it takes: images, and a video."""
+SHAPE = re.compile(r"(\d+(?:x\d+)*)(?::(\w+))?")
+DTYPES = {"float32": torch.float32, "int64": torch.int64, "int32": torch.int32}
+
+
+@torch.inference_mode()
+def example_for(model: nn.Module, reference: str, batch: int = 1, shape: str | None = None) -> Tensor:
+    """A batch of zeros of the shape of one input, such as `3x224x224` or `128:int64`; None tries the usual ones.
+
+    Raises UsageError for another way to write a shape, and when the model takes none of the usual ones.
+    """
+    if shape is not None:
+        return _of_shape(shape, batch)
+    for usual in USUAL_SHAPES:
+        example = torch.zeros((batch, *usual))
         try:
             model(example)
         except Exception:  # whatever the user's own code raises; S112 asks for a log, but a refusal is the answer here  # noqa: S112
             continue
         return example
-    raise UsageError(f"{reference} takes none of the usual image shapes {USUAL_SHAPES}", hint="add --data: its inputs tell the shape")
+    raise UsageError(
+        f"{reference} takes none of the usual image shapes {USUAL_SHAPES}",
+        hint="say what one input is: --input 3x64x64, --input 128:int64; or add --data, whose inputs tell",
+    )
+
+
+def _of_shape(shape: str, batch: int) -> Tensor:
+    found = SHAPE.fullmatch(shape)
+    sizes = [int(size) for size in found[1].split("x")] if found else []
+    if found is None or 0 in sizes or (found[2] or "float32") not in DTYPES:
+        raise UsageError(
+            f"an input is written as its sizes and, where it is not float32, its type, but got {shape!r}",
+            hint=f"for example 3x224x224, or 128:int64 for 128 tokens (types: {', '.join(DTYPES)})",
+        )
+    return torch.zeros((batch, *sizes), dtype=DTYPES[found[2] or "float32"])
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -36,6 +36,10 @@ Data = Annotated[
         help="digits, torchvision:CIFAR10?root=DIR, imagefolder:DIR or file.py:function.",
     ),
 ]
+Input = Annotated[
+    str | None,
+    typer.Option("--input", metavar="SHAPE", rich_help_panel=MODEL, help="Of one input, without --data: 3x224x224, 128:int64."),
+]
 Device = Annotated[str, typer.Option("--device", rich_help_panel=MODEL, help="What to measure on; see `autocompress devices`.")]
 OwnDevice = Annotated[
     str | None,

@@ -27,7 +27,7 @@ from autocompress.evaluate import model_answers, run_artifact, score_artifact
 from autocompress.export import check_parity, weights_bytes, write_bundle
 from autocompress.graph import Graph
 from autocompress.graph.plain import own_copy
-from autocompress.models import load_model, load_weights
+from autocompress.models import answer_with_one_tensor, load_model, load_weights
 from autocompress.objective import UNTRAINED, Baseline, Setting, fails_policy
 from autocompress.policy import Policy, QuantSpec
 from autocompress.records import Measurement, Score
@@ -48,7 +48,8 @@ LEAST_VALIDATION, MOST_SHARE = 256, 5.0
 class Loaded:
     """What a task names, loaded and found to fit together; nothing is exported or measured yet.
 
-    graphs: traced networks by `StudentSpec.reference`; None is the teacher's own.
+    graphs: traced networks by `StudentSpec.reference`; None is the teacher's own. output: of the teacher's several outputs the one that is
+    taken, if it has several.
     """
 
     device: Device
@@ -56,6 +57,7 @@ class Loaded:
     teacher: nn.Module
     graphs: dict[str | None, Graph]
     example: Tensor
+    output: str = ""
 
 
 def load(
@@ -81,14 +83,16 @@ def load(
         torch.manual_seed(task.seed)
         student = load_model(task.student, classes=data.classes) if task.student is not None else None
     example = data.example(task.batch)
+    output = answer_with_one_tensor(teacher, example)
     require_fit(teacher, data, example, task.model)
     if weights is not None:
         load_weights(teacher, weights)
     graphs: dict[str | None, Graph] = {None: Graph.trace(teacher, (example,))}
     if student is not None and task.student is not None:
+        answer_with_one_tensor(student, example)
         require_fit(student, data, example, task.student)
         graphs[task.student] = Graph.trace(student, (example,))
-    return Loaded(device, data, teacher, graphs, example)
+    return Loaded(device, data, teacher, graphs, example, output)
 
 
 def kept_teacher(task: Task, run: Path) -> Path | None:

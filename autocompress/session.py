@@ -227,6 +227,8 @@ def run_search(
             ledger = Ledger(journal.noted("spent_s"))
             with ledger.spend("prepare"):
                 loaded = load(task, model=model, data=data, device=device, weights=kept_teacher(task, run))
+                if loaded.output:
+                    progress.message(f"{task.model} has several outputs: {loaded.output!r} is what is compressed")
                 found = contents(task, loaded)
                 require_same_contents(journal, run, found)
                 if known is not None:

@@ -132,6 +132,29 @@ def test_data_gives_the_shape_of_the_inputs():
     assert inspect_model("autocompress.demo:teacher", data="digits")["input"] == "1x1x8x8"
 
 
+def test_an_input_may_be_tokens(tmp_path):
+    (tmp_path / "own.py").write_text(TOKENS)
+    told = inspect_model(f"{tmp_path / 'own.py'}:build", input="5:int64")
+    assert (told["input"], told["output"]) == ("1x5", "logits")
+    assert [layer["name"] for layer in told["layers"]] == ["head"]
+    with pytest.raises(UsageError, match="none of the usual image shapes"):
+        inspect_model(f"{tmp_path / 'own.py'}:build")
+
+
+TOKENS = """
+from torch import nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 8), nn.Linear(8, 4)
+    def forward(self, x):
+        y = self.table(x).mean(1)
+        return {"logits": self.head(y), "features": y}
+def build():
+    return Net()
+"""
+
+
 def test_a_model_that_does_not_load_is_the_user_s_error():
     with pytest.raises(UsageError, match="unknown model"):
         inspect_model("torchvision:resnet19")

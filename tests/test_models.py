@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 import pickletools
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from autocompress.errors import UsageError
-from autocompress.models import load_model, load_weights, read_state
+from autocompress.graph import Graph
+from autocompress.models import answer_with_one_tensor, example_for, load_model, load_weights, read_state
 
 
 def net():
@@ -142,3 +144,56 @@ def test_references_that_name_no_model(reference, message, hint):
     with pytest.raises(UsageError, match=message) as caught:
         load_model(reference)
     assert hint in caught.value.hint
+
+
+class Answers(nn.Module):
+    def __init__(self, outputs):
+        super().__init__()
+        self.head, self.aux, self.outputs = nn.Linear(4, 3), nn.Linear(4, 2), outputs
+
+    def forward(self, x):
+        return self.outputs(self.head(x), self.aux(x))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "name"),
+    [
+        (lambda y, a: {"loss": a.mean(), "logits": y}, "logits"),
+        (lambda y, a: OrderedDict(out=y, aux=a), "out"),
+        (lambda y, a: {"last_hidden_state": y, "pooler_output": a}, "last_hidden_state"),
+        (lambda y, a: {"mine": y}, "mine"),
+    ],
+)
+def test_of_several_outputs_by_name_the_main_one_is_taken(outputs, name):
+    model, x = Answers(outputs).eval(), torch.randn(2, 4)
+    names = set(model.state_dict())
+    assert answer_with_one_tensor(model, x) == name
+    assert torch.equal(model(x), model.head(x))
+    graph = Graph.trace(model, (x,))
+    assert [layer.name for layer in graph.layers] == ["head"]
+    with torch.no_grad():
+        assert torch.equal(graph.module(x), model.head(x))
+    assert set(model.state_dict()) == names, "weights have the names that they had"
+
+
+@pytest.mark.parametrize("outputs", [lambda y, a: y, lambda y, a: {"boxes": y, "kinds": a}, lambda y, a: (y, a), lambda y, a: {"mine": 1}])
+def test_outputs_of_which_none_is_known_to_be_the_main_one_stay(outputs):
+    model = Answers(outputs).eval()
+    assert answer_with_one_tensor(model, torch.randn(2, 4)) == ""
+    assert not model._forward_hooks
+    assert answer_with_one_tensor(model, torch.randn(2, 5)) == "", "what does not run is told by who runs it"
+
+
+@pytest.mark.parametrize(
+    ("written", "shape", "dtype"),
+    [("4", (2, 4), torch.float32), ("3x8x9", (2, 3, 8, 9), torch.float32), ("128:int64", (2, 128), torch.int64)],
+)
+def test_an_input_is_written_as_sizes_and_a_type(written, shape, dtype):
+    example = example_for(net(), "own", 2, written)
+    assert (tuple(example.shape), example.dtype) == (shape, dtype)
+
+
+@pytest.mark.parametrize("written", ["", "3,4", "3x", "0x3", "4:bool", "-1x3", "3x4:", "x"])
+def test_an_input_that_is_written_otherwise_is_refused(written):
+    with pytest.raises(UsageError, match="an input is written as its sizes"):
+        example_for(net(), "own", 1, written)

@@ -50,7 +50,9 @@ def test_a_module_in_training_mode_is_copied_and_left_as_it_is(net, data, tmp_pa
     assert all(torch.equal(before[key], value) for key, value in own.state_dict().items())
 
 
-@pytest.mark.parametrize("outputs", [lambda y: (y, y), lambda y: {"logits": y}, lambda y: y.sum()], ids=["tuple", "dict", "scalar"])
+@pytest.mark.parametrize(
+    "outputs", [lambda y: (y, y), lambda y: {"boxes": y, "kinds": y}, lambda y: y.sum()], ids=["tuple", "dict", "scalar"]
+)
 def test_a_model_must_return_one_tensor_with_a_row_an_input(data, tmp_path, outputs):
     class Several(Net):
         def forward(self, x):
