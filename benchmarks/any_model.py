@@ -13,7 +13,8 @@ blocks; share of the convolutions' and linear layers' parameters that pruning ca
 2. its workload is that which was predicted (yes or no);
 3. the exported file answers as the student (largest relative difference; with `--export`); and where widths, depth, ratios and bits are
    drawn from the default search space, as `autocompress apply --policy random:SEED` does: signal to noise, in decibels, of a file that is
-   partly int8 against its student, on inputs that its ranges were not fitted to.
+   partly int8 against its student, on inputs that its ranges were not fitted to; beside it what rounding does to the student itself:
+   random weights let some networks make much of little differences.
 
 Writes benchmarks/results/any_model.{json,md}, with the commit that each row is of; without names, what has no row yet is added. Exit code 1
 when a network fails.
@@ -150,7 +151,7 @@ def report_on(name: str, *, export: bool) -> dict[str, Any]:
     row["law2"] = [o.signature for o in again.workload(Policy()).operators] == [o.signature for o in graph.workload(policy).operators]
     if export:
         row["law3"] = law3(student, example)
-        row["law3_mixed_db"] = law3_mixed(graph, example)
+        row |= law3_mixed(graph, example)
     return row
 
 
@@ -194,8 +195,8 @@ def law3(student: nn.Module, example: Tensor) -> float:
 
 
 @torch.no_grad()
-def law3_mixed(graph: Any, example: Tensor) -> float | None:
-    """Of the first policy that is partly in int8; None where nothing can be."""
+def law3_mixed(graph: Any, example: Tensor) -> dict[str, float | None]:
+    """Decibels of a file against its student, and of the student against itself in float32; for a policy that is partly in int8."""
     import numpy as np
 
     from autocompress.candidates.proposals import LevelSuggester
@@ -211,14 +212,19 @@ def law3_mixed(graph: Any, example: Tensor) -> float | None:
     drawn = (suggest(LevelSuggester(np.random.default_rng(seed))) for seed in range(MOST_DRAWN))
     policy = next((policy for policy in drawn if quantizes(policy.quant)), None)
     if policy is None:
-        return None
+        return {"law3_mixed_db": None}
     inputs = [like(example) for _ in range(2 * CALIBRATED)]
+    floats = build_student(graph, policy)
     student = fake_quantize(build_student(graph, policy), policy.quant)
     calibrate(student, inputs[:CALIBRATED])
     student = snap_biases(student)
     found = answers(onnx_bytes(student, policy.quant, (example,)), inputs[CALIBRATED:])
-    expected = torch.cat([first_tensor(student(x.clone())) for x in inputs[CALIBRATED:]])
-    noise = (found - expected).square().mean() / expected.square().mean()
+    wanted, unrounded = (torch.cat([first_tensor(net(x.clone())) for x in inputs[CALIBRATED:]]) for net in (student, floats))
+    return {"law3_mixed_db": decibels(found, wanted), "rounding_db": decibels(wanted, unrounded)}
+
+
+def decibels(found: Tensor, wanted: Tensor) -> float:
+    noise = (found - wanted).square().mean() / wanted.square().mean()
     return float(-10 * noise.clamp_min(1e-16).log10())
 
 
@@ -367,7 +373,8 @@ def in_words(row: dict[str, Any]) -> str:
         return f"| {row['name']} | **{row['error']}** | | | | | | | | | |"
     laws = [f"{row['law1']:.0e}", "yes" if row["law2"] else "**no**", f"{row['law3']:.0e}" if "law3" in row else ""]
     mixed = row.get("law3_mixed_db")
-    laws.append(f"{mixed:.0f} dB" if mixed is not None else "float32" if "law3_mixed_db" in row else "")
+    rounding = f" ({row['rounding_db']:.0f})" if "rounding_db" in row else ""
+    laws.append(f"{mixed:.0f} dB{rounding}" if mixed is not None else "float32" if "law3_mixed_db" in row else "")
     groups = "cannot be traced" if row["opaque"] else f"{row['prunable']} of {row['groups']}"
     cost = f"{row['trace_s']:.1f} | {row['peak_gb']:.1f} | {row['operators']}"
     size = f"{row['reached']:.1%} | {row['left']:.0%}"

@@ -219,6 +219,29 @@ def test_shared_layer_in_int8():
     assert (run(payload, inputs) - expected).abs().max() <= 0.05 * (expected.max() - expected.min())
 
 
+class Positions(nn.Module):
+    """A layer that reads no input, as the positions of ConViT do."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.place, self.head = nn.Conv2d(3, 8, 3), nn.Linear(2, 8), nn.Linear(8, 10)
+        self.register_buffer("grid", torch.rand(1, 2))
+
+    def forward(self, x):
+        return self.head(torch.relu(self.stem(x)).mean((2, 3)) + self.place(self.grid))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_layer_that_reads_no_input_is_a_constant_in_the_file(bits):
+    torch.manual_seed(0)
+    inputs, model = torch.randn(32, 3, 8, 8), Positions().eval()
+    student, payload = exported(model, inputs, Policy(quant=QuantSpec(bits=32, layers={"place": bits})))
+    assert torch.equal(answers(student, inputs), answers(model, inputs)), "there is nothing to gain from rounding it"
+    assert (run(payload, inputs) - answers(student, inputs)).abs().max() <= 1e-5
+    student, payload = exported(model, inputs, Policy(quant=QuantSpec(bits=bits)))
+    assert (run(payload, inputs) - answers(student, inputs)).abs().max() <= 0.05 * answers(student, inputs).abs().max()
+
+
 class TiedLayers(nn.Module):
     """Three convolutions, of which two have one weight."""
 
