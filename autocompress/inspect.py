@@ -68,12 +68,13 @@ def _layers(graph: Graph, steps: list[Step]) -> list[dict[str, Any]]:
     rows = []
     for layer in graph.layers:
         step = step_of.get(layer.name)
-        row = asdict(layer) | {"block": step.block if step is not None else None, "macs": step.macs if step is not None else None}
+        row = asdict(layer) | {"macs": step.macs if step is not None else None}
+        group = row.pop("group")
         for key, total in totals.items():
             value = getattr(step, key) if step is not None else None
             if total:
                 row[f"share_of_{key.removesuffix('_s')}"] = f"{100 * value / total:.1f} %" if value is not None else None
-        rows.append(row)
+        rows.append(row | {"group": group, "block": step.block if step is not None else None})
     return rows
 
 

@@ -16,6 +16,10 @@ from autocompress.errors import AutocompressError, InfeasibleBudget
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+WHOLE = 2000
+"""Columns of one that is a list of records, at most: a line each, for who reads it with grep."""
+LONG = 12
+"""Letters of words that may fold where a table is too wide."""
 PIPE_WIDTH = 180
 """Columns of a table that goes to a file or a pipe."""
 
@@ -44,14 +48,17 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def rendered(content: RenderableType) -> str:
-    """A rich table as text: coloured and as wide as the terminal there, plain and wide elsewhere."""
+def rendered(content: RenderableType, *, whole: bool = False) -> str:
+    """A rich table as text: coloured and as wide as the terminal there, plain and wide elsewhere; `whole`, as wide as it needs to be."""
     from rich.console import Console
 
     live = sys.stdout.isatty()
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     buffer = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace", write_through=True)
-    Console(file=buffer, width=terminal_width(), force_terminal=live, highlight=False, markup=False, emoji=False).print(content)
+    console = Console(file=buffer, width=terminal_width(), force_terminal=live, highlight=False, markup=False, emoji=False)
+    if whole and not live:
+        console.width = max(console.width, console.measure(content, options=console.options.update_width(WHOLE)).maximum)
+    console.print(content)
     buffer.seek(0)
     return "\n".join(line.rstrip() for line in buffer.read().splitlines()).strip("\n")
 
@@ -67,7 +74,7 @@ def emit_record(content: Mapping[str, Any]) -> None:
         name = key.replace("_", " ")
         if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
             emit(f"\n{name}")
-            emit(_table(value))
+            emit(rendered(_table(value), whole=True))
         elif isinstance(value, Mapping):
             emit(f"{name}:")
             for inner, item in value.items():
@@ -86,7 +93,9 @@ def _table(records: list[Mapping[str, Any]]) -> RenderableType:
     from autocompress.report.tables import plain_table
 
     columns = list(dict.fromkeys(key for record in records for key in record))
-    table = plain_table(*(column.replace("_", " ") for column in columns))
+    words = [column for column in columns if any(isinstance(record.get(column), str) for record in records)]
+    names = [name for name in words if max(len(_word(record.get(name, ""))) for record in records) > LONG]
+    table = plain_table(*(column.replace("_", " ") for column in columns), folding=[name.replace("_", " ") for name in names])
     for record in records:
         table.add_row(*(Text(_word(record.get(column, ""))) for column in columns))
     return table

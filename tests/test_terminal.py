@@ -60,6 +60,20 @@ def test_records_for_people(capsys):
     assert "[red]a" in text and ":boat:" in text and "n bytes" in text
 
 
+@pytest.mark.parametrize("width", [40, 80, 400])
+def test_numbers_of_a_record_are_never_cut(capsys, monkeypatch, width):
+    monkeypatch.setattr("autocompress.terminal.PIPE_WIDTH", width)
+    rows = [
+        {"name": 120 * "n", "kind": "conv", "size": 131072, "group": 90 * "g"},
+        {"name": "b", "kind": "linear", "size": 7, "group": None},
+    ]
+    emit_record({"layers": rows})
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("131072" in line for line in lines) == 1
+    (row,) = (line for line in lines if 120 * "n" in line)
+    assert "131072" in row and row.endswith(90 * "g"), "in a pipe each record is a line"
+
+
 def test_tables_in_a_pipe_are_plain_and_wide(capsys):
     table = plain_table("a", "b")
     table.add_row("x" * 60, "[bold]" + "y" * 80, style="bold green")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from autocompress.policy import bits_name
@@ -47,15 +48,19 @@ def _original(results: Results) -> list[str]:
     ]  # fmt: skip
 
 
-def plain_table(*columns: str) -> Table:
-    """An empty table in the house style: no frame, numbers to the right, the last column folds."""
+def plain_table(*columns: str, folding: Collection[str] = ()) -> Table:
+    """An empty table in the house style: no frame, numbers to the right; where it is narrow the last column folds, and those of words.
+
+    folding: names of columns that hold words. A number is never cut: one that lacks a digit would be another one.
+    """
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for index, name in enumerate(columns):
-        words = index < 2 or name in ("policy", "note", "reason")
-        table.add_column(name, justify="left" if words else "right", no_wrap=index < len(columns) - 1, overflow="fold")
+        words = index < 2 or name in ("policy", "note", "reason", *folding)
+        fixed = index < len(columns) - 1 and name not in folding
+        table.add_column(name, justify="left" if words else "right", no_wrap=fixed, overflow="fold")
     return table
 
 
