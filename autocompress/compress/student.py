@@ -113,8 +113,8 @@ def _linear(old: nn.Linear, rows: Roots | None, columns: Roots | None, generator
 
 @torch.no_grad()
 def _group_norm(old: nn.GroupNorm, index: Roots) -> nn.GroupNorm:
-    """As many channels in a group as before, in more or fewer groups."""
-    groups = len(index) * old.num_groups // old.num_channels
+    """As many channels in a group as before, in more or fewer groups; one group stays one."""
+    groups = len(index) * old.num_groups // old.num_channels if old.num_groups > 1 else 1
     new = nn.GroupNorm(groups, len(index), old.eps, old.affine, dtype=old.weight.dtype if old.affine else None)
     if old.affine:
         new.weight.copy_(_gather(old.weight, index, 0, fill=1.0))

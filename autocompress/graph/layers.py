@@ -122,10 +122,12 @@ def _rms_norm(flow: Flow, node: fx.Node) -> Layout:
 
 
 def _group_norm(flow: Flow, node: fx.Node) -> Layout:
-    """What is normalised together goes together."""
+    """What is normalised together goes together; where that is everything, as in a layer norm, what is left of it is normalised."""
     norm, source = module_of(node, flow.module), flow.known(node.all_input_nodes[0])
     assert isinstance(norm, nn.GroupNorm)
-    if 1 in source:
+    if 1 in source and norm.num_groups == 1:
+        flow.channels.play(node.name, STATISTIC, source[1])
+    elif 1 in source:
         rows = source[1].reshape(norm.num_groups, -1)
         flow.channels.unify(rows, rows[:, :1])
         flow.channels.play(node.name, "norm", source[1])

@@ -41,6 +41,8 @@ class Unread(fx.Interpreter):
             return self._normalized(n, module.weight, lambda x, weight, left: F.layer_norm(
                 x, x.shape[-1:], weight, module.bias.flatten()[left] if module.bias is not None else None, module.eps
             ))  # fmt: skip
+        if isinstance(module, nn.GroupNorm) and module.num_groups == 1:
+            return self._normalized_maps(n, module)
         if name_of(n) == "rms_norm":
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             given = dict(zip(("input", "normalized_shape", "weight", "eps"), args, strict=False)) | kwargs
@@ -69,6 +71,14 @@ class Unread(fx.Interpreter):
         result = torch.zeros_like(rows)
         result[..., left] = norm(rows[..., left], weight.flatten()[left] if weight is not None else None, left)
         return result.view(value.shape)
+
+    def _normalized_maps(self, node: fx.Node, norm: nn.GroupNorm) -> Tensor:
+        value, roots = self.env[node.all_input_nodes[0]], self._graph.roots(node.name).get(1)
+        left = self._keep[roots] if roots is not None else torch.ones(value.shape[1], dtype=torch.bool)
+        result = torch.zeros_like(value)
+        weight, bias = (norm.weight[left], norm.bias[left]) if norm.affine else (None, None)
+        result[:, left] = F.group_norm(value[:, left], 1, weight, bias, norm.eps)
+        return result
 
     def _zeroed(self, value: Tensor, node: fx.Node, axes: Iterable[int]) -> Tensor:
         """Without what is removed along these axes of the node's value."""

@@ -119,7 +119,7 @@ class Statistics(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.gate = nn.Conv2d(3, 24, 4, stride=4), nn.Conv2d(2, 1, 3, padding=1)
+        self.embed, self.gate, self.whole = nn.Conv2d(3, 24, 4, stride=4), nn.Conv2d(2, 1, 3, padding=1), nn.GroupNorm(1, 24)
         self.scale, self.norm = nn.Parameter(torch.rand(24) + 0.5), nn.RMSNorm(24)
         self.qkv, self.out = nn.Linear(24, 96), nn.Linear(32, 24)
         self.up, self.down, self.head = nn.Linear(24, 48), nn.Linear(48, 24), nn.Linear(24, CLASSES)
@@ -131,7 +131,7 @@ class Statistics(nn.Module):
         return self.out((weights @ v).transpose(1, 2).reshape(n, tokens, -1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.relu(self.embed(x))
+        x = torch.relu(self.whole(self.embed(x)))
         x = x * torch.sigmoid(self.gate(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1)))
         x = x.flatten(2).transpose(1, 2)
         x = x + self.attend(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.scale)
