@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from autocompress.graph.nodes import Conv, Weighted, fused, int8_tensors, is_layer, kind_of, leaves
+from autocompress.graph.nodes import Conv, Weighted, fused, int8_tensors, is_about_sizes, is_layer, kind_of, leaves
 from autocompress.graph.trace import is_opaque
 from autocompress.policy import QuantSpec
 
@@ -206,7 +206,7 @@ def _constant_layers(module: fx.GraphModule) -> list[str]:
     """Layers that read no input, as those of positions: a file holds what they make, and not their weights."""
     fed: set[fx.Node] = set()
     for node in module.graph.nodes:
-        if node.op == "placeholder" or not fed.isdisjoint(node.all_input_nodes):
+        if node.op == "placeholder" or not (fed.isdisjoint(node.all_input_nodes) or is_about_sizes(node)):
             fed.add(node)
     return [str(node.target) for node in module.graph.nodes if kind_of(node, module) in ("conv", "linear") and node not in fed]
 

@@ -231,7 +231,7 @@ def _home(node: fx.Node, tensors: Mapping[str, tuple[str, Tensor]], model: nn.Mo
         name, weight = tensors["weight"]
         own, computed = getattr(owner, "weight", None), name.startswith(COMPUTED)
         if name_of(node) in PRODUCTS:  # whose weight is held the other way round
-            return f"{name.removesuffix('weight').rstrip('._')}.linear".lstrip(".")
+            return f"{name.removesuffix('weight')}linear" if name.endswith(".weight") or name == "weight" else f"{name}_linear"
         if own is weight or (computed and isinstance(own, Tensor)):
             return path or kind
         if name.endswith("weight") and not computed:

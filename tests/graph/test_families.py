@@ -237,3 +237,25 @@ def test_a_layer_whose_weight_something_else_reads_is_no_layer():
     assert {layer.name for layer in graph.layers} == {"second"}
     with torch.no_grad():
         assert torch.equal(build_student(graph, Policy())(inputs), model(inputs))
+
+
+class Loose(nn.Module):
+    """Multiplies by parameters of its own, held by no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Module()
+        self.first, self.part.inner, self.head = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6, 5)), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(torch.relu(x @ self.first) @ self.part.inner))
+
+
+def test_a_product_with_a_parameter_is_a_layer():
+    torch.manual_seed(0)
+    inputs, model = torch.randn(3, 4), Loose().eval()
+    graph = Graph.trace(model, (inputs[:1],))
+    assert not graph.opaque_reason
+    assert {layer.name for layer in graph.layers} == {"first_linear", "part.inner_linear", "head"}
+    with torch.no_grad():
+        assert torch.allclose(build_student(graph, Policy())(inputs), model(inputs), atol=1e-6)

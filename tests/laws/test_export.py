@@ -228,7 +228,7 @@ class Positions(nn.Module):
         self.register_buffer("grid", torch.rand(1, 2))
 
     def forward(self, x):
-        return self.head(torch.relu(self.stem(x)).mean((2, 3)) + self.place(self.grid))
+        return self.head(torch.relu(self.stem(x)).mean((2, 3)) + self.place(self.grid.expand(x.shape[0], 2)))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
