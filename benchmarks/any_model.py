@@ -209,22 +209,23 @@ def law3_mixed(graph: Any, example: Tensor) -> dict[str, float | None]:
     from autocompress.compress.student import build_student
     from autocompress.compress.train import quantizes
     from autocompress.devices import DeviceProfile, processor
+    from autocompress.errors import PolicyFailure
     from autocompress.export import onnx_bytes
     from autocompress.search_space import find_suggest
 
     profile = DeviceProfile(runtime="onnxruntime", channel_multiple=8, reduced_range=processor.int8_saturates(processor.flags()))
     suggest = find_suggest("default", graph, profile)
     drawn = (suggest(LevelSuggester(np.random.default_rng(seed))) for seed in range(MOST_DRAWN))
-    made = ((policy, build_student(graph, policy)) for policy in drawn if quantizes(policy.quant))
-    usable = (
-        (policy, net) for policy, net in made if bool(first_tensor(net(example.clone())).isfinite().all())
-    )  # random weights may overflow
-    policy, floats = next(usable, (None, None))
-    if policy is None or floats is None:
+    policy = next((policy for policy in drawn if quantizes(policy.quant)), None)
+    if policy is None:
         return {"law3_mixed_db": None}
     inputs = [like(example) for _ in range(2 * CALIBRATED)]
+    floats = build_student(graph, policy)
     student = fake_quantize(floats, policy.quant)
-    calibrate(student, inputs[:CALIBRATED])
+    try:
+        calibrate(student, inputs[:CALIBRATED])
+    except PolicyFailure:  # random weights may overflow
+        return {"law3_mixed_db": None}
     student = snap_biases(student)
     found = answers(onnx_bytes(student, policy.quant, (example,)), inputs[CALIBRATED:])
     wanted, unrounded = (torch.cat([first_tensor(net(x.clone())) for x in inputs[CALIBRATED:]]) for net in (student, floats))
@@ -382,7 +383,7 @@ def in_words(row: dict[str, Any]) -> str:
     laws = [f"{row['law1']:.0e}", "yes" if row["law2"] else "**no**", f"{row['law3']:.0e}" if "law3" in row else ""]
     mixed = row.get("law3_mixed_db")
     rounding = f" ({row['rounding_db']:.0f})" if "rounding_db" in row else ""
-    laws.append(f"{mixed:.0f} dB{rounding}" if mixed is not None else "float32" if "law3_mixed_db" in row else "")
+    laws.append(f"{mixed:.0f} dB{rounding}" if mixed is not None else "none" if "law3_mixed_db" in row else "")
     groups = "cannot be traced" if row["opaque"] else f"{row['prunable']} of {row['groups']}"
     cost = f"{row['trace_s']:.1f} | {row['peak_gb']:.1f} | {row['operators']}"
     size = f"{row['reached']:.1%} | {row['left']:.0%}"

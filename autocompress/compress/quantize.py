@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from autocompress.errors import PolicyFailure
 from autocompress.graph.nodes import Conv, Weighted, fused, int8_tensors, is_about_sizes, is_layer, kind_of, leaves
 from autocompress.graph.trace import is_opaque
 from autocompress.policy import QuantSpec
@@ -134,9 +135,12 @@ class ActivationQuantizer(nn.Module):
         """Choose the range from the observed samples: the clipping with the least squared error on a grid.
 
         (Optimal clipping in the sense of Banner et al. 2019, arXiv 1810.05723, by search instead of a distribution's formula.)
+        Raises PolicyFailure for samples that are not finite: no range holds them.
         """
         values = torch.cat(self.samples)
         self.samples = []
+        if not bool(values.isfinite().all()):
+            raise PolicyFailure("the activations of a quantized network must be finite, but some are NaN or infinite")
         low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
         fractions = torch.tensor(CLIP_FRACTIONS)
         best = float(fractions[_squared_errors(values, low, high, fractions).argmin()])

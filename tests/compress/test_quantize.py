@@ -27,6 +27,7 @@ from autocompress.compress.quantize import (
 from autocompress.compress.student import build_student
 from autocompress.compress.train import TrainPlan, train_quantized
 from autocompress.data import Data, Split
+from autocompress.errors import PolicyFailure
 from autocompress.graph import Graph
 from autocompress.policy import Policy, QuantSpec
 from autocompress.testing.models import tiny_resnet
@@ -240,3 +241,12 @@ def test_only_int8_layers_read_rounded_values_of_a_network_in_float():
     assert isinstance(quantized.get_submodule(str(quantizer.target)), ActivationQuantizer)
     assert list(quantizer.users) == [layer]
     assert len(quantizer.all_input_nodes[0].users) > 1, "the shortcut reads what is not rounded"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_have_no_range(bad):
+    quantizer = ActivationQuantizer()
+    quantizer.observing = True
+    quantizer(torch.tensor([0.5, bad, -0.25]))
+    with pytest.raises(PolicyFailure, match="activations of a quantized network must be finite"):
+        quantizer.fit()
