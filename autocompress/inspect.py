@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def inspect_model(
     example = loaded.example(1) if loaded is not None else example_for(model, reference, shape=input)
     output = answer_with_one_tensor(model, example)
     graph = Graph.trace(model, (example,))
-    steps = outline(graph) if target is None else _measured(outline(graph), graph, target)
+    steps = outline(graph) if target is None else outline(graph, _measured(graph, target).lookup)
     network = {"model": reference, "input": "x".join(map(str, example.shape)), "output": output or "all", "device": device}
     return network | summary(graph) | {
         "layers": _layers(graph, steps),
@@ -53,29 +54,33 @@ def inspect_model(
     }  # fmt: skip
 
 
-def _measured(steps: list[Step], graph: Graph, device: Device) -> list[Step]:
-    """With the seconds that each operator takes by itself."""
-    table, workload = OperatorTable.for_device(device), graph.workload(Policy())
-    table.calibrate(device, [workload], MEASURE_S)
-    seconds = {operator.name: table.lookup(operator) for operator in workload.operators}
-    return [step.model_copy(update={"latency_s": seconds.get(step.name)}) for step in steps]
+def _measured(graph: Graph, device: Device) -> OperatorTable:
+    """What each operator takes by itself."""
+    table = OperatorTable.for_device(device)
+    table.calibrate(device, [graph.workload(Policy())], MEASURE_S)
+    return table
 
 
 def _layers(graph: Graph, steps: list[Step]) -> list[dict[str, Any]]:
-    """What each layer costs, as shares of what all operators cost, and where it belongs."""
-    step_of = {step.name: step for step in steps}
-    totals = {key: sum(getattr(step, key) or 0 for step in steps) for key in ("macs", "latency_s")}
+    """What each layer costs, as shares of what all operators cost, and where it belongs; one that is called twice costs twice."""
+    called: dict[str, list[Step]] = defaultdict(list)
+    for step in steps:
+        called[step.name].append(step)
+    totals = {key: _total(steps, key) for key in ("macs", "latency_s")}
     rows = []
     for layer in graph.layers:
-        step = step_of.get(layer.name)
-        row = asdict(layer) | {"macs": step.macs if step is not None else None}
-        group = row.pop("group")
+        own, row = called[layer.name], asdict(layer)
+        where = {"group": row.pop("group"), "block": own[0].block if own else None}
+        row["macs"] = _total(own, "macs") if own else None
         for key, total in totals.items():
-            value = getattr(step, key) if step is not None else None
             if total:
-                row[f"share_of_{key.removesuffix('_s')}"] = f"{100 * value / total:.1f} %" if value is not None else None
-        rows.append(row | {"group": group, "block": step.block if step is not None else None})
+                row[f"share_of_{key.removesuffix('_s')}"] = f"{100 * _total(own, key) / total:.1f} %" if own else None
+        rows.append(row | where)
     return rows
+
+
+def _total(steps: list[Step], key: str) -> float:
+    return sum(getattr(step, key) or 0 for step in steps)
 
 
 def summary(graph: Graph) -> dict[str, Any]:

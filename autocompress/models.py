@@ -75,9 +75,9 @@ MAIN = ("logits", "out", "last_hidden_state")
 """What networks of transformers, torchvision's for segmentation and encoders call the output that counts."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def answer_with_one_tensor(model: nn.Module, example: Tensor) -> str:
-    """Let a model that returns several outputs by name return the main one, in place: its name; empty where nothing is changed.
+    """Let a model in eval mode that returns outputs by name return the main one, in place: its name; empty where nothing is changed.
 
     What else it returns belongs to training, as auxiliary classifiers do. Where no output is known to be the main one all stay.
     """
@@ -95,8 +95,9 @@ def answer_with_one_tensor(model: nn.Module, example: Tensor) -> str:
     return name
 
 
-def _take(_: nn.Module, __: object, outputs: Mapping[str, Tensor], *, name: str) -> Tensor:
-    return outputs[name]
+def _take(_: nn.Module, __: object, outputs: Any, *, name: str) -> Any:
+    """In training a model may answer otherwise."""
+    return outputs[name] if isinstance(outputs, Mapping) else outputs
 
 
 USUAL_SHAPES = ((3, 224, 224), (3, 299, 299), (3, 32, 32), (1, 28, 28), (1, 8, 8), (3, 16, 112, 112))

@@ -132,6 +132,34 @@ def test_data_gives_the_shape_of_the_inputs():
     assert inspect_model("autocompress.demo:teacher", data="digits")["input"] == "1x1x8x8"
 
 
+class Twice(nn.Module):
+    """One layer that is called twice, and a norm whose scale is an operator's argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.layer, self.norm, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.RMSNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(self.layer(torch.relu(self.layer(self.first(x))))))
+
+
+def twice():
+    return Twice()
+
+
+def test_a_layer_that_is_called_twice_costs_twice():
+    told = inspect_model(f"{__file__}:twice", input="6")
+    macs = {layer["name"]: layer["macs"] for layer in told["layers"]}
+    assert macs == {"first": 48, "layer": 128, "head": 24}
+    assert sum(macs.values()) == sum(step["macs"] for step in told["steps"])
+
+
+def test_a_norm_is_not_said_to_stay_where_it_follows_its_channels():
+    model = nn.Sequential(nn.Linear(6, 8), nn.RMSNorm(8), nn.Linear(8, 3))
+    graph = Graph.trace(model.eval(), (torch.randn(2, 6),))
+    assert [part.name for part in graph.frozen] == ["2"]
+
+
 def test_an_input_may_be_tokens(tmp_path):
     (tmp_path / "own.py").write_text(TOKENS)
     told = inspect_model(f"{tmp_path / 'own.py'}:build", input="5:int64")

@@ -197,3 +197,17 @@ def test_an_input_is_written_as_sizes_and_a_type(written, shape, dtype):
 def test_an_input_that_is_written_otherwise_is_refused(written):
     with pytest.raises(UsageError, match="an input is written as its sizes"):
         example_for(net(), "own", 1, written)
+
+
+def test_a_model_may_answer_otherwise_in_training():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(x) if self.training else {"out": self.head(x)}
+
+    model, x = Both().eval(), torch.randn(2, 4)
+    assert answer_with_one_tensor(model, x) == "out"
+    assert torch.equal(model.train()(x), model.eval()(x))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from autocompress.errors import PolicyFailure
-from autocompress.graph.nodes import Conv, Weighted, fused, int8_tensors, is_about_sizes, is_layer, kind_of, leaves
+from autocompress.graph.nodes import Conv, Weighted, constant_layers, fused, int8_tensors, is_layer, kind_of, leaves
 from autocompress.graph.trace import is_opaque
 from autocompress.policy import QuantSpec
 
@@ -178,7 +178,7 @@ def fake_quantize(student: fx.GraphModule, quant: QuantSpec) -> fx.GraphModule:
     if is_opaque(quantized):
         _quantize_opaque(quantized, quant)
         return quantized
-    quant = quant.model_copy(update={"layers": {**quant.layers, **dict.fromkeys(_constant_layers(quantized), 32)}})
+    quant = quant.model_copy(update={"layers": {**quant.layers, **dict.fromkeys(constant_layers(quantized), 32)}})
     held = int8_tensors(quantized, quant.of)
     for node in list(quantized.graph.nodes):
         if kind_of(node, quantized) in ("conv", "linear"):
@@ -204,15 +204,6 @@ def _shared_bits(module: nn.Module, quant: QuantSpec) -> QuantSpec:
             sharing[id(parameter)][name] = quant.of(name) if is_layer(part) else 32
     shared = {name: max(bits.values()) for bits in sharing.values() if len(bits) > 1 for name in bits}
     return quant.model_copy(update={"layers": {**quant.layers, **shared}}) if shared else quant
-
-
-def _constant_layers(module: fx.GraphModule) -> list[str]:
-    """Layers that read no input, as those of positions: a file holds what they make, and not their weights."""
-    fed: set[fx.Node] = set()
-    for node in module.graph.nodes:
-        if node.op == "placeholder" or not (fed.isdisjoint(node.all_input_nodes) or is_about_sizes(node)):
-            fed.add(node)
-    return [str(node.target) for node in module.graph.nodes if kind_of(node, module) in ("conv", "linear") and node not in fed]
 
 
 def _insert_quantizer(module: fx.GraphModule, node: fx.Node, readers: Sequence[fx.Node]) -> None:

@@ -47,11 +47,13 @@ CAUTION = 3
 """Power of what there is to learn that SGD's rates keep where steps are few: all from scratch, a fortieth where 0.3 of answers differ."""
 SLOWER, MOST_RESTARTS = 4.0, 3
 """By how much rates fall each time that training diverges and begins again, and how often it may: networks without norms need it."""
+LEAST_LEFT = 0.1
+"""Share of its time that training must have left to begin again."""
 FEATURE_SCALE = 25.0
 """Weight of the difference of features beside the loss of answers, which is T^2 times a divergence: 16 times at the default T = 4 only."""
 
 Tick = Callable[[float], None]
-"""Called after each step with the progress in [0, 1]."""
+"""Called after each step with the progress in [0, 1], which falls back where training begins again."""
 T = TypeVar("T")
 
 
@@ -113,16 +115,21 @@ def train(
 
 
 class Diverged(PolicyFailure):
-    """The loss is no longer finite."""
+    """The loss is no longer finite, though it was."""
 
 
 def _at_bearable_rates(attempt: Callable[[TrainPlan], T], student: nn.Module, plan: TrainPlan) -> T:
-    """Train by the plan; each time that the loss diverges, once more from where the student began, at lower rates, in what time is left."""
-    begun = copy.deepcopy(student.state_dict())
+    """Train by the plan; each time that the loss diverges, once more from where the student began, at lower rates, in what time is left.
+
+    Where that is too little the student fails: it would be one that was not trained.
+    """
+    begun, started = copy.deepcopy(student.state_dict()), time.monotonic()
     for _ in range(MOST_RESTARTS):
         try:
             return attempt(plan)
         except Diverged:
+            if plan.deadline - time.monotonic() < LEAST_LEFT * (plan.deadline - started):
+                raise
             student.load_state_dict(begun)
             plan = replace(plan, learning_rate=plan.learning_rate / SLOWER)
     return attempt(plan)
@@ -221,7 +228,8 @@ def _run(
         inputs = data.view(indices, view, plan.seed)
         loss = _loss(model, data, indices, inputs, view, distillation, device)
         if not math.isfinite(loss.item()):
-            raise Diverged(f"training diverged: the loss must stay finite, but is {loss.item()} at step {steps.done}")
+            failure = Diverged if steps.done else PolicyFailure  # slower steps change nothing before the first
+            raise failure(f"training diverged: the loss must stay finite, but is {loss.item()} at step {steps.done}")
         optimizer.step(loss, steps.rates)
         steps.done += 1
         if tick is not None:

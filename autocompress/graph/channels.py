@@ -23,7 +23,7 @@ Layout = Mapping[int, Ids]
 
 @dataclass(frozen=True)
 class Role:
-    """A node's part in the life of a channel: `out`, `in`, `depthwise`, `norm`, `add`, `pad`, `parameter`."""
+    """A node's part in the life of a channel: `out`, `in`, `depthwise`, `norm`, `add`, `pad`, `parameter`, `product`, `statistic`."""
 
     node: str
     part: str

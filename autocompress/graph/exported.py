@@ -8,6 +8,7 @@ what makes a new one, and layers become modules again (see `modules`), so that t
 from __future__ import annotations
 
 import gc
+import operator
 import re
 import sys
 from collections.abc import Collection, Mapping
@@ -19,12 +20,13 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from autocompress.graph.modules import COMPUTED, put_modules_back
-from autocompress.graph.nodes import RECURRENT, arguments, drop_unread, is_leaf, name_of, slice_bounds, value_of
+from autocompress.graph.nodes import RECURRENT, arguments, drop_unread, is_leaf, is_norm, name_of, slice_bounds, value_of
 from autocompress.quiet import quiet
 
 TORCH = Path(torch.__file__).parent
 BRANCH = "branch"
 """Where a traced network keeps the place in the code where the values of the example have decided which operators it calls."""
+ONE_NUMBER = "its code is for one number of inputs"
 FACTORIES = {"zeros": "new_zeros", "ones": "new_ones", "full": "new_full", "empty": "new_empty"}
 """What makes a tensor of a given size, and what makes it with the type and on the device of another tensor."""
 ELSEWHERE = ("arange", "eye", "linspace", "rand", "randn")
@@ -52,11 +54,14 @@ def exported(model: nn.Module, example: tuple[Tensor, ...]) -> fx.GraphModule:
     for parameter in model.parameters():  # without gradients torch's attention calls operators that no runtime knows
         parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     with quiet(), torch.enable_grad():
-        program, branch = _recorded(model, tuple(_several(tensor) for tensor in example))
-        _require_any_number(program)
-        recorded = _as_module(program)
-        if _writes_what_others_see(recorded.graph):  # torch takes several times as long to replace that
-            recorded = _as_module(program.run_decompositions({}))
+        several = tuple(_several(tensor) for tensor in example)
+        program, branch = _recorded(model, several)
+        if _takes_any_number(program):
+            recorded = _as_module(program)
+        else:
+            more = tuple(torch.cat([tensor, tensor[:1]]) if tensor.dim() else tensor for tensor in several)
+            few, many = (_as_module(_recorded(model, batches, any_number=False)[0]) for batches in (several, more))
+            recorded = _for_any_number(few, many, next(len(tensor) for tensor in several if tensor.dim()))
     _compute_constants(recorded)
     _put_out_of_place(recorded.graph)
     _leave_out_copies(recorded.graph)
@@ -67,11 +72,14 @@ def exported(model: nn.Module, example: tuple[Tensor, ...]) -> fx.GraphModule:
     return module
 
 
-def _recorded(model: nn.Module, batches: tuple[Tensor, ...]) -> tuple[torch.export.ExportedProgram, str]:
-    """The operators that the code calls, and where it has chosen them by the values of the example, if it has."""
+def _recorded(model: nn.Module, batches: tuple[Tensor, ...], *, any_number: bool = True) -> tuple[torch.export.ExportedProgram, str]:
+    """The operators that the code calls, and where it has chosen them by the values of the example, if it has.
+
+    any_number: of inputs, as far as the code allows it; else the sizes of the batches are numbers in the record.
+    """
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # a slow import, which export does anyway
 
-    free = tuple({0: torch.export.Dim.AUTO} if tensor.dim() else {} for tensor in batches)
+    free = tuple({0: torch.export.Dim.AUTO} if tensor.dim() and any_number else {} for tensor in batches)
     try:
         return torch.export.export(model, batches, dynamic_shapes=free, strict=False), ""
     except GuardOnDataDependentSymNode as error:
@@ -81,6 +89,14 @@ def _recorded(model: nn.Module, batches: tuple[Tensor, ...]) -> tuple[torch.expo
 
 
 def _as_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """The record as a module, in which nothing is overwritten that is read by another name."""
+    recorded = _plain_module(program)
+    if _writes_what_others_see(recorded.graph):  # torch takes several times as long to replace that
+        recorded = _plain_module(program.run_decompositions({}))
+    return recorded
+
+
+def _plain_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
     recorded = program.module(check_guards=False)
     assert isinstance(recorded, fx.GraphModule)
     _take_outputs_as_they_are(recorded)
@@ -88,12 +104,51 @@ def _as_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
     return recorded
 
 
-def _require_any_number(program: torch.export.ExportedProgram) -> None:
-    """Raises ValueError where the code has made a constant of the number of inputs."""
+def _takes_any_number(program: torch.export.ExportedProgram) -> bool:
+    """Whether the record is for any number of inputs. `len(x)` and `int(x.shape[0])` make a number of it, which export does not say."""
     named = program.graph_signature.user_inputs
     inputs = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in named]
-    if not any(isinstance(size, torch.SymInt) for value in inputs if isinstance(value, Tensor) for size in value.shape[:1]):
-        raise ValueError("its code is for one number of inputs")
+    first = [size for value in inputs if isinstance(value, Tensor) for size in value.shape[:1]]
+    return any(isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None for size in first)
+
+
+def _for_any_number(few: fx.GraphModule, many: fx.GraphModule, n: int) -> fx.GraphModule:
+    """Of two records of one network, for `n` and for n + 1 inputs, the first, in place, for any number.
+
+    Numbers in proportion to that of the inputs become its multiples. Raises ValueError where the records differ in anything else, as those
+    of code that calls operators for each input do.
+    """
+    pairs = list(zip(few.graph.nodes, many.graph.nodes, strict=False))
+    twins = {other: node for node, other in pairs}
+    if len(few.graph.nodes) != len(many.graph.nodes) or any(not _is_same_call(*pair, few, many) for pair in pairs):
+        raise ValueError(ONE_NUMBER)
+    source = next(node for node in few.graph.nodes if node.op == "placeholder" and node.meta["val"].dim())
+    with few.graph.inserting_after(source):
+        count = few.graph.call_function(torch.ops.aten.sym_size.int, (source, 0))
+
+    def either(node: fx.Node, own: Any, other: Any) -> Any:
+        if twins.get(other, other) == own if isinstance(other, fx.Node) else own == other:
+            return own
+        if not (isinstance(own, int) and isinstance(other, int)) or own % n or other != own // n * (n + 1):
+            raise ValueError(ONE_NUMBER)
+        if own == n:
+            return count
+        with few.graph.inserting_before(node):
+            return few.graph.call_function(operator.mul, (count, own // n))
+
+    for node, other in pairs:
+        (values, form), (others, same) = (pytree.tree_flatten((each.args, each.kwargs)) for each in (node, other))
+        if form != same:
+            raise ValueError(ONE_NUMBER)
+        node.args, node.kwargs = pytree.tree_unflatten([either(node, *pair) for pair in zip(values, others, strict=True)], form)
+    return few
+
+
+def _is_same_call(node: fx.Node, other: fx.Node, few: fx.GraphModule, many: fx.GraphModule) -> bool:
+    if (node.op, node.target) != (other.op, other.target):
+        return False
+    own, others = (value_of(each, module) if each.op == "get_attr" else None for each, module in ((node, few), (other, many)))
+    return torch.equal(own, others) if isinstance(own, Tensor) and isinstance(others, Tensor) else own is others
 
 
 def _several(tensor: Tensor) -> Tensor:
@@ -272,7 +327,10 @@ def _write_attention_out(graph: fx.Graph) -> None:
 
 
 def _writes_what_others_see(graph: fx.Graph) -> bool:
-    """Whether a tensor is overwritten of which a view, made before, is read afterwards; or a view, and what it is a view of is."""
+    """Whether a tensor is overwritten that is read afterwards by another name, made before: as a view, or as what it is a view of.
+
+    `y = x.flatten(); x.add_(1); use(y)` does so. `x.add_(1).relu_(); use(x)` does not: what overwrites a tensor gives the same one.
+    """
     order = {node: position for position, node in enumerate(graph.nodes)}
     fixed = set(_fixed(graph))
     memory: dict[fx.Node, list[fx.Node]] = {}
@@ -344,10 +402,10 @@ def save_only(module: nn.Module, kept: Collection[str]) -> None:
 
 
 def _owner(name: str, model: nn.Module) -> tuple[str, str] | None:
-    """Path and type of the module of torch.nn that holds a parameter; None where the network's own code holds it."""
+    """Path and type of the module of torch.nn that holds a parameter; None for a norm, and where the network's own code holds it."""
     path = name.rpartition(".")[0]
     owner = model.get_submodule(path)
-    return (path, type(owner).__name__) if is_leaf(owner) else None
+    return (path, type(owner).__name__) if is_leaf(owner) and not is_norm(owner) else None
 
 
 def _place(stack: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from autocompress.graph.channels import Ids, Layout
 from autocompress.graph.flow import PRODUCT, STATISTIC, Flow, NotUnderstood, title
-from autocompress.graph.nodes import RECURRENT, Conv, arguments, is_depthwise, module_of, normalized_axes, value_of
+from autocompress.graph.nodes import RECURRENT, Conv, arguments, is_depthwise, is_layer, is_norm, module_of, normalized_axes, value_of
 
 Rule = Callable[[Flow, fx.Node], Layout]
 
@@ -24,7 +23,7 @@ def of_module(flow: Flow, node: fx.Node) -> Layout:
     if rule is None or module is None:
         raise NotUnderstood
     layout = rule(flow, node)
-    if str(node.target) in flow.shared and any(True for _ in itertools.chain(module.parameters(), module.buffers())):
+    if str(node.target) in flow.shared and (is_layer(module) or is_norm(module)):
         for each in (layout, flow.known(node.all_input_nodes[0])):
             flow.freeze(each, f"{node.target} is used more than once")
     return layout
@@ -119,6 +118,18 @@ def _rms_norm(flow: Flow, node: fx.Node) -> Layout:
         if isinstance(weight, fx.Node):
             flow.follow(flow.known(weight).get(place), source.get(axis), title(node))
     return source
+
+
+def _instance_norm(flow: Flow, node: fx.Node) -> Layout:
+    """Each channel by itself (Ulyanov et al. 2016, arXiv 1607.08022)."""
+    given = arguments(node)
+    source = flow.known(given["input"])
+    flow.freeze_axes(source, [axis for axis in source if axis != 1], f"{title(node)} averages over them")
+    held = [given[name] for name in ("weight", "bias", "running_mean", "running_var")]
+    for value in held:
+        if isinstance(value, fx.Node):
+            flow.follow(flow.known(value).get(0), source.get(1), title(node))
+    return {axis: ids for axis, ids in source.items() if axis == 1}
 
 
 def _group_norm(flow: Flow, node: fx.Node) -> Layout:
@@ -220,7 +231,8 @@ _MODULES: tuple[tuple[Any, Rule], ...] = (
 )  # fmt: skip
 WEIGHTED: dict[str, Rule] = {
     **dict.fromkeys(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full"), _new),
-    **dict.fromkeys(RECURRENT, _recurrent), "prelu": _prelu, "rms_norm": _rms_norm, "embedding": _embedding, "index": _index,
+    **dict.fromkeys(RECURRENT, _recurrent), "prelu": _prelu, "rms_norm": _rms_norm, "instance_norm": _instance_norm,
+    "embedding": _embedding, "index": _index,
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed_conv),
 }  # fmt: skip
 """Rules of functions that hold or are given what the network holds."""

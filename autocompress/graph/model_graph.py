@@ -20,7 +20,7 @@ from autocompress.graph.channels import Channels, Role, frozen_roots, group_ids
 from autocompress.graph.exported import BRANCH, save_only
 from autocompress.graph.flow import PRODUCT, STATISTIC
 from autocompress.graph.importance import channel_scores
-from autocompress.graph.nodes import Weighted, channel_axis, is_layer, is_norm, kind_of, leaves, module_of
+from autocompress.graph.nodes import Weighted, channel_axis, constant_layers, is_layer, is_norm, kind_of, leaves, module_of
 from autocompress.graph.resize import Groups, Roots, Selection, run_ends
 from autocompress.graph.rules import propagate
 from autocompress.graph.trace import OPAQUE, annotate_shapes, trace, untraced
@@ -120,6 +120,7 @@ class Graph:
         pairs = ({self._channels.root(index) for index in pair} for pair in self._channels.cuts)
         self._cut = {root for pair in pairs if len(pair) == 1 for root in pair}
         self._members: dict[str, Roots] = {}
+        self._constant = constant_layers(module)
         self.groups = self._find_groups()
         self._branches = find_branches(module) if not opaque_reason else []
         self.layers = self._find_layers()
@@ -310,6 +311,7 @@ class Graph:
             inside = leaves(self.module.get_submodule(OPAQUE), OPAQUE)
             return tuple(_layer(name, module, None) for name, module in inside if is_layer(module))
         nodes = {str(n.target): n for n in self.module.graph.nodes if kind_of(n, self.module) in ("conv", "linear")}
+        nodes = {name: node for name, node in nodes.items() if name not in self._constant}
         self._node_of = {name: node.name for name, node in nodes.items()}
         return tuple(_layer(name, module_of(node, self.module), self._born_at(node)) for name, node in nodes.items())
 
@@ -341,6 +343,7 @@ class Graph:
             Frozen(name, f"{kind} is one operator here: its weights are {'not' if name in makers else 'neither pruned nor'} quantized")
             for name, kind in held.items()
         ]
+        parts += [Frozen(name, "it reads no input: what it makes is a constant, and stays in float32") for name in sorted(self._constant)]
         return (*whole, *path, *groups, *parts)
 
     def _find_classifier(self) -> str | None:

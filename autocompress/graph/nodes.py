@@ -76,6 +76,15 @@ RECURRENT = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 """Recurrent layers, and their gates, which are so many rows of the weights for each hidden unit."""
 
 
+def constant_layers(root: fx.GraphModule) -> set[str]:
+    """Layers that read no input, as those of positions do: what they make is one constant, wherever an exporter computes it."""
+    fed: set[fx.Node] = set()
+    for node in root.graph.nodes:
+        if node.op == "placeholder" or not (fed.isdisjoint(node.all_input_nodes) or is_about_sizes(node)):
+            fed.add(node)
+    return {str(node.target) for node in root.graph.nodes if kind_of(node, root) in ("conv", "linear") and node not in fed}
+
+
 def drop_unread(graph: fx.Graph) -> None:
     """Remove nodes that nobody reads. torch keeps some of those that may draw random numbers, as attention may."""
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))

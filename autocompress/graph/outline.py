@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
 
 from torch import fx, nn
 
 from autocompress.graph.model_graph import Graph
 from autocompress.graph.nodes import Conv, arguments, fused, is_about_sizes, is_depthwise, kind_of, module_of, name_of, relu_of, value_of
 from autocompress.policy import Policy
-from autocompress.records import Step
+from autocompress.records import Operator, Step
 
 ASIDE = ("identity", "output")
 """Kinds of nodes that do nothing here."""
@@ -18,10 +19,12 @@ MOVES = ("reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose"
 """What only looks at a tensor in another way: several in a row are one step."""
 
 
-def outline(graph: Graph) -> list[Step]:
-    """The steps of a network, its inputs first."""
+def outline(graph: Graph, seconds: Callable[[Operator], float | None] = lambda _: None) -> list[Step]:
+    """The steps of a network, its inputs first; `seconds`: what an operator takes, where that is known."""
     module = graph.module
-    macs = {operator.name: operator.macs for operator in graph.workload(Policy()).operators}
+    operators: dict[str, deque[Operator]] = defaultdict(deque)  # a layer that is called twice is two of them
+    for operator in graph.workload(Policy()).operators:
+        operators[operator.name].append(operator)
     steps: list[Step] = []
     place: dict[fx.Node, int] = {}
     counted: set[int] = set()
@@ -41,7 +44,7 @@ def outline(graph: Graph) -> list[Step]:
             continue
         place |= dict.fromkeys(parts, len(steps))
         name = str(node.target) if node.op == "call_module" else node.name
-        groups = graph.groups_of(parts[-1].name)
+        groups, found = graph.groups_of(parts[-1].name), operators[name].popleft() if operators[name] else None
         step = Step(
             name=name,
             title=title,
@@ -50,8 +53,9 @@ def outline(graph: Graph) -> list[Step]:
             group=groups[0] if groups else steps[sources[0]].group if sources and "shapes" in node.meta else None,
             block=graph.block_of(node.name),
             params=sum(_new_parameters(parts, module, counted)),
-            macs=macs.get(name, 0),
+            macs=found.macs if found is not None else 0,
             line=node.meta.get("line", ""),
+            latency_s=seconds(found) if found is not None else None,
         )
         steps.append(step)
     return steps

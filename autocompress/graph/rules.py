@@ -100,12 +100,14 @@ def _softmax(flow: Flow, node: fx.Node) -> Layout:
 
 
 def _reduce(flow: Flow, node: fx.Node) -> Layout:
-    """Of what is left."""
-    source, gone = flow.only(node), reduced_axes(node)
+    """In a student, one value of all entries that are left."""
+    source, gone, given = flow.only(node), reduced_axes(node), arguments(node)
+    if name_of(node) in ("var", "std") and given.get("unbiased", given.get("correction", 1)) not in (False, 0):
+        flow.freeze_axes(source, gone, f"{title(node)} divides by less than their number, which may be nothing")
     for axis in gone:
         if axis in source:
             flow.channels.play(node.name, STATISTIC, source[axis])
-    if arguments(node).get("keepdim"):
+    if given.get("keepdim"):
         return {axis: ids for axis, ids in source.items() if axis not in gone}
     return {axis - sum(d < axis for d in gone): ids for axis, ids in source.items() if axis not in gone}
 

@@ -285,7 +285,8 @@ class Arithmetic:
             tail, ends = skeleton.tail[index], skeleton.ends
             leaves = ~ends[tail, np.arange(len(tail))]
             if kind in ("conv", "linear"):
-                runs[index] = population.bits[self._layer[str(self._nodes[index].target)]] == 8
+                layer = self._layer.get(str(self._nodes[index].target))
+                runs[index] = population.bits[layer] == 8 if layer is not None else False
                 stays = runs[index] & (skeleton.alive[index] & leaves)[of_policy]
             elif kind in FOLLOWERS and self._tensor[index] and any(self._tensor[source] for source in self._inputs[index]):
                 stays = (skeleton.alive[index] & ~skeleton.inner[index] & leaves)[of_policy]

@@ -14,11 +14,15 @@ from autocompress.graph.nodes import channel_axis, kind_of, module_of, name_of, 
 from autocompress.graph.rules import REDUCTIONS
 from autocompress.policy import Policy
 
+PRODUCTS = ("matmul", "bmm", "einsum")
+"""What adds over channels that it multiplies."""
+
 
 class Unread(fx.Interpreter):
     """The network of which nobody reads a channel that the policy removes.
 
-    Layers read zeros in its place, what the network holds for it is zero, and norms and means are taken over the channels that are left.
+    Layers and products read zeros in its place, what the network holds for it is zero, and norms, means and the like are taken over the
+    channels that are left. Other operators compute what they do anyway: each of their channels is made of channels of the same identity.
     """
 
     def __init__(self, graph: Graph, policy: Policy) -> None:
@@ -35,6 +39,8 @@ class Unread(fx.Interpreter):
         module = module_of(n, self.module)
         if kind_of(n, self.module) in ("conv", "linear") and getattr(module, "groups", 1) == 1:
             return self._reading(n, lambda x: self._zeroed(x, source, [channel_axis(n, self.module)]))
+        if name_of(n) in PRODUCTS:
+            return self._multiplied(n)
         if name_of(n) in REDUCTIONS:
             return self._reading(n, lambda x: self._left(x, source, reduced_axes(n)))
         if isinstance(module, nn.LayerNorm):
@@ -59,22 +65,31 @@ class Unread(fx.Interpreter):
         finally:
             self.env[source] = before
 
+    def _multiplied(self, node: fx.Node) -> Any:
+        before = {source: self.env[source] for source in node.all_input_nodes}
+        self.env |= {source: self._zeroed(value, source, range(value.dim())) for source, value in before.items()}
+        try:
+            return super().run_node(node)
+        finally:
+            self.env |= before
+
     def _normalized(self, node: fx.Node, weight: Tensor | None, norm: Callable[..., Tensor]) -> Tensor:
         """norm: of what is left, given with its weight, and which it is."""
         value, axes = self.env[node.all_input_nodes[0]], normalized_axes(node, self.module)
         kept = torch.ones(value.shape[axes.start :], dtype=torch.bool)
         for place, axis in enumerate(axes):
-            roots = self._graph.roots(node.name).get(axis)
-            if roots is not None:
-                kept &= self._keep[roots].view([-1 if other == place else 1 for other in range(len(axes))])
+            along = self._kept(value, node, axis)
+            if along is not None:
+                kept &= along.view([-1 if other == place else 1 for other in range(len(axes))])
         rows, left = value.flatten(-len(axes)), kept.flatten()
         result = torch.zeros_like(rows)
         result[..., left] = norm(rows[..., left], weight.flatten()[left] if weight is not None else None, left)
         return result.view(value.shape)
 
     def _normalized_maps(self, node: fx.Node, norm: nn.GroupNorm) -> Tensor:
-        value, roots = self.env[node.all_input_nodes[0]], self._graph.roots(node.name).get(1)
-        left = self._keep[roots] if roots is not None else torch.ones(value.shape[1], dtype=torch.bool)
+        value = self.env[node.all_input_nodes[0]]
+        kept = self._kept(value, node, 1)
+        left = kept if kept is not None else torch.ones(value.shape[1], dtype=torch.bool)
         result = torch.zeros_like(value)
         weight, bias = (norm.weight[left], norm.bias[left]) if norm.affine else (None, None)
         result[:, left] = F.group_norm(value[:, left], 1, weight, bias, norm.eps)
@@ -83,15 +98,20 @@ class Unread(fx.Interpreter):
     def _zeroed(self, value: Tensor, node: fx.Node, axes: Iterable[int]) -> Tensor:
         """Without what is removed along these axes of the node's value."""
         for axis in axes:
-            roots = self._graph.roots(node.name).get(axis)
-            if roots is not None:
-                value = value * self._keep[roots].view([-1 if other == axis else 1 for other in range(value.dim())]).to(value.dtype)
+            kept = self._kept(value, node, axis)
+            if kept is not None:
+                value = value * kept.view([-1 if other == axis else 1 for other in range(value.dim())]).to(value.dtype)
         return value
 
     def _left(self, value: Tensor, node: fx.Node, axes: Iterable[int]) -> Tensor:
         """What is left along these axes of the node's value."""
         for axis in axes:
-            roots = self._graph.roots(node.name).get(axis)
-            if roots is not None:
-                value = value.index_select(axis, torch.nonzero(self._keep[roots]).flatten())
+            kept = self._kept(value, node, axis)
+            if kept is not None:
+                value = value.index_select(axis, torch.nonzero(kept).flatten())
         return value
+
+    def _kept(self, value: Tensor, node: fx.Node, axis: int) -> Tensor | None:
+        """Which entries of an axis are left; it may hold the channels of all inputs, one after the other."""
+        roots = self._graph.roots(node.name).get(axis)
+        return self._keep[roots].repeat(value.shape[axis] // len(roots)) if roots is not None else None

@@ -219,3 +219,27 @@ def test_training_that_diverges_at_any_rate_fails_and_says_so(data):
         net.get_parameter("head.bias").fill_(float("nan"))
     with pytest.raises(PolicyFailure, match="training diverged: the loss must stay finite, but is nan at step 0"):
         train(net, data, TrainPlan(steps=3, batch_size=16))
+
+
+@pytest.mark.parametrize("trained", [train, trained_as_a_student], ids=["teacher", "student"])
+def test_training_that_diverges_when_its_time_is_over_fails(data, trained, monkeypatch):
+    """It would give back a student that was not trained."""
+    calls = []
+
+    def loss(*arguments):
+        calls.append(arguments)
+        return torch.tensor(1.0 if len(calls) == 1 else float("nan"), requires_grad=True)
+
+    monkeypatch.setattr(train_module, "_loss", loss)
+    monkeypatch.setattr(train_module._Optimizer, "step", lambda *_: time.sleep(0.3))
+    with pytest.raises(PolicyFailure, match="training diverged"):
+        trained(student_of(LeNet(), data), data, TrainPlan(steps=10**9, deadline=time.monotonic() + 0.31, batch_size=16))
+    assert len(calls) == 2
+
+
+def test_a_loss_that_is_not_finite_before_the_first_step_is_tried_once(data, monkeypatch):
+    calls = []
+    monkeypatch.setattr(train_module, "_loss", lambda *_: calls.append(1) or torch.tensor(float("nan")))
+    with pytest.raises(PolicyFailure, match="nan at step 0"):
+        train(student_of(LeNet(), data), data, TrainPlan(steps=3, batch_size=16))
+    assert len(calls) == 1

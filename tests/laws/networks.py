@@ -160,11 +160,11 @@ class Up(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.down, self.deep, self.up = nn.Conv2d(3, 12, 3, 2, 1), nn.Conv2d(12, 16, 3, padding=1), nn.ConvTranspose2d(16, 8, 2, 2)
-        self.join, self.head = nn.Conv2d(11, 12, 3, padding=1), nn.Linear(12, CLASSES)
+        self.join, self.norm, self.head = nn.Conv2d(11, 12, 3, padding=1), nn.InstanceNorm2d(12, affine=True), nn.Linear(12, CLASSES)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         deep = self.up(torch.relu(self.deep(torch.relu(self.down(x)))))
-        return self.head(torch.relu(self.join(torch.cat([torch.relu(deep), x], dim=1))).mean((2, 3)))
+        return self.head(torch.relu(self.norm(self.join(torch.cat([torch.relu(deep), x], dim=1)))).mean((2, 3)))
 
 
 class Recurrent(nn.Module):

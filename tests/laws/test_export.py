@@ -235,10 +235,8 @@ class Positions(nn.Module):
 def test_a_layer_that_reads_no_input_is_a_constant_in_the_file(bits):
     torch.manual_seed(0)
     inputs, model = torch.randn(32, 3, 8, 8), Positions().eval()
-    student, payload = exported(model, inputs, Policy(quant=QuantSpec(bits=32, layers={"place": bits})))
-    assert torch.equal(answers(student, inputs), answers(model, inputs)), "there is nothing to gain from rounding it"
-    assert (run(payload, inputs) - answers(student, inputs)).abs().max() <= 1e-5
     student, payload = exported(model, inputs, Policy(quant=QuantSpec(bits=bits)))
+    assert torch.equal(student.get_submodule("place").weight, model.place.weight)
     assert (run(payload, inputs) - answers(student, inputs)).abs().max() <= 0.05 * answers(student, inputs).abs().max()
 
 

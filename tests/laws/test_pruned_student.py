@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from autocompress.compress.distill import observe
 from autocompress.compress.student import build_student, shared_features
@@ -144,3 +145,55 @@ def test_a_wider_student_starts_with_its_teachers_features(traced):
 def test_a_student_of_another_architecture_shares_nothing(traced):
     _, _, graph = traced
     assert shared_features(graph, Policy(student=StudentSpec(reference="torchvision:resnet18"))) is None
+
+
+class Around(nn.Module):
+    """Something between two convolutions."""
+
+    def __init__(self, between, **held):
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(24, 16, 1), nn.Linear(16, 5)
+        self.between = between
+        for name, module in held.items():
+            setattr(self, name, module)
+
+    def forward(self, x):
+        x = self.between(self, torch.relu(self.first(x)))
+        return self.head(torch.relu(self.second(x)).mean((2, 3)))
+
+
+PRUNED = {
+    "gram": lambda net, x: torch.einsum("ncd,ndhw->nchw", torch.einsum("nchw,ndhw->ncd", x, x) / 64, x),
+    "gate": lambda net, x: x * torch.sigmoid(torch.einsum("nchw->nhw", x))[:, None],
+    "maps of all inputs": lambda net, x: (x.reshape(-1, 8, 8) - x.reshape(-1, 8, 8).mean(0)).reshape(x.shape),
+    "variance": lambda net, x: x / torch.sqrt(x.var(1, keepdim=True, correction=0) + 1e-5),
+}
+FROZEN = {
+    "sample variance": (lambda net, x: x / torch.sqrt(x.var(1, keepdim=True) + 1e-5), {}),
+    "sample deviation": (lambda net, x: x / (x.std(1, keepdim=True, correction=3) + 1e-3), {}),
+    "shared layer norm": (
+        lambda net, x: net.norm(net.norm(x.permute(0, 2, 3, 1)) + 1.0).permute(0, 3, 1, 2),
+        {"norm": nn.LayerNorm(24, elementwise_affine=False)},
+    ),
+    "shared group norm": (lambda net, x: net.norm(net.norm(x) + 1.0), {"norm": nn.GroupNorm(4, 24, affine=False)}),
+}
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.95])
+@pytest.mark.parametrize("way", PRUNED)
+def test_what_products_and_statistics_leave_out_is_gone(way, ratio):
+    torch.manual_seed(0)
+    model, inputs = Around(PRUNED[way]).double().eval(), torch.randn(3, 3, 8, 8).double()
+    graph, policy = Graph.trace(model, (inputs,)), Policy(prune=PruneSpec(ratios={"first": ratio}))
+    with torch.no_grad():
+        found, expected = build_student(graph, policy)(inputs), Unread(graph, policy).run(inputs)
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12) and not torch.allclose(found, model(inputs), rtol=1e-3)
+
+
+@pytest.mark.parametrize("way", FROZEN)
+def test_what_may_be_nothing_or_is_read_in_two_places_stays(way):
+    between, held = FROZEN[way]
+    inputs = torch.randn(3, 3, 8, 8)
+    graph = Graph.trace(Around(between, **held).eval(), (inputs,))
+    assert not graph.opaque_reason
+    assert [group.name for group in graph.groups if group.prunable] == ["second"]

@@ -142,3 +142,23 @@ def test_names_that_are_not_there_are_refused():
     ):
         with pytest.raises(UsageError, match=r"layer9|linear"):
             build_student(graph, policy)
+
+
+@pytest.mark.parametrize("rows", [2, 400])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_weights_of_a_layer_that_reads_no_input_are_counted_as_they_are_in_the_file(rows, bits):
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.place, self.head = nn.Conv2d(3, 64, 3), nn.Linear(rows, 64), nn.Linear(64, 10)
+            self.register_buffer("grid", torch.rand(1, rows))
+
+        def forward(self, x):
+            return self.head(torch.relu(self.stem(x)).mean((2, 3)) + self.place(self.grid.expand(x.shape[0], rows)))
+
+    graph, policy = Graph.trace(Positions().eval(), (torch.randn(1, 3, 8, 8),)), Policy(quant=QuantSpec(bits=bits))
+    assert {layer.name for layer in graph.layers} == {"stem", "head"}
+    assert "place" in {part.name for part in graph.frozen if "reads no input" in part.reason}
+    payload, predicted = file_bytes(graph, policy), graph.workload(policy).weight_bytes
+    nodes = len(onnx.load_from_string(payload).graph.node)
+    assert predicted - 4 * 64 * (rows + 1) * (rows == 2) <= len(payload) <= predicted + 4 * rows + HEADER + PER_NODE * nodes
