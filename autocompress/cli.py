@@ -266,6 +266,8 @@ def inspect(
     json: options.Json = False,
 ) -> None:
     """Show layers, channel groups and blocks of a model, what they cost, what cannot be compressed, and why."""
+    if html is not None and not html.absolute().parent.is_dir():
+        raise UsageError(f"the folder of {str(html)!r} does not exist", hint="make it, or give --html another place")
     from autocompress.inspect import inspect_model
 
     content = inspect_model(model, weights=weights, data=data, input=input, device=device)
