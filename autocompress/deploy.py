@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from autocompress.compress.quantize import TINY, fake_quantize, is_quantized
 from autocompress.compress.student import build_student
 from autocompress.devices import open_device
+from autocompress.devices.runtime import CURES
 from autocompress.errors import AutocompressError, RunFolderError, UsageError, refused
 from autocompress.export import (
     MANIFEST,
@@ -188,7 +189,7 @@ def _write_openvino(out: Path) -> None:
     try:
         import openvino
     except ImportError:
-        raise UsageError("the format openvino needs OpenVINO, which is not installed", hint="pip install openvino") from None
+        raise UsageError("the format openvino needs OpenVINO, which is not installed", hint=CURES["openvino"]) from None
     openvino.save_model(openvino.convert_model(out / MODEL), out / "model.xml", compress_to_fp16=False)
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from autocompress.devices import processor
+from autocompress.devices.runtime import CURES
 from autocompress.units import format_size
 
 NEEDED = ("torch", "torchvision", "optuna", "onnx", "onnxruntime", "numpy", "scipy", "pydantic", "safetensors")
-OPTIONAL = {"openvino": "pip install openvino", "timm": 'pip install "autocompress[timm]"'}
+OPTIONAL = {"openvino": CURES["openvino"], "timm": 'pip install "autocompress[timm]"'}
 DISK_NEEDED_BYTES = 2 * 10**9
 
 

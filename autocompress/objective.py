@@ -27,6 +27,7 @@ from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import CALIBRATION_INPUTS, Distillation, Tick, TrainPlan, quantizes, train_quantized
 from autocompress.data import Data, sampled
 from autocompress.devices.base import Device
+from autocompress.devices.runtime import TITLES
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import AutocompressError, PolicyFailure, one_line
 from autocompress.evaluate import model_answers, run_artifact, score_outputs
@@ -254,7 +255,7 @@ def _is_of_this_device(setting: Setting, outcome: Outcome) -> bool:
     """Whether the outcome's file was run by the same runtime on the same processor."""
 
     def facts(environment: dict[str, str]) -> dict[str, str]:
-        return {key: value for key, value in environment.items() if key in ("processor", "flags", "onnxruntime")}
+        return {key: value for key, value in environment.items() if key in ("processor", "flags", *TITLES)}
 
     return outcome.latency_s is not None and facts(outcome.latency_s.environment) == facts(setting.device.environment())
 

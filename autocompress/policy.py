@@ -2,7 +2,7 @@
 
 Together with the teacher a policy is enough to build the student's structure; with
 `student.safetensors` it is the student. Order of application (compress/): student shape
-(dropped blocks, widths) -> channel removal -> repair -> distillation in float -> quantization -> distillation through it.
+(dropped blocks, widths) -> channel removal -> low rank -> repair -> distillation in float -> quantization -> distillation through it.
 """
 
 from __future__ import annotations
@@ -57,6 +57,16 @@ def _sorted_mapping(value: dict[str, Any]) -> dict[str, Any]:
     return dict(sorted(value.items()))
 
 
+def rank_of(inputs: int, outputs: int, kept: float, multiple: int) -> int:
+    """Rank at which a filter bank of `outputs` filters of `inputs` numbers keeps this share of its multiplications, in multiples.
+
+    0 where that saves none: the layer stays whole.
+    """
+    even = inputs * outputs / (inputs + outputs)
+    rank = max(multiple, round(kept * even / multiple) * multiple)
+    return rank if kept < 1.0 and rank < even else 0
+
+
 def bits_name(bits: int) -> str:
     """What a number of bits means to a person: only int8 and float32 have kernels."""
     return {8: "int8", 32: "float32"}.get(bits, f"{bits}-bit storage")
@@ -64,7 +74,9 @@ def bits_name(bits: int) -> str:
 
 Ratio = Annotated[float, Field(ge=0.0, lt=1.0)]
 Width = Annotated[float, Field(gt=0.0, le=8.0)]
+Kept = Annotated[float, Field(gt=0.0, le=1.0)]
 Bits = Annotated[int, Field(ge=2, le=32)]
+AnswerLoss = Literal["kl", "decoupled", "relational"]
 
 
 class StudentSpec(Record):
@@ -99,6 +111,19 @@ class PruneSpec(Record):
     _sort = field_validator("ratios")(_sorted_mapping)
 
 
+class LowRankSpec(Record):
+    """Factorisation of layers: layer -> share of its multiplications that is kept, in (0, 1]; 1 keeps the layer as it is.
+
+    Two layers stand for one whose weights have a low rank: the first computes `rank` combinations of its inputs, the second makes the
+    outputs of these (Zhang et al. 2016, arXiv 1505.06798). For a filter of k inputs and n outputs that is rank * (k + n) multiplications
+    in place of k * n, whatever the policy has made of k and n.
+    """
+
+    kept: dict[str, Kept] = {}
+
+    _sort = field_validator("kept")(_sorted_mapping)
+
+
 class QuantSpec(Record):
     """Number of bits per layer.
 
@@ -123,17 +148,21 @@ class QuantSpec(Record):
         return value
 
     def of(self, layer: str) -> int:
-        """Bits of one layer."""
-        return self.layers.get(layer, self.bits)
+        """Bits of one layer; `LAYER.0` and `LAYER.1`, into which one may be factorised, have the layer's."""
+        return self.layers.get(layer, self.layers.get(layer.rpartition(".")[0], self.bits))
 
 
 class DistillSpec(Record):
     """Distillation of answers (Hinton et al. 2015, arXiv 1503.02531) and of features (SimKD: Chen et al. 2022, arXiv 2203.14001).
 
-    answers = alpha * T^2 * KL(teacher_T || student_T) + (1 - alpha) * cross_entropy(student, labels), batch means.
-    loss = (1 - features) * answers + features * (scaled difference of the classifier's inputs: compress/train.py); where student and
-    teacher share no classifier, the answers alone.
+    soft = how unlike the teacher's answers are, by one of ANSWER_LOSSES (compress/distill.py) at temperature T.
+    loss = (1 - features) * (alpha * soft + (1 - alpha) * cross_entropy(student, labels)) + features * (scaled difference of the
+    classifier's inputs: compress/train.py), batch means; where student and teacher share no classifier, without the latter.
+    standardized: logits have mean 0 and deviation 1 before they are compared (Sun et al. 2024, arXiv 2403.01427).
     """
+
+    answers: AnswerLoss = "kl"
+    standardized: bool = False
 
     temperature: Annotated[float, Field(gt=0.0, le=100.0)] = 4.0
     alpha: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
@@ -146,6 +175,7 @@ class Policy(Record):
     schema_version: Literal[1] = Field(1, alias="schema")
     student: StudentSpec = StudentSpec()
     prune: PruneSpec = PruneSpec()
+    low_rank: LowRankSpec = LowRankSpec()
     quant: QuantSpec = QuantSpec()
     distill: DistillSpec = DistillSpec()
 
@@ -164,6 +194,11 @@ class Policy(Record):
         multiple = min(self.student.multiple // math.gcd(self.student.multiple, unit), size)
         return max(multiple, round(size * factor / multiple) * multiple)
 
+    @property
+    def factorised(self) -> dict[str, float]:
+        """Layers of a lower rank, with the share of their multiplications that is kept."""
+        return {layer: kept for layer, kept in self.low_rank.kept.items() if kept < 1.0}
+
     def in_words(self) -> str:
         """One line for a person: what changed against the teacher."""
         parts = []
@@ -178,9 +213,13 @@ class Policy(Record):
         ratios = [ratio for ratio in self.prune.ratios.values() if ratio]
         if ratios:
             parts.append(f"{len(ratios)} groups pruned by {100 * sum(ratios) / len(ratios):.0f} % on average")
+        kept = list(self.factorised.values())
+        if kept:
+            parts.append(f"{len(kept)} layers of low rank with {100 * sum(kept) / len(kept):.0f} % of their multiplications")
         others = Counter(bits for bits in self.quant.layers.values() if bits != self.quant.bits)
         exceptions = ", ".join(f"{count} layers {bits_name(bits)}" for bits, count in sorted(others.items()))
         parts.append(bits_name(self.quant.bits) + (f" ({exceptions})" if exceptions else ""))
         distill = self.distill
-        parts.append(f"T={distill.temperature:.2g}, alpha={distill.alpha:.2g}, features={distill.features:.2g}")
+        kind = ("" if distill.answers == "kl" else f"{distill.answers} ") + ("standardized " if distill.standardized else "")
+        parts.append(f"{kind}T={distill.temperature:.2g}, alpha={distill.alpha:.2g}, features={distill.features:.2g}")
         return "; ".join(parts)

@@ -23,12 +23,13 @@ class _Read(BaseModel):
 
 
 class LayerChange(_Read):
-    """One layer of the teacher and what a policy makes of it; latencies (seconds) are predictions."""
+    """One layer of the teacher and what a policy makes of it; latencies (seconds) are predictions. `rank`: where it is factorised."""
 
     name: str
     kind: str = ""
     teacher_channels: int
     channels: int
+    rank: int | None = None
     bits: int = 32
     dropped: bool = False
     teacher_latency_s: float | None = None

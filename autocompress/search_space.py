@@ -22,7 +22,9 @@ from autocompress.graph import Graph
 from autocompress.policy import (
     KERNEL_BITS,
     STORAGE_BITS,
+    AnswerLoss,
     DistillSpec,
+    LowRankSpec,
     Policy,
     PruneSpec,
     QuantSpec,
@@ -45,7 +47,7 @@ class Suggester(Protocol):
 
 Suggest = Callable[[Suggester], Policy]
 Number = TypeVar("Number", int, float)
-USUAL: dict[str, float] = {f"distill:{name}": value for name, value in DistillSpec().model_dump().items()}
+USUAL: dict[str, Any] = {f"distill:{name}": value for name, value in DistillSpec().model_dump().items()}
 """Dimensions that do not change a student but how it is trained, at the values that are usually best."""
 
 
@@ -92,6 +94,14 @@ class PruneSpace(Range):
     per: Literal["model", "stage", "group"] = "stage"
 
 
+class LowRankSpace(Range):
+    """Of the share of a layer's multiplications that is kept."""
+
+    low: float = Field(gt=0)
+    high: float = Field(1.0, le=1)
+    per: Literal["model", "stage", "layer"] = "stage"
+
+
 class QuantSpace(Record):
     bits: tuple[int, ...]
     per: Literal["model", "stage", "layer"] = "layer"
@@ -115,6 +125,10 @@ class ShareSpace(Range):
 
 
 class DistillSpace(Record):
+    """Ranges, and choices; what is left out stays as usual."""
+
+    answers: tuple[AnswerLoss, ...] | None = Field(None, min_length=1)
+    standardized: tuple[bool, ...] | None = Field(None, min_length=1)
     temperature: TemperatureSpace | None = None
     alpha: ShareSpace | None = None
     features: ShareSpace | None = None
@@ -127,6 +141,7 @@ class SpaceSpec(Record):
     width: WidthSpace | None = None
     depth: DepthSpace | None = None
     prune: PruneSpace | None = None
+    low_rank: LowRankSpace | None = None
     quant: QuantSpace | None = None
     distill: DistillSpace = DistillSpace()
 
@@ -170,6 +185,7 @@ class Stage:
         inner: searchable groups that are not streams.
         blocks: droppable blocks in order.
         layers: quantizable layers that write into the stage.
+        factorable: of these, those that may be of lower rank.
     """
 
     name: str
@@ -177,6 +193,7 @@ class Stage:
     inner: tuple[str, ...]
     blocks: tuple[str, ...]
     layers: tuple[str, ...]
+    factorable: tuple[str, ...]
 
 
 def stages_of(graph: Graph) -> tuple[Stage, ...]:
@@ -205,6 +222,7 @@ def stages_of(graph: Graph) -> tuple[Stage, ...]:
                 inner=inner,
                 blocks=tuple(block.name for block in graph.blocks if block.stream == stage),
                 layers=tuple(layer.name for layer in graph.layers if home(layer.group) == stage),
+                factorable=tuple(layer.name for layer in graph.layers if layer.factorable and home(layer.group) == stage),
             )
         )
     return tuple(stages)
@@ -234,6 +252,7 @@ class SearchSpace:
         policy = Policy(
             student=StudentSpec(reference=self.reference, widths=self._widths(suggester), drop=drop),
             prune=PruneSpec(ratios=self._ratios(suggester)),
+            low_rank=LowRankSpec(kept=self._kept(suggester)),
             quant=self._quant(suggester),
             distill=self._distill(suggester),
         )
@@ -266,6 +285,13 @@ class SearchSpace:
             return {}
         return self._shared("prune", space.per, lambda stage: stage.inner, lambda name: space.suggest(suggester, name))
 
+    def _kept(self, suggester: Suggester) -> dict[str, float]:
+        space = self.spec.low_rank
+        if space is None:
+            return {}
+        drawn = self._shared("low_rank", space.per, lambda stage: stage.factorable, lambda name: space.suggest(suggester, name))
+        return {layer: kept for layer, kept in drawn.items() if kept < 1.0}
+
     def _quant(self, suggester: Suggester) -> QuantSpec:
         def choose(name: str) -> int:
             return self.bits[0] if len(self.bits) == 1 else suggester.suggest_categorical(name, list(self.bits))
@@ -288,8 +314,12 @@ class SearchSpace:
         return values
 
     def _distill(self, suggester: Suggester) -> DistillSpec:
-        ranges = {name: getattr(self.spec.distill, name) for name in DistillSpace.model_fields}
-        return DistillSpec(**{name: space.suggest(suggester, f"distill:{name}") for name, space in ranges.items() if space is not None})
+        spaces = {name: getattr(self.spec.distill, name) for name in DistillSpace.model_fields}
+        return DistillSpec(**{name: _drawn(suggester, f"distill:{name}", space) for name, space in spaces.items() if space is not None})
+
+
+def _drawn(suggester: Suggester, name: str, space: Range | tuple[Any, ...]) -> Any:
+    return space.suggest(suggester, name) if isinstance(space, Range) else suggester.suggest_categorical(name, list(space))
 
 
 def _groups(stage: Stage) -> tuple[str, ...]:
@@ -393,8 +423,10 @@ class UsuallyDistilled:
         return _on_grid(USUAL[name], low, high, step)
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        if name not in USUAL or not all(isinstance(choice, (int, float)) for choice in choices):
+        if name not in USUAL:
             return self.asked.suggest_categorical(name, choices)
+        if USUAL[name] in choices or not all(isinstance(choice, (int, float)) for choice in choices):
+            return USUAL[name] if USUAL[name] in choices else choices[0]
         return min(choices, key=lambda choice: abs(choice - USUAL[name]))
 
 

@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIIISampler, NSGAIISampler, RandomSampler, TPESampler
 
-from autocompress.devices.onnxruntime import OnnxRuntimeCpu
+from autocompress.devices import open_device
 from autocompress.front import hypervolume
 from autocompress.study.sampler import FrontSampler, Space
 
@@ -332,7 +332,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    environment = OnnxRuntimeCpu().environment() | {"optuna": optuna.__version__}
+    environment = open_device("onnxruntime:cpu").environment() | {"optuna": optuna.__version__}
     if given.overhead:
         found = json.dumps({"environment": environment} | overhead(), indent=1)
         (given.out / "search_oracle_overhead.json").write_text(found)

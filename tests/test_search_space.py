@@ -9,7 +9,7 @@ from autocompress.candidates.proposals import LevelSuggester
 from autocompress.devices.base import DeviceProfile
 from autocompress.errors import RunFolderError, UsageError
 from autocompress.graph import Graph
-from autocompress.policy import KERNEL_BITS, DistillSpec, Policy, PruneSpec, QuantSpec, StudentSpec
+from autocompress.policy import KERNEL_BITS, STORAGE_BITS, DistillSpec, Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.search_space import (
     Otherwise,
     SearchSpace,
@@ -44,7 +44,18 @@ def draws(space, n=30, seed=0):
 
 
 def test_spaces_are_shipped():
-    assert {"default", "per_layer", "prune", "quantize"} <= set(SHIPPED)
+    assert {"default", "per_layer", "transformer", "prune", "quantize", "everything"} <= set(SHIPPED)
+
+
+def test_a_rank_is_drawn_for_each_stage_and_a_layer_that_stays_whole_is_not_named(graph):
+    space = SearchSpace.build(load_space("everything"), graph, INT8)
+    named = [({k: v for k, v in params.items() if k.startswith("low_rank")}, policy.low_rank.kept) for params, policy in draws(space)]
+    factorable = {layer.name for layer in graph.layers if layer.factorable}
+    assert len(named[0][0]) == sum(1 for stage in space.stages if stage.factorable) > 1
+    for drawn, kept in named:
+        assert set(kept.values()) == {value for value in drawn.values() if value < 1.0}
+        assert set(kept) <= factorable
+    assert any(kept for _, kept in named)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -94,7 +105,7 @@ def test_the_fast_ends_are_of_each_arithmetic_and_the_smallest_has_the_fewest_bi
 @pytest.mark.parametrize("name", SHIPPED)
 def test_bits_without_a_kernel_are_left_out(name, graph):
     spec = load_space(name)
-    storage = {4} if spec.quant is not None and spec.quant.storage else set()
+    storage = set(spec.quant.bits) & set(STORAGE_BITS) if spec.quant is not None and spec.quant.storage else set()
     for _, policy in draws(SearchSpace.build(spec, graph, FLOAT)):
         assert {policy.quant.bits, *policy.quant.layers.values()} <= {32} | storage
         assert not policy.quant.reduced_range

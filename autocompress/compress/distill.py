@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autocompress.policy import DistillSpec
+from autocompress.policy import AnswerLoss, DistillSpec
 
 TINY = 1e-8
+OTHER_CLASSES = 8.0
+"""Weight of what the other classes tell in the decoupled divergence."""
+RELATIONS = 2.0
+"""Weight of either kind of correlation."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +69,60 @@ def soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float
     return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
+def decoupled_loss(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """T^2 * (TCKD + 8 * NCKD), batch means: how sure both are of the label, and apart from that how they see the other classes.
+
+    The divergence is TCKD + (1 - p) NCKD with the teacher's p of the label, so that a teacher who is sure of it says hardly anything of the
+    others (Zhao et al. 2022, arXiv 2203.08679, equations 5 to 7; 8 is what they use for CIFAR).
+    """
+    label = F.one_hot(targets, student_logits.shape[1]).bool()
+    parts = [_label_and_others(logits / temperature, label) for logits in (student_logits, teacher_logits.detach())]
+    (own, own_others), (wanted, wanted_others) = parts
+    target_class = F.kl_div(own, wanted, reduction="batchmean", log_target=True)
+    other_classes = F.kl_div(own_others, wanted_others, reduction="batchmean", log_target=True)
+    return (target_class + OTHER_CLASSES * other_classes) * temperature**2
+
+
+def _label_and_others(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Logarithms of (n x 2: the shares of the label and of all others, n x classes - 1: the shares of the others among themselves)."""
+    others = logits[~label].view(len(logits), -1)
+    both = torch.stack([logits[label], others.logsumexp(1)], dim=1)
+    return F.log_softmax(both, dim=1), F.log_softmax(others, dim=1)
+
+
+def relational_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """T^2 * 2 * (2 - mean correlation over classes - mean correlation over inputs) of the answers of student and teacher.
+
+    What is liked more than what counts, not how much; a student that is much weaker than its teacher can follow that further (DIST: Huang
+    et al. 2022, arXiv 2205.10536, equations 6 to 9, with their weights of 2).
+    """
+    own, wanted = ((logits / temperature).softmax(1) for logits in (student_logits, teacher_logits.detach()))
+    unlike = 2 - _correlation(own, wanted).mean() - _correlation(own.T, wanted.T).mean()
+    return RELATIONS * unlike * temperature**2
+
+
+def _correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson's, of each row with its namesake."""
+    return F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1)
+
+
+def standardized(logits: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 over the classes, input by input."""
+    return (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True, correction=0).clamp_min(TINY)
+
+
+ANSWER_LOSSES: dict[AnswerLoss, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
+    "kl": lambda student, teacher, _, temperature: soft_loss(student, teacher, temperature),
+    "decoupled": decoupled_loss,
+    "relational": lambda student, teacher, _, temperature: relational_loss(student, teacher, temperature),
+}
+
+
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, spec: DistillSpec) -> Tensor:
-    """alpha * soft_loss + (1 - alpha) * cross_entropy(student, targets)."""
+    """alpha * (the policy's loss of answers) + (1 - alpha) * cross_entropy(student, targets)."""
     hard = F.cross_entropy(student_logits, targets)
-    return spec.alpha * soft_loss(student_logits, teacher_logits, spec.temperature) + (1 - spec.alpha) * hard
+    own, wanted = (standardized(logits) if spec.standardized else logits for logits in (student_logits, teacher_logits))
+    return spec.alpha * ANSWER_LOSSES[spec.answers](own, wanted, targets, spec.temperature) + (1 - spec.alpha) * hard
 
 
 def feature_loss(student: Answers, teacher: Answers, shared: SharedFeatures) -> Tensor:

@@ -4,7 +4,8 @@ What a student inherits of its teacher expects inputs that it no longer gets: ch
 was. So each layer is solved by least squares for the teacher's values, given the inputs that it has in the student as repaired so far
 (layer-wise reconstruction as in AdaPrune: Hubara et al. 2021, arXiv 2102.08124; ZipLM: Kurtic et al. 2023, arXiv 2302.04089). The last
 layer of a residual block is fitted to the stream as the student's next block reads it in the teacher, so that it also does the work of
-the blocks that were dropped between them. Batch norms get the statistics of the repaired student.
+the blocks that were dropped between them. Of two layers that stand for one the first gets what the best layer in their place makes most
+of; the second is fitted like any other. Batch norms get the statistics of the repaired student.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from autocompress.compress.least_squares import solve
+from autocompress.compress.low_rank import FIRST_OF, leading_factors, write
 from autocompress.graph import Graph
 from autocompress.graph.nodes import fused, is_depthwise, is_folded_norm, kind_of, module_of
 from autocompress.graph.resize import NEW, Selection
@@ -38,6 +40,8 @@ ROWS = 8192
 MOST_INPUTS = 2304
 """Of a filter (256 channels of 3 x 3): the equations cost the cube of them."""
 SEED = 20241
+TINY = 1e-6
+"""A norm that multiplies by less has no use for what its layer makes."""
 
 
 def examples_for(graph: Graph) -> int:
@@ -106,7 +110,7 @@ def _roles(student: fx.GraphModule, teacher: fx.GraphModule) -> dict[str, fx.Nod
         for user in node.users:
             stands_for = roles.get(user.name) if kind_of(user, student) == "activation" else None
             if stands_for is None or kind_of(stands_for, teacher) != "activation":
-                stands_for = namesakes.get(user.name)
+                stands_for = namesakes.get(user.meta.get(FIRST_OF, user.name))
             sources = stands_for.all_input_nodes if stands_for is not None else []
             place = user.all_input_nodes.index(node)
             if place < len(sources):
@@ -119,6 +123,8 @@ def _aims(student: fx.GraphModule, roles: dict[str, fx.Node]) -> Iterator[_Aim]:
     order = {node: position for position, node in enumerate(student.graph.nodes)}
     uses = Counter(id(weight) for node in order if (weight := _weight(node, student)) is not None)
     for node in student.graph.nodes:
+        if FIRST_OF in node.meta:
+            continue
         layer, norm = module_of(node, student), fused(node, student).norm
         weights = [_weight(part, student) for part in (node, norm) if part is not None]
         if not _is_solvable(layer) or any(weight is None or uses[id(weight)] > 1 for weight in weights):
@@ -201,16 +207,17 @@ class _Repair(fx.Interpreter):
         self._fitted: dict[str, _Fit] = {}
 
     def run_node(self, n: fx.Node) -> object:
-        aim = self._aims.get(n.name)
-        if aim is not None and time.monotonic() < self._until:
-            self._fit(aim)
+        if time.monotonic() < self._until:
+            if (aim := self._aims.get(n.name)) is not None:
+                self._fit(aim)
+            elif (aim := self._aims.get(n.meta.get(FIRST_OF, ""))) is not None:
+                self._fit_first(n, aim)
         if is_folded_norm(n, self._student):
             self._reestimate(n)
         return super().run_node(n)
 
     def _fit(self, aim: _Aim) -> None:
-        layer, norm = module_of(aim.layer, self._student), module_of(aim.norm, self._student) if aim.norm is not None else None
-        assert isinstance(layer, (nn.Conv2d, nn.Linear))
+        layer, norm = self._layer(aim.layer), module_of(aim.norm, self._student) if aim.norm is not None else None
         kept, target = self._target(aim)
         depthwise = is_depthwise(layer)
         groups = len(kept) if depthwise else getattr(layer, "groups", 1)
@@ -225,6 +232,28 @@ class _Repair(fx.Interpreter):
         free = norm is not None or layer.bias is not None
         weight, bias = solve(inputs, target.view(len(target), groups, -1), inherited, free=free)
         self._write(aim, layer, kept, weight.view(len(kept), size), bias.view(len(kept)))
+
+    def _fit_first(self, node: fx.Node, aim: _Aim) -> None:
+        """The first of two layers that stand for one, which is solved for both; the second, whose aim it is, begins with what is left."""
+        first, second = self._layer(node), self._layer(aim.layer)
+        norm = module_of(aim.norm, self._student) if aim.norm is not None else None
+        kept, target = self._target(aim)
+        rank, size = len(first.weight), first.weight[0].numel()
+        inputs = _patches(first, self.env[node.all_input_nodes[0]])
+        if len(kept) < rank or size > MOST_INPUTS or len(inputs) != len(target):
+            return
+        gain = _gain(norm).expand(len(second.weight))[kept, None]
+        whole = gain * second.weight[kept].flatten(1) @ first.weight.flatten(1)
+        free = norm is not None or second.bias is not None
+        weight, _ = solve(inputs, target[:, None], whole[None], free=free)
+        left, right = leading_factors(weight[0], inputs[:, 0], rank, centred=free)
+        write(first, right)
+        second.weight[kept] = (left / torch.where(gain.abs() > TINY, gain, 1.0)).view_as(second.weight[kept])
+
+    def _layer(self, node: fx.Node) -> nn.Conv2d | nn.Linear:
+        layer = module_of(node, self._student)
+        assert isinstance(layer, (nn.Conv2d, nn.Linear))
+        return layer
 
     def _target(self, aim: _Aim) -> tuple[Tensor, Tensor]:
         """(the layer's channels that the teacher has too, rows x these channels: what their values should be)."""

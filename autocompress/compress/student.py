@@ -1,4 +1,4 @@
-"""Build a policy's student: blocks really gone, channels really removed or added. Never in place."""
+"""Build a policy's student: blocks really gone, channels really removed or added, layers really factorised. Never in place."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import skip_init
 
 from autocompress.compress.distill import SharedFeatures
+from autocompress.compress.low_rank import factorise
 from autocompress.compress.sizes import resize_arguments
 from autocompress.graph import Graph
 from autocompress.graph.nodes import Conv, Weighted, channel_axis, module_of, normalized_axes, value_of
@@ -28,7 +29,7 @@ def build_student(graph: Graph, policy: Policy) -> fx.GraphModule:
 
     Filters of added channels start from Kaiming's initialisation (He et al. 2015, arXiv 1502.01852), the same in every process, and
     nothing reads them at first, so that a wider student starts as the same function.
-    State-dict keys are the teacher's. Raises UsageError for names that the graph does not know.
+    State-dict keys are the teacher's, but for layers that are factorised. Raises UsageError for names that the graph does not know.
     """
     graph.require_known(policy)
     student = copy.deepcopy(graph.without(policy.student.drop))
@@ -41,6 +42,7 @@ def build_student(graph: Graph, policy: Policy) -> fx.GraphModule:
             _resize_attribute(node, student, graph, selection)
         else:
             resize_arguments(node, graph, selection)
+    factorise(student, graph.ranks(policy))
     student.recompile()
     annotate_shapes(student, graph.example)
     for parameter in student.parameters():  # a teacher may be frozen; what learns from it is not

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -165,11 +167,10 @@ class Findings:
 
     def _layers(self, policy: Policy) -> tuple[LayerChange, ...]:
         """Every layer with its predicted seconds in the original and in the policy's student."""
-        forecast = self.forecast
-        before, after = (dict(forecast.model.explain(forecast.workload(p))) for p in (Policy(), policy))
+        forecast, layers = self.forecast, self.setting.graph_of(policy).describe(policy)
+        before, after = (_by_layer(forecast.model.explain(forecast.workload(p)), layers) for p in (Policy(), policy))
         return tuple(
-            LayerChange(**layer, teacher_latency_s=before.get(layer["name"]), latency_s=after.get(layer["name"]))
-            for layer in self.setting.graph_of(policy).describe(policy)
+            LayerChange(**layer, teacher_latency_s=before.get(layer["name"]), latency_s=after.get(layer["name"])) for layer in layers
         )
 
     def keep(self, outcome: Outcome) -> None:
@@ -267,6 +268,14 @@ class Findings:
             words = f"{format_score(best.val_score)} at {format_duration(best.latency_s.median)}"
         left = self.clock.until_end
         self.progress.update(phase=phase, done=done, total=total, tried=len(self.points), best=words, seconds_left=left)
+
+
+def _by_layer(operators: Iterable[tuple[str, float]], layers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of each layer, however often it is called; LAYER.0 and LAYER.1 stand for one that is factorised."""
+    names, seconds = {layer["name"] for layer in layers}, defaultdict[str, float](float)
+    for name, own in operators:
+        seconds[name if name in names else name.rpartition(".")[0]] += own
+    return seconds
 
 
 def _json(record: Any) -> Any:

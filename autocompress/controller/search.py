@@ -18,7 +18,7 @@ from autocompress.controller.findings import Findings
 from autocompress.controller.pace import Pace
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import TooManyFailures
-from autocompress.front import gain
+from autocompress.front import gain, measured
 from autocompress.objective import evaluate_policy
 from autocompress.policy import Policy, QuantSpec
 from autocompress.records import Outcome
@@ -192,10 +192,16 @@ class Search:
             )
 
     def _climbing(self, each: float) -> list[Outcome]:
-        """What is trained to the end, where each is meant to have so many seconds: what covers most beside what needs no training."""
-        findings = self.findings
-        done = {o.policy.digest for o in findings.journal.outcomes if o.rung == "full"}
+        """What is trained to the end, where each is meant to have so many seconds: what covers most beside what needs no training.
+
+        Of the runs that differ in distillation only, the one that led: time is worth more in one network than in two of the same.
+        """
+        findings, structure = self.findings, self.findings.forecast.structure
+        full = [o for o in findings.journal.outcomes if o.rung == "full"]
+        done, known = {o.policy.digest for o in full}, {structure(o.policy) for o in measured(full)}
         candidates = [o for o in [*findings.climbers, *self._hurt_by_bits()] if o.policy.digest not in done]
+        leading = {structure(o.policy): o for o in sorted(candidates, key=gain) if structure(o.policy) not in known}
+        candidates = [o for o in candidates if leading.get(structure(o.policy)) is o]
         climbs = {o.id for o in candidates}
         settled = [o for o in findings.outcomes() if (o.rung == "unchanged" and o.id not in climbs) or o.policy.digest in done]
         count = full_runs(findings.clock.left, each, len(candidates), findings.task.trials)

@@ -18,9 +18,9 @@ import time
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from autocompress.devices.frames import read_array, write_array
+from autocompress.devices.sessions import Input, Session, open_session
 from autocompress.errors import one_line
 
 WARM_UP_CAP_S = 2.0
@@ -33,25 +33,15 @@ SLOW_CALL_S = 0.02
 ROUNDS_CAP_S = 20.0
 """Seconds a file after which the fewest rounds are enough that a median is measured with."""
 PR_SET_PDEATHSIG = 1
-TYPES = {"float": np.float32, "float16": np.float16, "double": np.float64, "int64": np.int64, "int32": np.int32,
-         "uint8": np.uint8, "int8": np.int8, "bool": np.bool_}  # fmt: skip
-
-
-def _session(model: str | bytes, threads: int) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 class Runner:
-    """One session with random inputs of its declared types and shapes; free dimensions are 1."""
+    """One session with random inputs of its declared types and shapes."""
 
-    def __init__(self, model: str | bytes, threads: int) -> None:
-        self.session = _session(model, threads)
+    def __init__(self, session: Session) -> None:
+        self.session = session
         generator = np.random.default_rng(0)
-        self.feeds = {value.name: _random(value, generator) for value in self.session.get_inputs()}
+        self.feeds = {value.name: _random(value, generator) for value in session.inputs}
         self.calls = 1
         self.is_slow = False
 
@@ -59,7 +49,7 @@ class Runner:
         """Seconds of one call, averaged over `calls` where one is too short for the clock."""
         start = time.perf_counter()
         for _ in range(self.calls):
-            self.session.run(None, self.feeds)
+            self.session.run(self.feeds)
         return (time.perf_counter() - start) / self.calls
 
     def warm_up(self, cap: float) -> float:
@@ -91,12 +81,10 @@ class Runner:
         return [self.sample() for _ in range(SAMPLES_A_ROUND)]
 
 
-def _random(value: Any, generator: np.random.Generator) -> Any:
-    shape = [size if isinstance(size, int) and size > 0 else 1 for size in value.shape]
-    kind = TYPES[value.type.removeprefix("tensor(").removesuffix(")")]
-    if np.issubdtype(kind, np.floating):
-        return generator.standard_normal(shape).astype(kind)
-    return generator.integers(0, 2, shape).astype(kind)
+def _random(value: Input, generator: np.random.Generator) -> Any:
+    if np.issubdtype(value.dtype, np.floating):
+        return generator.standard_normal(value.shape).astype(value.dtype)
+    return generator.integers(0, 2, value.shape).astype(value.dtype)
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +94,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     hard_end = time.perf_counter() + request["most_s"]
     for index, path in enumerate(request["paths"]):
         try:
-            runners.append(Runner(path, request["threads"]))
+            runners.append(Runner(open_session(request["runtime"], path, request["threads"])))
             firsts.append(runners[-1].warm_up(WARM_UP_CAP_S))
         except Exception as error:
             return {"error": one_line(error), "index": index}
@@ -142,7 +130,7 @@ def measure_many(request: dict[str, Any]) -> dict[str, Any]:
             medians.append(None)
             continue
         try:
-            runner = Runner(base64.b64decode(encoded), request["threads"])
+            runner = Runner(open_session(request["runtime"], base64.b64decode(encoded), request["threads"]))
             runner.warm_up(request["seconds_each"])
             end, samples = time.perf_counter() + request["seconds_each"], [runner.sample()]
             while time.perf_counter() < end:
@@ -153,12 +141,12 @@ def measure_many(request: dict[str, Any]) -> dict[str, Any]:
     return {"medians": medians}
 
 
-def run(path: str, threads: int) -> None:
+def run(request: dict[str, Any]) -> None:
     """Arrays of shape batches x inputs from stdin, of batches x outputs to stdout, until stdin ends."""
-    session = _session(path, threads)
-    name = session.get_inputs()[0].name
+    session = open_session(request["runtime"], request["path"], request["threads"])
+    name = session.inputs[0].name
     while (batches := read_array(sys.stdin.buffer)) is not None:
-        write_array(sys.stdout.buffer, np.stack([session.run(None, {name: inputs})[0] for inputs in batches]))
+        write_array(sys.stdout.buffer, np.stack([session.run({name: inputs}) for inputs in batches]))
 
 
 def pin(threads: int) -> None:
@@ -176,7 +164,7 @@ def main() -> None:
     if os.getppid() != request["parent"]:  # the parent died before it could be tied to this process
         return
     if request["kind"] == "run":
-        run(request["path"], request["threads"])
+        run(request)
         return
     pin(request["threads"])
     answer = measure(request) if request["kind"] == "measure" else measure_many(request)

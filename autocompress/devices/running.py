@@ -19,6 +19,7 @@ import psutil
 
 from autocompress.devices import processes
 from autocompress.devices.frames import read_array, write_array
+from autocompress.devices.runtime import Runtime
 from autocompress.errors import PolicyFailure
 
 AT_ONCE_S = 0.05
@@ -30,7 +31,7 @@ Batches = list[tuple[int, np.ndarray]]
 """Each with its number."""
 
 
-def outputs_of(path: Path, threads: int, batches: Iterable[np.ndarray]) -> np.ndarray:
+def outputs_of(path: Path, runtime: Runtime, batches: Iterable[np.ndarray]) -> np.ndarray:
     """First output of a file for each batch of inputs, one below the other.
 
     A helper that fails costs nothing but time: the first process does its batches too.
@@ -41,9 +42,9 @@ def outputs_of(path: Path, threads: int, batches: Iterable[np.ndarray]) -> np.nd
     with ThreadPoolExecutor(MOST_PROCESSES) as pool:
         try:
             while True:
-                for child in _journeys(path, threads, work):
+                for child in _journeys(path, runtime, work):
                     if not helpers and time.monotonic() - begun > ALONE_S:
-                        helpers = [pool.submit(_help, path, threads, work) for _ in range(_helpers(child.pid, threads))]
+                        helpers = [pool.submit(_help, path, runtime, work) for _ in range(_helpers(child.pid, runtime.threads))]
                 if not work.is_broken:
                     wait(helpers)
                 if not work.is_left:
@@ -121,15 +122,15 @@ class _Work:
         return np.concatenate([self._done[number] for number in sorted(self._done)])
 
 
-def _help(path: Path, threads: int, work: _Work) -> None:
+def _help(path: Path, runtime: Runtime, work: _Work) -> None:
     with contextlib.suppress(PolicyFailure, OSError):  # no memory, no more processes: the first one is there
-        for _ in _journeys(path, threads, work):
+        for _ in _journeys(path, runtime, work):
             pass
 
 
-def _journeys(path: Path, threads: int, work: _Work) -> Iterator[subprocess.Popen[bytes]]:
+def _journeys(path: Path, runtime: Runtime, work: _Work) -> Iterator[subprocess.Popen[bytes]]:
     """Take more and more batches at once to a process of its own, until those of one journey take AT_ONCE_S. Raises PolicyFailure."""
-    at_once, line = 1, processes.line({"kind": "run", "path": str(path), "threads": threads}).encode()
+    at_once, line = 1, processes.line({"kind": "run", "path": str(path)} | runtime.asked).encode()
     with tempfile.TemporaryFile() as complaints:
         child = subprocess.Popen(
             processes.COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, env=processes.environment()
@@ -144,7 +145,7 @@ def _journeys(path: Path, threads: int, work: _Work) -> Iterator[subprocess.Pope
                     line = b""
                     if outputs is None:
                         work.give_back(taken)
-                        raise _stopped(child, path, time.monotonic() - begun, complaints)
+                        raise _stopped(child, runtime, path, time.monotonic() - begun, complaints)
                     work.put(taken, outputs)
                     at_once *= 2 if time.monotonic() - begun < AT_ONCE_S else 1
                     yield child
@@ -169,7 +170,7 @@ def _answer(child: subprocess.Popen[bytes], line: bytes, inputs: np.ndarray) -> 
         guard.cancel()
 
 
-def _stopped(child: subprocess.Popen[bytes], path: Path, seconds: float, complaints: IO[bytes]) -> PolicyFailure:
+def _stopped(child: subprocess.Popen[bytes], runtime: Runtime, path: Path, seconds: float, complaints: IO[bytes]) -> PolicyFailure:
     """Why the process has ended while it ran a file."""
     if seconds >= processes.TIMEOUT_S:
         return PolicyFailure(f"the runtime must answer within {processes.TIMEOUT_S:.0f} s, but does not for {path.name}")
@@ -177,4 +178,4 @@ def _stopped(child: subprocess.Popen[bytes], path: Path, seconds: float, complai
     if code < 0:
         return processes.crashed(code)
     complaints.seek(0)
-    return PolicyFailure(f"ONNX Runtime cannot run {path.name}: {processes.last_line(complaints.read().decode(errors='replace'))}")
+    return PolicyFailure(f"{runtime.title} cannot run {path.name}: {processes.last_line(complaints.read().decode(errors='replace'))}")

@@ -25,11 +25,13 @@ from autocompress.graph.resize import Groups, Roots, Selection, run_ends
 from autocompress.graph.rules import propagate
 from autocompress.graph.trace import OPAQUE, annotate_shapes, trace, untraced
 from autocompress.graph.workloads import Arithmetic, Population, Workloads, packed_bytes
-from autocompress.policy import Policy
+from autocompress.policy import Policy, rank_of
 from autocompress.records import Workload
 from autocompress.references import nearest
 
 CACHED_SHAPES = 256
+LEAST_KEPT = 1e-3
+"""Of a layer's multiplications: one that would not get fewer with so small a share has no lower rank."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution or linear layer; `group` is the channel group that it was first to write, if that may change."""
+    """A convolution or linear layer.
+
+    group: the channel group that it was first to write, if that may change.
+    factorable: whether two layers of lower rank can stand for it.
+    """
 
     name: str
     kind: str
@@ -72,6 +78,7 @@ class Layer:
     out_channels: int
     params: int
     group: str | None
+    factorable: bool
 
 
 @dataclass(frozen=True)
@@ -86,19 +93,20 @@ class Frozen:
 class Structure:
     """The network that a policy makes, however the policy is spelt: what decides its latency, its size and whether it was tried before.
 
-    channels, bits: of the channel groups and layers that are left, in their order.
+    channels, ranks, bits: of the channel groups, factorised layers and layers that are left, in their order.
     """
 
     reference: str | None
     dropped: tuple[str, ...]
     channels: tuple[tuple[str, int], ...]
+    ranks: tuple[tuple[str, int], ...]
     bits: tuple[tuple[str, int], ...]
     reduced_range: bool
 
     @property
     def shape(self) -> tuple[object, ...]:
         """The structure in whatever number of bits."""
-        return self.reference, self.dropped, self.channels
+        return self.reference, self.dropped, self.channels, self.ranks
 
 
 class Graph:
@@ -123,14 +131,14 @@ class Graph:
         self._constant = constant_layers(module)
         self.groups = self._find_groups()
         self._branches = find_branches(module) if not opaque_reason else []
+        self.classifier = self._find_classifier()
         self.layers = self._find_layers()
         self.blocks = tuple(self._block(branch) for branch in self._branches)
         self.frozen = self._find_frozen()
-        self.classifier = self._find_classifier()
         self._resizable = self._rank_channels()
         self._without = lru_cache(CACHED_SHAPES)(self._drop_copy)
-        names = [layer.name for layer in self.layers]
-        self._arithmetic = Arithmetic(module, self._roots, self._resizable, self._branches, names)
+        names, factorable = [layer.name for layer in self.layers], [layer.name for layer in self.layers if layer.factorable]
+        self._arithmetic = Arithmetic(module, self._roots, self._resizable, self._branches, names, factorable)
 
     @classmethod
     def trace(cls, model: nn.Module, example: tuple[Tensor, ...]) -> Graph:
@@ -148,10 +156,12 @@ class Graph:
         """Raises UsageError when the policy names a group, block or layer that is not here, or one that must not change."""
         groups = {group.name for group in self.groups if group.prunable}
         blocks, layers = {block.name for block in self.blocks}, {layer.name for layer in self.layers}
+        factorable = {layer.name for layer in self.layers if layer.factorable}
         for what, names, known in (
             ("channel group", [*policy.student.widths, *policy.prune.ratios], groups),
             ("block", policy.student.drop, blocks),
             ("layer", policy.quant.layers, layers),
+            ("layer of lower rank", policy.low_rank.kept, factorable),
         ):
             for name in names:
                 if name not in known:
@@ -170,6 +180,26 @@ class Graph:
         """Which channels stay, and where new ones go."""
         return self._resizable.select(len(self._channels.parents), self.sizes(policy, grown=grown))
 
+    def ranks(self, policy: Policy) -> dict[str, int]:
+        """Rank of each layer that the policy factorises, in order; those that would not gain by it stay whole, and are left out."""
+        kept = policy.factorised
+        if not kept:
+            return {}
+        selection = self.selection(policy)
+        ranks = {layer.name: self._rank(layer.name, policy, selection) for layer in self.layers if layer.name in kept}
+        return {name: rank for name, rank in ranks.items() if rank}
+
+    def _rank(self, layer: str, policy: Policy, selection: Selection) -> int:
+        node = self._nodes[self._node_of[layer]]
+        weight = self.module.get_submodule(layer).weight
+        assert isinstance(weight, Tensor)
+        axis = channel_axis(node, self.module)
+        inputs, outputs = (
+            selection.size(roots) if (roots := self.roots(name).get(axis)) is not None else size
+            for name, size in ((node.all_input_nodes[0].name, weight.shape[1]), (node.name, weight.shape[0]))
+        )
+        return rank_of(inputs * weight[0, 0].numel(), outputs, policy.factorised[layer], policy.student.multiple)
+
     def structure(self, policy: Policy) -> Structure:
         """What the policy makes of this network; what it says of parts that it drops is left out."""
         gone = self._layers_in(policy.student.drop)
@@ -179,6 +209,7 @@ class Graph:
             reference=policy.student.reference,
             dropped=policy.student.drop,
             channels=tuple((name, count) for name, count in self.sizes(policy).items() if name in alive),
+            ranks=tuple((name, rank) for name, rank in self.ranks(policy).items() if name not in gone),
             bits=bits,
             reduced_range=policy.quant.reduced_range and any(n == 8 for _, n in bits),
         )
@@ -220,10 +251,13 @@ class Graph:
         n = len(policies)
         sizes = [list(self.sizes(policy, grown=grown).values()) for policy in policies]
         drops = [set(policy.student.drop) for policy in policies]
+        factorable = [layer.name for layer in self.layers if layer.factorable]
         return Population(
             channels=np.array(sizes, dtype=np.int64).reshape(n, -1).T,
             dropped=np.array([[block.name in drop for block in self.blocks] for drop in drops], dtype=bool).reshape(n, -1).T,
             bits=np.array([[policy.quant.of(layer.name) for layer in self.layers] for policy in policies], dtype=np.int64).reshape(n, -1).T,
+            kept=np.array([[policy.low_rank.kept.get(name, 1.0) for name in factorable] for policy in policies]).reshape(n, -1).T,
+            multiple=np.array([policy.student.multiple for policy in policies], dtype=np.int64),
         )
 
     def workloads(self, population: Population) -> Workloads:
@@ -244,8 +278,8 @@ class Graph:
         return saved
 
     def describe(self, policy: Policy) -> list[dict[str, Any]]:
-        """Per layer in depth order: channels of teacher and student, bits, and whether its block is dropped."""
-        selection = self.selection(policy)
+        """Per layer in depth order: channels of teacher and student, rank where it is factorised, bits, and whether it is dropped."""
+        selection, ranks = self.selection(policy), self.ranks(policy)
         gone = self._layers_in(policy.student.drop)
         rows = []
         for layer in self.layers:
@@ -253,7 +287,8 @@ class Graph:
             channels = selection.size(roots) if roots is not None else layer.out_channels
             rows.append({
                 "name": layer.name, "kind": layer.kind, "teacher_channels": layer.out_channels,
-                "channels": 0 if layer.name in gone else channels, "bits": policy.quant.of(layer.name), "dropped": layer.name in gone,
+                "channels": 0 if layer.name in gone else channels, "rank": None if layer.name in gone else ranks.get(layer.name),
+                "bits": policy.quant.of(layer.name), "dropped": layer.name in gone,
             })  # fmt: skip
         return rows
 
@@ -309,11 +344,21 @@ class Graph:
         if self.opaque_reason:
             self._node_of: dict[str, str] = {}
             inside = leaves(self.module.get_submodule(OPAQUE), OPAQUE)
-            return tuple(_layer(name, module, None) for name, module in inside if is_layer(module))
+            return tuple(_layer(name, module, None, factorable=False) for name, module in inside if is_layer(module))
         nodes = {str(n.target): n for n in self.module.graph.nodes if kind_of(n, self.module) in ("conv", "linear")}
         nodes = {name: node for name, node in nodes.items() if name not in self._constant}
         self._node_of = {name: node.name for name, node in nodes.items()}
-        return tuple(_layer(name, module_of(node, self.module), self._born_at(node)) for name, node in nodes.items())
+        alone = self._called_alone() - {self.classifier}
+        return tuple(
+            _layer(name, module_of(node, self.module), self._born_at(node), factorable=name in alone) for name, node in nodes.items()
+        )
+
+    def _called_alone(self) -> set[str]:
+        """Modules that are called once, and share their weights with no other part of the network."""
+        calls = Counter(str(node.target) for node in self.module.graph.nodes if node.op == "call_module")
+        holders = Counter(id(parameter) for _, parameter in self.module.named_parameters(remove_duplicate=False))
+        modules = {name: self.module.get_submodule(name) for name, n in calls.items() if n == 1}
+        return {name for name, module in modules.items() if all(holders[id(p)] == 1 for p in module.parameters())}
 
     def _born_at(self, node: fx.Node) -> str | None:
         """Of the groups that share a tensor, the one that is produced first the latest: the group of this stage."""
@@ -394,12 +439,14 @@ def _targets(roles: frozenset[Role], part: str, position: dict[str, int], target
     return tuple(target[node] for node in nodes)
 
 
-def _layer(name: str, module: nn.Module | None, group: str | None) -> Layer:
+def _layer(name: str, module: nn.Module | None, group: str | None, *, factorable: bool) -> Layer:
+    """factorable: whether nothing around the layer is in the way of that."""
     assert isinstance(module, Weighted)
     params = sum(p.numel() for p in module.parameters())
+    gains = rank_of(module.weight[0].numel(), len(module.weight), LEAST_KEPT, 1) > 0
     if isinstance(module, nn.Linear):
-        return Layer(name, "linear", module.in_features, module.out_features, params, group)
-    return Layer(name, "conv", module.in_channels, module.out_channels, params, group)
+        return Layer(name, "linear", module.in_features, module.out_features, params, group, factorable and gains)
+    return Layer(name, "conv", module.in_channels, module.out_channels, params, group, factorable and gains and module.groups == 1)
 
 
 def _references(module: fx.GraphModule) -> nn.Module:

@@ -21,8 +21,10 @@ from torch import fx, nn
 from autocompress.graph.blocks import Branch
 from autocompress.graph.nodes import (
     FOLLOWERS,
+    Conv,
     Weighted,
     arguments,
+    channel_axis,
     follows_batch,
     is_folded_norm,
     kind_of,
@@ -32,6 +34,7 @@ from autocompress.graph.nodes import (
     relu_of,
 )  # fmt: skip
 from autocompress.graph.resize import Groups, Roots
+from autocompress.policy import rank_of
 from autocompress.records import Operator, OperatorKind, Shape, Workload
 
 OPERATOR_KINDS: tuple[OperatorKind, ...] = (
@@ -54,12 +57,15 @@ Cost = Callable[[Operator], float]
 class Population:
     """Policies of one network as arrays, one column a policy.
 
-    channels: groups that may change x n. dropped: blocks x n. bits: layers x n.
+    channels: groups that may change x n. dropped: blocks x n. bits: layers x n. kept: factorable layers x n, the share of their
+    multiplications. multiple: n, of which ranks are multiples.
     """
 
     channels: Numbers
     dropped: Flags
     bits: Numbers
+    kept: NDArray[np.float64]
+    multiple: Numbers
 
     def __len__(self) -> int:
         return self.channels.shape[1]
@@ -115,6 +121,19 @@ class Column:
 
 
 @dataclass(frozen=True)
+class Factor:
+    """One of the two layers that stand for a factorised one: the first has `rank` outputs, the second makes the layer's own of these."""
+
+    rank: int
+    is_first: bool
+
+    @property
+    def suffix(self) -> str:
+        """Of its name, behind the layer's."""
+        return ".0" if self.is_first else ".1"
+
+
+@dataclass(frozen=True)
 class Skeleton:
     """What is left of the network for each distinct set of dropped blocks: arrays nodes x sets.
 
@@ -145,12 +164,12 @@ class Arithmetic:
 
     Args:
         roots: id classes of the axes that hold channels, by node name. groups: those that may change. layers: names, as in
-            `Population.bits`.
+            `Population.bits`. factorable: of these, as in `Population.kept`.
     """
 
     def __init__(
         self, module: fx.GraphModule, roots: Mapping[str, Mapping[int, Roots]], groups: Groups,
-        branches: Sequence[Branch], layers: Sequence[str],
+        branches: Sequence[Branch], layers: Sequence[str], factorable: Sequence[str],
     ) -> None:  # fmt: skip
         self._module, self._groups = module, groups
         self._nodes: list[fx.Node] = list(module.graph.nodes)
@@ -164,15 +183,24 @@ class Arithmetic:
         self._tensor = ["shape" in node.meta for node in self._nodes]
         self._skips = {self._number_of(branch.add): (block, self._skip(branch)) for block, branch in enumerate(branches)}
         self._layer = {name: index for index, name in enumerate(layers)}
+        self._factorable = {name: index for index, name in enumerate(factorable)}
         self._keys_of = {
             index: {axis: classes.tobytes() for axis, classes in roots[node.name].items()}
             for index, node in enumerate(self._nodes) if roots.get(node.name)
         }  # fmt: skip
         self._classes = {classes.tobytes(): classes for by_axis in roots.values() for classes in by_axis.values()}
         self._parts = {key: self._parts_of(classes) for key, classes in self._classes.items()}
-        self._places = [index for index, kind in enumerate(self._kinds) if kind in OPERATOR_KINDS and self._tensor[index]]
+        self._places = list(self._find_places())
         self._loose = self._find_loose()
         self._operators: dict[tuple[object, ...], Operator] = {}
+
+    def _find_places(self) -> Iterator[tuple[int, bool]]:
+        """Where an operator may be, in execution order: its node, and whether it is the first of the two of a factorised layer."""
+        for index, kind in enumerate(self._kinds):
+            if kind in OPERATOR_KINDS and self._tensor[index]:
+                if str(self._nodes[index].target) in self._factorable:
+                    yield index, True
+                yield index, False
 
     def _number_of(self, name: str) -> int:
         return next(index for index, node in enumerate(self._nodes) if node.name == name)
@@ -215,8 +243,8 @@ class Arithmetic:
         columns = self._columns(population)
         bits = [Column.of(row) for row in population.bits]
         variants, which = [], np.full((len(self._places), len(population)), NONE)
-        for place, index in enumerate(self._places):
-            found, which[place] = self._variants(index, skeleton, of_policy, columns, bits, runs_int8[index])
+        for place, (index, is_first) in enumerate(self._places):
+            found, which[place] = self._variants(index, is_first, skeleton, of_policy, columns, bits, runs_int8[index], population)
             variants.append(found)
         return Workloads(tuple(variants), which, self._weight_bytes(variants, which) + self._loose_bytes(skeleton, of_policy, columns))
 
@@ -319,9 +347,13 @@ class Arithmetic:
         return columns
 
     def _variants(
-        self, index: int, skeleton: Skeleton, of_policy: Numbers, columns: Mapping[bytes, Column], bits: Sequence[Column], int8: Flags
-    ) -> tuple[tuple[Operator, ...], Numbers]:
+        self, index: int, is_first: bool, skeleton: Skeleton, of_policy: Numbers, columns: Mapping[bytes, Column],
+        bits: Sequence[Column], int8: Flags, population: Population,
+    ) -> tuple[tuple[Operator, ...], Numbers]:  # fmt: skip
         """The distinct operators at one place, and which of them each policy has."""
+        ranked = self._ranked(index, population)
+        if is_first and ranked is None:
+            return (), np.full(len(population), NONE)
         node, fused_norm = self._nodes[index], skeleton.norm[index] != NONE
         activation = self._relu[skeleton.tail[index]]
         layer = self._layer.get(str(node.target)) if self._kinds[index] in ("conv", "linear") else None
@@ -329,20 +361,41 @@ class Arithmetic:
         tensors = [source for source in self._inputs[index] if self._tensor[source]] + [index]
         keys = dict.fromkeys(key for tensor in tensors for key in self._keys_of.get(tensor, {}).values())
         dimensions = [columns[key] for key in keys] + [fusions, Column.of(int8.astype(np.int64))]
-        code = _numbered([*dimensions, *([bits[layer]] if layer is not None else [])])
+        dimensions += [bits[layer]] if layer is not None else []
+        code = _numbered(dimensions + ([ranked] if ranked is not None else []))
         present = (skeleton.alive[index] & ~skeleton.inner[index])[of_policy]
         example = np.full(len(code.distinct), NONE)
         example[code.position[present]] = np.flatnonzero(present)
-        found = np.flatnonzero(example != NONE)
         which = np.full(len(code.distinct), NONE)
-        which[found] = np.arange(len(found))
-        variants = []
-        for policy in example[found].tolist():
+        variants: list[Operator] = []
+        for number in np.flatnonzero(example != NONE).tolist():
+            policy = int(example[number])
             shapes = tuple(self._shape(tensor, columns, policy) for tensor in tensors)
+            rank = self._rank(index, shapes, population, policy) if ranked is not None else 0
+            if is_first and not rank:
+                continue
             fusion = fusions.at(policy)
             weight_bits = bits[layer].at(policy) if layer is not None else 32
-            variants.append(self._operator(index, shapes, fusion // 2, bool(fusion % 2), bool(int8[policy]), weight_bits))
+            factor = Factor(rank, is_first) if rank else None
+            which[number] = len(variants)
+            variants.append(self._operator(index, shapes, fusion // 2, bool(fusion % 2), bool(int8[policy]), weight_bits, factor))
         return tuple(variants), np.where(present, which[code.position], NONE)
+
+    def _ranked(self, index: int, population: Population) -> Column | None:
+        """Numbers what decides a layer's rank beside its shape; None where no policy factorises it."""
+        row = self._factorable.get(str(self._nodes[index].target))
+        if row is None or bool((population.kept[row] >= 1.0).all()):
+            return None
+        distinct, position = np.unique(population.kept[row] + 2 * population.multiple, return_inverse=True)  # shares are not above 1
+        return Column(np.arange(len(distinct)), position)
+
+    def _rank(self, index: int, shapes: tuple[Shape, ...], population: Population, policy: int) -> int:
+        """Of a layer in one policy; 0: it is whole."""
+        name = str(self._nodes[index].target)
+        layer, axis = self._module.get_submodule(name), channel_axis(self._nodes[index], self._module)
+        kernel = math.prod(layer.kernel_size) if isinstance(layer, Conv) else 1
+        kept = float(population.kept[self._factorable[name], policy])
+        return rank_of(shapes[0][axis] * kernel, shapes[-1][axis], kept, int(population.multiple[policy]))
 
     def _shape(self, index: int, columns: Mapping[bytes, Column], policy: int) -> Shape:
         shape = list(self._nodes[index].meta["shape"])
@@ -358,32 +411,31 @@ class Arithmetic:
             self._operators[key] = self._make_operator(*key)
         return self._operators[key]
 
-    def _make_operator(self, index: int, shapes: tuple[Shape, ...], relu: int, has_norm: bool, int8: bool, weight_bits: int) -> Operator:
+    def _make_operator(
+        self, index: int, shapes: tuple[Shape, ...], relu: int, has_norm: bool, int8: bool, weight_bits: int, factor: Factor | None
+    ) -> Operator:
         node, kind, (*inputs, output) = self._nodes[index], self._kinds[index], shapes
-        layer = module_of(node, self._module)
-        alone = _activation_name(node) if kind == "activation" else None
-        common = {
-            "name": self._name(index), "kind": kind, "inputs": tuple(inputs), "output": output,
-            "activation": self._relu_names[relu] or alone, "bits": 8 if int8 else 32,
-        }  # fmt: skip
+        layer, name = module_of(node, self._module), self._name(index)
+        activation = self._relu_names[relu] or (_activation_name(node) if kind == "activation" else None)
+        common: dict[str, Any] = {"kind": kind, "bits": 8 if int8 else 32}
         if not isinstance(layer, Weighted):
             params = output[1] * _vectors(layer) if layer is not None and kind == "norm" else 0
-            return Operator(**common, **_window(node), params=params)
-        has_bias = layer.bias is not None or has_norm
+            own = {"name": name, "inputs": tuple(inputs), "output": output, "activation": activation, "params": params}
+            return Operator(**common, **own, **_window(node))
+        source, target, has_bias, is_pointwise = inputs[0], output, layer.bias is not None or has_norm, False
+        if factor is not None:
+            name, between = name + factor.suffix, _with_channels(output, channel_axis(node, self._module), factor.rank)
+            if factor.is_first:
+                target, activation, has_bias = between, None, False
+            else:
+                source, is_pointwise = between, True
+        common |= {"name": name, "inputs": (source,), "output": target, "activation": activation, "weight_bits": weight_bits}
         if isinstance(layer, nn.Linear):
-            return Operator(**common, weight_bits=weight_bits, params=output[-1] * (inputs[0][-1] + has_bias))
-        groups = layer.groups if layer.groups == 1 else layer.groups * inputs[0][1] // layer.in_channels  # they go as a whole
-        per_filter = inputs[0][1] // groups * math.prod(layer.kernel_size)
-        return Operator(
-            **common,
-            weight_bits=weight_bits,
-            params=output[1] * (per_filter + has_bias),
-            groups=groups,
-            kernel=tuple(layer.kernel_size),
-            stride=tuple(layer.stride),
-            padding=tuple(layer.padding) if not isinstance(layer.padding, str) else (),
-            dilation=tuple(layer.dilation),
-        )
+            return Operator(**common, params=target[-1] * (source[-1] + has_bias))
+        groups = layer.groups if layer.groups == 1 else layer.groups * source[1] // layer.in_channels  # they go as a whole
+        window = _pointwise(layer) if is_pointwise else _convolved(layer)
+        per_filter = source[1] // groups * math.prod(window["kernel"])
+        return Operator(**common, **window, params=target[1] * (per_filter + has_bias), groups=groups)
 
     def _name(self, index: int) -> str:
         node = self._nodes[index]
@@ -394,9 +446,9 @@ class Arithmetic:
     def _weight_bytes(self, variants: Sequence[tuple[Operator, ...]], which: Numbers) -> Numbers:
         """Layers and norms by their bits, each once however often it is called."""
         total = np.zeros(which.shape[1], dtype=np.int64)
-        by_name: dict[str, list[int]] = defaultdict(list)
-        for place, index in enumerate(self._places):
-            by_name[self._name(index)].append(place)
+        by_name: dict[tuple[str, bool], list[int]] = defaultdict(list)
+        for place, (index, is_first) in enumerate(self._places):
+            by_name[self._name(index), is_first].append(place)
         for places in by_name.values():
             counted = np.zeros(which.shape[1], dtype=bool)
             for place in reversed(places):
@@ -458,6 +510,22 @@ def _vectors(norm: nn.Module) -> int:
 
 def _activation_name(node: fx.Node) -> str:
     return relu_of(node) or name_of(node)
+
+
+def _with_channels(shape: Shape, axis: int, n: int) -> Shape:
+    return (*shape[:axis], n, *shape[axis + 1 :])
+
+
+def _convolved(layer: Conv) -> dict[str, tuple[int, ...]]:
+    """How a convolution moves over its input."""
+    padding = tuple(layer.padding) if not isinstance(layer.padding, str) else ()
+    return {"kernel": tuple(layer.kernel_size), "stride": tuple(layer.stride), "padding": padding, "dilation": tuple(layer.dilation)}
+
+
+def _pointwise(layer: Conv) -> dict[str, tuple[int, ...]]:
+    """The same for one of as many axes that looks at one position."""
+    ones, none = (1,) * len(layer.kernel_size), (0,) * len(layer.kernel_size)
+    return {"kernel": ones, "stride": ones, "padding": none, "dilation": ones}
 
 
 def _window(node: fx.Node) -> dict[str, tuple[int, ...]]:

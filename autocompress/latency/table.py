@@ -53,7 +53,7 @@ class OperatorTable:
     def for_device(cls, device: Device) -> OperatorTable:
         """The table of this device on this machine, as far as it was measured before."""
         facts = device.environment()
-        key = [device.name, facts.get("processor", ""), facts.get("flags", ""), facts.get("onnxruntime", "")]
+        key = [device.name, facts.get("processor", ""), facts.get("flags", ""), facts.get(device.profile.runtime, "")]
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         return cls(cache_folder() / "latency" / f"{name}.json")
 

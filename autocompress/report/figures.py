@@ -305,7 +305,7 @@ def _bits_bars(entry: Entry, bits: int) -> Figure:
         "width": 0.62,
         "marker": {"color": _BITS_COLOR.get(bits, "$low"), "line": {"width": 0}},
         "hovertext": [f"<b>{escape(e.name)}</b><br>{e.channels} of {e.teacher_channels} channels, {bits_name(bits)}"
-                      for _, e in chosen],
+                      + (f", rank {e.rank}" if e.rank else "") for _, e in chosen],
         "hovertemplate": "%{hovertext}<extra></extra>",
     }  # fmt: skip
 

@@ -94,6 +94,7 @@ def layer_table(entry: Entry) -> Table:
     table = plain_table("layer", "kind", "channels", "bits", "time before", "after", "note")
     for layer in entry.layers:
         channels = f"{layer.teacher_channels} -> {'-' if layer.dropped else layer.channels}"
+        channels += f" by {layer.rank}" if layer.rank else ""
         table.add_row(
             layer.name, layer.kind, channels, "-" if layer.dropped else str(layer.bits),
             _seconds(layer.teacher_latency_s), "-" if layer.dropped else _seconds(layer.latency_s), note(layer),
@@ -113,6 +114,8 @@ def note(layer: LayerChange) -> str:
     changes = []
     if layer.channels != layer.teacher_channels:
         changes.append("narrower" if layer.channels < layer.teacher_channels else "wider")
+    if layer.rank is not None:
+        changes.append(f"two layers of rank {layer.rank}")
     if layer.bits == 8:
         changes.append("int8")
     elif layer.bits != 32:
@@ -124,6 +127,8 @@ def note(layer: LayerChange) -> str:
 
 
 def _why_not_faster(layer: LayerChange) -> str:
+    if layer.rank is not None:
+        return "not faster: two layers take as long as one here"
     if layer.channels > layer.teacher_channels:
         return "not faster: more channels"
     if layer.channels < layer.teacher_channels:

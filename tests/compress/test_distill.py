@@ -5,7 +5,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autocompress.compress.distill import Answers, SharedFeatures, distillation_loss, feature_loss, observe, soft_loss
+from autocompress.compress.distill import (
+    ANSWER_LOSSES,
+    OTHER_CLASSES,
+    Answers,
+    SharedFeatures,
+    decoupled_loss,
+    distillation_loss,
+    feature_loss,
+    observe,
+    relational_loss,
+    soft_loss,
+    standardized,
+)
 from autocompress.policy import DistillSpec
 
 TEMPERATURES = [0.5, 1.0, 4.0, 20.0]
@@ -54,6 +66,64 @@ def test_the_teacher_gets_no_gradient():
     teacher = logits(0).requires_grad_()
     soft_loss(logits(1).requires_grad_(), teacher, 2.0).backward()
     assert teacher.grad is None
+
+
+TARGETS = torch.tensor([0, 1, 2, 3, 6])
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("kind", ANSWER_LOSSES)
+def test_each_loss_of_answers_is_zero_where_they_are_equal_and_its_gradient_is_that_of_finite_differences(kind, temperature):
+    loss, teacher = ANSWER_LOSSES[kind], logits(0)
+    assert loss(teacher + 2.5, teacher, TARGETS, temperature).item() == pytest.approx(0.0, abs=1e-9)
+    student = logits(1).requires_grad_()
+    assert loss(student, teacher, TARGETS, temperature).item() > 1e-3
+    assert torch.autograd.gradcheck(lambda s: loss(s, teacher, TARGETS, temperature), (student,))
+    wanted = teacher.clone().requires_grad_()
+    loss(student, wanted, TARGETS, temperature).backward()
+    assert wanted.grad is None
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_the_parts_of_the_decoupled_divergence_make_the_divergence(temperature):
+    """KL = TCKD + (1 - p) NCKD (Zhao et al. 2022, equation 6), input by input."""
+    student, teacher = logits(1), logits(0)
+    for row in range(len(TARGETS)):
+        own, wanted, target = student[row : row + 1], teacher[row : row + 1], TARGETS[row : row + 1]
+        p, q = (wanted / temperature).softmax(1)[0], (own / temperature).softmax(1)[0]
+        label = int(target)
+        target_class = p[label] * (p[label] / q[label]).log() + (1 - p[label]) * ((1 - p[label]) / (1 - q[label])).log()
+        other_classes = (soft_loss(own, wanted, temperature) / temperature**2 - target_class) / (1 - p[label])
+        expected = temperature**2 * (target_class + OTHER_CLASSES * other_classes)
+        assert decoupled_loss(own, wanted, target, temperature).item() == pytest.approx(expected.item(), rel=1e-8)
+
+
+def test_two_classes_have_no_others():
+    own, wanted, targets = logits(1, classes=2), logits(0, classes=2), TARGETS % 2
+    assert decoupled_loss(own, wanted, targets, 2.0).item() == pytest.approx(soft_loss(own, wanted, 2.0).item(), rel=1e-10)
+
+
+def test_relations_are_the_correlations_of_rows_and_of_columns():
+    student, teacher = logits(1), logits(0)
+    p, q = (student / 3.0).softmax(1), (teacher / 3.0).softmax(1)
+
+    def unlike(a, b):
+        rows = [torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(a, b, strict=True)]
+        return 1 - torch.stack(rows).mean()
+
+    expected = 9.0 * (2 * unlike(p, q) + 2 * unlike(p.T, q.T))
+    assert relational_loss(student, teacher, 3.0).item() == pytest.approx(expected.item(), rel=1e-8)
+
+
+@pytest.mark.parametrize("kind", ANSWER_LOSSES)
+def test_standardized_logits_may_have_any_scale(kind):
+    spec = DistillSpec(answers=kind, standardized=True, alpha=1.0)
+    student, teacher = logits(1), logits(0)
+    first = distillation_loss(student, teacher, TARGETS, spec)
+    assert distillation_loss(7.0 * student + 3.0, teacher, TARGETS, spec).item() == pytest.approx(first.item(), rel=1e-6)
+    plain = spec.model_copy(update={"standardized": False})
+    assert distillation_loss(student, teacher, TARGETS, plain).item() != pytest.approx(first.item(), rel=1e-3)
+    assert standardized(torch.ones(2, 4)).abs().max() == 0.0, "of equal logits nothing is left"
 
 
 def features(seed: int, channels: int) -> Answers:

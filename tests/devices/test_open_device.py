@@ -5,13 +5,15 @@ import os
 import pytest
 
 from autocompress.devices import list_devices, open_device
+from autocompress.devices.runtime import TITLES, Runtime
 from autocompress.errors import UsageError
 
 
+@pytest.mark.parametrize("runtime", [name for name in TITLES if Runtime(name).is_here])
 @pytest.mark.parametrize(("options", "threads"), [("", 1), ("?threads=1", 1), ("?threads=2", 2), ("?threads=3", 3)])
-def test_a_device_opens_with_its_threads(monkeypatch, options, threads):
+def test_a_device_opens_with_its_threads(monkeypatch, runtime, options, threads):
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    device = open_device(f"onnxruntime:cpu{options}")
+    device = open_device(f"{runtime}:cpu{options}")
     assert device.profile.threads == threads
     assert device.environment()["threads"] == str(threads)
     assert open_device(device.name).name == device.name
@@ -23,7 +25,7 @@ def test_threads_out_of_range_are_refused(threads):
         open_device(f"onnxruntime:cpu?threads={threads}")
 
 
-@pytest.mark.parametrize("name", ["onnxruntime:gpu", "openvino:cpu", "cpu", "onnxruntime:cpu?cores=1"])
+@pytest.mark.parametrize("name", ["onnxruntime:gpu", "openvino:npu", "cpu", "onnxruntime:cpu?cores=1"])
 def test_unknown_devices_and_options_are_refused_with_a_cure(name):
     with pytest.raises(UsageError) as error:
         open_device(name)
@@ -31,6 +33,9 @@ def test_unknown_devices_and_options_are_refused_with_a_cure(name):
 
 
 def test_what_is_listed_opens():
+    assert [entry["name"].partition(":")[0] for entry in list_devices()] == list(TITLES)
     for entry in list_devices():
-        assert entry["available"]
+        if not entry["available"]:
+            assert entry["note"].startswith("pip install")
+            continue
         assert open_device(entry["name"]).name == entry["name"]

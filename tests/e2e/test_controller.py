@@ -258,6 +258,25 @@ def test_after_a_handful_of_steps_what_was_worth_most_untrained_is_trained_to_th
     assert begun == [climbs]
 
 
+@pytest.mark.parametrize(("scores", "climb"), [((0.9, 0.91), ["00001", "00002"]), ((0.92, 0.91), ["00000", "00002"])])
+def test_of_runs_that_differ_in_distillation_one_is_trained_to_the_end(findings, pool, monkeypatch, scores, climb):
+    """Seen in a search of an hour, which trained one structure twice for twenty minutes."""
+    begun = []
+    monkeypatch.setattr("autocompress.controller.search.evaluate_policy", lambda *_, continues, **known: begun.append(continues))
+    monkeypatch.setattr(Findings, "keep", lambda self, outcome: None)
+    monkeypatch.setattr("autocompress.controller.search.full_runs", lambda left, each, candidates, trials: candidates)
+    other = pool[0].policy.model_copy(update={"distill": DistillSpec(temperature=2.0)})
+    trained(findings, pool[0].policy, 2e-3, score=scores[0], steps=99)
+    trained(findings, other, 2e-3, score=scores[1], id="00001", steps=99)
+    trained(findings, pool[1].policy, 1e-3, score=0.6, id="00002", steps=99)
+    Search(findings).full_rung()
+    assert sorted(begun) == climb
+    trained(findings, {"00000": pool[0].policy, "00001": other}[climb[0]], 2e-3, id=f"{climb[0]}-full", rung="full")
+    begun.clear()
+    Search(findings).full_rung()
+    assert begun == ["00002"], "the structure has been trained to the end"
+
+
 def test_policies_that_lead_are_distilled_in_other_ways(findings, pool):
     assert Chooser(findings)._variant() is None, "nothing leads"
     for index, proposal in enumerate(pool[:2]):

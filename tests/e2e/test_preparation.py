@@ -17,9 +17,10 @@ from torch.nn.utils import weight_norm as old_weight_norm
 from autocompress.compress.student import build_student
 from autocompress.data import Data, Split
 from autocompress.demo import TEACHER_EPOCHS
+from autocompress.deploy import recreate
 from autocompress.errors import DeviceUnavailable, PolicyFailure, UsageError
 from autocompress.objective import FLOAT_WEIGHTS, evaluate_policy
-from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
+from autocompress.policy import LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import limit_validation, load, prepare, score_original, train_demo_teacher
 from autocompress.search_space import unsaturated
 from autocompress.task import Task
@@ -108,6 +109,23 @@ def test_a_student_of_a_task_with_its_own_loss_is_trained(net, data, tmp_path):
     outcome = evaluate_policy(setting, policy, id="00000", rung="short", seconds=2.0, predicted=None)
     assert outcome.failure is None
     assert outcome.val_score.value == -1.0
+
+
+def test_a_student_of_low_rank_is_trained_exported_and_made_again(net, data, tmp_path):
+    setting = ready(net, data, tmp_path / "run")
+    graph = setting.graphs[None]
+    kept = {layer.name: 0.6 for layer in graph.layers if layer.factorable}
+    policy = Policy(prune=PruneSpec(ratios={"a.conv1": 0.25}), low_rank=LowRankSpec(kept=kept), quant=QuantSpec(bits=8, reduced_range=True))
+    assert "a.conv1" in graph.ranks(policy)
+    outcome = evaluate_policy(setting, policy, id="00000", rung="short", seconds=2.0)
+    assert outcome.failure is None
+    assert outcome.val_score.value >= 0.9
+    again = recreate(setting.models / "00000", net)
+    first, second = again.get_submodule("a.conv1")
+    assert len(first.weight) == second.weight.shape[1] == graph.ranks(policy)["a.conv1"]
+    with torch.no_grad():
+        decided = again(data.prepare(data.val.inputs)).argmax(1)
+    assert float((decided == data.val.targets).float().mean()) == pytest.approx(outcome.val_score.value, abs=0.02)
 
 
 @pytest.mark.parametrize("bits", [3, 8])

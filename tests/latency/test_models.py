@@ -14,7 +14,7 @@ from torch import nn
 
 from autocompress.compress.quantize import calibrate, fake_quantize
 from autocompress.compress.student import build_student
-from autocompress.devices.onnxruntime import OnnxRuntimeCpu
+from autocompress.devices import open_device
 from autocompress.errors import PolicyFailure
 from autocompress.export import onnx_bytes
 from autocompress.graph import Graph
@@ -110,7 +110,7 @@ def test_what_attention_is_made_of_is_measured_too(name):
         if operator.kind in ("attention", "matmul", "softmax", "layernorm"):
             built = onnx.shape_inference.infer_shapes(onnx.load_from_string(build_onnx(operator)), check_type=True, strict_mode=True)
             onnx.checker.check_model(built)
-            assert OnnxRuntimeCpu().measure_many([built.SerializeToString()])[0] > 0
+            assert open_device("onnxruntime:cpu").measure_many([built.SerializeToString()])[0] > 0
 
 
 POOLS = {

@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from autocompress.graph import Graph
-from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
+from autocompress.policy import LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.testing.models import resnet20, tiny_resnet
 
 CLASSES = 10
@@ -245,14 +245,19 @@ def with_statistics(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def random_policy(graph: Graph, seed: int, *, widths: bool = False, bits: tuple[int, ...] = (32,), multiple: int = 1) -> Policy:
-    """Half of the groups changed, a third of the blocks dropped, bits drawn for every layer."""
+def random_policy(
+    graph: Graph, seed: int, *, widths: bool = False, bits: tuple[int, ...] = (32,), multiple: int = 1, low_rank: bool = False
+) -> Policy:
+    """Half of the groups changed, a third of the blocks dropped, half of the layers factorised if any, bits drawn for every layer."""
     draw = random.Random(seed)
     groups = [group.name for group in graph.groups if group.prunable]
     ratios = {name: draw.uniform(0.1, 0.8) for name in groups if draw.random() < 0.5} or {groups[0]: 0.5}
     wider = {name: draw.uniform(1.0, 1.6) for name in groups if widths and draw.random() < 0.3}
-    return Policy(
+    policy = Policy(
         student=StudentSpec(widths=wider, drop=tuple(b.name for b in graph.blocks if draw.random() < 0.33), multiple=multiple),
         prune=PruneSpec(ratios=ratios),
         quant=QuantSpec(layers={layer.name: draw.choice(bits) for layer in graph.layers}),
     )
+    factorable = [layer.name for layer in graph.layers if layer.factorable and low_rank]
+    kept = {name: draw.uniform(0.2, 0.9) for name in factorable if draw.random() < 0.5} or dict.fromkeys(factorable, 0.5)
+    return policy.model_copy(update={"low_rank": LowRankSpec(kept=kept)})

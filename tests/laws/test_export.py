@@ -142,21 +142,21 @@ def test_every_int8_convolution_has_an_int8_kernel(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "bits"),
+    ("name", "bits", "low_rank"),
     [
-        ("tiny_resnet", (8, 32)),
-        ("tiny_resnet", (2, 3, 4, 5, 6, 7, 8, 16, 32)),
-        ("resnet20", (4, 8)),
-        ("vit", (8, 32)),
-        ("swin", (4, 8)),
-        ("convnext", (8,)),
-        ("resnext", (8, 32)),
+        ("tiny_resnet", (8, 32), True),
+        ("tiny_resnet", (2, 3, 4, 5, 6, 7, 8, 16, 32), False),
+        ("resnet20", (4, 8), True),
+        ("vit", (8, 32), True),
+        ("swin", (4, 8), False),
+        ("convnext", (8,), False),
+        ("resnext", (8, 32), False),
     ],
     ids=str,
 )
-def test_mixed_bits(name, bits):
+def test_mixed_bits(name, bits, low_rank):
     model, inputs = images(name)
-    policy = random_policy(Graph.trace(model, (inputs[:1],)), 3, bits=bits)
+    policy = random_policy(Graph.trace(model, (inputs[:1],)), 3, bits=bits, low_rank=low_rank)
     student, payload = exported(model, inputs, policy)
     agreed(model, inputs, policy, student, payload)
 

@@ -13,7 +13,7 @@ from autocompress.compress.student import build_student
 from autocompress.errors import UsageError
 from autocompress.export import onnx_bytes
 from autocompress.graph import Graph
-from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
+from autocompress.policy import LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
 from laws.networks import NETWORKS, network, random_policy
 
 HEADER = 1_000
@@ -27,9 +27,9 @@ def traced(request):
     return Graph.trace(model, (inputs,))
 
 
-@pytest.mark.parametrize(("seed", "multiple"), [(0, 1), (1, 8)])
-def test_workload_is_that_of_the_traced_student(traced, seed, multiple):
-    policy = random_policy(traced, seed, widths=True, multiple=multiple)
+@pytest.mark.parametrize(("seed", "multiple", "low_rank"), [(0, 1, False), (1, 8, True)])
+def test_workload_is_that_of_the_traced_student(traced, seed, multiple, low_rank):
+    policy = random_policy(traced, seed, widths=True, multiple=multiple, low_rank=low_rank)
     predicted = traced.workload(policy)
     again = Graph.trace(build_student(traced, policy), traced.example)
     assert not again.opaque_reason
@@ -42,7 +42,7 @@ def test_workload_is_that_of_the_traced_student(traced, seed, multiple):
 
 
 def test_many_workloads_at_once_are_those_of_each_policy(traced):
-    policies = [random_policy(traced, seed, widths=seed % 2 == 0, bits=(8, 32), multiple=8) for seed in range(12)]
+    policies = [random_policy(traced, s, widths=s % 2 == 0, bits=(8, 32), multiple=8, low_rank=s % 3 == 0) for s in range(12)]
     policies += [policy.model_copy(update={"quant": QuantSpec(bits=8)}) for policy in policies[:4]] + [Policy()]
     for grown in (True, False):
         together = traced.workloads(traced.population(policies, grown=grown))
@@ -54,7 +54,7 @@ def test_many_workloads_at_once_are_those_of_each_policy(traced):
 
 
 def test_dimensions_with_too_many_combinations_are_numbered_all_the_same(traced, monkeypatch):
-    policies = [random_policy(traced, seed, widths=True, bits=(8, 32)) for seed in range(6)]
+    policies = [random_policy(traced, seed, widths=True, bits=(8, 32), low_rank=True) for seed in range(6)]
     before = list(traced.workloads(traced.population(policies)))
     monkeypatch.setattr("autocompress.graph.workloads.MOST_CODES", 2)
     assert list(traced.workloads(traced.population(policies))) == before
@@ -102,7 +102,7 @@ def file_bytes(graph: Graph, policy: Policy) -> bytes:
 def test_predicted_bytes_are_those_of_the_file(name, bits):
     model, inputs = network(name)
     graph = Graph.trace(model, (inputs,))
-    policy = random_policy(graph, 5, bits=bits)
+    policy = random_policy(graph, 5, bits=bits, low_rank=True)
     payload = file_bytes(graph, policy)
     model = onnx.load_from_string(payload)
     predicted = graph.workload(policy).weight_bytes
@@ -139,6 +139,8 @@ def test_names_that_are_not_there_are_refused():
         Policy(student=StudentSpec(widths={"layer9": 0.5})),
         Policy(prune=PruneSpec(ratios={"linear": 0.5})),
         Policy(quant=QuantSpec(layers={"layer9": 8})),
+        Policy(low_rank=LowRankSpec(kept={"layer9": 0.5})),
+        Policy(low_rank=LowRankSpec(kept={"linear": 0.5})),
     ):
         with pytest.raises(UsageError, match=r"layer9|linear"):
             build_student(graph, policy)

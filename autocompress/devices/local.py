@@ -1,11 +1,10 @@
-"""ONNX Runtime on this machine's CPU."""
+"""A runtime on this machine's CPU."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
 import fcntl
-import importlib.util
 import json
 import os
 import platform
@@ -22,6 +21,7 @@ import numpy as np
 from autocompress.devices import processes, processor
 from autocompress.devices.base import Device, DeviceProfile
 from autocompress.devices.running import outputs_of
+from autocompress.devices.runtime import CURES, Runtime
 from autocompress.devices.timing import FEWEST_ROUNDS, summarise
 from autocompress.errors import DeviceUnavailable, PolicyFailure
 from autocompress.records import Measurement
@@ -32,19 +32,20 @@ LOCK_PATIENCE_S = 600.0
 LOCK_POLL_S = 0.05
 
 
-class OnnxRuntimeCpu(Device):
+class LocalCpu(Device):
     """Runs ONNX files in child processes, and measures them in one with a fixed number of threads."""
 
-    def __init__(self, threads: int = 1) -> None:
-        if importlib.util.find_spec("onnxruntime") is None:
-            raise DeviceUnavailable("ONNX Runtime is not installed", hint="pip install onnxruntime")
-        self.name = f"onnxruntime:cpu?threads={threads}"
+    def __init__(self, runtime: Runtime) -> None:
+        if not runtime.is_here:
+            raise DeviceUnavailable(f"{runtime.title} is not installed", hint=CURES[runtime.name])
+        self.name = f"{runtime.name}:cpu?threads={runtime.threads}"
+        self._runtime = runtime
         saturates = processor.int8_saturates(processor.flags())
         note = "x86 without VNNI: int8 weights use 7 bits" if saturates else ""
-        self.profile = DeviceProfile(runtime="onnxruntime", threads=threads, reduced_range=saturates, note=note)
+        self.profile = DeviceProfile(runtime=runtime.name, threads=runtime.threads, reduced_range=saturates, note=note)
 
     def run(self, path: Path, batches: Iterable[np.ndarray]) -> np.ndarray:
-        return outputs_of(path, self.profile.threads, batches)
+        return outputs_of(path, self._runtime, batches)
 
     def measure(self, paths: Sequence[Path], *, seconds_each: float = 1.0) -> list[Measurement]:
         request = {
@@ -52,7 +53,7 @@ class OnnxRuntimeCpu(Device):
         }  # fmt: skip
         answer = self._ask(request, (MOST_A_FILE_S + seconds_each) * len(paths))
         if "error" in answer:
-            raise PolicyFailure(f"ONNX Runtime cannot run {paths[answer['index']].name}: {answer['error']}")
+            raise PolicyFailure(f"{self._runtime.title} cannot run {paths[answer['index']].name}: {answer['error']}")
         environment = self.environment()
         return [
             summarise(rounds, first_call=first, environment=environment)
@@ -66,7 +67,7 @@ class OnnxRuntimeCpu(Device):
         return medians
 
     def _ask(self, request: dict[str, Any], most_s: float) -> dict[str, Any]:
-        return _ask(request | {"threads": self.profile.threads, "most_s": most_s}, processes.TIMEOUT_S + most_s)
+        return _ask(self._runtime, request | {"most_s": most_s}, processes.TIMEOUT_S + most_s)
 
     def environment(self) -> dict[str, str]:
         return {
@@ -76,7 +77,7 @@ class OnnxRuntimeCpu(Device):
             "governor": processor.governor() or "unknown",
             "load": f"{os.getloadavg()[0]:.2f}",
             "threads": str(self.profile.threads),
-            "onnxruntime": metadata.version("onnxruntime"),
+            self._runtime.name: metadata.version(self._runtime.name),
             "python": platform.python_version(),
             "system": platform.platform(),
         }
@@ -106,13 +107,13 @@ def _lock(file: IO[str]) -> bool:
     return True
 
 
-def _ask(request: dict[str, Any], timeout: float) -> dict[str, Any]:
-    environment = processes.environment() | {"OMP_NUM_THREADS": str(request["threads"])}
+def _ask(runtime: Runtime, request: dict[str, Any], timeout: float) -> dict[str, Any]:
+    environment = processes.environment() | {"OMP_NUM_THREADS": str(runtime.threads)}
     with _exclusive():
         try:
             done = subprocess.run(
                 processes.COMMAND,
-                input=processes.line(request),
+                input=processes.line(request | runtime.asked),
                 capture_output=True,
                 text=True,
                 timeout=timeout,
@@ -125,6 +126,6 @@ def _ask(request: dict[str, Any], timeout: float) -> dict[str, Any]:
         raise processes.crashed(done.returncode)
     if done.returncode != 0:
         reason = processes.last_line(done.stderr)
-        raise DeviceUnavailable(f"ONNX Runtime failed in its process: {reason}", hint="run `autocompress doctor`")
+        raise DeviceUnavailable(f"{runtime.title} failed in its process: {reason}", hint="run `autocompress doctor`")
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer

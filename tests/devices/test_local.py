@@ -10,14 +10,21 @@ import numpy as np
 import onnx
 import psutil
 import pytest
+import torch
+from laws.networks import network
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
+from autocompress.compress.quantize import calibrate, fake_quantize, snap_biases
+from autocompress.compress.student import build_student
 from autocompress.devices import child as program
-from autocompress.devices import onnxruntime as module
+from autocompress.devices import local as module
 from autocompress.devices import processes, running
-from autocompress.devices.onnxruntime import OnnxRuntimeCpu
+from autocompress.devices.local import LocalCpu
+from autocompress.devices.runtime import TITLES, Runtime
 from autocompress.errors import DeviceUnavailable, PolicyFailure, UsageError
-from autocompress.export import check_onnx
+from autocompress.export import check_onnx, onnx_bytes
+from autocompress.graph import Graph
+from autocompress.policy import Policy, QuantSpec
 from devices.files import linear_model
 
 SHORT = 0.05
@@ -32,16 +39,24 @@ def tiny(tmp_path):
 
 @pytest.fixture
 def device():
-    return OnnxRuntimeCpu(1)
+    return LocalCpu(Runtime("onnxruntime"))
 
 
-def test_measurement_of_a_tiny_file(device, tiny):
-    (result,) = device.measure([tiny], seconds_each=SHORT)
+@pytest.fixture(params=TITLES)
+def each(request):
+    """A device of each runtime."""
+    if not Runtime(request.param).is_here:
+        pytest.skip(f"{request.param} is not installed")
+    return LocalCpu(Runtime(request.param))
+
+
+def test_measurement_of_a_tiny_file(each, tiny):
+    (result,) = each.measure([tiny], seconds_each=SHORT)
     assert 0 < result.low <= result.median <= result.high < 0.1
     assert result.median <= result.p95
     assert result.n >= 50
     assert result.environment["threads"] == "1"
-    assert result.environment["onnxruntime"]
+    assert result.environment[each.profile.runtime]
     assert result.environment["processor"]
 
 
@@ -55,9 +70,9 @@ def test_files_are_measured_together_and_in_order(device, tmp_path):
     assert small.median < large.median
 
 
-def test_many_small_models(device):
+def test_many_small_models(each):
     models = [linear_model(8).SerializeToString(), b"not a model", linear_model(1024).SerializeToString()]
-    small, broken, large = device.measure_many(models, seconds_each=0.01)
+    small, broken, large = each.measure_many(models, seconds_each=0.01)
     assert broken is None
     assert 0 < small < large
 
@@ -73,9 +88,15 @@ def failing_at_run_time():
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10).SerializeToString()
 
 
-@pytest.mark.parametrize("content", [b"", b"not an onnx file", linear_model().SerializeToString()[:-40], failing_at_run_time()])
-def test_a_file_that_does_not_run_is_a_policy_failure_that_names_it(device, tiny, tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"not an onnx file", linear_model().SerializeToString()[:-40]])
+def test_a_file_that_does_not_load_is_a_policy_failure_that_names_it(each, tiny, tmp_path, content):
     (tmp_path / "broken.onnx").write_bytes(content)
+    with pytest.raises(PolicyFailure, match=r"broken\.onnx"):
+        each.measure([tiny, tmp_path / "broken.onnx"], seconds_each=SHORT)
+
+
+def test_a_file_that_fails_at_run_time_is_a_policy_failure_that_names_it(device, tiny, tmp_path):
+    (tmp_path / "broken.onnx").write_bytes(failing_at_run_time())
     with pytest.raises(PolicyFailure, match=r"broken\.onnx"):
         device.measure([tiny, tmp_path / "broken.onnx"], seconds_each=SHORT)
 
@@ -87,11 +108,39 @@ def child(monkeypatch):
 
 
 @pytest.mark.parametrize("at_once_s", [0.0, 10.0], ids=["one by one", "many at once"])
-def test_outputs_are_those_of_the_runtime_in_the_order_of_the_inputs(device, tmp_path, monkeypatch, at_once_s):
+def test_outputs_are_those_of_the_runtime_in_the_order_of_the_inputs(each, tmp_path, monkeypatch, at_once_s):
     monkeypatch.setattr(running, "AT_ONCE_S", at_once_s)
     onnx.save(linear_model(4, inputs=[2, 4]), tmp_path / "two.onnx")
     batches = [np.random.default_rng(seed).standard_normal((2, 4), dtype=np.float32) for seed in range(9)]
-    np.testing.assert_array_equal(device.run(tmp_path / "two.onnx", iter(batches)), np.concatenate(batches))
+    np.testing.assert_array_equal(each.run(tmp_path / "two.onnx", iter(batches)), np.concatenate(batches))
+
+
+def test_free_dimensions_are_one(each, tmp_path):
+    onnx.save(linear_model(4, inputs=["n", 4]), tmp_path / "free.onnx")
+    assert each.measure([tmp_path / "free.onnx"], seconds_each=SHORT)[0].median > 0
+
+
+def test_runtimes_agree_on_an_int8_network(tmp_path, monkeypatch):
+    pytest.importorskip("openvino")
+    model, inputs = network("tiny_resnet")
+    graph = Graph.trace(model, (inputs[:1],))
+    policy = Policy(quant=QuantSpec(bits=8, reduced_range=True))
+    student = fake_quantize(build_student(graph, policy), policy.quant)
+    calibrate(student, [torch.randn(32, *inputs.shape[1:])])
+    (tmp_path / "int8.onnx").write_bytes(onnx_bytes(snap_biases(student), policy.quant, (inputs[:1],)))
+    batches = [torch.randn(1, *inputs.shape[1:]).numpy() for _ in range(24)]
+    one, other = (LocalCpu(Runtime(name)).run(tmp_path / "int8.onnx", batches) for name in TITLES)
+    assert np.abs(one - other).max() <= 0.05 * np.abs(one).max()
+    with torch.no_grad():
+        own = student(torch.from_numpy(np.concatenate(batches))).numpy()
+    assert np.abs(one - own).max() <= 0.05 * np.abs(own).max()
+
+
+def test_a_runtime_that_is_not_installed_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(Runtime, "is_here", False)
+    with pytest.raises(DeviceUnavailable, match="OpenVINO is not installed") as error:
+        LocalCpu(Runtime("openvino"))
+    assert error.value.hint == 'pip install "autocompress[openvino]"'
 
 
 def test_several_processes_share_the_batches_and_keep_their_order(device, tmp_path, monkeypatch):
@@ -247,7 +296,7 @@ def test_a_runtime_that_does_not_start_is_an_unavailable_device(device, tiny, ch
 
 def test_the_child_imports_neither_torch_nor_onnx():
     program = (
-        "import sys, autocompress.devices.child; print([name for name in ('torch', 'onnx', 'optuna', 'pandas') if name in sys.modules])"
+        "import sys, autocompress.devices.child; print([name for name in ('torch', 'onnx', 'openvino', 'optuna') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -258,7 +307,7 @@ import json, os, subprocess, sys, time
 command = [sys.executable, "-m", "autocompress.devices.child"]
 child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 measure = {"kind": "measure", "paths": [sys.argv[1]], "seconds_each": 30, "fewest_rounds": 5, "most_s": 60}
-request = measure | {"threads": 1, "parent": os.getpid()}
+request = measure | {"runtime": "onnxruntime", "threads": 1, "parent": os.getpid()}
 child.stdin.write(json.dumps(request))
 child.stdin.close()
 print(child.pid, flush=True)
@@ -286,8 +335,8 @@ class Calls:
     def __init__(self, seconds):
         self.seconds, self.now, self.made = seconds, 0.0, dict.fromkeys(seconds, 0)
 
-    def start(self, runner, path):
-        runner.session, runner.feeds, runner.calls, runner.is_slow = SimpleNamespace(run=lambda *_: self.call(path)), {}, 1, False
+    def open(self, runtime, path, threads):
+        return SimpleNamespace(run=lambda _: self.call(path), inputs=[])
 
     def call(self, path):
         self.now += self.seconds[path]
@@ -300,9 +349,11 @@ def measured(monkeypatch):
 
     def measure(most_s=240.0, seconds_each=1.0, **seconds):
         calls = Calls(seconds)
-        monkeypatch.setattr(program.Runner, "__init__", lambda runner, path, threads: calls.start(runner, path))
+        monkeypatch.setattr(program, "open_session", calls.open)
         monkeypatch.setattr(program, "time", SimpleNamespace(perf_counter=lambda: calls.now))
-        request = {"paths": list(seconds), "seconds_each": seconds_each, "fewest_rounds": 5, "most_s": most_s, "threads": 1}
+        request = {"paths": list(seconds), "seconds_each": seconds_each, "fewest_rounds": 5, "most_s": most_s} | Runtime(
+            "onnxruntime"
+        ).asked
         return program.measure(request), calls.made, calls.now
 
     return measure
@@ -342,7 +393,7 @@ def test_what_there_is_at_the_hard_end_is_returned_and_no_more_than_one_call_lat
 
 def test_the_patience_of_the_parent_follows_from_what_the_process_may_take(device, tiny, monkeypatch):
     asked, nothing = [], {"error": "x", "index": 0, "medians": []}
-    monkeypatch.setattr(module, "_ask", lambda request, timeout: asked.append((request, timeout)) or nothing)
+    monkeypatch.setattr(module, "_ask", lambda _, request, timeout: asked.append((request, timeout)) or nothing)
     with pytest.raises(PolicyFailure):
         device.measure([tiny, tiny], seconds_each=2.0)
     device.measure_many([])
@@ -353,11 +404,12 @@ def test_the_patience_of_the_parent_follows_from_what_the_process_may_take(devic
 
 @pytest.mark.parametrize("error", [ValueError(), ValueError("\n"), ValueError("two\nlines")])
 def test_an_error_of_the_runtime_without_a_message_is_told_too(monkeypatch, error):
-    def fail(self, path, threads):
+    def fail(runtime, path, threads):
         raise error
 
-    monkeypatch.setattr(program.Runner, "__init__", fail)
-    answer = program.measure({"paths": ["x"], "seconds_each": 1.0, "fewest_rounds": 5, "most_s": 60.0, "threads": 1})
+    monkeypatch.setattr(program, "open_session", fail)
+    request = {"paths": ["x"], "seconds_each": 1.0, "fewest_rounds": 5, "most_s": 60.0}
+    answer = program.measure(request | Runtime("onnxruntime").asked)
     assert answer == {"error": "ValueError: two" if "two" in str(error) else "ValueError", "index": 0}
 
 
