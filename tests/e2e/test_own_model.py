@@ -31,7 +31,7 @@ def build():
 TASK = """
 model = "${HERE}/own.py:build"
 data = "imagefolder:${HERE}/photos?size=16"
-search_time = "120s"
+search_time = "60s"
 trials = 1
 """
 

@@ -31,7 +31,7 @@ ENTRY = {
 }  # fmt: skip
 FILE = {"schema", "task", "device", "environment", "budget", "baseline", "front", "best"}
 BUNDLE = {"policy.json", "student.safetensors", "model.onnx", "manifest.json"}
-SECONDS = 48.0
+SECONDS = 36.0
 
 
 def task(**changes) -> Task:

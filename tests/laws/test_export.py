@@ -81,7 +81,6 @@ def images(name, n=32):
         ("group_norms", 1),
         ("shufflenet", 8),
         ("convnext", 1),
-        ("vit", 1),
         ("vit", 8),
         ("swin", 8),
         ("windows", 1),
