@@ -197,33 +197,37 @@ def export(
 def measure(
     *,
     what: options.FileOrReference,
-    device: options.Device = DEFAULT_DEVICE,
+    device: options.Devices = None,
     weights: options.Weights = None,
     data: options.Data = None,
     input: options.Input = None,
     batch: options.OwnBatch = None,
     json: options.Json = False,
 ) -> None:
-    """Measure the latency of an ONNX file or a model: median, interval, p95."""
+    """Measure the latency of an ONNX file or a model: median, interval, p95; on several devices in turns."""
+    devices = device or [DEFAULT_DEVICE]
     if what.endswith(".onnx"):
-        from autocompress.measure import measure_file
+        from autocompress.measure import measure_file_on
 
         given = [
             name for name, value in (("--weights", weights), ("--data", data), ("--input", input), ("--batch", batch)) if value is not None
         ]
         if given:
             raise UsageError(f"{given[0]} is for models, but {what!r} is a file that has its own", hint=f"leave {given[0]} out")
-        found = measure_file(Path(what), device=device)
+        found = measure_file_on(Path(what), devices)
     else:
         from autocompress.measure import measure_reference
 
-        found = measure_reference(what, device=device, weights=weights, data=data, input=input, batch=batch or 1)
+        found = measure_reference(what, devices=devices, weights=weights, data=data, input=input, batch=batch or 1)
+    measured = [{"device": name, "latency_s": latency.model_dump(mode="json")} for name, latency in zip(devices, found, strict=True)]
     if json:
-        emit_json({"device": device, "what": what, "latency_s": found.model_dump(mode="json")})
-    else:
-        from autocompress.report.view import latency_line
+        emit_json({"what": what} | (measured[0] if len(measured) == 1 else {"devices": measured}))
+        return
+    from autocompress.report.view import latency_line
 
-        emit(latency_line(found))
+    width = max(map(len, devices))
+    for name, latency in zip(devices, found, strict=True):
+        emit(latency_line(latency) if len(devices) == 1 else f"{name:{width}}  {latency_line(latency)}")
 
 
 @app.command()

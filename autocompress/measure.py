@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from autocompress.compress.student import build_student
 from autocompress.data.sources import load_data
-from autocompress.devices import open_device
+from autocompress.devices import Device, open_device
 from autocompress.errors import refused
 from autocompress.export import check_onnx, write_bundle
 from autocompress.graph import Graph
@@ -19,13 +20,21 @@ from autocompress.records import Measurement
 from autocompress.references import DEFAULT_DEVICE
 
 MEASURE_S = 2.0
+TURNS = 3
+"""Of each device, where several are compared: one after the other, again and again, so that drift of the machine meets all of them."""
 
 
 def measure_reference(
-    reference: str, *, device: str, weights: Path | None = None, data: str | None = None, input: str | None = None, batch: int = 1
-) -> Measurement:
-    """Latency of a model as it is: exported in float32 and measured on the device; `input` as in `inspect_model`."""
-    target = open_device(device)
+    reference: str,
+    *,
+    devices: Sequence[str],
+    weights: Path | None = None,
+    data: str | None = None,
+    input: str | None = None,
+    batch: int = 1,
+) -> list[Measurement]:
+    """Latency of a model as it is on each device: exported in float32, and measured in turns; `input` as in `inspect_model`."""
+    targets = [open_device(device) for device in devices]
     loaded = load_data(data) if data is not None else None
     model = load_model(reference, weights=weights, classes=loaded.classes if loaded is not None else None)
     example: Tensor = loaded.example(batch) if loaded is not None else example_for(model, reference, batch, input)
@@ -33,12 +42,23 @@ def measure_reference(
     graph = Graph.trace(model, (example,))
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder, refused(f"{reference} cannot be measured"):
         manifest = write_bundle(Path(folder), build_student(graph, Policy()), Policy(), (example,), model=reference)
-        return target.measure([Path(folder) / manifest.artifact], seconds_each=MEASURE_S)[0]
+        return _in_turns(Path(folder) / manifest.artifact, targets)
 
 
 def measure_file(path: Path | str, *, device: str = DEFAULT_DEVICE) -> Measurement:
     """Latency of an ONNX file. Raises UsageError when it is damaged, or the device cannot run it."""
-    path = Path(path)
+    return measure_file_on(path, [device])[0]
+
+
+def measure_file_on(path: Path | str, devices: Sequence[str]) -> list[Measurement]:
+    """Latency of an ONNX file on each of several devices, measured in turns. Raises UsageError as `measure_file` does."""
+    path, targets = Path(path), [open_device(device) for device in devices]
     check_onnx(path)
     with refused(f"{str(path)!r} cannot be measured"):
-        return open_device(device).measure([path])[0]
+        return _in_turns(path, targets)
+
+
+def _in_turns(path: Path, targets: Sequence[Device]) -> list[Measurement]:
+    """Of each device the measurement whose median is the middle one of its turns."""
+    turns = [[target.measure([path], seconds_each=MEASURE_S)[0] for target in targets] for _ in range(TURNS if len(targets) > 1 else 1)]
+    return [sorted(own, key=lambda measurement: measurement.median)[len(own) // 2] for own in zip(*turns, strict=True)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 import shutil
 import time
@@ -20,11 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, fx
 
+from autocompress.compress.distill import SharedFeatures
 from autocompress.compress.quantize import fake_quantize
 from autocompress.compress.repair import TeacherActivations, examples_for, repair
 from autocompress.compress.student import build_student, shared_features
 from autocompress.compress.teacher import Teacher
-from autocompress.compress.train import CALIBRATION_INPUTS, Distillation, Tick, TrainPlan, quantizes, train_quantized
+from autocompress.compress.train import CALIBRATION_INPUTS, Distillation, Tick, TrainPlan, quantizes, train, train_quantized
 from autocompress.data import Data, sampled
 from autocompress.devices.base import Device
 from autocompress.devices.runtime import TITLES
@@ -52,6 +54,8 @@ DRIFT_RETRIES = 3
 DRIFT_PAUSE_S = 1.0
 RECENT = 7
 """Of the baseline's measurements: what it takes now is their median."""
+PROBED_STEPS = 3
+"""Of training, before the first policy tells what a step takes; the first loads kernels."""
 UNTRAINED = "untrained-"
 """How the folders of networks begin that are only measured, and removed at once."""
 
@@ -145,6 +149,25 @@ def untrained(setting: Setting, policy: Policy, *, repaired: bool = False, calib
         _repair(setting, student, policy, until=math.inf)
     plan = TrainPlan(steps=0, calibration=calibration or setting.calibration)
     return train_quantized(student, policy.quant, setting.data, plan)
+
+
+def training_step_seconds(setting: Setting, until: float) -> float:
+    """What a step of training takes the unchanged network in float32, from a few; 0 where it cannot be trained.
+
+    until: `time.monotonic()` after which no other step begins, however slow the first one was.
+    """
+    moments = [time.monotonic()]
+    graph, plan = setting.graphs[None], TrainPlan(PROBED_STEPS, deadline=until, batch_size=setting.batch_size, seed=setting.seed)
+    distillation = Distillation(setting.teacher, Policy().distill, _shared(setting, Policy()))
+    try:
+        with setting.ledger.spend("train"):
+            student = build_student(graph, Policy())
+            moments = [time.monotonic()]
+            train(student, setting.data, plan, distillation=distillation, tick=lambda _: moments.append(time.monotonic()))
+    except Exception as error:
+        if not fails_policy(error):
+            raise
+    return min((after - before for before, after in itertools.pairwise(moments)), default=0.0)
 
 
 def changes_shape(setting: Setting, policy: Policy) -> bool:
@@ -282,15 +305,18 @@ def _trained(setting: Setting, student: fx.GraphModule, policy: Policy, id: str,
         quant_fraction=TrainPlan.quant_fraction if reshaped else 1.0,
         to_learn=setting.teacher.distance(student, setting.calibration) if needs_training else 0.0,
     )
-    classifies = setting.data.loss is None  # a loss of one's own has a unit of its own, beside which features have no known weight
-    shared = shared_features(setting.graph_of(policy), policy) if classifies else None
-    distillation = Distillation(setting.teacher, policy.distill, shared)
+    distillation = Distillation(setting.teacher, policy.distill, _shared(setting, policy))
     trained = train_quantized(student, policy.quant, setting.data, plan, distillation=distillation, tick=tick)
     if needs_training:
         folder = setting.models / id
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / FLOAT_WEIGHTS, weights_bytes(student))
     return trained
+
+
+def _shared(setting: Setting, policy: Policy) -> SharedFeatures | None:
+    """A loss of one's own has a unit of its own, beside which features have no known weight."""
+    return shared_features(setting.graph_of(policy), policy) if setting.data.loss is None else None
 
 
 def _continue_from(student: fx.GraphModule, path: Path) -> bool:

@@ -41,6 +41,10 @@ Input = Annotated[
     typer.Option("--input", metavar="SHAPE", rich_help_panel=MODEL, help="Of one input, without --data: 3x224x224, 128:int64."),
 ]
 Device = Annotated[str, typer.Option("--device", rich_help_panel=MODEL, help="What to measure on; see `autocompress devices`.")]
+Devices = Annotated[
+    list[str] | None,
+    typer.Option("--device", rich_help_panel=MODEL, help=f"What to measure on; several are compared. Default: {DEFAULT_DEVICE}."),
+]
 OwnDevice = Annotated[
     str | None,
     typer.Option("--device", rich_help_panel=MODEL, help=f"What to measure on. Default: {DEFAULT_DEVICE}."),

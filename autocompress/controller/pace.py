@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from dataclasses import dataclass
 
 from autocompress.controller.findings import Findings
 from autocompress.front import measured
+from autocompress.objective import training_step_seconds
 from autocompress.policy import Policy, QuantSpec
 from autocompress.schedule import (
     FULL_FACTOR,
@@ -22,6 +24,8 @@ from autocompress.schedule import (
 
 WITHOUT_FRONT = 0.8
 """Share of the time until the end that short runs may use while nothing within the budget was found: the end has little to measure then."""
+PROBE_SHARE = 0.01
+"""Share of the time for the steps of training that tell what a step takes."""
 UNKNOWN_OVERHEAD_S = 5.0
 """Seconds that a policy costs beside training, until one has told."""
 
@@ -51,8 +55,15 @@ class Pace:
         return statistics.median_low(known or [UNKNOWN_OVERHEAD_S])
 
     def step_seconds(self) -> float:
-        """What a step of training took, as a rule; 0 before the first."""
-        return statistics.median_low([o.training_s / o.steps for o in self.findings.own_outcomes if o.steps] or [0.0])
+        """What a step of training took, as a rule; before the first, what one of a network just within the budget is likely to take."""
+        known = [o.training_s / o.steps for o in self.findings.own_outcomes if o.steps]
+        return statistics.median_low(known) if known else self._probed
+
+    @functools.cached_property
+    def _probed(self) -> float:
+        findings = self.findings
+        share = findings.forecast.latency_limit / findings.setting.baseline.latency_s.median
+        return min(1.0, share) * training_step_seconds(findings.setting, time.monotonic() + PROBE_SHARE * findings.clock.total)
 
     def step_cost(self, policy: Policy) -> float:
         """What a training step of the student costs, up to a factor: as its latency in float32 tells, in which it is trained."""

@@ -225,6 +225,20 @@ def test_where_worth_does_not_tell_short_runs_get_more_time(findings, monkeypatc
     assert Pace(findings).short_seconds(Division(10.0, 1.0, 1.0)) == 10.0, "of runs that do not tell, more would not either"
 
 
+def test_what_a_step_takes_is_tried_once_and_then_told_by_policies(findings, pool, monkeypatch):
+    """Seen in a search of an hour, whose first policy trained for 22 steps and could be compared with none of the others."""
+    tried = []
+    monkeypatch.setattr("autocompress.controller.pace.training_step_seconds", lambda setting, until: tried.append(until) or 0.8)
+    findings.forecast.limits = Budget(latency_s=0.5 * findings.setting.baseline.latency_s.median)
+    pace = Pace(findings)
+    assert pace.step_seconds() == pace.step_seconds() == pytest.approx(0.4), "of networks that take half as long"
+    assert len(tried) == 1
+    assert tried[0] - time.monotonic() < 1.0
+    assert pace.division(1000.0).training >= 100 * 0.4
+    trained(findings, pool[0].policy, 1e-3, steps=10, training_s=1.0)
+    assert pace.step_seconds() == pytest.approx(0.1)
+
+
 def test_what_choosing_a_policy_took_is_part_of_what_it_cost(findings, pool, monkeypatch):
     asked, kept = {}, []
 

@@ -19,7 +19,7 @@ from autocompress.data import Data, Split
 from autocompress.demo import TEACHER_EPOCHS
 from autocompress.deploy import recreate
 from autocompress.errors import DeviceUnavailable, PolicyFailure, UsageError
-from autocompress.objective import FLOAT_WEIGHTS, evaluate_policy
+from autocompress.objective import FLOAT_WEIGHTS, PROBED_STEPS, evaluate_policy, training_step_seconds
 from autocompress.policy import LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import limit_validation, load, prepare, score_original, train_demo_teacher
 from autocompress.search_space import unsaturated
@@ -126,6 +126,23 @@ def test_a_student_of_low_rank_is_trained_exported_and_made_again(net, data, tmp
     with torch.no_grad():
         decided = again(data.prepare(data.val.inputs)).argmax(1)
     assert float((decided == data.val.targets).float().mean()) == pytest.approx(outcome.val_score.value, abs=0.02)
+
+
+def test_what_a_step_of_training_takes_is_tried_on_a_copy(net, data, tmp_path, monkeypatch):
+    setting, steps = ready(net, data, tmp_path / "run"), []
+    before = copy.deepcopy(setting.graphs[None].module.state_dict())
+    monkeypatch.setattr("autocompress.compress.train._Optimizer.step", lambda self, loss, rates: steps.append(loss) or time.sleep(0.5))
+    assert 0.5 <= training_step_seconds(setting, time.monotonic() + 60.0) < 2.0
+    assert len(steps) == PROBED_STEPS
+    assert training_step_seconds(setting, time.monotonic() + 0.4) >= 0.5
+    assert len(steps) == PROBED_STEPS + 1, "a slow one is tried once"
+    assert all(torch.equal(before[key], value) for key, value in setting.graphs[None].module.state_dict().items())
+
+    def broken(outputs, targets):
+        raise ValueError("bins must increase")
+
+    own = replace(data, loss=broken, score=lambda outputs, targets: 0.0)
+    assert training_step_seconds(ready(net, own, tmp_path / "other"), time.monotonic() + 60.0) == 0.0
 
 
 @pytest.mark.parametrize("bits", [3, 8])
