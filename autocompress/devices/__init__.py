@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 
 from autocompress.devices.base import Device, DeviceProfile
-from autocompress.devices.runtime import CURES, TITLES, Runtime
+from autocompress.devices.runtime import CURES, PLACE, TITLES, Runtime
 from autocompress.errors import UsageError
-
-PLACE = ":cpu"
 
 
 def open_device(name: str) -> Device:
@@ -32,8 +30,8 @@ def open_device(name: str) -> Device:
 def list_devices() -> list[dict[str, str | bool]]:
     """What this machine can measure with, and how to get what is missing."""
     return [
-        {"name": f"{name}{PLACE}?threads=1", "available": Runtime(name).is_here, "note": title if Runtime(name).is_here else CURES[name]}
-        for name, title in TITLES.items()
+        {"name": runtime.device, "available": runtime.is_here, "note": runtime.title if runtime.is_here else CURES[runtime.name]}
+        for runtime in map(Runtime, TITLES)
     ]
 
 

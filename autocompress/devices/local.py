@@ -38,7 +38,7 @@ class LocalCpu(Device):
     def __init__(self, runtime: Runtime) -> None:
         if not runtime.is_here:
             raise DeviceUnavailable(f"{runtime.title} is not installed", hint=CURES[runtime.name])
-        self.name = f"{runtime.name}:cpu?threads={runtime.threads}"
+        self.name = runtime.device
         self._runtime = runtime
         saturates = processor.int8_saturates(processor.flags())
         note = "x86 without VNNI: int8 weights use 7 bits" if saturates else ""

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 """By the name of the package, of Python and of PyPI."""
 CURES = {"onnxruntime": "pip install onnxruntime", "openvino": 'pip install "autocompress[openvino]"'}
+PLACE = ":cpu"
+"""Ends the name of a device, but for its options."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,11 @@ class Runtime:
     @property
     def title(self) -> str:
         return TITLES[self.name]
+
+    @property
+    def device(self) -> str:
+        """Name of the device that it makes of this machine's processor."""
+        return f"{self.name}{PLACE}?threads={self.threads}"
 
     @property
     def is_here(self) -> bool:
