@@ -12,9 +12,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import skip_init
 
-from autocompress.graph.nodes import Conv, Weighted
+from autocompress.compress.layers import pointwise, unfilled
+from autocompress.graph.nodes import Weighted
 
 FIRST_OF = "first_of"
 """Where the first of two layers keeps the name of the second's node, which is that of the layer that they stand for."""
@@ -41,32 +41,13 @@ def _halves(layer: Weighted, rank: int) -> tuple[Weighted, Weighted]:
     """What is nearest to the layer's weights (Eckart & Young 1936), each half with its share of the singular values."""
     left, values, right = torch.linalg.svd(layer.weight.flatten(1).double(), full_matrices=False)
     root = values[:rank].sqrt()
-    first, second = _narrow(layer, rank), _pointwise(layer, rank)
-    write(first, (right[:rank] * root[:, None]))
+    first = unfilled(layer, layer.weight.shape[1], rank, bias=False)
+    second = pointwise(layer, rank, len(layer.weight), bias=layer.bias is not None)
+    write(first, right[:rank] * root[:, None])
     write(second, left[:, :rank] * root)
     if layer.bias is not None and second.bias is not None:
         second.bias.copy_(layer.bias)
     return first.train(layer.training), second.train(layer.training)
-
-
-def _narrow(layer: Weighted, rank: int) -> Weighted:
-    """The layer with so many outputs, and without a bias."""
-    if isinstance(layer, nn.Linear):
-        return cast(nn.Linear, skip_init(nn.Linear, layer.in_features, rank, bias=False, dtype=layer.weight.dtype))
-    narrow: Conv = skip_init(
-        type(layer), layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
-        bias=False, padding_mode=layer.padding_mode, dtype=layer.weight.dtype,
-    )  # fmt: skip
-    return narrow
-
-
-def _pointwise(layer: Weighted, rank: int) -> Weighted:
-    """The layer's outputs of so many inputs, position by position."""
-    has_bias, dtype = layer.bias is not None, layer.weight.dtype
-    if isinstance(layer, nn.Linear):
-        return cast(nn.Linear, skip_init(nn.Linear, rank, layer.out_features, bias=has_bias, dtype=dtype))
-    pointwise: Conv = skip_init(type(layer), rank, layer.out_channels, 1, bias=has_bias, dtype=dtype)
-    return pointwise
 
 
 @torch.no_grad()

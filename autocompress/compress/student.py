@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
-from torch.nn.utils import skip_init
 
 from autocompress.compress.distill import SharedFeatures
+from autocompress.compress.layers import unfilled
 from autocompress.compress.low_rank import factorise
 from autocompress.compress.sizes import resize_arguments
 from autocompress.graph import Graph
@@ -78,38 +78,23 @@ def _resize_module(node: fx.Node, student: fx.GraphModule, graph: Graph, selecti
     rows, columns = (graph.index(name, axis, selection) for name in (node.name, node.all_input_nodes[0].name))
     if rows is None and columns is None:
         return
-    if isinstance(module, Conv):
-        resized: nn.Module = _conv(module, rows, columns, generator)
-    elif isinstance(module, nn.Linear):
-        resized = _linear(module, rows, columns, generator)
+    if isinstance(module, Weighted):
+        resized: nn.Module = _layer(module, rows, columns, generator)
     else:
         assert rows is not None  # what a norm makes has the channels that it reads
         resized = _group_norm(module, rows) if isinstance(module, nn.GroupNorm) else _norm(cast(nn.BatchNorm2d, module), rows)
     student.set_submodule(str(node.target), resized)
 
 
-def _conv(old: Conv, rows: Roots | None, columns: Roots | None, generator: torch.Generator) -> Conv:
+def _layer(old: Weighted, rows: Roots | None, columns: Roots | None, generator: torch.Generator) -> Weighted:
     """Groups of filters go as a whole: what one of them reads does not change."""
-    outputs = len(rows) if rows is not None else old.out_channels
-    inputs = len(columns) if columns is not None else old.in_channels
-    groups = old.groups if old.groups == 1 else inputs * old.groups // old.in_channels
-    new: Conv = skip_init(
-        type(old), inputs, outputs, old.kernel_size, old.stride, old.padding, old.dilation,
-        groups=groups, bias=old.bias is not None, padding_mode=old.padding_mode, dtype=old.weight.dtype,
-    )  # fmt: skip
-    _fill(new, old, rows, columns if old.groups == 1 else None, generator)
-    return new
-
-
-def _linear(old: nn.Linear, rows: Roots | None, columns: Roots | None, generator: torch.Generator) -> nn.Linear:
-    new: nn.Linear = skip_init(
-        nn.Linear,
-        len(columns) if columns is not None else old.in_features,
-        len(rows) if rows is not None else old.out_features,
-        bias=old.bias is not None,
-        dtype=old.weight.dtype,
-    )
-    _fill(new, old, rows, columns, generator)
+    outputs = len(rows) if rows is not None else len(old.weight)
+    grouped = isinstance(old, Conv) and old.groups > 1
+    whole = old.in_channels if isinstance(old, Conv) else old.in_features
+    inputs = len(columns) if columns is not None else whole
+    groups = inputs * old.groups // whole if isinstance(old, Conv) and grouped else 1
+    new = unfilled(old, inputs, outputs, bias=old.bias is not None, groups=groups)
+    _fill(new, old, rows, None if grouped else columns, generator)
     return new
 
 
