@@ -11,21 +11,21 @@ if TYPE_CHECKING:
     from autocompress.deploy import recreate
     from autocompress.inspect import inspect_model
     from autocompress.measure import measure_file
-    from autocompress.policy import DistillSpec, Policy, PruneSpec, QuantSpec, StudentSpec
+    from autocompress.policy import DistillSpec, LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
     from autocompress.records import Budget, Measurement, Outcome, Score
     from autocompress.session import SearchResult, search
     from autocompress.study.sampler import FrontSampler
 
 _HOMES = {
-    "Budget": "records", "Data": "data", "DistillSpec": "policy", "FrontSampler": "study.sampler", "Measurement": "records",
-    "Outcome": "records", "Policy": "policy", "PruneSpec": "policy", "QuantSpec": "policy", "Score": "records",
+    "Budget": "records", "Data": "data", "DistillSpec": "policy", "FrontSampler": "study.sampler", "LowRankSpec": "policy",
+    "Measurement": "records", "Outcome": "records", "Policy": "policy", "PruneSpec": "policy", "QuantSpec": "policy", "Score": "records",
     "SearchResult": "session", "Split": "data", "StudentSpec": "policy", "apply_policy": "apply", "inspect_model": "inspect",
     "measure_file": "measure", "recreate": "deploy", "search": "session",
 }  # fmt: skip
 
 __version__ = metadata.version("autocompress")
 __all__ = [
-    "Budget", "Data", "DistillSpec", "FrontSampler", "Measurement", "Outcome", "Policy", "PruneSpec", "QuantSpec", "Score",
+    "Budget", "Data", "DistillSpec", "FrontSampler", "LowRankSpec", "Measurement", "Outcome", "Policy", "PruneSpec", "QuantSpec", "Score",
     "SearchResult", "Split", "StudentSpec", "apply_policy", "inspect_model", "measure_file", "recreate", "search",
 ]  # fmt: skip
 

@@ -38,7 +38,7 @@ def apply_policy(
 ) -> dict[str, Any]:  # fmt: skip
     """Compress, export and check one policy without training.
 
-    With data, the student is repaired and int8 ranges are fitted to it; without, ranges come from random inputs.
+    With data, the student is reconstructed and int8 ranges are fitted to it; without, ranges come from random inputs.
 
     Args:
         input: without data, the shape of one input, as in `inspect_model`.
@@ -63,7 +63,7 @@ def apply_policy(
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder, cannot, whole_folder(out) as made:
         setting = prepare(task, Path(folder), load(task, data=loaded))
         chosen = unsaturated(given, setting.device.profile) if given else _draw(task, seed, setting)
-        compressed = untrained(setting, chosen, repaired=data is not None)
+        compressed = untrained(setting, chosen, reconstructed=data is not None)
         path = made / setting.write(made, compressed, chosen).artifact
         outputs, parity = check_artifact(setting, compressed, path, chosen)
         before, after = setting.device.measure([setting.baseline.path, path])
@@ -80,7 +80,7 @@ def apply_policy(
             "agreement_with_student": _agreement(parity),
             "largest_difference": parity.relative,
             "validation": format_score(score) if score else "no data: nothing to score",
-            "trained": "no: search trains, apply only repairs" if data is not None else "no: search trains, apply does not",
+            "trained": "no: search trains, apply only reconstructs layers" if data is not None else "no: search trains, apply does not",
         }  # fmt: skip
 
 

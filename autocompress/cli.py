@@ -5,7 +5,10 @@ Results go to stdout, everything else to stderr. Exit codes are those of `autoco
 
 from __future__ import annotations
 
+import errno
+import shlex
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from autocompress import options
-from autocompress.errors import AutocompressError, InfeasibleBudget, UsageError, one_line
+from autocompress.errors import AutocompressError, InfeasibleBudget, RunFolderError, UsageError, one_line
 from autocompress.references import DEFAULT_DEVICE, require_formats
 from autocompress.run_folder import FRONT, PARETO, REPORT, new_run, read_front, write_atomically
 from autocompress.terminal import complain, emit, emit_json, emit_record, report_error, terminal_width
@@ -22,6 +25,8 @@ from autocompress.terminal import complain, emit, emit_json, emit_record, report
 if TYPE_CHECKING:
     from autocompress.task import Task
 
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors of a disk that is full or read-only, wherever they come from."""
 ParseError: type[Exception] = typer.BadParameter.__mro__[1]
 """click's UsageError. Typer carries its own copy of click in some versions, so the class has no stable address."""
 
@@ -118,12 +123,15 @@ def _search(task: Task, run: Path, *, resume: bool, quiet: bool, json: bool) -> 
         raise
     _show(run, json=json)
     if not json:
-        emit(f"\nreport  {run / 'report.html'}\nexport  autocompress export {run} --out DIR")
+        emit(f"\nreport  {run / REPORT}\nexport  autocompress export {shlex.quote(str(run))} --out DIR")
 
 
 def _how_to_resume(run: Path) -> str:
-    task = run / "task.toml"
-    return f"what is finished is kept; continue with: autocompress search {task} --out {run} --resume" if task.is_file() else ""
+    from autocompress.task import TASK_FILE
+
+    if not (run / TASK_FILE).is_file():
+        return ""
+    return f"what is finished is kept; continue with: autocompress search --resume --out {shlex.quote(str(run))}"
 
 
 @app.command()
@@ -370,6 +378,9 @@ def _failed(error: BaseException, as_json: bool) -> int:
     elif isinstance(error, ParseError):
         text = str(getattr(error, "format_message", lambda: error)()).rstrip(".")
         known = UsageError(text, hint="autocompress --help, or --help after a command")
+    elif isinstance(error, OSError) and error.errno in UNWRITABLE:
+        place = error.filename or tempfile.gettempdir()
+        known = RunFolderError(f"{str(place)!r} cannot be written: {error.strerror}", hint="free space; --resume goes on with a search")
     elif isinstance(error, OSError) and error.filename is not None:
         known = UsageError(f"{str(error.filename)!r} cannot be used: {error.strerror}", hint="check the path, and who may read it")
     else:

@@ -37,7 +37,7 @@ def examine(folder: Path) -> dict[str, Any]:
         "system": platform.platform(),
         "cpu": processor.name(),
         "cpu_flags": processor.listed_flags(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": processor.usable(),
         "governor": processor.governor() or "unknown",
         "load": round(os.getloadavg()[0], 2),
         "free_disk": format_size(free),

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
-Work = Literal["prepare", "calibrate", "teach", "appraise", "repair", "train", "export", "score", "measure"]
+Work = Literal["prepare", "calibrate", "teach", "appraise", "reconstruct", "train", "export", "score", "measure"]
 """Model and data loaded, traced and checked, the original exported and measured; operators measured ahead; the teacher's answers;
-untrained students made and compared; students repaired, and trained, before they are exported; files written; files run on examples, and
-compared with their students; files timed, with the pauses that a restless machine asks for. What is none of it is the search itself:
+untrained students made and compared; students reconstructed, and trained, before they are exported; files written; files run on examples,
+and compared with their students; files timed, with the pauses that a restless machine asks for. What is none of it is the search itself:
 drawing, predicting, suggesting, deciding."""
 
 

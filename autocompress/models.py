@@ -1,18 +1,18 @@
-"""Load the user's model: `torchvision:resnet18`, `timm:NAME`, `package.module:function`, `file.py:function`."""
+"""Load the user's model: `torchvision:NAME`, `timm:NAME` (`?pretrained=true`), `package.module:function`, `file.py:function`."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autocompress.errors import UsageError
+from autocompress.errors import UsageError, one_line
 from autocompress.references import call_function, nearest, parse_reference
 
 
@@ -21,21 +21,17 @@ def load_model(reference: str, *, weights: Path | None = None, classes: int | No
 
     Args:
         reference: see the module docstring.
+            `?pretrained=true` loads the weights that torchvision or timm publish, which they download once.
         weights: safetensors, or a state dict saved by torch.save (read with weights_only=True).
         classes: number of outputs asked of torchvision and timm models; None leaves their default.
 
     Raises UsageError when the model or the weights do not load.
     """
     name, options = parse_reference(reference)
-    if options:
-        raise UsageError(
-            f"a model reference takes no options, but got {reference!r}",
-            hint="for options write a function that builds the model: --model file.py:function",
-        )
-    if name.startswith("torchvision:"):
-        model = _torchvision(name.removeprefix("torchvision:"), classes)
-    elif name.startswith("timm:"):
-        model = _timm(name.removeprefix("timm:"), classes)
+    library = next((library for library in LIBRARIES if name.startswith(f"{library}:")), None)
+    pretrained = _pretrained(reference, options, library, weights)
+    if library is not None:
+        model = LIBRARIES[library](name.removeprefix(f"{library}:"), classes, pretrained)
     elif ":" in name:
         model = call_function(name)
     else:
@@ -50,25 +46,74 @@ def load_model(reference: str, *, weights: Path | None = None, classes: int | No
     return model.cpu().eval()
 
 
-def _torchvision(name: str, classes: int | None) -> nn.Module:
+def _pretrained(reference: str, options: dict[str, str], library: str | None, weights: Path | None) -> bool:
+    """Whether the reference asks for published weights. Raises UsageError for other options, and where there is a weights file too."""
+    if library is None and options:
+        raise UsageError(
+            f"a function that builds a model takes no options, but got {reference!r}",
+            hint="write another function of that file, which builds what you want",
+        )
+    if set(options) - {"pretrained"} or options.get("pretrained", "true") not in ("true", "false"):
+        raise UsageError(
+            f"a model takes the option pretrained=true or =false, but got {reference!r}", hint=f"{library}:NAME?pretrained=true"
+        )
+    pretrained = options.get("pretrained") == "true"
+    if pretrained and weights is not None:
+        raise UsageError(f"a model has either published weights or those of a file, but got {reference!r} and {str(weights)!r}",
+                         hint="leave out pretrained=true or --weights")  # fmt: skip
+    return pretrained
+
+
+def _torchvision(name: str, classes: int | None, pretrained: bool) -> nn.Module:
     from torchvision import models
 
     if name not in models.list_models():
         raise UsageError(f"unknown model torchvision:{name}", hint=nearest(name, models.list_models()))
+    if pretrained:
+        model = _published(f"torchvision:{name}", lambda: models.get_model(name, weights="DEFAULT"))
+        known = models.get_model_weights(name).DEFAULT.meta.get("categories")
+        return _with_classes(model, f"torchvision:{name}", len(known) if known else None, classes)
     options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
         options["weights_backbone"] = None  # else the backbone's would be downloaded
     return models.get_model(name, weights=None, **options)
 
 
-def _timm(name: str, classes: int | None) -> nn.Module:
+def _timm(name: str, classes: int | None, pretrained: bool) -> nn.Module:
     try:
         import timm
     except ImportError:
         raise UsageError("timm is not installed", hint='pip install "autocompress[timm]"') from None
     if not timm.is_model(name):
         raise UsageError(f"unknown model timm:{name}", hint=nearest(name, timm.list_models()))
+    if pretrained:
+        model = _published(f"timm:{name}", lambda: timm.create_model(name, pretrained=True))
+        return _with_classes(model, f"timm:{name}", getattr(model, "num_classes", None), classes)
     return timm.create_model(name, pretrained=False, **({} if classes is None else {"num_classes": classes}))
+
+
+def _published(name: str, build: Callable[[], nn.Module]) -> nn.Module:
+    """A model with weights from the network. Raises UsageError when there are none, or they cannot be had."""
+    try:
+        return build()
+    except Exception as error:  # whatever stands between this machine and a hub
+        raise UsageError(
+            f"the published weights of {name} cannot be loaded: {one_line(error)}",
+            hint="download them elsewhere, and give the file as --weights",
+        ) from error
+
+
+def _with_classes(model: nn.Module, name: str, known: int | None, classes: int | None) -> nn.Module:
+    """The model itself. Raises UsageError where its weights tell other classes apart than the data has."""
+    if classes is not None and known is not None and known != classes:
+        raise UsageError(
+            f"the published weights of {name} tell {known} classes apart, but the data has {classes}",
+            hint="train the model on your data first, and give its weights as --weights",
+        )
+    return model
+
+
+LIBRARIES: dict[str, Callable[[str, int | None, bool], nn.Module]] = {"torchvision": _torchvision, "timm": _timm}
 
 
 MAIN = ("logits", "out", "last_hidden_state")

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from autocompress.compress.distill import SharedFeatures
 from autocompress.compress.quantize import fake_quantize
-from autocompress.compress.repair import TeacherActivations, examples_for, repair
+from autocompress.compress.reconstruct import TeacherActivations, examples_for, reconstruct
 from autocompress.compress.student import build_student, shared_features
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import CALIBRATION_INPUTS, Distillation, Tick, TrainPlan, quantizes, train, train_quantized
@@ -33,7 +33,7 @@ from autocompress.devices.runtime import TITLES
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import AutocompressError, PolicyFailure, one_line
 from autocompress.evaluate import model_answers, run_artifact, score_outputs
-from autocompress.export import Manifest, Parity, check_parity, load_student, read_manifest, weights_bytes, write_bundle
+from autocompress.export import Manifest, Parity, check_onnx, check_parity, load_student, read_manifest, weights_bytes, write_bundle
 from autocompress.graph import Graph, Structure
 from autocompress.graph.nodes import follows_batch
 from autocompress.ledger import Ledger
@@ -43,8 +43,8 @@ from autocompress.run_folder import write_atomically, writing
 from autocompress.schedule import FEWEST_EXAMPLES
 
 CALIBRATION_S = 20.0
-LEAST_REPAIR_S = 10.0
-"""A student's repair may take as long as its training, and so long in any case: half repaired it would be worth little."""
+LEAST_RECONSTRUCTION_S = 10.0
+"""A student's reconstruction may take as long as its training, and so long in any case: half reconstructed it would be worth little."""
 FLOAT_WEIGHTS = "float.safetensors"
 COMPARED = 1000
 """Inputs for which a file must answer as its student: enough to tell 0.5 %; all of them take as long as a tenth of the training."""
@@ -120,7 +120,7 @@ class Setting:
 
     @functools.cached_property
     def teacher_activations(self) -> TeacherActivations:
-        """What students that are made of the teacher are repaired with."""
+        """What students that are made of the teacher are reconstructed with."""
         graph = self.graphs[None]
         n = min(self.calibration, examples_for(graph))
         return TeacherActivations(graph, torch.cat([*self.data.calibration(n, n)]))
@@ -135,18 +135,19 @@ class Setting:
         """Export a student of this search as a bundle."""
         with self.ledger.spend("export"):
             return write_bundle(
-                folder, student, policy, (self.example,), model=self.model_reference, classes=self.data.classes, seed=self.seed
-            )
+                folder, student, policy, (self.example,), model=self.model_reference, classes=self.data.classes, seed=self.seed,
+                normalisation=self.data.normalisation,
+            )  # fmt: skip
 
 
-def untrained(setting: Setting, policy: Policy, *, repaired: bool = False, calibration: int | None = None) -> fx.GraphModule:
-    """The student's structure with calibrated quantizers: as fast as the trained one, without its accuracy; `repaired`, with some of it.
+def untrained(setting: Setting, policy: Policy, *, reconstructed: bool = False, calibration: int | None = None) -> fx.GraphModule:
+    """The student's structure with calibrated quantizers: as fast as the trained one, without its accuracy.
 
-    A few inputs for `calibration` are enough where only its latency is asked for.
+    `reconstructed`, it has some of that. A few inputs for `calibration` are enough where only its latency is asked for.
     """
     student = build_student(setting.graph_of(policy), policy)
-    if repaired and changes_shape(setting, policy):
-        _repair(setting, student, policy, until=math.inf)
+    if reconstructed and changes_shape(setting, policy):
+        _reconstruct(setting, student, policy, until=math.inf)
     plan = TrainPlan(steps=0, calibration=calibration or setting.calibration)
     return train_quantized(student, policy.quant, setting.data, plan)
 
@@ -192,7 +193,7 @@ def evaluate_policy(
 
     Args:
         id: name of the bundle's folder.
-        seconds: of training, once the student is repaired; export, scoring and measuring come after it.
+        seconds: of training, once the student is reconstructed; export, scoring and measuring come after it.
         latest: `time.monotonic()` at which training ends in any case.
         worth: of the structure before it is trained, see `Outcome`.
         continues: id of a lower rung of the same policy, whose float weights are the start.
@@ -211,7 +212,7 @@ def evaluate_policy(
     try:
         student = build_student(setting.graph_of(policy), policy)
         stage = "train"
-        _begin(setting, student, policy, continues, until=min(latest, started + max(LEAST_REPAIR_S, seconds)))
+        _begin(setting, student, policy, continues, until=min(latest, started + max(LEAST_RECONSTRUCTION_S, seconds)))
         begun = time.monotonic()
         with setting.ledger.spend("train"):
             student = _trained(setting, student, policy, id, rung, min(latest, begun + seconds), count)
@@ -256,6 +257,7 @@ def evaluate_again(setting: Setting, outcome: Outcome, bundle: Path, *, predicte
         shutil.copytree(bundle, folder)
     path = folder / read_manifest(folder).artifact
     try:
+        check_onnx(path)  # somebody else may have made it
         score, latency = _scored_again(setting, outcome, path), measure_beside_baseline(setting, [path])[1]
     except Exception:
         shutil.rmtree(folder, ignore_errors=True)
@@ -284,11 +286,11 @@ def _is_of_this_device(setting: Setting, outcome: Outcome) -> bool:
 
 
 def _begin(setting: Setting, student: fx.GraphModule, policy: Policy, continues: str | None, until: float) -> None:
-    """Let a student begin with the weights of the lower rung that it continues, else repaired where it has another shape."""
+    """Let a student begin with the weights of the lower rung that it continues, else reconstructed where it has another shape."""
     if continues is not None and _continue_from(student, setting.models / continues / FLOAT_WEIGHTS):
         return
     if changes_shape(setting, policy):
-        _repair(setting, student, policy, until)
+        _reconstruct(setting, student, policy, until)
 
 
 def _trained(setting: Setting, student: fx.GraphModule, policy: Policy, id: str, rung: Rung, deadline: float, tick: Tick) -> fx.GraphModule:
@@ -328,14 +330,14 @@ def _continue_from(student: fx.GraphModule, path: Path) -> bool:
     return True
 
 
-def _repair(setting: Setting, student: fx.GraphModule, policy: Policy, until: float) -> None:
+def _reconstruct(setting: Setting, student: fx.GraphModule, policy: Policy, until: float) -> None:
     """Let a student that was made of its teacher begin with what it can do of the teacher's work."""
     if policy.student.reference is not None:
         return
     inherited = copy.deepcopy(student.state_dict())
     try:
-        with setting.ledger.spend("repair"):
-            repair(student, setting.teacher_activations, policy, until=until)
+        with setting.ledger.spend("reconstruct"):
+            reconstruct(student, setting.teacher_activations, policy, until=until)
     except RuntimeError:  # out of memory, or equations without a solution: the student can be trained all the same
         student.load_state_dict(inherited)
 

@@ -1,8 +1,8 @@
 """Policy: the complete, frozen recipe of one compressed network.
 
-Together with the teacher a policy is enough to build the student's structure; with
-`student.safetensors` it is the student. Order of application (compress/): student shape
-(dropped blocks, widths) -> channel removal -> low rank -> repair -> distillation in float -> quantization -> distillation through it.
+Together with the teacher a policy is enough to build the student's structure; with `student.safetensors` it is the student. Order of
+application (compress/): student shape (dropped blocks, widths) -> channel removal -> low rank -> reconstruction -> distillation in float ->
+quantization -> distillation through it.
 """
 
 from __future__ import annotations

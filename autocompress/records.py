@@ -134,6 +134,13 @@ class Measurement(Record):
         return self.model_copy(update=seconds | {"original_s": original_s})
 
 
+class Normalisation(Record):
+    """How images of whole numbers up to 255 become inputs of a model: (pixel / 255 - mean) / std, with a value for each channel or one."""
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+
 class Score(Record):
     """Task quality of one model on one split; `value` is better in `direction`."""
 

@@ -1,7 +1,7 @@
 """References to models and data: `name?option=value`, `package.module:function`, `path/to/file.py:function`.
 
 Running a user's function is running the user's code; references are taken from the command line, a task file or Python
-only, never from a run folder that somebody else wrote: `--resume` alone reads the task that a run folder keeps.
+only. `--resume` and `--from` read the task that a run folder keeps: name those of your own searches, or of people you trust.
 """
 
 from __future__ import annotations

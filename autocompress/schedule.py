@@ -137,7 +137,7 @@ class Division:
 
     @classmethod
     def of(cls, left: float, overhead: float, telling_s: float = 0.0) -> Division:
-        """Divide what is `left`; a run trains for LEAST_TRAINING_RATIO of its overhead at least (choice, repair, export, measuring).
+        """Divide what is `left`; a run trains for LEAST_TRAINING_RATIO of its overhead at least (choosing to measuring).
 
         Where steps are slow there are fewer runs, down to FEWEST_SHORT_RUNS, so that each trains for the `telling_s` after which it tells.
         """

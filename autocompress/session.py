@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ from torch import nn
 
 from autocompress.candidates.forecast import Forecast
 from autocompress.candidates.proposals import LevelSuggester
-from autocompress.controller.final import measure_front, score_test
+from autocompress.controller.final import conclude
 from autocompress.controller.findings import TAKEN_OVER, Findings, TakenOver
 from autocompress.controller.initial import ask_teacher, calibrate, know_original, propose
 from autocompress.controller.learned import take_over
@@ -29,7 +30,7 @@ from autocompress.ledger import Ledger
 from autocompress.objective import Setting
 from autocompress.policy import Policy
 from autocompress.preparation import TEACHER_WEIGHTS, contents, kept_teacher, load, prepare, train_demo_teacher
-from autocompress.progress import Progress, SilentProgress
+from autocompress.progress import Progress, SilentProgress, make_progress
 from autocompress.records import Budget
 from autocompress.references import DEFAULT_DEVICE
 from autocompress.report.figures import in_colour
@@ -132,7 +133,7 @@ def search(
     from_run: Path | str | None = None,
     resume: bool = False,
     sampler: BaseSampler | None = None,
-    progress: Progress | None = None,
+    quiet: bool = False,
 ) -> SearchResult:
     """Search the compressed models of `model` that meet `budget`, as `autocompress search` does; without a model, of the demonstration.
 
@@ -146,6 +147,7 @@ def search(
         suggest: draws a policy from an Optuna trial, instead of a named space.
         sampler: any Optuna sampler that handles two objectives.
         from_run: folder of another search of the same model and data, to begin with what it has learned.
+        quiet: show no progress on stderr.
 
     Raises the errors of `autocompress.errors`; InfeasibleBudget when nothing meets the budget.
     """
@@ -172,16 +174,18 @@ def search(
         "seed": seed,
         "from_run": str(from_run) if from_run is not None else None,
     }
-    return run_search(
-        load_task(None, values),
-        Path(out) if out is not None else new_run(),
-        resume=resume,
-        progress=progress,
-        sampler=sampler,
-        suggest=suggest,
-        model=model if isinstance(model, nn.Module) else None,
-        data=data if isinstance(data, Data) else None,
-    )
+    task, run = load_task(None, values), Path(out) if out is not None else new_run()
+    with make_progress(quiet) as progress:
+        return run_search(
+            task,
+            run,
+            resume=resume,
+            progress=progress,
+            sampler=sampler,
+            suggest=suggest,
+            model=model if isinstance(model, nn.Module) else None,
+            data=data if isinstance(data, Data) else None,
+        )
 
 
 def _named(given: nn.Module | Data | str | None) -> str | None:
@@ -299,8 +303,7 @@ def _phases(findings: Findings, known: Journal | None) -> None:
     rungs.appraise(pool)
     rungs.short_rung(pool)
     rungs.full_rung()
-    measure_front(findings)
-    score_test(findings)
+    conclude(findings)
 
 
 def _recall(findings: Findings) -> None:
@@ -337,17 +340,17 @@ def _result(findings: Findings) -> SearchResult:
     if failures and not points:
         raise TooManyFailures(
             f"no policy became a file that works; the first failed to {failures[0]['stage']}: {failures[0]['reason']}",
-            hint="mend that, then --resume",
+            hint="mend that, then --resume (it may have another --batch-size or --learning-rate)",
         )
     if findings.task.budget and not any(point["feasible"] for point in points):
         fastest = min((e["latency_s"]["high"] for e in points), default=float("nan"))
         told = f"the fastest policy took {format_duration(fastest)}" if points else "no policy could be measured in time"
+        run = shlex.quote(str(findings.run))
         trained = any(point["rung"] != "unchanged" for point in points)
         raise InfeasibleBudget(
             f"the search ended {'' if trained else 'before any policy was trained '}and nothing meets the budget "
             f"({findings.budget.in_words()}): {told}",
-            hint=f"search longer (--resume --out {findings.run} --search-time ...), or allow more: --from {findings.run} begins with what "
-            "was learned",
+            hint=f"search longer (--resume --out {run} --search-time ...), or allow more: --from {run} begins with what was learned",
             smallest_latency_s=fastest,
         )
     return result

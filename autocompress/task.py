@@ -24,6 +24,8 @@ OBJECT = "python:"
 """Begins the name of a model or data that was given as an object of Python: nothing can load it."""
 TASK_FILE = "task.toml"
 """What a search was asked for, in its run folder."""
+CHANGEABLE = ("search_time", "trials", "target_accuracy", "batch_size", "learning_rate")
+"""What a resumed search may have otherwise."""
 
 
 class Task(Record):
@@ -86,8 +88,12 @@ class Task(Record):
         return self.model == DEMO_MODEL
 
     def difference(self, other: Task) -> str | None:
-        """The first field in which another task differs, so that their policies cannot share a run folder; how long to search is free."""
-        return self._differs(other, [name for name in Task.model_fields if name not in ("search_time", "trials", "target_accuracy")])
+        """The first field in which another task differs, so that their policies cannot share a run folder.
+
+        How long to search and how to train is free; a budget is the same in other words.
+        """
+        others = [name for name in Task.model_fields if name not in (*CHANGEABLE, "budget")]
+        return self._differs(other, [*(["budget"] if self.limits != other.limits else []), *others])
 
     def other_subject(self, other: Task) -> str | None:
         """The first field in which another task differs, so that what it has learned of policies says nothing of them here.

@@ -2,8 +2,8 @@
 
     AUTOCOMPRESS_DATA=../shared/data .venv/bin/python benchmarks/batches.py --model resnet20 --examples 12800,38400 --sizes 128,64,32
 
-Float32 students of `repair.students`, each from the same repaired start, over the same views of the same examples in the same order, as a
-search trains them; scored on up to 2,000 validation examples. Sizes are interleaved. Seconds are those of training, the teacher's answers
+Float32 students of `reconstruct.students`, each from the same reconstructed start, over the same views of the same examples in the same order,
+as a search trains them; scored on up to 2,000 validation examples. Sizes are interleaved. Seconds are those of training, the teacher's answers
 known. Writes benchmarks/results/batches_MODEL.{json,md}.
 """
 
@@ -20,9 +20,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from rates import RATES, RESULTS, SCORED, trained
-from repair import examples, students
+from reconstruct import examples, students
 
-from autocompress.compress.repair import TeacherActivations, repair
+from autocompress.compress.reconstruct import TeacherActivations, reconstruct
 from autocompress.compress.student import build_student, shared_features
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import Distillation, TrainPlan, train
@@ -62,7 +62,7 @@ def main() -> None:
     for n in options.examples:
         for name, policy in list(students(graph))[: options.students]:
             student = build_student(graph, policy)
-            repair(student, reference, policy)
+            reconstruct(student, reference, policy)
             row = {"student": name, "examples": n, "distance": teacher.distance(student)}
             row["untrained"] = score_model(copy.deepcopy(student), data, val).value
             distillation = Distillation(teacher, DistillSpec(), shared_features(graph, policy))

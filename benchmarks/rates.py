@@ -1,11 +1,11 @@
-"""How gently a repaired student should be trained where steps are few: its score after N steps at shares of the usual rates.
+"""How gently a reconstructed student should be trained where steps are few: its score after N steps at shares of the usual rates.
 
     AUTOCOMPRESS_DATA=../shared/data .venv/bin/python benchmarks/rates.py --model demo --steps 20,40,100
     AUTOCOMPRESS_DATA=../shared/data .venv/bin/python benchmarks/rates.py --model resnet20 --steps 30,100
 
 First as a search trains it, whose rates follow from the distance to the teacher.
 Steps are counted and not timed, so that a busy machine changes nothing.
-Float32 students of `repair.students`, scored on up to 2,000
+Float32 students of `reconstruct.students`, scored on up to 2,000
 validation examples: what is found here sets constants of `compress/train.py`. Writes benchmarks/results/rates_MODEL.{json,md}.
 """
 
@@ -22,9 +22,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
-from repair import examples, students
+from reconstruct import examples, students
 
-from autocompress.compress.repair import TeacherActivations, repair
+from autocompress.compress.reconstruct import TeacherActivations, reconstruct
 from autocompress.compress.student import build_student, shared_features
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import Distillation, TrainPlan, train, train_quantized
@@ -79,7 +79,7 @@ def main() -> None:
     teacher, reference = Teacher(model, data, classifier=graph.classifier), TeacherActivations(graph, examples(graph, data))
     for name, policy in students(graph):
         student = build_student(graph, policy)
-        repair(student, reference, policy)
+        reconstruct(student, reference, policy)
         known = {"student": name, "distance": teacher.distance(student)}
         known["untrained"] = score_model(copy.deepcopy(student), data, val).value
         distillation = Distillation(teacher, DistillSpec(), shared_features(graph, policy))

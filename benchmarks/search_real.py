@@ -2,7 +2,7 @@
 
     AUTOCOMPRESS_DATA=../shared/data .venv/bin/python benchmarks/search_real.py --model resnet20 --evaluations 60 --seeds 3
 
-Structures of a CIFAR-10 ResNet under a budget, two objectives: likeness to the teacher, repaired and untrained (1 to 5 s each; see
+Structures of a CIFAR-10 ResNet under a budget, two objectives: likeness to the teacher, reconstructed and untrained (1 to 5 s each; see
 `rungs.py` for what it foretells), and predicted latency. What prediction rules out costs no sampler anything, as in a search.
 
 * search: as a search does it, the dimensions alone, up to half of all; then what loses least by them; then what FrontSampler suggests

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -194,7 +195,7 @@ def run(place):
 @pytest.mark.parametrize(
     ("options", "message", "hint"),
     [
-        ("--resume --seed 2", "another task: seed was 1, now 2", "--out"),
+        ("--resume --seed 2", "another task: seed was 1, now 2", "--from run"),
         ("--resume --seed 1 --batch 8", "another task: batch was 1, now 8", "--out"),
         ("--seed 1", "already holds a search", "--resume"),
     ],
@@ -243,6 +244,16 @@ def test_a_bug_asks_for_a_report_and_debug_shows_where(place, capsys, monkeypatc
     require_explained(capsys.readouterr(), "unexpected ZeroDivisionError: inside", "--debug")
     assert main(["--debug", "show", "fine"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place_told", ["run/models", None])
+def test_a_full_disk_is_told_as_one_wherever_it_shows(place, capsys, monkeypatch, place_told):
+    def fail(run):
+        raise OSError(errno.ENOSPC, "No space left on device", place_told)
+
+    monkeypatch.setattr("autocompress.results.read_front", fail)
+    assert main(["show", "fine"]) == 6
+    require_explained(capsys.readouterr(), "cannot be written: No space left", "free space")
 
 
 def test_ctrl_c_is_130(place, capsys, monkeypatch):

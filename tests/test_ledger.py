@@ -21,10 +21,10 @@ def test_work_inside_other_work_counts_once(clock: list[float]) -> None:
     ledger = Ledger()
     with ledger.spend("train"):
         clock[0] += 1
-        with ledger.spend("repair"):
+        with ledger.spend("reconstruct"):
             clock[0] += 2
         clock[0] += 4
-    assert ledger.spent() == {"train": 5, "repair": 2}
+    assert ledger.spent() == {"train": 5, "reconstruct": 2}
 
 
 def test_what_happens_between_is_nobodys(clock: list[float]) -> None:
@@ -39,11 +39,11 @@ def test_what_happens_between_is_nobodys(clock: list[float]) -> None:
 
 def test_time_is_charged_when_the_work_fails(clock: list[float]) -> None:
     ledger = Ledger()
-    with pytest.raises(KeyboardInterrupt), ledger.spend("train"), ledger.spend("repair"):
+    with pytest.raises(KeyboardInterrupt), ledger.spend("train"), ledger.spend("reconstruct"):
         clock[0] += 3
         raise KeyboardInterrupt
     clock[0] += 5
-    assert ledger.spent() == {"train": 0, "repair": 3}
+    assert ledger.spent() == {"train": 0, "reconstruct": 3}
 
 
 def test_a_resumed_ledger_goes_on_and_shows_what_is_open(clock: list[float]) -> None:

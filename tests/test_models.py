@@ -135,7 +135,9 @@ def test_a_function_makes_a_model(tmp_path):
         ("torchvision:resnet19", "unknown model", "resnet18"),
         ("torchvision:", "unknown model", "known"),
         ("resnet18", "unknown model", "torchvision:NAME"),
-        ("torchvision:resnet18?x=1", "takes no options", ""),
+        ("torchvision:resnet18?x=1", "takes the option pretrained", "pretrained=true"),
+        ("timm:resnet18?pretrained=yes", "takes the option pretrained", "pretrained=true"),
+        ("net.py:build?pretrained=true", "takes no options", "function"),
         ("timm:resnet19", "timm", ""),
         ("no_such_module:f", "does not import", "file.py"),
     ],
@@ -144,6 +146,48 @@ def test_references_that_name_no_model(reference, message, hint):
     with pytest.raises(UsageError, match=message) as caught:
         load_model(reference)
     assert hint in caught.value.hint
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """torchvision, whose weights come from a hub that is here."""
+    from torchvision import models
+
+    asked, build = [], models.get_model
+
+    def get_model(name, weights=None, **options):
+        asked.append((name, weights))
+        return build(name, weights=None, **options)
+
+    monkeypatch.setattr(models, "get_model", get_model)
+    return asked
+
+
+@pytest.mark.parametrize("classes", [None, 1000])
+def test_published_weights_are_those_that_the_library_recommends(published, classes):
+    model = load_model("torchvision:resnet18?pretrained=true", classes=classes)
+    assert published == [("resnet18", "DEFAULT")]
+    assert model.fc.out_features == 1000
+    load_model("torchvision:resnet18?pretrained=false", classes=7)
+    assert published[1:] == [("resnet18", None)]
+
+
+def test_published_weights_know_their_own_classes_and_leave_no_room_for_a_file(published, tmp_path):
+    with pytest.raises(UsageError, match="tell 1000 classes apart, but the data has 7") as caught:
+        load_model("torchvision:resnet18?pretrained=true", classes=7)
+    assert "--weights" in caught.value.hint
+    with pytest.raises(UsageError, match="either published weights or those of a file"):
+        load_model("torchvision:resnet18?pretrained=true", weights=tmp_path / "w.safetensors")
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch):
+    def get_model(name, **_):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("torchvision.models.get_model", get_model)
+    with pytest.raises(UsageError, match=r"cannot be loaded: .*Name or service not known") as caught:
+        load_model("torchvision:resnet18?pretrained=true")
+    assert "--weights" in caught.value.hint
 
 
 class Answers(nn.Module):

@@ -110,6 +110,7 @@ def test_the_folder_of_data_comes_from_the_environment(tmp_path, monkeypatch):
         ({"search_time": "9h"}, True),
         ({"trials": 3}, True),
         ({"target_accuracy": 0.5}, True),
+        ({"batch_size": 32, "learning_rate": 0.01}, True),
         ({"seed": 1}, False),
         ({"budget": ("1ms",)}, False),
         ({"data": "other"}, False),
@@ -118,6 +119,10 @@ def test_the_folder_of_data_comes_from_the_environment(tmp_path, monkeypatch):
 )
 def test_a_search_may_be_resumed_for_longer_but_not_with_another_task(changed, same):
     assert (Task(**changed).difference(Task()) is None) is same
+
+
+def test_a_budget_in_other_words_is_the_same_task():
+    assert Task(budget=("10ms", "4MB")).difference(Task(budget=("4000kB", "0.01s"))) is None
 
 
 def test_a_task_means_the_same_in_another_folder(tmp_path, monkeypatch):

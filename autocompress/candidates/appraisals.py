@@ -87,6 +87,11 @@ class Appraisals:
     def _worth(self, proposal: Proposal) -> float:
         return self._likeness(proposal.policy) if self.forecast.setting.one_architecture else self.promise(proposal)
 
+    @property
+    def failures(self) -> list[str]:
+        """Why students of this search could not be compared with the teacher; they count as if nothing were left of it."""
+        return self._likeness.failures if self._seconds and self.forecast.setting.one_architecture else []
+
     def recall(self) -> None:
         """Take up what the trials of a resumed search say; what a function of the user's draws otherwise by now is left out.
 

@@ -1,9 +1,9 @@
-"""What a policy is worth before anything is trained: how much its student, repaired and rounded to its bits, answers like the teacher.
+"""What a policy is worth before anything is trained: how much its student, reconstructed and rounded to its bits, answers like the teacher.
 
-The second rung of the search. Each policy is built and repaired by itself, with fewer inputs than before training (some seconds), rather
-than assembled from a database of layers that were repaired alone, as SPDY does (Frantar & Alistarh 2022, arXiv 2201.13096, section 3.3):
-a layer that knows what the layers before it have lost makes up for a part of it. `benchmarks/rungs.py` compares likeness with what
-training makes of the same students.
+The second rung of the search. Each policy is built and reconstructed by itself, with fewer inputs than before training (some seconds),
+rather than assembled from a database of layers that were reconstructed alone, as SPDY does (Frantar & Alistarh 2022, arXiv 2201.13096,
+section 3.3): a layer that knows what the layers before it have lost makes up for a part of it. `benchmarks/rungs.py` compares likeness
+with what training makes of the same students.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, fx
 
 from autocompress.compress.quantize import calibrate, fake_quantize
-from autocompress.compress.repair import TeacherActivations, examples_for, repair
+from autocompress.compress.reconstruct import TeacherActivations, examples_for, reconstruct
 from autocompress.compress.student import build_student
 from autocompress.compress.train import CALIBRATION_BATCH, quantizes
 from autocompress.data import sample
+from autocompress.errors import one_line
 from autocompress.objective import Setting, changes_shape, fails_policy
 from autocompress.policy import Policy
 
 EXAMPLES = 128
-"""Inputs that a student is repaired on, at most: more take longer, and flatter small students (`benchmarks/rungs.py`)."""
+"""Inputs that a student is reconstructed on, at most: more take longer, and flatter small students (`benchmarks/rungs.py`)."""
 HELD_OUT = 512
 """Validation inputs that student and teacher answer, at most."""
 
@@ -31,6 +32,8 @@ class Likeness:
     def __init__(self, setting: Setting) -> None:
         graph, data = setting.graphs[None], setting.data
         n = min(EXAMPLES, setting.calibration, examples_for(graph))
+        self.failures: list[str] = []
+        """Why students were given 0 that could not be made or asked."""
         self._setting, self._activations = setting, TeacherActivations(graph, torch.cat([*data.calibration(n, n)]))
         self._held_out = [inputs for inputs, _ in data.batches(sample(data.val, min(HELD_OUT, 4 * n)), setting.batch_size)]
         self.wanted = self.answers(graph.module)
@@ -47,6 +50,7 @@ class Likeness:
         except Exception as error:  # out of memory, equations without a solution, whatever a module of the user's raises
             if not fails_policy(error):
                 raise
+            self.failures.append(one_line(error))
             return 0.0
         if self._setting.data.classes is not None:
             shared = torch.minimum(answers.softmax(1), self.wanted.softmax(1)).sum(1).mean()
@@ -56,11 +60,11 @@ class Likeness:
 
     @torch.no_grad()
     def student(self, policy: Policy) -> fx.GraphModule:
-        """The policy's student as it is compared: repaired, and rounded to its bits."""
+        """The policy's student as it is compared: reconstructed, and rounded to its bits."""
         graph = self._setting.graph_of(policy)
         student = build_student(graph, policy)
         if changes_shape(self._setting, policy):
-            repair(student, self._activations, policy)
+            reconstruct(student, self._activations, policy)
         if quantizes(policy.quant):
             student = fake_quantize(student.eval(), policy.quant)
             calibrate(student, self._activations.inputs.split(CALIBRATION_BATCH))

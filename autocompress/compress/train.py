@@ -42,7 +42,8 @@ MOST_BATCHES = 16
 WARM_STEPS, MUCH_TO_LEARN = 300, 0.15
 """A student that answers like its teacher is trained at the full rates from so many steps on: fewer undo more than they teach. Where so
 much of its answers differs it has more to learn than to lose (`benchmarks/rates.py`), but by Muon only, whose steps have the same length
-whatever the gradient: of SGD the first steps follow the largest gradients that there will be, and a few of them ruin a repaired student."""
+whatever the gradient: of SGD the first steps follow the largest gradients that there will be, and a few of them ruin a student that was
+reconstructed."""
 CAUTION = 3
 """Power of what there is to learn that SGD's rates keep where steps are few: all from scratch, a fortieth where 0.3 of answers differ."""
 SLOWER, MOST_RESTARTS = 4.0, 3

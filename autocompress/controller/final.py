@@ -22,15 +22,29 @@ MOST_OVERTIME = 0.05
 """Of the search's time: what so many test examples may take beyond it; of slower models there are fewer, but FEWEST_EXAMPLES."""
 
 
-def measure_front(findings: Findings) -> None:
+def conclude(findings: Findings) -> None:
+    """Measure the front and score it; again what has come onto it, where the test split has shown that a file fails."""
+    known: set[str] = set()
+    measure_front(findings, known)
+    score_test(findings)
+    while measure_front(findings, known):
+        score_test(findings)
+
+
+def measure_front(findings: Findings, known: set[str]) -> bool:
     """Measure the front's files together, interleaved with the baseline; a point stays within the budget only if both times it was.
 
     What leaves the budget may let points onto the front that were behind it, so that it is measured until all of it has been.
+
+    Args:
+        known: ids of what has been measured so before; added to.
+
+    Returns whether there was anything to measure, and time.
     """
-    known: set[str] = set()
+    before = len(known)
     while front := [o for o in findings.front() if o.id not in known]:
         if known and findings.clock.until_end < 0:
-            return
+            break
         findings.show("measuring the front", 0, len(front))
         baseline, again = _measured_again(findings, front)
         if baseline is not None and not known:
@@ -39,10 +53,14 @@ def measure_front(findings: Findings) -> None:
             first = outcome.search_latency_s or outcome.latency_s
             findings.journal.record(outcome.model_copy(update={"latency_s": latency, "search_latency_s": first}))
         known |= {o.id for o in front}
+    return len(known) > before
 
 
 def _measured_again(findings: Findings, front: list[Outcome]) -> tuple[Measurement | None, list[tuple[Outcome, Measurement]]]:
-    """Latencies of the baseline and of these, all together; one by one where that fails, and what fails even so is lost."""
+    """Latencies of the baseline and of these, all together; one by one where that fails, and what fails even so is lost.
+
+    Where not even the baseline can be measured, which was so often before, nothing is said against any of them.
+    """
     setting, left = findings.setting, max(0.0, findings.clock.until_end)
     seconds = max(LEAST_FINAL_SECONDS_EACH, min(FINAL_SECONDS_EACH, FINAL_SHARE * left / (len(front) + 1)))
     measure = functools.partial(measure_beside_baseline, setting, seconds_each=seconds, until=time.monotonic() + FINAL_SHARE * left)
@@ -50,9 +68,14 @@ def _measured_again(findings: Findings, front: list[Outcome]) -> tuple[Measureme
     try:
         baseline, *others = measure([*paths.values()])
     except PolicyFailure:
-        baseline = None
+        pass
     else:
         return baseline, list(zip(front, others, strict=True))
+    try:
+        (baseline,) = measure([])
+    except PolicyFailure as error:
+        findings.progress.message(f"the front cannot be measured once more, so that it stands as it was measured before: {one_line(error)}")
+        return None, []
     again: list[tuple[Outcome, Measurement]] = []
     for outcome in front:
         try:

@@ -46,7 +46,11 @@ def know_original(findings: Findings) -> None:
     findings.per_example_s = (time.monotonic() - started) / len(data.val)
     guess = 1 / data.classes if data.classes else 0.0
     if data.score is None and score.value < guess + GUESSING * (1 - guess):
-        cure = "search longer (--search-time)" if findings.task.is_demo else "give its trained weights (--weights FILE)"
+        cure = (
+            "search longer (--search-time)"
+            if findings.task.is_demo
+            else "give its trained weights (--weights FILE; or of torchvision and timm NAME?pretrained=true)"
+        )
         findings.progress.message(f"the original scores {100 * score.value:.1f} %, hardly more than guessing: {cure}")
     clock, latency = findings.clock, findings.setting.baseline.latency_s.median
     findings.clock = clock.with_reserve(reserve_seconds(clock.total, findings.per_example_s, len(data.test), latency))

@@ -41,7 +41,7 @@ class Pace:
     def overhead(self) -> float:
         """Seconds that a short run costs beside training, as a rule: where the machine was restless, measuring took longer.
 
-        Before the first, as much as the unchanged network in int8, and its repair about as much as an appraisal.
+        Before the first, as much as the unchanged network in int8, and its reconstruction about as much as an appraisal.
         """
         outcomes = measured(self.findings.own_outcomes)
         if short := [o.seconds - o.training_s for o in outcomes if o.rung == "short"]:

@@ -1,6 +1,6 @@
 """The rungs of a search: rule out by prediction, appraise untrained, train shortly, train the best fully.
 
-Appraisal (structures that Optuna suggests, repaired and compared with the teacher; the forecast rules out) -> short rung (the best of
+Appraisal (structures that Optuna suggests, reconstructed and compared with the teacher; the forecast rules out) -> short rung (the best of
 these, spread over the latencies, then other ways to distil them) -> full rung (policies that lead, spread over the latencies). What comes
 before them is in `initial`, what follows in `final`.
 """
@@ -60,6 +60,11 @@ class Search:
     def appraise(self, pool: list[Proposal]) -> None:
         """Find out what structures are worth untrained: first what is likely to be best at each latency, then what Optuna suggests."""
         self._evaluate_unchanged()
+        self._appraise(pool)
+        if failures := self.findings.appraisals.failures:
+            self.findings.progress.message(f"{len(failures)} untrained students could not be scored, the first for: {failures[0]}")
+
+    def _appraise(self, pool: list[Proposal]) -> None:
         findings = self.findings
         appraisals, trials = findings.appraisals, findings.task.trials
         started, seconds, leading = time.monotonic(), appraisal_seconds(findings.clock), self._chooser.leading()
@@ -70,7 +75,7 @@ class Search:
             until = started + extended(seconds, appraisals.agreement())
             if time.monotonic() + appraisals.seconds_each >= until:
                 return
-            findings.show("appraising untrained students", round(100 * (time.monotonic() - started) / (until - started)), 100)
+            findings.show("scoring untrained students", round(100 * (time.monotonic() - started) / (until - started)), 100)
             proposal = next(first, None)
             if proposal is not None:
                 appraisals.appraise(proposal)
@@ -123,7 +128,7 @@ class Search:
     def short_rung(self, pool: list[Proposal]) -> None:
         """Train many policies a little: the best structures, spread over the latencies; then these distilled in other ways."""
         started, left = time.monotonic(), self.findings.clock.left
-        while not self._is_over() and not self._has_enough():
+        while not self._has_reached_target() and not self._has_enough():
             begun, division = time.monotonic(), self._pace.division(left)
             if not self._pace.room_for_short(started + self._pace.short_seconds(division), division):
                 return
@@ -161,7 +166,10 @@ class Search:
         failures = [o.failure for o in self.findings.short_runs[-SAME_FAILURES:] if o.failure is not None]
         if len(failures) == SAME_FAILURES and len({(f.stage, NUMBER.sub("N", f.reason)) for f in failures}) == 1:
             stage, reason = failures[-1].stage, failures[-1].reason
-            raise TooManyFailures(f"{SAME_FAILURES} policies in a row failed to {stage}: {reason}", hint="mend that, then --resume")
+            raise TooManyFailures(
+                f"{SAME_FAILURES} policies in a row failed to {stage}: {reason}",
+                hint="mend that, then --resume (it may have another --batch-size or --learning-rate)",
+            )
 
     # -- full training -------------------------------------------------------------------------------------------------
 
@@ -221,10 +229,11 @@ class Search:
     # -- when it ends --------------------------------------------------------------------------------------------------
 
     def _is_over(self) -> bool:
-        """Whether the time is used, or the target reached by what will still be within the budget when it is measured once more."""
+        return self.findings.clock.left <= 0 or self._has_reached_target()
+
+    def _has_reached_target(self) -> bool:
+        """By what will still be within the budget when it is measured once more."""
         findings, target = self.findings, self.findings.task.target_accuracy
-        if findings.clock.left <= 0:
-            return True
         if target is None:
             return False
         safe = [o.val_score for o in findings.front() if o.val_score is not None and feasible(o, findings.limits, margin=MOST_DRIFT)]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from autocompress.errors import UsageError
+from autocompress.records import Normalisation
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -259,7 +260,7 @@ class Data:
         """16 hex digits: equal where the targets, a few of the inputs and how they are prepared are. Of the test split only its size."""
         told = hashlib.sha256(repr((self.classes, self.mean, self.std, self.flip, self.shift, len(self.test))).encode())
         for split in (self.train, self.val):
-            few = torch.linspace(0, len(split) - 1, DIGEST_INPUTS).long()
+            few = torch.arange(DIGEST_INPUTS) * (len(split) - 1) // (DIGEST_INPUTS - 1)
             for part in (split.targets, split.rows(few)):
                 told.update(repr((part.dtype, part.shape)).encode() + part.contiguous().view(torch.uint8).numpy().tobytes())
         return told.hexdigest()[:16]
@@ -280,6 +281,13 @@ class Data:
             return x
         shape = (1, -1) + (1,) * (x.dim() - 2)
         return x.sub_(torch.tensor(self.mean).view(shape)).div_(torch.tensor(self.std).view(shape))
+
+    @property
+    def normalisation(self) -> Normalisation | None:
+        """What `prepare` does to images of whole numbers; None where the inputs are none."""
+        if self.train.dtype != torch.uint8:
+            return None
+        return Normalisation(mean=self.mean, std=self.std) if self.mean is not None and self.std is not None else Normalisation()
 
     def batches(self, split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The split in order, without augmentation; the last batch may be smaller."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
+from autocompress.devices import processor
 from autocompress.devices.base import Device, DeviceProfile
 from autocompress.devices.runtime import CURES, PLACE, TITLES, Runtime
 from autocompress.errors import UsageError
@@ -21,9 +20,9 @@ def open_device(name: str) -> Device:
     unknown = sorted(set(options) - {"threads"})
     if unknown:
         raise UsageError(f"unknown option {unknown[0]!r} of the device {name!r}", hint="it takes threads=N")
-    threads, most = options.get("threads", "1"), os.cpu_count() or 1
+    threads, most = options.get("threads", "1"), processor.usable()
     if not threads.isdecimal() or not 1 <= int(threads) <= most:
-        raise UsageError(f"threads must lie in 1..{most}, but got {threads!r}", hint=f"this machine has {most} processors")
+        raise UsageError(f"threads must lie in 1..{most}, but got {threads!r}", hint=f"this process may use {most} processors")
     return LocalCpu(Runtime(base.removesuffix(PLACE), int(threads)))
 
 

@@ -85,7 +85,7 @@ class LocalCpu(Device):
 
 @contextlib.contextmanager
 def _exclusive() -> Iterator[None]:
-    """One measuring at a time on this machine, whoever asks. Raises DeviceUnavailable when another one does not end."""
+    """One measuring at a time of this user, whichever process asks. Raises DeviceUnavailable when another one does not end."""
     path = Path(tempfile.gettempdir()) / f"autocompress-device-{os.getuid()}.lock"
     patience = time.monotonic() + LOCK_PATIENCE_S
     with path.open("w") as file:

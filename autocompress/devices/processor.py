@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 from pathlib import Path
 
@@ -26,6 +27,11 @@ def listed_flags() -> list[str]:
     """Those of FLAGS that are here."""
     here = flags()
     return [flag for flag in FLAGS if flag in here]
+
+
+def usable() -> int:
+    """Logical processors that this process may use: of a container often fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def governor() -> str | None:

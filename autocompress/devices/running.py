@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import subprocess
 import tempfile
 import threading
@@ -17,7 +16,7 @@ from typing import IO
 import numpy as np
 import psutil
 
-from autocompress.devices import processes
+from autocompress.devices import processes, processor
 from autocompress.devices.frames import read_array, write_array
 from autocompress.devices.runtime import Runtime
 from autocompress.errors import PolicyFailure
@@ -55,12 +54,11 @@ def outputs_of(path: Path, runtime: Runtime, batches: Iterable[np.ndarray]) -> n
 
 def _helpers(pid: int, threads: int) -> int:
     """Processes like this one that the machine has cores and memory for, beside it."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         room = psutil.virtual_memory().available // max(1, psutil.Process(pid).memory_info().rss)
     except psutil.Error:
         return 0
-    return max(0, min(MOST_PROCESSES, cores // threads - 1, room // 2))
+    return max(0, min(MOST_PROCESSES, processor.usable() // threads - 1, room // 2))
 
 
 class _Work:

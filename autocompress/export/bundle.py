@@ -19,7 +19,7 @@ from autocompress.errors import AutocompressError, RunFolderError, UsageError, o
 from autocompress.export.onnx import onnx_bytes
 from autocompress.export.weights import weights_bytes
 from autocompress.policy import Policy, Record
-from autocompress.records import Measurement, Prediction, Score, Shape
+from autocompress.records import Measurement, Normalisation, Prediction, Score, Shape
 from autocompress.run_folder import write_atomically, writing
 
 MODEL, STUDENT, POLICY, MANIFEST = "model.onnx", "student.safetensors", "policy.json", "manifest.json"
@@ -36,7 +36,7 @@ class Input(Record):
 class Manifest(Record):
     """What an artifact is, where it comes from, what was measured of it, on what and when.
 
-    sha256: of each file that belongs to it, by name.
+    sha256: of each file that belongs to it, by name. normalisation: of the images that it was scored on; no part of the files.
     """
 
     schema_version: Literal[1] = Field(1, alias="schema")
@@ -48,6 +48,7 @@ class Manifest(Record):
     sha256: dict[str, str]
     size_bytes: int
     inputs: dict[str, Input]
+    normalisation: Normalisation | None = None
     outputs: tuple[str, ...] = ("output",)
     batch: int
     created_at: str
@@ -86,6 +87,7 @@ def write_bundle(
     model: str,
     classes: int | None = None,
     seed: int = 0,
+    normalisation: Normalisation | None = None,
 ) -> Manifest:
     """Export a student; the file is `manifest.artifact`. Raises PolicyFailure when the exporter fails, RunFolderError when the disk does.
 
@@ -94,6 +96,7 @@ def write_bundle(
         example: inputs at the deployment batch, which the file keeps.
         model: reference of the teacher. classes: how many it tells apart; None for other tasks.
         seed: of the weights that a network without a weights file had; which channels a student keeps follows from them.
+        normalisation: of the images that the student was trained on.
     """
     names = [node.name for node in student.graph.nodes if node.op == "placeholder"]
     files = {POLICY: policy.to_json().encode(), STUDENT: weights_bytes(student), MODEL: onnx_bytes(student, policy.quant, example)}
@@ -101,7 +104,7 @@ def write_bundle(
         model=model, classes=classes, seed=seed, policy_digest=policy.digest,
         sha256={name: hashlib.sha256(content).hexdigest() for name, content in files.items()}, size_bytes=len(files[MODEL]),
         inputs={name: _input(value) for name, value in zip(names, example, strict=False)},
-        batch=len(example[0]), created_at=now(), environment=library_versions(),
+        normalisation=normalisation, batch=len(example[0]), created_at=now(), environment=library_versions(),
     )  # fmt: skip
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

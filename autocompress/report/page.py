@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def render(results: Results, run: Path) -> str:
     return filled(
         "report.html.j2",
         results=results,
-        run=str(run),
+        run=shlex.quote(str(run)),
         headline=headline(results).replace(" %", "\N{NO-BREAK SPACE}%"),
         caveats=caveats(results),
         tiles=_tiles(results),
@@ -116,9 +117,9 @@ def _quality(results: Results) -> list[tuple[str, str]]:
 def _ladder(results: Results) -> list[tuple[str, str]]:
     """How far each step of the search could be trusted to rank policies as the next one did."""
     names = {
-        "appraised": "structures appraised untrained",
-        "foreseen_appraised_spearman": "rank correlation of what was foreseen and appraisal, at the same latency",
-        "appraised_short_spearman": "rank correlation of appraisal and short training, at the same latency",
+        "appraised": "structures scored untrained",
+        "foreseen_appraised_spearman": "rank correlation of the sensitivity scan and training-free scores, at the same latency",
+        "appraised_short_spearman": "rank correlation of training-free scores and short training, at the same latency",
         "short_full_spearman": "rank correlation of short and full training",
     }
     pairs = [(names.get(key, str(key).replace("_", " ")), _number(value)) for key, value in results.ladder.items()]
@@ -130,8 +131,8 @@ def _spent(results: Results) -> list[tuple[str, str]]:
     names = {
         "train": "training",
         "measure": "measuring",
-        "appraise": "appraising untrained students",
-        "repair": "repairing",
+        "appraise": "scoring untrained students",
+        "reconstruct": "layer-wise reconstruction",
         "score": "scoring",
         "export": "exporting",
         "teach": "answers of the original",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -14,12 +15,14 @@ from optuna.samplers import BaseSampler, TPESampler
 from sqlalchemy.engine import URL
 
 from autocompress.errors import RunFolderError, UsageError, one_line
+from autocompress.quiet import quiet
 from autocompress.run_folder import LOCK
 from autocompress.study.journal import Journal, appraised_in, outcomes_in
 from autocompress.study.sampler import FrontSampler
 from autocompress.task import Task
 
 STUDY, DISTILLATIONS = "autocompress", "distillations"
+OBJECTIVES, DISTILLATION_OBJECTIVE = ["score before training", "predicted latency (s)"], "gain over the usual distillation"
 DATABASE = "study.db"
 SUFFIXES = ("", "-journal", "-wal", "-shm")
 """SQLite keeps up to three more files beside a database."""
@@ -64,6 +67,9 @@ def open_journal(run: Path, task: Task, *, resume: bool, sampler: BaseSampler | 
     study = optuna.create_study(study_name=STUDY, storage=storage, directions=["maximize", "minimize"], load_if_exists=True)
     _require_same_task(study, task, run)
     distillations = optuna.create_study(study_name=DISTILLATIONS, storage=storage, direction="maximize", load_if_exists=True)
+    with quiet("optuna"):  # names of objectives are experimental in Optuna; its dashboard shows them
+        study.set_metric_names(OBJECTIVES)
+        distillations.set_metric_names([DISTILLATION_OBJECTIVE])
     study.sampler = sampler or FrontSampler(seed=_seed(task, study))
     distillations.sampler = TPESampler(seed=_seed(task, distillations), multivariate=True)
     return Journal(study, distillations)
@@ -174,7 +180,7 @@ def _require_same_task(study: optuna.Study, task: Task, run: Path) -> None:
         return
     raise UsageError(
         f"{str(run)!r} holds the search of another task: {changed} was {getattr(before, changed)!r}, now {getattr(task, changed)!r}",
-        hint="resume with the same task, or choose another --out",
+        hint=f"resume with the same task; or choose another --out, and begin with what was learned here: --from {shlex.quote(str(run))}",
     )
 
 

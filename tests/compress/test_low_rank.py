@@ -10,7 +10,7 @@ from laws.networks import network, random_policy
 from torch import nn
 
 from autocompress.compress.low_rank import leading_factors
-from autocompress.compress.repair import TeacherActivations, repair
+from autocompress.compress.reconstruct import TeacherActivations, reconstruct
 from autocompress.compress.student import build_student
 from autocompress.graph import Graph
 from autocompress.policy import LowRankSpec, Policy, PruneSpec, rank_of
@@ -104,7 +104,7 @@ def test_constant_outputs_need_no_rank_where_a_bias_makes_them():
     assert float(lost) == pytest.approx(float(torch.linalg.svdvals(varied)[2:].square().sum()), rel=1e-3)
 
 
-def test_repair_makes_more_of_a_rank_than_the_weights_alone():
+def test_reconstruction_makes_more_of_a_rank_than_the_weights_alone():
     torch.manual_seed(0)
     model, inputs = tiny_resnet().eval(), torch.randn(96, 3, 32, 32)
     with torch.no_grad():
@@ -114,13 +114,13 @@ def test_repair_makes_more_of_a_rank_than_the_weights_alone():
     graph = Graph.trace(model, (inputs[:1],))
     policy = of_low_rank(graph, 0.4)
     student = build_student(graph, policy)
-    repaired, second_only = copy.deepcopy(student), copy.deepcopy(student)
-    repair(repaired, TeacherActivations(graph, inputs[:64]), policy)
+    reconstructed, second_only = copy.deepcopy(student), copy.deepcopy(student)
+    reconstruct(reconstructed, TeacherActivations(graph, inputs[:64]), policy)
     for node in second_only.graph.nodes:  # then nothing is known of the first layers, and the second ones are fitted as any other
         if "first_of" in node.meta:
             node.meta["first_of"] = "nothing"
-    repair(second_only, TeacherActivations(graph, inputs[:64]), policy)
+    reconstruct(second_only, TeacherActivations(graph, inputs[:64]), policy)
     with torch.no_grad():
-        lost = [float((net(inputs[64:]) - wanted).square().mean() / wanted.var()) for net in (student, second_only, repaired)]
+        lost = [float((net(inputs[64:]) - wanted).square().mean() / wanted.var()) for net in (student, second_only, reconstructed)]
     assert lost[2] < 0.8 * lost[0]
     assert lost[2] < lost[1]

@@ -91,6 +91,17 @@ def test_a_shift_is_a_crop_of_the_reflected_image(dy, dx):
     assert torch.equal(shifted(batch, torch.tensor([[dy, dx]] * 2)), expected)
 
 
+def test_what_normalises_images_is_known_and_of_other_inputs_there_is_nothing_to_know():
+    pixels = torch.randint(0, 256, (2, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    split = Split(pixels, torch.tensor([0, 1]))
+    for data in (Data(split, split, split, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3)), Data(split, split, split)):
+        known = data.normalisation
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (known.mean, known.std))
+        assert torch.allclose((pixels / 255 - mean) / std, data.prepare(pixels))
+    floats = Split(pixels.float(), torch.tensor([0, 1]))
+    assert Data(floats, floats, floats).normalisation is None
+
+
 def test_uint8_images_are_normalised_and_others_left_alone():
     data = images(mean=(0.5, 0.25, 0.0), std=(0.5, 1.0, 2.0))
     x = data.prepare(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8))

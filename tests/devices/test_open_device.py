@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from autocompress.devices import list_devices, open_device
+from autocompress.devices import list_devices, open_device, processor
 from autocompress.devices.runtime import TITLES, Runtime
 from autocompress.errors import UsageError
 
@@ -12,14 +12,15 @@ from autocompress.errors import UsageError
 @pytest.mark.parametrize("runtime", [name for name in TITLES if Runtime(name).is_here])
 @pytest.mark.parametrize(("options", "threads"), [("", 1), ("?threads=1", 1), ("?threads=2", 2), ("?threads=3", 3)])
 def test_a_device_opens_with_its_threads(monkeypatch, runtime, options, threads):
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(3))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
     device = open_device(f"{runtime}:cpu{options}")
     assert device.profile.threads == threads
     assert device.environment()["threads"] == str(threads)
     assert open_device(device.name).name == device.name
 
 
-@pytest.mark.parametrize("threads", ["0", "-1", str((os.cpu_count() or 1) + 1), "two", "1.5", "", "²"])
+@pytest.mark.parametrize("threads", ["0", "-1", str(processor.usable() + 1), "two", "1.5", "", "²"])
 def test_threads_out_of_range_are_refused(threads):
     with pytest.raises(UsageError, match=r"threads|device reference|option"):
         open_device(f"onnxruntime:cpu?threads={threads}")

@@ -11,7 +11,7 @@ from running import TASK, measurement, trained
 from tasks import SLOW_CALLS, Diary
 
 from autocompress.candidates.forecast import Untrained
-from autocompress.controller.final import measure_front, score_test
+from autocompress.controller.final import conclude, measure_front, score_test
 from autocompress.controller.findings import Findings
 from autocompress.controller.initial import calibrate, know_original
 from autocompress.controller.pace import Pace
@@ -64,10 +64,24 @@ def test_the_end_of_a_search_keeps_little_time_while_there_is_no_front_to_measur
     assert Pace(findings).left_for_short() == 0.0
 
 
+def test_what_is_kept_for_the_end_trains_a_policy_while_there_is_no_front_to_measure(findings, pool, monkeypatch):
+    findings.clock = Clock.start(600.0, already=540.0).with_reserve(180.0)
+    seconds = []
+
+    def realised(setting, policy, **known):
+        seconds.append(known["seconds"])
+        found = {"val_score": Score(value=0.95), "latency_s": measurement(1e-6), "artifact": "models/00000/model.onnx", "size_bytes": 9}
+        return Outcome(id=known["id"], policy=policy, rung="short", **found)
+
+    monkeypatch.setattr("autocompress.controller.search.evaluate_policy", realised)
+    Search(findings).short_rung(pool)
+    assert len(seconds) == 1
+
+
 def test_a_file_that_can_no_longer_be_measured_leaves_the_front_and_the_search_goes_on(findings, pool):
     on_front(findings, pool)
     with_device(findings, Worn(measurement(1e-3), broken=("00001",)))
-    measure_front(findings)
+    measure_front(findings, set())
     failures = {o.id: o.failure for o in findings.journal.outcomes if o.failure is not None}
     assert {id: (f.stage, f.reason) for id, f in failures.items()} == {"00001": ("measure", "the runtime crashed with SIGSEGV")}
     assert [o.id for o in findings.front()] == ["00002"], "all take the same time now"
@@ -83,10 +97,49 @@ def test_files_that_cannot_be_measured_together_are_measured_one_by_one(findings
     on_front(findings, pool)
     device = Small(measurement(7e-3))
     with_device(findings, device)
-    measure_front(findings)
-    assert device.asked == [["baseline", f"0000{index}"] for index in range(3)]
+    measure_front(findings, set())
+    assert device.asked == [["baseline"], *(["baseline", f"0000{index}"] for index in range(3))]
     assert [(o.latency_s.median, o.failure) for o in findings.journal.outcomes] == [(7e-3, None)] * 3
     assert findings.setting.baseline.latency_s.median == 7e-3
+
+
+def test_where_not_even_the_original_can_be_measured_the_front_stands_as_it_was(findings, pool):
+    class Gone(Worn):
+        def measure(self, paths, *, seconds_each=1.0):
+            raise PolicyFailure("the runtime was killed: out of memory")
+
+    on_front(findings, pool)
+    before, findings.progress = findings.front(), Diary()
+    with_device(findings, Gone(measurement(1e-3)))
+    measure_front(findings, set())
+    assert findings.front() == before
+    assert any("as it was measured before" in message and "out of memory" in message for message in findings.progress.messages)
+
+
+def test_what_comes_onto_the_front_for_a_file_that_fails_on_the_test_split_is_measured_and_scored_too(findings, pool, monkeypatch):
+    def score(device, path, *_):
+        if path.parent.name == "00001":
+            raise PolicyFailure("the outputs of a model must be finite, but some are NaN or infinite")
+        return Score(value=0.9, n=9)
+
+    monkeypatch.setattr("autocompress.controller.final.score_artifact", score)
+    on_front(findings, pool, 2)
+    trained(findings, pool[2].policy, 2.5e-3, score=0.915, id="00002", artifact="models/00002/model.onnx")
+
+    for outcome in findings.journal.outcomes:
+        findings.journal.record(outcome.model_copy(update={"latency_s": outcome.latency_s.beside(measurement(9e-3))}))
+
+    class Faithful(Worn):
+        def measure(self, paths, *, seconds_each=1.0):
+            self.asked.append([path.parent.name for path in paths])
+            known = {o.id: o.latency_s.median for o in findings.journal.outcomes}
+            return [measurement(known.get(path.parent.name, 9e-3)) for path in paths]
+
+    device = Faithful(measurement(9e-3))
+    with_device(findings, device)
+    conclude(findings)
+    assert device.asked == [["baseline", "00000", "00001"], ["baseline", "00002"]]
+    assert {o.id: o.test_score is not None for o in findings.front()} == {"00000": True, "00002": True}
 
 
 def test_the_front_is_measured_again_where_the_original_beside_it_is_slower_than_it_was(findings, pool, monkeypatch):
@@ -102,12 +155,12 @@ def test_the_front_is_measured_again_where_the_original_beside_it_is_slower_than
     on_front(findings, pool, n=1)
     device = Restless(measurement(1e-3))
     with_device(findings, device)
-    measure_front(findings)
+    measure_front(findings, set())
     assert device.asked == [["baseline", "00000"]] * 2
     assert [(o.latency_s.median, o.latency_s.noisy) for o in findings.front()] == [(1e-3, False)]
     device.asked.clear()
     findings.clock = Clock.start(60.0, already=60.0)
-    measure_front(findings)
+    measure_front(findings, set())
     assert len(device.asked) == 1, "there is no time"
     assert [(o.latency_s.median, o.latency_s.noisy) for o in findings.front()] == [(1.2e-3, True)]
 
@@ -124,7 +177,7 @@ def test_the_less_time_is_left_the_shorter_the_front_is_measured(findings, pool)
         findings.clock = Clock.start(60.0, already=already)
         device = Hasty(measurement(1e-3))
         with_device(findings, device)
-        measure_front(findings)
+        measure_front(findings, set())
         asked.append(device.asked[0])
     assert asked[0] == 1.5 > asked[1] > asked[2] == 0.3
 
@@ -135,7 +188,7 @@ def test_a_file_that_was_lost_comes_back_when_it_is_intact_and_else_its_policy_m
         findings.setting.write(findings.run / "models" / id, untrained(findings.setting, proposal.policy), proposal.policy)
     (findings.run / "models" / "00001" / "model.onnx").write_bytes(b"damaged")
     with_device(findings, Worn(measurement(1e-3), broken=("00000", "00001", "00002")))
-    measure_front(findings)
+    measure_front(findings, set())
     assert findings.front() == []
     assert findings.retry_failures() == 3
     assert [(o.id, o.failure) for o in findings.journal.outcomes] == [("00000", None)]
@@ -163,7 +216,7 @@ def test_what_misses_a_95th_percentile_when_it_is_measured_again_is_no_longer_wi
     findings.task = Task(model="own:net", data="own:blobs", search_time="60s", budget=("p95=6ms",))
     findings.forecast.limits = findings.task.limits
     with_device(findings, Worn(measurement(4e-3, p95=7e-3)))
-    measure_front(findings)
+    measure_front(findings, set())
     assert findings.front() == []
 
 
@@ -171,7 +224,7 @@ def test_what_was_measured_first_is_kept_beside_what_was_measured_last(findings,
     trained(findings, pool[0].policy, 5e-3)
     with_device(findings, Worn(measurement(4e-3)))
     for _ in range(2):
-        measure_front(findings)
+        measure_front(findings, set())
         (outcome,) = findings.journal.outcomes
         assert (outcome.latency_s.median, outcome.search_latency_s.median) == (4e-3, 5e-3)
 
@@ -208,7 +261,7 @@ def test_the_cost_beside_training_is_what_it_was_as_a_rule(findings, pool):
     for index, (seconds, training) in enumerate([(30.0, 28.0), (90.0, 50.0), (33.0, 30.0)]):
         trained(findings, pool[index].policy, 1e-3, id=f"{index:05d}", seconds=seconds, training_s=training, finishing_s=2.0 * index)
     trained(findings, pool[0].policy, 1e-3, id="00000-full", rung="full", seconds=60.0, training_s=60.0, finishing_s=2.0)
-    assert Pace(findings).overhead() == 3.0, "a full run neither chooses nor repairs"
+    assert Pace(findings).overhead() == 3.0, "a full run neither chooses nor reconstructs"
     assert Pace(findings).finishing() == 2.0
 
 

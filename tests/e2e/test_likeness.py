@@ -43,7 +43,7 @@ def test_bits_count(setting):
     assert likeness(pruned(setting, 0.25, quant=QuantSpec(bits=2))) < likeness(pruned(setting, 0.25)) - 0.02
 
 
-def test_students_are_repaired(setting):
+def test_students_are_reconstructed(setting):
     policy = pruned(setting, 0.5, student=StudentSpec(drop=(setting.graphs[None].blocks[0].name,)))
     likeness = Likeness(setting)
     cut = likeness.answers(build_student(setting.graphs[None], policy))
@@ -64,9 +64,9 @@ def test_a_student_that_cannot_be_made_is_worth_nothing_and_ends_no_search(setti
         raise error
 
     likeness = Likeness(setting)
-    monkeypatch.setattr("autocompress.candidates.likeness.repair", fail)
+    monkeypatch.setattr("autocompress.candidates.likeness.reconstruct", fail)
     assert likeness(pruned(setting, 0.5)) == 0.0
-    assert likeness(Policy()) == pytest.approx(1.0, abs=1e-5), "nothing of it is to be repaired"
+    assert likeness(Policy()) == pytest.approx(1.0, abs=1e-5), "nothing of it is to be reconstructed"
 
 
 def test_answers_that_are_no_numbers_are_like_nothing(setting, monkeypatch):
@@ -80,6 +80,6 @@ def test_errors_of_the_machine_are_no_policys(setting, monkeypatch):
         raise OSError("disk full")
 
     likeness = Likeness(setting)
-    monkeypatch.setattr("autocompress.candidates.likeness.repair", fail)
+    monkeypatch.setattr("autocompress.candidates.likeness.reconstruct", fail)
     with pytest.raises(OSError, match="disk full"):
         likeness(pruned(setting, 0.5))

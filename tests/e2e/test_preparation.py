@@ -157,34 +157,36 @@ def test_the_unchanged_network_is_calibrated_first_and_trained_through_its_bits_
     assert files[0] != files[1]
 
 
-def test_a_student_is_repaired_once_and_only_where_something_was_cut(net, data, tmp_path, monkeypatch):
-    repaired = []
-    monkeypatch.setattr("autocompress.objective.repair", lambda student, reference, policy, until: repaired.append(len(reference.inputs)))
+def test_a_student_is_reconstructed_once_and_only_where_something_was_cut(net, data, tmp_path, monkeypatch):
+    reconstructed = []
+    monkeypatch.setattr(
+        "autocompress.objective.reconstruct", lambda student, reference, policy, until: reconstructed.append(len(reference.inputs))
+    )
     setting, narrow = ready(net, data, tmp_path / "run"), Policy(student=StudentSpec(width=0.5))
 
     def made(policy, id, rung="short", continues=None):
         assert evaluate_policy(setting, policy, id=id, rung=rung, seconds=0.5, continues=continues).failure is None
-        return len(repaired)
+        return len(reconstructed)
 
     assert made(INT8, "int8") == 0, "the teacher itself"
     assert made(narrow, "00000") == 1
-    assert repaired == [min(setting.calibration, len(data.train))]
+    assert reconstructed == [min(setting.calibration, len(data.train))]
     assert made(narrow, "00000-full", "full", "00000") == 1, "what it has learnt is kept"
     assert made(narrow, "00001-full", "full", "00001") == 2, "the checkpoint is lost"
 
 
-def test_training_has_its_time_after_the_repair_and_both_end_at_the_latest(net, data, tmp_path, monkeypatch):
+def test_training_has_its_time_after_the_reconstruct_and_both_end_at_the_latest(net, data, tmp_path, monkeypatch):
     untils = []
 
     def slow(student, reference, policy, until):
         untils.append(until)
         time.sleep(1.0)
 
-    monkeypatch.setattr("autocompress.objective.repair", slow)
+    monkeypatch.setattr("autocompress.objective.reconstruct", slow)
     setting, narrow = ready(net, data, tmp_path / "run"), Policy(student=StudentSpec(width=0.5))
     outcome = evaluate_policy(setting, narrow, id="00000", rung="short", seconds=1.0)
     assert outcome.failure is None
-    assert 0.8 < outcome.training_s < 1.9, "the repair takes nothing of it"
+    assert 0.8 < outcome.training_s < 1.9, "the reconstruction takes nothing of it"
     assert outcome.seconds > outcome.training_s + outcome.finishing_s + 0.9
     latest = time.monotonic() + 1.5
     outcome = evaluate_policy(setting, narrow, id="00001", rung="short", seconds=60.0, latest=latest)
@@ -192,7 +194,7 @@ def test_training_has_its_time_after_the_repair_and_both_end_at_the_latest(net, 
     assert untils[1] == latest
 
 
-def test_a_student_that_cannot_be_repaired_is_trained_as_it_is(net, data, tmp_path, monkeypatch):
+def test_a_student_that_cannot_be_reconstructed_is_trained_as_it_is(net, data, tmp_path, monkeypatch):
     begun = []
 
     def broken(student, *_, **__):
@@ -203,7 +205,7 @@ def test_a_student_that_cannot_be_repaired_is_trained_as_it_is(net, data, tmp_pa
         begun.append(student.head.weight.clone())
         raise PolicyFailure("enough")
 
-    monkeypatch.setattr("autocompress.objective.repair", broken)
+    monkeypatch.setattr("autocompress.objective.reconstruct", broken)
     monkeypatch.setattr("autocompress.objective.train_quantized", trained)
     narrow = Policy(student=StudentSpec(width=0.5))
     setting = ready(net, data, tmp_path / "run")

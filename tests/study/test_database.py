@@ -52,6 +52,11 @@ def test_outcomes_come_back_as_they_were_in_another_process(journal, tmp_path):
     assert found["00001"].test_score == Score(value=0.25)
 
 
+def test_a_dashboard_is_told_what_the_objectives_are(journal, tmp_path):
+    known = optuna.load_study(study_name=studies.STUDY, storage=f"sqlite:///{tmp_path / studies.DATABASE}")
+    assert known.metric_names == studies.OBJECTIVES == again(tmp_path).study.metric_names
+
+
 def test_other_values_are_no_outcomes(journal, tmp_path):
     journal.note("elapsed_s", 3.5)
     assert journal.outcomes == []

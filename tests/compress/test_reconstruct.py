@@ -1,4 +1,4 @@
-"""Repairing a student: it computes what it can of its teacher's function, before any training."""
+"""Reconstructing a student: it computes what it can of its teacher's function, before any training."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from laws.networks import NETWORKS, network, random_policy
 from torch import nn
 
-from autocompress.compress import repair as module
-from autocompress.compress.repair import TeacherActivations, examples_for, repair
+from autocompress.compress import reconstruct as module
+from autocompress.compress.reconstruct import TeacherActivations, examples_for, reconstruct
 from autocompress.compress.student import build_student
 from autocompress.graph import Graph
 from autocompress.policy import Policy, PruneSpec, StudentSpec
@@ -44,20 +44,20 @@ def settled(model, inputs):
     return model.eval()
 
 
-def repaired(graph, policy, inputs, **options):
+def reconstructed(graph, policy, inputs, **options):
     student = build_student(graph, policy)
-    repair(student, TeacherActivations(graph, inputs), policy, **options)
+    reconstruct(student, TeacherActivations(graph, inputs), policy, **options)
     return student
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name != "vgg11_bn"])  # its wide layers only take longer
-def test_a_repaired_student_is_nearer_to_its_teacher_on_inputs_that_it_has_not_seen(name, monkeypatch):
+def test_a_reconstructed_student_is_nearer_to_its_teacher_on_inputs_that_it_has_not_seen(name, monkeypatch):
     monkeypatch.setattr(module, "MOST_INPUTS", 2200 if name == "resnext" else 1200)
     model, example = network(name)
     seen, unseen = inputs_like(example), inputs_like(example, 16, seed=2)
     graph = Graph.trace(settled(model, seen), (example,))
     policy = random_policy(graph, 1, widths=True)
-    before, after = settled(build_student(graph, policy), seen), repaired(graph, policy, seen)
+    before, after = settled(build_student(graph, policy), seen), reconstructed(graph, policy, seen)
     assert distance(after, model, seen) < 0.7 * distance(before, model, seen)
     assert distance(after, model, unseen) < distance(before, model, unseen)
 
@@ -66,7 +66,7 @@ def test_the_teacher_itself_stays_what_it_is():
     model = tiny_resnet()
     inputs = torch.randn(N, 3, 32, 32)
     graph = Graph.trace(settled(model, inputs), (inputs[:1],))
-    assert distance(repaired(graph, Policy(), inputs), model, inputs) < 1e-6
+    assert distance(reconstructed(graph, Policy(), inputs), model, inputs) < 1e-6
 
 
 class Twins(nn.Module):
@@ -95,8 +95,8 @@ def test_a_filter_that_had_decayed_to_nothing_gets_the_length_of_its_neighbours(
         model.first.weight[1] *= 1e-4
     model = settled(model, inputs)
     graph = Graph.trace(model, (inputs[:1],))
-    student = repaired(graph, Policy(prune=PruneSpec(ratios={"first": 0.5}), student=StudentSpec(multiple=1)), inputs)
-    whole = repaired(graph, Policy(), inputs)
+    student = reconstructed(graph, Policy(prune=PruneSpec(ratios={"first": 0.5}), student=StudentSpec(multiple=1)), inputs)
+    whole = reconstructed(graph, Policy(), inputs)
     lengths = whole.first.weight.flatten(1).norm(dim=1)
     assert lengths.min() >= 0.99 * model.first.weight.flatten(1).norm(dim=1).median()
     assert distance(whole, model, inputs) < 1e-4, "the norm makes up for it"
@@ -111,7 +111,7 @@ def test_what_channels_say_twice_is_not_lost_with_one_of_them(groups):
     graph = Graph.trace(model, (inputs[:1],))
     policy = Policy(prune=PruneSpec(ratios={"first": 0.5}), student=StudentSpec(multiple=1))
     assert distance(build_student(graph, policy), model, inputs) > 0.02
-    assert distance(repaired(graph, policy, inputs), model, inputs) < 1e-4
+    assert distance(reconstructed(graph, policy, inputs), model, inputs) < 1e-4
 
 
 def test_a_block_does_the_work_of_the_one_that_was_dropped_behind_it():
@@ -135,7 +135,7 @@ def test_a_block_does_the_work_of_the_one_that_was_dropped_behind_it():
         model.b[0].weight[:, :, [0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 0, 2, 0, 1, 2]] = 0.0
     graph = Graph.trace(model, (inputs[:1],))
     policy = Policy(student=StudentSpec(drop=("b",)))
-    student = repaired(graph, policy, inputs)
+    student = reconstructed(graph, policy, inputs)
     head = copy.deepcopy(student.head.weight)
     torch.testing.assert_close(head, model.head.weight, atol=0.05, rtol=0.05)
     assert distance(student, model, inputs) < 0.2 * distance(build_student(graph, policy), model, inputs)
@@ -145,17 +145,17 @@ def test_without_time_nothing_is_fitted_and_norms_are_settled():
     inputs = torch.randn(N, 3, 32, 32)
     graph = Graph.trace(settled(tiny_resnet(), inputs), (inputs[:1],))
     policy = random_policy(graph, 0)
-    student, inherited = repaired(graph, policy, inputs, until=time.monotonic() - 1.0), build_student(graph, policy)
+    student, inherited = reconstructed(graph, policy, inputs, until=time.monotonic() - 1.0), build_student(graph, policy)
     for name, value in inherited.named_parameters():
         assert torch.equal(student.get_parameter(name), value), name
     assert any(not torch.equal(student.get_buffer(name), value) for name, value in inherited.named_buffers())
 
 
-def test_a_repair_is_the_same_whenever_it_is_made():
+def test_a_reconstruction_is_the_same_whenever_it_is_made():
     inputs = torch.randn(N, 3, 32, 32)
     graph = Graph.trace(tiny_resnet().eval(), (inputs[:1],))
     policy = random_policy(graph, 0)
-    one, other = repaired(graph, policy, inputs).state_dict(), repaired(graph, policy, inputs).state_dict()
+    one, other = reconstructed(graph, policy, inputs).state_dict(), reconstructed(graph, policy, inputs).state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -171,7 +171,7 @@ def test_a_layer_that_is_used_twice_stays_as_it_was():
     torch.manual_seed(0)
     model, inputs = Twice().eval(), torch.randn(N, 3, 8, 8)
     graph = Graph.trace(model, (inputs[:1],))
-    student = repaired(graph, Policy(), inputs)
+    student = reconstructed(graph, Policy(), inputs)
     assert torch.equal(student.shared.weight, model.shared.weight)
 
 
@@ -198,14 +198,14 @@ def test_what_the_teacher_computes_is_kept_for_the_next_student_unless_it_is_too
     shared, policy = TeacherActivations(graph, inputs_like(torch.empty(1, 3, 16, 16))), Policy(student=StudentSpec(width=0.5))
     students = [build_student(graph, policy) for _ in range(2)]
     for student in students:
-        repair(student, shared, policy)
+        reconstruct(student, shared, policy)
     assert len(runs) == (2 if kept_bytes < 2**28 else 1)
     assert bool(shared._kept) == (kept_bytes == 2**28), "a part of it would save nothing"
-    for name, value in repaired(graph, policy, shared.inputs).state_dict().items():
+    for name, value in reconstructed(graph, policy, shared.inputs).state_dict().items():
         assert all(torch.equal(student.state_dict()[name], value) for student in students), name
 
 
-def test_large_maps_are_repaired_on_fewer_examples(monkeypatch):
+def test_large_maps_are_reconstructed_on_fewer_examples(monkeypatch):
     graph = Graph.trace(tiny_resnet().eval(), (torch.randn(1, 3, 32, 32),))
     assert examples_for(graph) == module.MOST_EXAMPLES
     monkeypatch.setattr(module, "MAP_BYTES", 4 * 32 * 32 * 16 * 10)

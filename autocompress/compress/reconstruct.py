@@ -1,11 +1,11 @@
-"""Repair a student before it is trained: fit its layers, one after the other, to what the teacher computes in their place.
+"""Reconstruct a student before it is trained: fit its layers, one after the other, to what the teacher computes in their place.
 
 What a student inherits of its teacher expects inputs that it no longer gets: channels are missing, and blocks have left the stream as it
-was. So each layer is solved by least squares for the teacher's values, given the inputs that it has in the student as repaired so far
+was. So each layer is solved by least squares for the teacher's values, given the inputs that it has in the student as reconstructed so far
 (layer-wise reconstruction as in AdaPrune: Hubara et al. 2021, arXiv 2102.08124; ZipLM: Kurtic et al. 2023, arXiv 2302.04089). The last
 layer of a residual block is fitted to the stream as the student's next block reads it in the teacher, so that it also does the work of
 the blocks that were dropped between them. Of two layers that stand for one the first gets what the best layer in their place makes most
-of; the second is fitted like any other. Batch norms get the statistics of the repaired student.
+of; the second is fitted like any other. Batch norms get the statistics of the reconstructed student.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ TINY = 1e-6
 
 
 def examples_for(graph: Graph) -> int:
-    """How many inputs a repair looks at: fewer where maps are large."""
+    """How many inputs a reconstruction looks at: fewer where maps are large."""
     shapes = [node.meta["shape"] for node in graph.module.graph.nodes if "shape" in node.meta]
     largest = max(math.prod(shape) for shape in shapes) / len(graph.example[0])
     return max(1, min(MOST_EXAMPLES, int(MAP_BYTES / (4 * largest))))
 
 
 class TeacherActivations:
-    """What the teacher computes on some inputs, at the positions that repairs look at: one for all students that are repaired on these.
+    """What the teacher computes on some inputs, at the positions that are looked at: one for all students that are reconstructed on these.
 
     Args:
         inputs: n x ..., as the network takes them. All values that a layer has for them are held at once.
@@ -71,7 +71,7 @@ class TeacherActivations:
 
 
 @torch.no_grad()
-def repair(student: fx.GraphModule, teacher: TeacherActivations, policy: Policy, *, until: float = math.inf) -> None:
+def reconstruct(student: fx.GraphModule, teacher: TeacherActivations, policy: Policy, *, until: float = math.inf) -> None:
     """Fit the student's convolutions and linear layers to the teacher on the inputs of `teacher`, in place.
 
     Args:
@@ -81,7 +81,7 @@ def repair(student: fx.GraphModule, teacher: TeacherActivations, policy: Policy,
     graph = teacher.graph
     aims = {aim.layer.name: aim for aim in _aims(student, _roles(student, graph.module))}
     known = teacher.values({(aim.teacher, aim.last) for aim in aims.values()})
-    _Repair(student, graph, graph.selection(policy), aims, known, until).run(teacher.inputs)
+    _Reconstruction(student, graph, graph.selection(policy), aims, known, until).run(teacher.inputs)
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class _Recorder(fx.Interpreter):
         return value
 
 
-class _Repair(fx.Interpreter):
+class _Reconstruction(fx.Interpreter):
     """Runs the student, and fits each layer as soon as its inputs are there."""
 
     def __init__(

@@ -1,11 +1,11 @@
-"""What a repair before training is worth: the same students of a CIFAR-10 ResNet, as they are cut from their teacher and repaired.
+"""What reconstruction before training is worth: the same students of a CIFAR-10 ResNet, as cut from their teacher and reconstructed.
 
-    AUTOCOMPRESS_DATA=../shared/data .venv/bin/python benchmarks/repair.py --model resnet20 --seconds 0,20,60 --seeds 1
+    AUTOCOMPRESS_DATA=../shared/data .venv/bin/python benchmarks/reconstruct.py --model resnet20 --seconds 0,20,60 --seeds 1
 
-Both ways get the same seconds of distillation; the repair's own time is taken from them, as in a search, and its rates are those of a
-search. Interleaved. With 0 seconds nothing is trained (the cut student with batch norms that know it, the repaired one as it is). Float32
-students, scored on the whole test split, since validation images were part of what the teacher was trained on. Writes
-benchmarks/results/repair.{json,md}.
+Both ways get the same seconds of distillation; the reconstruction's own time is taken from them, as in a search, and its rates are those of
+a search. Interleaved. With 0 seconds nothing is trained (the cut student with batch norms that know it, the reconstructed one as it is).
+Float32 students, scored on the whole test split, since validation images were part of what the teacher was trained on. Writes
+benchmarks/results/reconstruct.{json,md}.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
-from autocompress.compress.repair import TeacherActivations, examples_for, repair
+from autocompress.compress.reconstruct import TeacherActivations, examples_for, reconstruct
 from autocompress.compress.student import build_student, shared_features
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import CALIBRATION_INPUTS, Distillation, TrainPlan, train
@@ -55,7 +55,7 @@ def students(graph: Graph) -> Iterator[tuple[str, Policy]]:
 
 
 def examples(graph: Graph, data: Data) -> torch.Tensor:
-    """What a search would repair on."""
+    """What a search would reconstruct on."""
     n = min(CALIBRATION_INPUTS, examples_for(graph))
     return torch.cat([*data.calibration(n, n)])
 
@@ -74,26 +74,26 @@ def settle(student: nn.Module, inputs: torch.Tensor) -> nn.Module:
 def run(graph: Graph, policy: Policy, data: Data, teacher: Teacher, way: str, seconds: float, seed: int) -> dict[str, float]:
     """Test accuracy after so many seconds."""
     deadline, inputs = time.monotonic() + seconds, examples(graph, data)
-    student, repair_s = build_student(graph, policy), 0.0
-    if way == "repaired":
+    student, reconstruct_s = build_student(graph, policy), 0.0
+    if way == "reconstructed":
         started = time.monotonic()
-        repair(student, TeacherActivations(graph, inputs), policy)
-        repair_s = time.monotonic() - started
+        reconstruct(student, TeacherActivations(graph, inputs), policy)
+        reconstruct_s = time.monotonic() - started
     elif not seconds:
         settle(student, inputs)
     if seconds:
         plan = TrainPlan(10**9, deadline, seed=seed, to_learn=teacher.distance(student))
         train(student, data, plan, distillation=Distillation(teacher, DistillSpec(), shared_features(graph, policy)))
-    return {"test_accuracy": score_model(student, data, data.test).value, "repair_s": repair_s}
+    return {"test_accuracy": score_model(student, data, data.test).value, "reconstruct_s": reconstruct_s}
 
 
 def table(rows: list[dict]) -> str:
     """Markdown: a line for each student and time."""
-    lines = ["| student | seconds | cut | repaired | difference |", "|---|---|---|---|---|"]
+    lines = ["| student | seconds | cut | reconstructed | difference |", "|---|---|---|---|---|"]
     for student, seconds in dict.fromkeys((row["student"], row["seconds"]) for row in rows):
         mine = [row for row in rows if (row["student"], row["seconds"]) == (student, seconds)]
-        cut, repaired = (statistics.mean(r["test_accuracy"] for r in mine if r["way"] == way) for way in ("cut", "repaired"))
-        lines.append(f"| {student} | {seconds:g} | {100 * cut:.2f} % | {100 * repaired:.2f} % | {100 * (repaired - cut):+.2f} |")
+        cut, reconstructed = (statistics.mean(r["test_accuracy"] for r in mine if r["way"] == way) for way in ("cut", "reconstructed"))
+        lines.append(f"| {student} | {seconds:g} | {100 * cut:.2f} % | {100 * reconstructed:.2f} % | {100 * (reconstructed - cut):+.2f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -113,14 +113,14 @@ def main() -> None:
         teacher.prepare(TEACHER_S)
         for name, policy in students(graph):
             for seconds in map(float, options.seconds.split(",")):
-                for way in ("cut", "repaired"):
+                for way in ("cut", "reconstructed"):
                     known = {"student": name, "seconds": seconds, "way": way, "seed": seed}
                     rows.append(known | run(graph, policy, data, teacher, way, seconds, seed))
                     print(rows[-1], flush=True)
     RESULTS.mkdir(exist_ok=True)
     told = {"model": options.model, "seeds": options.seeds, "torch": torch.__version__, "machine": machine, "rows": rows}
-    (RESULTS / "repair.json").write_text(json.dumps(told, indent=1) + "\n")
-    (RESULTS / "repair.md").write_text(table(rows))
+    (RESULTS / "reconstruct.json").write_text(json.dumps(told, indent=1) + "\n")
+    (RESULTS / "reconstruct.md").write_text(table(rows))
     print(table(rows))
 
 
