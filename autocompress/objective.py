@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, fx
 
-from autocompress.compress.distill import SharedFeatures
+from autocompress.compress.distill import ComparedFeatures
 from autocompress.compress.quantize import fake_quantize
 from autocompress.compress.reconstruct import TeacherActivations, examples_for, reconstruct
-from autocompress.compress.student import build_student, shared_features
+from autocompress.compress.student import build_student, compared_features
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import CALIBRATION_INPUTS, Distillation, Tick, TrainPlan, quantizes, train, train_quantized
 from autocompress.data import Data, sampled
@@ -159,7 +159,7 @@ def training_step_seconds(setting: Setting, until: float) -> float:
     """
     moments = [time.monotonic()]
     graph, plan = setting.graphs[None], TrainPlan(PROBED_STEPS, deadline=until, batch_size=setting.batch_size, seed=setting.seed)
-    distillation = Distillation(setting.teacher, Policy().distill, _shared(setting, Policy()))
+    distillation = Distillation(setting.teacher, Policy().distill, _features(setting, Policy()))
     try:
         with setting.ledger.spend("train"):
             student = build_student(graph, Policy())
@@ -307,7 +307,7 @@ def _trained(setting: Setting, student: fx.GraphModule, policy: Policy, id: str,
         quant_fraction=TrainPlan.quant_fraction if reshaped else 1.0,
         to_learn=setting.teacher.distance(student, setting.calibration) if needs_training else 0.0,
     )
-    distillation = Distillation(setting.teacher, policy.distill, _shared(setting, policy))
+    distillation = Distillation(setting.teacher, policy.distill, _features(setting, policy))
     trained = train_quantized(student, policy.quant, setting.data, plan, distillation=distillation, tick=tick)
     if needs_training:
         folder = setting.models / id
@@ -316,9 +316,9 @@ def _trained(setting: Setting, student: fx.GraphModule, policy: Policy, id: str,
     return trained
 
 
-def _shared(setting: Setting, policy: Policy) -> SharedFeatures | None:
+def _features(setting: Setting, policy: Policy) -> ComparedFeatures | None:
     """A loss of one's own has a unit of its own, beside which features have no known weight."""
-    return shared_features(setting.graph_of(policy), policy) if setting.data.loss is None else None
+    return compared_features(setting.graph_of(policy), policy, setting.graphs[None]) if setting.data.loss is None else None
 
 
 def _continue_from(student: fx.GraphModule, path: Path) -> bool:

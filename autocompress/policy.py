@@ -77,6 +77,7 @@ Width = Annotated[float, Field(gt=0.0, le=8.0)]
 Kept = Annotated[float, Field(gt=0.0, le=1.0)]
 Bits = Annotated[int, Field(ge=2, le=32)]
 AnswerLoss = Literal["kl", "decoupled", "relational"]
+FeatureLoss = Literal["values", "similarity", "distances"]
 
 
 class StudentSpec(Record):
@@ -153,16 +154,19 @@ class QuantSpec(Record):
 
 
 class DistillSpec(Record):
-    """Distillation of answers (Hinton et al. 2015, arXiv 1503.02531) and of features (SimKD: Chen et al. 2022, arXiv 2203.14001).
+    """Distillation of answers (Hinton et al. 2015, arXiv 1503.02531) and of the features that they are read from.
 
     soft = how unlike the teacher's answers are, by one of ANSWER_LOSSES (compress/distill.py) at temperature T.
-    loss = (1 - features) * (alpha * soft + (1 - alpha) * cross_entropy(student, labels)) + features * (scaled difference of the
-    classifier's inputs: compress/train.py), batch means; where student and teacher share no classifier, without the latter.
+    loss = (1 - features) * (alpha * soft + (1 - alpha) * cross_entropy(student, labels)) + features * (scaled `feature_loss` of the inputs
+    of the classifiers: compress/train.py), batch means; where student or teacher has no classifier, without the latter.
     standardized: logits have mean 0 and deviation 1 before they are compared (Sun et al. 2024, arXiv 2403.01427).
+    feature_loss: `values` compares channels that student and teacher share (SimKD: Chen et al. 2022, arXiv 2203.14001); the others compare
+    how the inputs of a batch lie to each other, which needs none in common. Where there are none, `values` stands for `similarity`.
     """
 
     answers: AnswerLoss = "kl"
     standardized: bool = False
+    feature_loss: FeatureLoss = "values"
 
     temperature: Annotated[float, Field(gt=0.0, le=100.0)] = 4.0
     alpha: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
@@ -221,5 +225,6 @@ class Policy(Record):
         parts.append(bits_name(self.quant.bits) + (f" ({exceptions})" if exceptions else ""))
         distill = self.distill
         kind = ("" if distill.answers == "kl" else f"{distill.answers} ") + ("standardized " if distill.standardized else "")
-        parts.append(f"{kind}T={distill.temperature:.2g}, alpha={distill.alpha:.2g}, features={distill.features:.2g}")
+        by = "" if distill.feature_loss == "values" or not distill.features else f" by {distill.feature_loss}"
+        parts.append(f"{kind}T={distill.temperature:.2g}, alpha={distill.alpha:.2g}, features={distill.features:.2g}{by}")
         return "; ".join(parts)

@@ -24,6 +24,7 @@ from autocompress.policy import (
     STORAGE_BITS,
     AnswerLoss,
     DistillSpec,
+    FeatureLoss,
     LowRankSpec,
     Policy,
     PruneSpec,
@@ -129,6 +130,7 @@ class DistillSpace(Record):
 
     answers: tuple[AnswerLoss, ...] | None = Field(None, min_length=1)
     standardized: tuple[bool, ...] | None = Field(None, min_length=1)
+    feature_loss: tuple[FeatureLoss, ...] | None = Field(None, min_length=1)
     temperature: TemperatureSpace | None = None
     alpha: ShareSpace | None = None
     features: ShareSpace | None = None

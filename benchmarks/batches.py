@@ -2,9 +2,9 @@
 
     AUTOCOMPRESS_DATA=../shared/data .venv/bin/python benchmarks/batches.py --model resnet20 --examples 12800,38400 --sizes 128,64,32
 
-Float32 students of `reconstruct.students`, each from the same reconstructed start, over the same views of the same examples in the same order,
-as a search trains them; scored on up to 2,000 validation examples. Sizes are interleaved. Seconds are those of training, the teacher's answers
-known. Writes benchmarks/results/batches_MODEL.{json,md}.
+Float32 students of `reconstruct.students`, each from the same reconstructed start, over the same views of the same examples in the same
+order, as a search trains them; scored on up to 2,000 validation examples. Sizes are interleaved. Seconds are those of training, the
+teacher's answers known. Writes benchmarks/results/batches_MODEL.{json,md}.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rates import RATES, RESULTS, SCORED, trained
 from reconstruct import examples, students
 
 from autocompress.compress.reconstruct import TeacherActivations, reconstruct
-from autocompress.compress.student import build_student, shared_features
+from autocompress.compress.student import build_student, compared_features
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import Distillation, TrainPlan, train
 from autocompress.data import sample
@@ -65,7 +65,7 @@ def main() -> None:
             reconstruct(student, reference, policy)
             row = {"student": name, "examples": n, "distance": teacher.distance(student)}
             row["untrained"] = score_model(copy.deepcopy(student), data, val).value
-            distillation = Distillation(teacher, DistillSpec(), shared_features(graph, policy))
+            distillation = Distillation(teacher, DistillSpec(), compared_features(graph, policy, graph))
             for indices in torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:n].split(256):
                 teacher.answers(indices, data.view(indices, 0, 0), 0)  # the first epoch of seed 0
             for size in options.sizes:

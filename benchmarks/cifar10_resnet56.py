@@ -32,7 +32,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
-from autocompress.compress.distill import SharedFeatures
+from autocompress.compress.distill import ComparedFeatures
 from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import Distillation, TrainPlan, train_quantized
@@ -90,11 +90,11 @@ def static_int8(baseline: Path, data: Data, folder: Path) -> Path:
     return target
 
 
-def kept_features(pruned: nn.Module, teacher: nn.Module) -> SharedFeatures:
+def kept_features(pruned: nn.Module, teacher: nn.Module) -> ComparedFeatures:
     """Which inputs of the teacher's classifier the pruned network has kept: those whose weights are the same."""
     same = (pruned.linear.weight.T[:, None] == teacher.linear.weight.T[None]).all(2)
     student, original = same.nonzero(as_tuple=True)
-    return SharedFeatures("linear", student, original)
+    return ComparedFeatures("linear", (student, original))
 
 
 def torch_pruning(data: Data, teacher: Teacher, folder: Path) -> tuple[Path, float]:

@@ -25,7 +25,7 @@ import cifar10
 from reconstruct import examples, students
 
 from autocompress.compress.reconstruct import TeacherActivations, reconstruct
-from autocompress.compress.student import build_student, shared_features
+from autocompress.compress.student import build_student, compared_features
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import Distillation, TrainPlan, train, train_quantized
 from autocompress.data import Data, sample
@@ -82,7 +82,7 @@ def main() -> None:
         reconstruct(student, reference, policy)
         known = {"student": name, "distance": teacher.distance(student)}
         known["untrained"] = score_model(copy.deepcopy(student), data, val).value
-        distillation = Distillation(teacher, DistillSpec(), shared_features(graph, policy))
+        distillation = Distillation(teacher, DistillSpec(), compared_features(graph, policy, graph))
         for steps in map(int, options.steps.split(",")):
             plan = TrainPlan(steps, learning_rate=RATES[options.model], to_learn=known["distance"])
             as_a_search = train_quantized(copy.deepcopy(student), policy.quant, data, plan, distillation=distillation)

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
 from autocompress.compress.reconstruct import TeacherActivations, examples_for, reconstruct
-from autocompress.compress.student import build_student, shared_features
+from autocompress.compress.student import build_student, compared_features
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import CALIBRATION_INPUTS, Distillation, TrainPlan, train
 from autocompress.data import Data
@@ -83,7 +83,7 @@ def run(graph: Graph, policy: Policy, data: Data, teacher: Teacher, way: str, se
         settle(student, inputs)
     if seconds:
         plan = TrainPlan(10**9, deadline, seed=seed, to_learn=teacher.distance(student))
-        train(student, data, plan, distillation=Distillation(teacher, DistillSpec(), shared_features(graph, policy)))
+        train(student, data, plan, distillation=Distillation(teacher, DistillSpec(), compared_features(graph, policy, graph)))
     return {"test_accuracy": score_model(student, data, data.test).value, "reconstruct_s": reconstruct_s}
 
 

@@ -3,11 +3,11 @@
     AUTOCOMPRESS_DATA=../shared/data .venv/bin/python benchmarks/rungs.py --model resnet20 --steps 80,320 --policies 24 --jobs 2
 
 Candidates of a band of predicted latencies are drawn one half from the pool that a search begins with and one half from the space at
-random. Each is judged by its shape (inheritance, capacity, and promise, which joins the two) and as it is once reconstructed (likeness, and
-two other ways to compare the same answers with the teacher's; likeness after a reconstruction on more inputs), then trained in float32 for so
-many steps: those of a short run, and more. Steps are counted and not timed, so that a busy machine changes nothing. Spearman's rank correlation
-with the accuracy after training, on test images, within each band. Hours on two cores, minutes on a GPU (`--jobs` processes share it);
-`--images` takes the first so many training images only. Writes benchmarks/results/rungs.{json,md}.
+random. Each is judged by its shape (inheritance, capacity, and promise, which joins the two) and as it is once reconstructed (likeness,
+and two other ways to compare the same answers with the teacher's; likeness after a reconstruction on more inputs), then trained in float32
+for so many steps: those of a short run, and more. Steps are counted and not timed, so that a busy machine changes nothing. Spearman's rank
+correlation with the accuracy after training, on test images, within each band. Hours on two cores, minutes on a GPU (`--jobs` processes
+share it); `--images` takes the first so many training images only. Writes benchmarks/results/rungs.{json,md}.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from autocompress.candidates.likeness import Likeness
 from autocompress.candidates.proposals import LevelSuggester, Proposal
 from autocompress.compress.distill import soft_loss
 from autocompress.compress.reconstruct import TeacherActivations, reconstruct
-from autocompress.compress.student import build_student, shared_features
+from autocompress.compress.student import build_student, compared_features
 from autocompress.compress.train import Distillation, TrainPlan, train
 from autocompress.data import Data, sample
 from autocompress.devices import open_device
@@ -128,7 +128,7 @@ def tried(bench: Bench, policy: Policy) -> dict[str, float]:
     reconstruct(student, TeacherActivations(graph, torch.cat([*data.calibration(MANY, MANY)])), policy)
     with torch.no_grad():
         known["likeness_512"] = shared(likeness.answers(student.eval()), wanted)
-    distillation = Distillation(setting.teacher, policy.distill, shared_features(graph, policy))
+    distillation = Distillation(setting.teacher, policy.distill, compared_features(graph, policy, graph))
     for steps in bench.steps:
         plan = TrainPlan(steps, learning_rate=setting.learning_rate, seed=bench.seed, to_learn=setting.teacher.distance(student))
         trained = train(copy.deepcopy(student), data, plan, distillation=distillation)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
 from autocompress.compress import train as trainer
-from autocompress.compress.student import build_student, shared_features
+from autocompress.compress.student import build_student, compared_features
 from autocompress.compress.teacher import Teacher
 from autocompress.data import Data
 from autocompress.devices import open_device
@@ -56,7 +56,7 @@ def run(graph: Graph, chosen: Policy, data: Data, teacher: Teacher, recipe: str,
     optimiser, features = RECIPES[recipe]
     steps = int(epochs * (len(data.train) // 128))
     plan = trainer.TrainPlan(steps, seed=seed, learning_rate=SGD_LEARNING_RATE if optimiser == "sgd" else 0.1)
-    distillation = trainer.Distillation(teacher, DistillSpec(features=features), shared_features(graph, chosen))
+    distillation = trainer.Distillation(teacher, DistillSpec(features=features), compared_features(graph, chosen, graph))
     keep, started = trainer.hidden_matrices, time.monotonic()
     try:
         if optimiser == "sgd":

@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autocompress.policy import AnswerLoss, DistillSpec
+from autocompress.policy import AnswerLoss, DistillSpec, FeatureLoss
 
 TINY = 1e-8
 OTHER_CLASSES = 8.0
 """Weight of what the other classes tell in the decoupled divergence."""
 RELATIONS = 2.0
 """Weight of either kind of correlation."""
+ANGLES = 2.0
+"""Weight of angles beside distances."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +29,17 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class SharedFeatures:
-    """The inputs of the classifier that student and teacher share.
+class ComparedFeatures:
+    """The inputs of the classifiers of student and teacher.
 
     Args:
-        layer: name of the linear layer that makes the outputs, the same in both.
-        student, teacher: index of each shared channel in the features of either.
+        layer: name of the linear layer that makes the student's outputs.
+        shared: index of each channel that both have, in the features of the student and in those of the teacher; None: of no channel is
+            known that they do.
     """
 
     layer: str
-    student: Tensor
-    teacher: Tensor
+    shared: tuple[Tensor, Tensor] | None = None
 
 
 def observe(model: nn.Module, inputs: Tensor, layer: str | None) -> Answers:
@@ -125,14 +127,64 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, targets: T
     return spec.alpha * ANSWER_LOSSES[spec.answers](own, wanted, targets, spec.temperature) + (1 - spec.alpha) * hard
 
 
-def feature_loss(student: Answers, teacher: Answers, shared: SharedFeatures) -> Tensor:
-    """Mean squared difference of the shared features, in units of the teacher's variance over the batch.
+def value_loss(own: Tensor, wanted: Tensor) -> Tensor:
+    """Mean squared difference of features n x channels, in units of the teacher's variance over the batch.
 
     A student whose features are the teacher's has its answers, since the classifier is inherited (SimKD: Chen et al. 2022, arXiv
     2203.14001, equation 3, where a projector stands in for channels that correspond).
     """
-    assert student.features is not None and teacher.features is not None
-    own = student.features.float()[:, shared.student.to(student.features.device)]
-    wanted = teacher.features.detach().to(own.device)[:, shared.teacher.to(own.device)]
     variance = wanted.var(0).mean() if len(wanted) > 1 else wanted.square().mean()
     return F.mse_loss(own, wanted) / (variance + TINY)
+
+
+def similarity_loss(own: Tensor, wanted: Tensor) -> Tensor:
+    """How unlike the similarities of each input to all others are: squared distance of the rows of both Gram matrices, of length 1 each.
+
+    Features n x channels, of any numbers of channels (similarity-preserving distillation: Tung & Mori 2019, arXiv 1907.09682, equations 2
+    to 4; a mean over the inputs here, so that it does not depend on the size of the batch).
+    """
+    grams = [F.normalize(features @ features.mT, dim=1) for features in (own, wanted)]
+    return (grams[0] - grams[1]).square().sum(1).mean()
+
+
+def distance_loss(own: Tensor, wanted: Tensor) -> Tensor:
+    """How unlike the distances between inputs, in units of their mean, and the angles between three of them are (Huber's loss of either).
+
+    Features n x channels, of any numbers of channels (relational distillation: Park et al. 2019, arXiv 1904.05068, equations 4 to 9, where
+    angles count twice as much as distances).
+    """
+    if len(own) < 2:
+        return 0.0 * own.sum()
+    distances, angles = ([measure(features) for features in (own, wanted)] for measure in (_distances, _angles))
+    return F.smooth_l1_loss(*distances) + ANGLES * F.smooth_l1_loss(*angles)
+
+
+def _distances(features: Tensor) -> Tensor:
+    """n x n."""
+    distances = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+    n = len(features)
+    return distances / (distances.sum() / (n * (n - 1))).clamp_min(TINY)
+
+
+def _angles(features: Tensor) -> Tensor:
+    """n x n x n cosines, of the angle at the first between the second and the third."""
+    directions = F.normalize(features[None] - features[:, None], dim=2)
+    return directions @ directions.mT
+
+
+FEATURE_LOSSES: dict[FeatureLoss, Callable[[Tensor, Tensor], Tensor]] = {
+    "values": value_loss,
+    "similarity": similarity_loss,
+    "distances": distance_loss,
+}
+
+
+def compare_features(student: Answers, teacher: Answers, compared: ComparedFeatures, kind: FeatureLoss) -> Tensor:
+    """The loss of this kind; `values` are compared of shared channels only, and where there are none by their similarities."""
+    assert student.features is not None and teacher.features is not None
+    own = student.features.float()
+    wanted = teacher.features.detach().to(own)
+    if kind != "values" or compared.shared is None:
+        return FEATURE_LOSSES["similarity" if kind == "values" else kind](own, wanted)
+    channels = [index.to(own.device) for index in compared.shared]
+    return value_loss(own[:, channels[0]], wanted[:, channels[1]])

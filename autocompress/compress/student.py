@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from autocompress.compress.distill import SharedFeatures
+from autocompress.compress.distill import ComparedFeatures
 from autocompress.compress.layers import unfilled
 from autocompress.compress.low_rank import factorise
 from autocompress.compress.sizes import resize_arguments
@@ -50,13 +50,16 @@ def build_student(graph: Graph, policy: Policy) -> fx.GraphModule:
     return student.eval()
 
 
-def shared_features(graph: Graph, policy: Policy) -> SharedFeatures | None:
-    """Which inputs of its classifier the policy's student has in common with its teacher; None without a classifier, or with nothing.
+def compared_features(graph: Graph, policy: Policy, teacher: Graph) -> ComparedFeatures | None:
+    """What the classifier of the policy's student reads, and which of it its teacher's reads too; None where either has no classifier.
 
-    A student of another architecture shares nothing.
+    Args:
+        graph: of the network that the student is derived from. One of another architecture than the teacher shares no channels with it.
     """
-    if graph.classifier is None or policy.student.reference is not None:
+    if graph.classifier is None or teacher.classifier is None:
         return None
+    if policy.student.reference is not None:
+        return ComparedFeatures(graph.classifier)
     student = graph.without(policy.student.drop)
     node = next(n for n in student.graph.nodes if n.op == "call_module" and n.target == graph.classifier)
     source = node.all_input_nodes[0]
@@ -64,7 +67,7 @@ def shared_features(graph: Graph, policy: Policy) -> SharedFeatures | None:
     if index is None:
         index = np.arange(source.meta["shape"][1])
     kept = np.flatnonzero(index != NEW)
-    return SharedFeatures(graph.classifier, torch.from_numpy(kept), torch.from_numpy(index[kept])) if len(kept) else None
+    return ComparedFeatures(graph.classifier, (torch.from_numpy(kept), torch.from_numpy(index[kept])) if len(kept) else None)
 
 
 def _resize_module(node: fx.Node, student: fx.GraphModule, graph: Graph, selection: Selection, generator: torch.Generator) -> None:

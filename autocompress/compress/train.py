@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from autocompress.compress.arithmetic import best_training_device, fast_arithmetic, fast_layout
-from autocompress.compress.distill import SharedFeatures, distillation_loss, feature_loss, observe
+from autocompress.compress.distill import ComparedFeatures, compare_features, distillation_loss, observe
 from autocompress.compress.muon import Muon, hidden_matrices
 from autocompress.compress.quantize import calibrate, fake_quantize, snap_biases
 from autocompress.compress.teacher import Teacher
@@ -91,11 +91,11 @@ def one_cycle(progress: float) -> float:
 
 @dataclass(frozen=True)
 class Distillation:
-    """What a student learns from: a teacher, how much of it, and the features that both share (None: answers only)."""
+    """What a student learns from: a teacher, how much of it, and the features that are compared (None: answers only)."""
 
     teacher: Teacher
     spec: DistillSpec
-    shared: SharedFeatures | None = None
+    features: ComparedFeatures | None = None
 
 
 def train(
@@ -260,7 +260,7 @@ def _reestimate_norms(model: nn.Module, data: Data, plan: TrainPlan, steps: int)
 def _train_mode(model: nn.Module, distillation: Distillation | None) -> nn.Module:
     """Dropout is for students without a teacher: it would blur the features that are to be matched."""
     model.train()
-    if distillation is not None and distillation.shared is not None:
+    if distillation is not None and distillation.features is not None:
         for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.eval()
@@ -271,9 +271,9 @@ def _loss(
     model: nn.Module, data: Data, indices: Tensor, inputs: Tensor, view: int, distillation: Distillation | None, device: torch.device
 ) -> Tensor:
     targets = data.train.targets[indices].to(device)
-    shared = distillation.shared if distillation is not None else None
+    features = distillation.features if distillation is not None else None
     with fast_arithmetic(device):
-        student = observe(model, inputs.to(device), shared.layer if shared is not None else None)
+        student = observe(model, inputs.to(device), features.layer if features is not None else None)
     outputs = student.outputs.float().contiguous()  # a loss of one's own may take views of it
     if distillation is None:
         return data.loss(outputs, targets) if data.loss is not None else F.cross_entropy(outputs, targets)
@@ -283,9 +283,10 @@ def _loss(
         loss = spec.alpha * F.mse_loss(outputs, answers) + (1 - spec.alpha) * data.loss(outputs, targets)
     else:
         loss = distillation_loss(outputs, answers, targets, spec)
-    if shared is None:
+    if features is None:
         return loss
-    return (1 - spec.features) * loss + spec.features * FEATURE_SCALE * feature_loss(student, teacher, shared)
+    unlike = compare_features(student, teacher, features, spec.feature_loss)
+    return (1 - spec.features) * loss + spec.features * FEATURE_SCALE * unlike
 
 
 def _draws(n: int, plan: TrainPlan, start: int) -> Iterator[tuple[Tensor, int]]:

@@ -6,15 +6,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from autocompress.compress.distill import (
+    ANGLES,
     ANSWER_LOSSES,
+    FEATURE_LOSSES,
     OTHER_CLASSES,
     Answers,
-    SharedFeatures,
+    ComparedFeatures,
+    compare_features,
     decoupled_loss,
+    distance_loss,
     distillation_loss,
-    feature_loss,
     observe,
     relational_loss,
+    similarity_loss,
     soft_loss,
     standardized,
 )
@@ -131,7 +135,11 @@ def features(seed: int, channels: int) -> Answers:
     return Answers(torch.zeros(6, 2), values)
 
 
-SHARED = SharedFeatures("linear", student=torch.tensor([0, 2]), teacher=torch.tensor([1, 3]))
+SHARED = ComparedFeatures("linear", (torch.tensor([0, 2]), torch.tensor([1, 3])))
+
+
+def feature_loss(student: Answers, teacher: Answers, compared: ComparedFeatures) -> torch.Tensor:
+    return compare_features(student, teacher, compared, "values")
 
 
 def test_features_are_compared_channel_by_channel_and_added_ones_are_free():
@@ -156,6 +164,63 @@ def test_one_image_or_constant_features_have_no_variance_but_a_loss():
     assert torch.isfinite(feature_loss(*one, SHARED))
     flat = Answers(torch.zeros(6, 2), torch.ones(6, 4))
     assert torch.isfinite(feature_loss(features(1, 3), flat, SHARED))
+
+
+def wide(seed: int, channels: int, n: int = 6) -> torch.Tensor:
+    return torch.randn(n, channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+RELATIONS = [kind for kind in FEATURE_LOSSES if kind != "values"]
+
+
+@pytest.mark.parametrize("kind", RELATIONS)
+def test_relations_need_no_common_channels_and_survive_turning_and_scaling(kind):
+    loss, wanted = FEATURE_LOSSES[kind], wide(0, 4)
+    turned, _ = torch.linalg.qr(wide(1, 9, 9))
+    same = 3.0 * torch.cat([wanted, torch.zeros(6, 5, dtype=torch.float64)], dim=1) @ turned
+    assert loss(same, wanted).item() == pytest.approx(0.0, abs=1e-9)
+    own = wide(2, 9).requires_grad_()
+    assert loss(own, wanted).item() > 1e-3
+    assert torch.autograd.gradcheck(lambda features: loss(features, wanted), (own,))
+    assert torch.isfinite(loss(own[:1], wanted[:1]))
+    assert torch.isfinite(loss(torch.ones(6, 9), torch.ones(6, 4)))
+
+
+def test_similarities_are_those_of_the_slow_reference():
+    own, wanted = wide(0, 5), wide(1, 3)
+    expected = 0.0
+    for row in range(6):
+        mine, theirs = (torch.stack([features[row] @ other for other in features]) for features in (own, wanted))
+        expected += (mine / mine.norm() - theirs / theirs.norm()).square().sum() / 6
+    assert similarity_loss(own, wanted).item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_distances_and_angles_are_those_of_the_slow_reference():
+    own, wanted = wide(0, 5), wide(1, 3)
+
+    def apart(features):
+        distances = torch.tensor([[float((a - b).norm()) for b in features] for a in features])
+        return distances / (distances.sum() / 30)
+
+    def angles(features):
+        cosines = torch.zeros(6, 6, 6)
+        for corner in range(6):
+            for one in {*range(6)} - {corner}:
+                for other in {*range(6)} - {corner}:
+                    cosines[corner, one, other] = F.cosine_similarity(
+                        features[one] - features[corner], features[other] - features[corner], dim=0
+                    )
+        return cosines
+
+    expected = F.smooth_l1_loss(apart(own), apart(wanted)) + ANGLES * F.smooth_l1_loss(angles(own), angles(wanted))
+    assert distance_loss(own, wanted).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_where_no_channel_is_shared_values_are_compared_by_their_similarities():
+    teacher, student = features(0, 4), features(1, 3)
+    apart = ComparedFeatures("linear")
+    assert feature_loss(student, teacher, apart) == compare_features(student, teacher, SHARED, "similarity")
+    assert compare_features(student, teacher, apart, "distances") == distance_loss(student.features, teacher.features)
 
 
 def test_observing_returns_outputs_and_inputs_of_the_layer_and_leaves_no_trace():

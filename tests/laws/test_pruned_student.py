@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from autocompress.compress.distill import observe
-from autocompress.compress.student import build_student, shared_features
+from autocompress.compress.student import build_student, compared_features
 from autocompress.graph import Graph
 from autocompress.policy import Policy, PruneSpec, StudentSpec
 from autocompress.testing.reference import Unread
@@ -125,26 +125,29 @@ def test_the_least_important_channels_go():
 def test_shared_features_are_the_channels_that_the_classifier_reads_in_both(traced, seed):
     model, _, graph = traced
     policy = random_policy(graph, seed, widths=True)
-    shared, student = shared_features(graph, policy), build_student(graph, policy)
-    own, teachers = (m.get_submodule(shared.layer).weight for m in (student, model))
-    assert torch.equal(own[:, shared.student], teachers[:, shared.teacher])
-    assert len(shared.student) == len(set(shared.teacher.tolist())) > 0
-    rest = sorted(set(range(own.shape[1])) - set(shared.student.tolist()))
+    compared, student = compared_features(graph, policy, graph), build_student(graph, policy)
+    mine, theirs = compared.shared
+    own, teachers = (m.get_submodule(compared.layer).weight for m in (student, model))
+    assert torch.equal(own[:, mine], teachers[:, theirs])
+    assert len(mine) == len(set(theirs.tolist())) > 0
+    rest = sorted(set(range(own.shape[1])) - set(mine.tolist()))
     assert not own[:, rest].any(), "what is not shared was added, and is not read at first"
 
 
 def test_a_wider_student_starts_with_its_teachers_features(traced):
     model, inputs, graph = traced
     policy = Policy(student=StudentSpec(width=1.5))
-    shared = shared_features(graph, policy)
+    compared = compared_features(graph, policy, graph)
+    mine, theirs = compared.shared
     with torch.no_grad():
-        own, teachers = (observe(m, inputs, shared.layer).features for m in (build_student(graph, policy), model))
-    assert torch.allclose(own[:, shared.student], teachers[:, shared.teacher], rtol=1e-8, atol=1e-8)
+        own, teachers = (observe(m, inputs, compared.layer).features for m in (build_student(graph, policy), model))
+    assert torch.allclose(own[:, mine], teachers[:, theirs], rtol=1e-8, atol=1e-8)
 
 
-def test_a_student_of_another_architecture_shares_nothing(traced):
+def test_a_student_of_another_architecture_shares_no_channel(traced):
     _, _, graph = traced
-    assert shared_features(graph, Policy(student=StudentSpec(reference="torchvision:resnet18"))) is None
+    compared = compared_features(graph, Policy(student=StudentSpec(reference="torchvision:resnet18")), graph)
+    assert (compared.layer, compared.shared) == (graph.classifier, None)
 
 
 class Around(nn.Module):
