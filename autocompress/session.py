@@ -41,7 +41,7 @@ from autocompress.run_folder import PARETO, locked, new_run, read_front, write_a
 from autocompress.schedule import Clock
 from autocompress.search_space import Suggest, find_suggest, own_suggest, structural
 from autocompress.signals import Attentive, stopped_by_signals
-from autocompress.study.database import open_journal, read_journal, require_own, require_same_contents, require_same_subject, writing
+from autocompress.study.database import open_journal, read_journal, recording, require_own, require_same_contents, require_same_subject
 from autocompress.study.journal import Journal
 from autocompress.task import OBJECT, TASK_FILE, Task, load_task
 from autocompress.units import format_duration
@@ -217,7 +217,7 @@ def run_search(
     progress = progress or SilentProgress()
     require_own(run, resume=resume)
     fresh = not run.exists()
-    with locked(run), stopped_by_signals() as stop, writing(run):
+    with locked(run), stopped_by_signals() as stop, recording(run):
         progress = Attentive(progress, stop)
         journal = open_journal(run, task, resume=resume, sampler=sampler)
         progress.message(f"searching in {run}")

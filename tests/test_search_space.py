@@ -44,7 +44,7 @@ def draws(space, n=30, seed=0):
 
 
 def test_spaces_are_shipped():
-    assert {"default", "per_layer", "transformer", "prune", "quantize", "everything"} <= set(SHIPPED)
+    assert {"default", "per_layer", "cnn-int8", "mobile", "transformer", "tiny", "prune", "quantize", "everything"} == set(SHIPPED)
 
 
 def test_a_rank_is_drawn_for_each_stage_and_a_layer_that_stays_whole_is_not_named(graph):

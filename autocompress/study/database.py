@@ -98,7 +98,7 @@ def read_journal(run: Path, task: Task) -> Journal:
 
 
 @contextmanager
-def writing(run: Path) -> Iterator[None]:
+def recording(run: Path) -> Iterator[None]:
     """Raises RunFolderError where the database could not be written: the disk is full, or the folder was taken away."""
     try:
         yield

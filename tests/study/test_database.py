@@ -236,7 +236,7 @@ def test_a_database_of_another_optuna_is_named_and_left_alone(journal, tmp_path,
 
 
 def test_a_database_that_cannot_be_written_is_the_folder_s_fault(journal, tmp_path):
-    with pytest.raises(RunFolderError, match=r"study\.db' cannot be written: OSError: disk full") as caught, studies.writing(tmp_path):
+    with pytest.raises(RunFolderError, match=r"study\.db' cannot be written: OSError: disk full") as caught, studies.recording(tmp_path):
         raise optuna.exceptions.StorageInternalError("An exception is raised during the commit.") from OSError("disk full")
     assert "--resume" in caught.value.hint
 
