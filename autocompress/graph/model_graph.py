@@ -21,10 +21,11 @@ from autocompress.graph.exported import BRANCH, save_only
 from autocompress.graph.flow import PRODUCT, STATISTIC
 from autocompress.graph.importance import channel_scores
 from autocompress.graph.nodes import Weighted, channel_axis, constant_layers, is_layer, is_norm, kind_of, leaves, module_of
+from autocompress.graph.operators import packed_bytes
 from autocompress.graph.resize import Groups, Roots, Selection, run_ends
 from autocompress.graph.rules import propagate
 from autocompress.graph.trace import OPAQUE, annotate_shapes, trace, untraced
-from autocompress.graph.workloads import Arithmetic, Population, Workloads, packed_bytes
+from autocompress.graph.workloads import Arithmetic, Population, Workloads
 from autocompress.policy import Policy, rank_of
 from autocompress.records import Workload
 from autocompress.references import nearest

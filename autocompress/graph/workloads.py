@@ -22,17 +22,14 @@ from autocompress.graph.blocks import Branch
 from autocompress.graph.nodes import (
     FOLLOWERS,
     Conv,
-    Weighted,
-    arguments,
     channel_axis,
-    follows_batch,
     is_folded_norm,
     kind_of,
     module_of,
-    name_of,
     normalized_axes,
     relu_of,
 )  # fmt: skip
+from autocompress.graph.operators import Factor, operator_name, operator_of, weight_bytes
 from autocompress.graph.resize import Groups, Roots
 from autocompress.policy import rank_of
 from autocompress.records import Operator, OperatorKind, Shape, Workload
@@ -41,8 +38,6 @@ OPERATOR_KINDS: tuple[OperatorKind, ...] = (
     "conv", "linear", "add", "mul", "maxpool", "avgpool", "norm", "activation", "concat", "pad", "slice", "matmul", "softmax", "attention",
     "layernorm",
 )  # fmt: skip
-NORM_VECTORS = 4
-"""A batch norm that is not folded has weight, bias, mean and variance in the file."""
 MOST_CODES = 2**20
 """Combinations of an operator's dimensions that are numbered without looking which of them occur."""
 MOST_OPERATORS = 2**18
@@ -118,19 +113,6 @@ class Column:
 
     def at(self, index: int) -> int:
         return int(self.distinct[self.position[index]])
-
-
-@dataclass(frozen=True)
-class Factor:
-    """One of the two layers that stand for a factorised one: the first has `rank` outputs, the second makes the layer's own of these."""
-
-    rank: int
-    is_first: bool
-
-    @property
-    def suffix(self) -> str:
-        """Of its name, behind the layer's."""
-        return ".0" if self.is_first else ".1"
 
 
 @dataclass(frozen=True)
@@ -408,38 +390,12 @@ class Arithmetic:
         if key not in self._operators:
             if len(self._operators) >= MOST_OPERATORS:
                 self._operators.clear()
-            self._operators[key] = self._make_operator(*key)
+            index, shapes, relu, has_norm, int8, weight_bits, factor = key
+            self._operators[key] = operator_of(
+                self._nodes[index], self._module, self._kinds[index], shapes, activation=self._relu_names[relu] or None, has_norm=has_norm,
+                int8=int8, weight_bits=weight_bits, factor=factor,
+            )  # fmt: skip
         return self._operators[key]
-
-    def _make_operator(
-        self, index: int, shapes: tuple[Shape, ...], relu: int, has_norm: bool, int8: bool, weight_bits: int, factor: Factor | None
-    ) -> Operator:
-        node, kind, (*inputs, output) = self._nodes[index], self._kinds[index], shapes
-        layer, name = module_of(node, self._module), self._name(index)
-        activation = self._relu_names[relu] or (_activation_name(node) if kind == "activation" else None)
-        common: dict[str, Any] = {"kind": kind, "bits": 8 if int8 else 32}
-        if not isinstance(layer, Weighted):
-            params = output[1] * _vectors(layer) if layer is not None and kind == "norm" else 0
-            own = {"name": name, "inputs": tuple(inputs), "output": output, "activation": activation, "params": params}
-            return Operator(**common, **own, **_window(node))
-        source, target, has_bias, is_pointwise = inputs[0], output, layer.bias is not None or has_norm, False
-        if factor is not None:
-            name, between = name + factor.suffix, _with_channels(output, channel_axis(node, self._module), factor.rank)
-            if factor.is_first:
-                target, activation, has_bias = between, None, False
-            else:
-                source, is_pointwise = between, True
-        common |= {"name": name, "inputs": (source,), "output": target, "activation": activation, "weight_bits": weight_bits}
-        if isinstance(layer, nn.Linear):
-            return Operator(**common, params=target[-1] * (source[-1] + has_bias))
-        groups = layer.groups if layer.groups == 1 else layer.groups * source[1] // layer.in_channels  # they go as a whole
-        window = _pointwise(layer) if is_pointwise else _convolved(layer)
-        per_filter = source[1] // groups * math.prod(window["kernel"])
-        return Operator(**common, **window, params=target[1] * (per_filter + has_bias), groups=groups)
-
-    def _name(self, index: int) -> str:
-        node = self._nodes[index]
-        return str(node.target) if node.op == "call_module" else node.name
 
     # -- bytes -----------------------------------------------------------------------------------------------------
 
@@ -448,7 +404,7 @@ class Arithmetic:
         total = np.zeros(which.shape[1], dtype=np.int64)
         by_name: dict[tuple[str, bool], list[int]] = defaultdict(list)
         for place, (index, is_first) in enumerate(self._places):
-            by_name[self._name(index), is_first].append(place)
+            by_name[operator_name(self._nodes[index]), is_first].append(place)
         for places in by_name.values():
             counted = np.zeros(which.shape[1], dtype=bool)
             for place in reversed(places):
@@ -501,64 +457,3 @@ def _parameters(node: fx.Node, module: fx.GraphModule) -> list[nn.Parameter]:
         value = getattr(module.get_submodule(owner), name, None)
         return [value] if isinstance(value, nn.Parameter) else []
     return []
-
-
-def _vectors(norm: nn.Module) -> int:
-    """Vectors of a norm in the file that is not folded; running statistics come with a weight and a bias always."""
-    return sum(1 for _ in norm.parameters()) if follows_batch(norm) else NORM_VECTORS
-
-
-def _activation_name(node: fx.Node) -> str:
-    return relu_of(node) or name_of(node)
-
-
-def _with_channels(shape: Shape, axis: int, n: int) -> Shape:
-    return (*shape[:axis], n, *shape[axis + 1 :])
-
-
-def _convolved(layer: Conv) -> dict[str, tuple[int, ...]]:
-    """How a convolution moves over its input."""
-    padding = tuple(layer.padding) if not isinstance(layer.padding, str) else ()
-    return {"kernel": tuple(layer.kernel_size), "stride": tuple(layer.stride), "padding": padding, "dilation": tuple(layer.dilation)}
-
-
-def _pointwise(layer: Conv) -> dict[str, tuple[int, ...]]:
-    """The same for one of as many axes that looks at one position."""
-    ones, none = (1,) * len(layer.kernel_size), (0,) * len(layer.kernel_size)
-    return {"kernel": ones, "stride": ones, "padding": none, "dilation": ones}
-
-
-def _window(node: fx.Node) -> dict[str, tuple[int, ...]]:
-    """Kernel, stride and padding of a pool whose window is written down."""
-    given = arguments(node)
-    if "kernel_size" not in given:
-        return {}
-    kernel = given["kernel_size"]
-    window = {"kernel": kernel, "stride": given["stride"] or kernel, "padding": given["padding"]}
-    pairs = {name: tuple(value * 2 if len(value) == 1 else value) for name, value in window.items() if isinstance(value, list)}
-    known = len(pairs) == len(window) and all(isinstance(size, int) for pair in pairs.values() for size in pair)
-    return pairs if known else {}  # sizes may be computed from the input's
-
-
-def weight_bytes(operator: Operator) -> int:
-    """Bytes that an operator's weights and biases take in the file."""
-    if operator.kind not in ("conv", "linear"):
-        return 4 * operator.params
-    source, target = operator.inputs[0], operator.output
-    is_conv = operator.kind == "conv"
-    channels = target[1] if is_conv else target[-1]
-    weights = channels * (source[1] // operator.groups * math.prod(operator.kernel) if is_conv else source[-1])
-    fused_bias = is_conv or len(source) == 2
-    return packed_bytes(weights, operator.params - weights, channels, operator.weight_bits, fused_bias=fused_bias)
-
-
-def packed_bytes(weights: int, biases: int, channels: int, bits: int, *, fused_bias: bool = True) -> int:
-    """Weights in containers of 4, 8, 16 or 32 bits; below 16 with a float32 scale and a zero point a channel.
-
-    Biases are float32, but in an int8 operator int32 with a float32 scale and an int32 zero point each.
-    """
-    if bits >= 16:
-        return weights * bits // 8 + 4 * biases
-    container = 4 if bits <= 4 else 8
-    integers = math.ceil(weights * container / 8) + math.ceil(channels * container / 8)
-    return integers + 4 * channels + (12 if bits == 8 and fused_bias else 4) * biases

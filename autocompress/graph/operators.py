@@ -1,0 +1,126 @@
+"""The operator that a runtime executes for a node of the traced network, at given shapes and bits, and what it takes in the file."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from autocompress.graph.nodes import Conv, Weighted, arguments, channel_axis, follows_batch, module_of, name_of, relu_of
+from autocompress.records import Operator, OperatorKind, Shape
+
+NORM_VECTORS = 4
+"""A batch norm that is not folded has weight, bias, mean and variance in the file."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One of the two layers that stand for a factorised one: the first has `rank` outputs, the second makes the layer's own of these."""
+
+    rank: int
+    is_first: bool
+
+    @property
+    def suffix(self) -> str:
+        """Of its name, behind the layer's."""
+        return ".0" if self.is_first else ".1"
+
+
+def operator_name(node: fx.Node) -> str:
+    """Of a layer, that of the module."""
+    return str(node.target) if node.op == "call_module" else node.name
+
+
+def operator_of(
+    node: fx.Node, module: fx.GraphModule, kind: OperatorKind, shapes: tuple[Shape, ...],
+    *, activation: str | None, has_norm: bool, int8: bool, weight_bits: int, factor: Factor | None,
+) -> Operator:  # fmt: skip
+    """What runs in place of a node.
+
+    Args:
+        module: the network that the node is of.
+        shapes: of its inputs that are tensors, and of its output.
+        activation: what is fused into it; has_norm: whether a batch norm is.
+        factor: which of two layers of low rank it is; None: neither.
+    """
+    *inputs, output = shapes
+    layer, name = module_of(node, module), operator_name(node)
+    activation = activation or ((relu_of(node) or name_of(node)) if kind == "activation" else None)
+    common: dict[str, Any] = {"kind": kind, "bits": 8 if int8 else 32}
+    if not isinstance(layer, Weighted):
+        params = output[1] * _vectors(layer) if layer is not None and kind == "norm" else 0
+        own = {"name": name, "inputs": tuple(inputs), "output": output, "activation": activation, "params": params}
+        return Operator(**common, **own, **_window(node))
+    source, target, has_bias, is_pointwise = inputs[0], output, layer.bias is not None or has_norm, False
+    if factor is not None:
+        name, between = name + factor.suffix, _with_channels(output, channel_axis(node, module), factor.rank)
+        if factor.is_first:
+            target, activation, has_bias = between, None, False
+        else:
+            source, is_pointwise = between, True
+    common |= {"name": name, "inputs": (source,), "output": target, "activation": activation, "weight_bits": weight_bits}
+    if isinstance(layer, nn.Linear):
+        return Operator(**common, params=target[-1] * (source[-1] + has_bias))
+    groups = layer.groups if layer.groups == 1 else layer.groups * source[1] // layer.in_channels  # they go as a whole
+    window = _pointwise(layer) if is_pointwise else _convolved(layer)
+    per_filter = source[1] // groups * math.prod(window["kernel"])
+    return Operator(**common, **window, params=target[1] * (per_filter + has_bias), groups=groups)
+
+
+def _vectors(norm: nn.Module) -> int:
+    """Vectors of a norm in the file that is not folded; running statistics come with a weight and a bias always."""
+    return sum(1 for _ in norm.parameters()) if follows_batch(norm) else NORM_VECTORS
+
+
+def _with_channels(shape: Shape, axis: int, n: int) -> Shape:
+    return (*shape[:axis], n, *shape[axis + 1 :])
+
+
+def _convolved(layer: Conv) -> dict[str, tuple[int, ...]]:
+    """How a convolution moves over its input."""
+    padding = tuple(layer.padding) if not isinstance(layer.padding, str) else ()
+    return {"kernel": tuple(layer.kernel_size), "stride": tuple(layer.stride), "padding": padding, "dilation": tuple(layer.dilation)}
+
+
+def _pointwise(layer: Conv) -> dict[str, tuple[int, ...]]:
+    """The same for one of as many axes that looks at one position."""
+    ones, none = (1,) * len(layer.kernel_size), (0,) * len(layer.kernel_size)
+    return {"kernel": ones, "stride": ones, "padding": none, "dilation": ones}
+
+
+def _window(node: fx.Node) -> dict[str, tuple[int, ...]]:
+    """Kernel, stride and padding of a pool whose window is written down."""
+    given = arguments(node)
+    if "kernel_size" not in given:
+        return {}
+    kernel = given["kernel_size"]
+    window = {"kernel": kernel, "stride": given["stride"] or kernel, "padding": given["padding"]}
+    pairs = {name: tuple(value * 2 if len(value) == 1 else value) for name, value in window.items() if isinstance(value, list)}
+    known = len(pairs) == len(window) and all(isinstance(size, int) for pair in pairs.values() for size in pair)
+    return pairs if known else {}  # sizes may be computed from the input's
+
+
+def weight_bytes(operator: Operator) -> int:
+    """Bytes that an operator's weights and biases take in the file."""
+    if operator.kind not in ("conv", "linear"):
+        return 4 * operator.params
+    source, target = operator.inputs[0], operator.output
+    is_conv = operator.kind == "conv"
+    channels = target[1] if is_conv else target[-1]
+    weights = channels * (source[1] // operator.groups * math.prod(operator.kernel) if is_conv else source[-1])
+    fused_bias = is_conv or len(source) == 2
+    return packed_bytes(weights, operator.params - weights, channels, operator.weight_bits, fused_bias=fused_bias)
+
+
+def packed_bytes(weights: int, biases: int, channels: int, bits: int, *, fused_bias: bool = True) -> int:
+    """Weights in containers of 4, 8, 16 or 32 bits; below 16 with a float32 scale and a zero point a channel.
+
+    Biases are float32, but in an int8 operator int32 with a float32 scale and an int32 zero point each.
+    """
+    if bits >= 16:
+        return weights * bits // 8 + 4 * biases
+    container = 4 if bits <= 4 else 8
+    integers = math.ceil(weights * container / 8) + math.ceil(channels * container / 8)
+    return integers + 4 * channels + (12 if bits == 8 and fused_bias else 4) * biases
