@@ -23,8 +23,8 @@ VARIANT_SHARE = 1 / 4
 """Share of the short runs that distil a known structure in another way, instead of training a new one."""
 VARIED = 3
 """Leading policies whose distillation is varied, at most."""
-CLEAR = 2 * MOST_DRIFT
-"""Share of the budget that structures leave unused until one is safely within it: for drift, and for an interval's upper half."""
+CLEAR = MOST_DRIFT
+"""Share of the budget that structures leave unused beside that for drift, until one is safely within it: for an interval's upper half."""
 MOST_MEASURED = 4
 """Untrained networks that are measured, at most, to find one within the budget for the next short run."""
 COLLAPSED = 0.5
@@ -63,7 +63,7 @@ class Chooser:
 
         Until the search is safe, one that is within the budget by a margin where there is one.
         """
-        margins = (0.0,) if self._is_safe() else (CLEAR, 0.0)
+        margins = (0.0,) if self._is_safe() else (self.findings.drift + CLEAR, 0.0)
         leaders = (self._measured_leader(pool, margin) for margin in margins)
         leader = next((leader for leader in leaders if leader is not None), None) or self._least_over_budget(pool)
         return Choice(leader.policy, leader.worth) if leader is not None else None
@@ -84,7 +84,7 @@ class Chooser:
 
     def _is_safe(self) -> bool:
         """Whether something was within the budget by what a machine may drift until it is measured once more, at the end."""
-        return any(feasible(o, self.findings.limits, margin=MOST_DRIFT) for o in self.findings.climbers)
+        return any(feasible(o, self.findings.limits, margin=self.findings.drift) for o in self.findings.climbers)
 
     def _measured_leader(self, pool: list[Proposal], margin: float) -> Appraised | None:
         """The first to lead that measuring does not rule out either.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from autocompress.candidates.appraisals import Appraisals
 from autocompress.candidates.forecast import Forecast
@@ -31,6 +34,8 @@ from autocompress.units import format_duration, format_size
 
 Z = 2.0
 """Standard errors by which two scores of one split differ by chance."""
+SLOW = 0.9
+"""Quantile of what the original took that stands for a slow moment: the slowest of all may be an accident."""
 TAKEN_OVER = "taken_over"
 """What the journal calls it."""
 
@@ -83,6 +88,17 @@ class Findings:
     def budget(self) -> Budget:
         """The same in seconds, for the original as it is known now."""
         return self.limits.against(self.setting.baseline.latency_s.median)
+
+    @property
+    def drift(self) -> float:
+        """By how much a file may be slower when it is measured once more, at the end.
+
+        As the original has shown, where the budget is in seconds; beside a relative one the original is as slow then.
+        """
+        medians = [latency.median for latency in self.setting.baseline_history]
+        if not medians or (self.limits.latency_s is None and self.limits.p95_s is None):
+            return MOST_DRIFT
+        return max(MOST_DRIFT, float(np.quantile(medians, SLOW)) / statistics.median(medians) - 1)
 
     def outcomes(self) -> list[Outcome]:
         """One outcome a policy: of its files within the budget, else of all, the most accurate; a failure where there is none."""

@@ -16,7 +16,6 @@ from autocompress.controller.choice import Choice, Chooser
 from autocompress.controller.content import feasible
 from autocompress.controller.findings import Findings
 from autocompress.controller.pace import Pace
-from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import TooManyFailures
 from autocompress.front import gain, measured
 from autocompress.objective import evaluate_policy
@@ -236,7 +235,7 @@ class Search:
         findings, target = self.findings, self.findings.task.target_accuracy
         if target is None:
             return False
-        safe = [o.val_score for o in findings.front() if o.val_score is not None and feasible(o, findings.limits, margin=MOST_DRIFT)]
+        safe = [o.val_score for o in findings.front() if o.val_score is not None and feasible(o, findings.limits, margin=findings.drift)]
         return any(score.gain >= score.model_copy(update={"value": target}).gain for score in safe)
 
     def _has_enough(self) -> bool:

@@ -103,6 +103,19 @@ def test_files_that_cannot_be_measured_together_are_measured_one_by_one(findings
     assert findings.setting.baseline.latency_s.median == 7e-3
 
 
+@pytest.mark.parametrize(
+    ("limits", "drift"),
+    [(Budget(latency_s=1.0), 0.3), (Budget(p95_s=1.0), 0.3), (Budget(relative=0.5), 0.05), (Budget(size_bytes=9), 0.05)],
+    ids=["seconds", "95th percentile", "relative", "bytes"],
+)
+def test_a_budget_in_seconds_leaves_room_for_what_the_machine_comes_and_goes_by(findings, limits, drift):
+    findings.forecast.limits = limits
+    findings.setting = replace(
+        findings.setting, baseline_history=[measurement(1e-3 * slow) for slow in (1.0, 1.0, 1.3, 1.0, 1.3, 9.0, 0.9, 1, 1, 1.2, 1)]
+    )
+    assert findings.drift == pytest.approx(drift, abs=1e-6)
+
+
 def test_where_not_even_the_original_can_be_measured_the_front_stands_as_it_was(findings, pool):
     class Gone(Worn):
         def measure(self, paths, *, seconds_each=1.0):
