@@ -139,7 +139,7 @@ class RichProgress:
         if self._ends is not None:
             parts.append(f"{_remaining(self._ends - time.monotonic())} left")
         second = Text("  ")
-        second.append(f"best so far {self._best}" if self._best else "nothing within the budget yet", style="green")
+        second.append(f"best so far {self._best}" if self._best else "nothing to ship yet", style="green")
         second.append("   " + ", ".join(parts), style="dim")
         return Group(first, second)
 

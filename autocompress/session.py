@@ -342,7 +342,7 @@ def _result(findings: Findings) -> SearchResult:
             f"no policy became a file that works; the first failed to {failures[0]['stage']}: {failures[0]['reason']}",
             hint="mend that, then --resume (it may have another --batch-size or --learning-rate)",
         )
-    if findings.task.budget and not any(point["feasible"] for point in points):
+    if not any(point["feasible"] for point in points):
         fastest = min((e["latency_s"]["high"] for e in points), default=float("nan"))
         told = f"the fastest policy took {format_duration(fastest)}" if points else "no policy could be measured in time"
         run = shlex.quote(str(findings.run))

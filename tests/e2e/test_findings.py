@@ -359,8 +359,9 @@ def test_a_search_in_which_nothing_met_the_budget_says_how_fast_the_fastest_was(
     assert caught.value.smallest_latency_s == 1e-3
 
 
-def test_a_search_in_which_nothing_could_be_measured_says_so(findings):
-    findings.task, findings.run = findings.task.model_copy(update={"budget": ("1us",)}), findings.setting.models.parent
+@pytest.mark.parametrize("budget", [("1us",), ()], ids=["budget", "no budget"])
+def test_a_search_in_which_nothing_could_be_measured_says_so(findings, budget):
+    findings.task, findings.run = findings.task.model_copy(update={"budget": budget}), findings.setting.models.parent
     findings.write_front()
     with pytest.raises(InfeasibleBudget, match="no policy could be measured in time"):
         _result(findings)
