@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import shlex
 import sys
-import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -379,8 +378,8 @@ def _failed(error: BaseException, as_json: bool) -> int:
         text = str(getattr(error, "format_message", lambda: error)()).rstrip(".")
         known = UsageError(text, hint="autocompress --help, or --help after a command")
     elif isinstance(error, OSError) and error.errno in UNWRITABLE:
-        place = error.filename or tempfile.gettempdir()
-        known = RunFolderError(f"{str(place)!r} cannot be written: {error.strerror}", hint="free space; --resume goes on with a search")
+        place = repr(str(error.filename)) if error.filename is not None else "a disk"
+        known = RunFolderError(f"{place} cannot be written: {error.strerror}", hint="free space, or name another place; then --resume")
     elif isinstance(error, OSError) and error.filename is not None:
         known = UsageError(f"{str(error.filename)!r} cannot be used: {error.strerror}", hint="check the path, and who may read it")
     else:

@@ -29,9 +29,13 @@ def load_model(reference: str, *, weights: Path | None = None, classes: int | No
     """
     name, options = parse_reference(reference)
     library = next((library for library in LIBRARIES if name.startswith(f"{library}:")), None)
-    pretrained = _pretrained(reference, options, library, weights)
     if library is not None:
-        model = LIBRARIES[library](name.removeprefix(f"{library}:"), classes, pretrained)
+        model = LIBRARIES[library](name.removeprefix(f"{library}:"), classes, _pretrained(reference, options, weights))
+    elif ":" in name and options:
+        raise UsageError(
+            f"a function that builds a model takes no options, but got {reference!r}",
+            hint="write another function of that file, which builds what you want",
+        )
     elif ":" in name:
         model = call_function(name)
     else:
@@ -46,21 +50,19 @@ def load_model(reference: str, *, weights: Path | None = None, classes: int | No
     return model.cpu().eval()
 
 
-def _pretrained(reference: str, options: dict[str, str], library: str | None, weights: Path | None) -> bool:
+def _pretrained(reference: str, options: dict[str, str], weights: Path | None) -> bool:
     """Whether the reference asks for published weights. Raises UsageError for other options, and where there is a weights file too."""
-    if library is None and options:
-        raise UsageError(
-            f"a function that builds a model takes no options, but got {reference!r}",
-            hint="write another function of that file, which builds what you want",
-        )
     if set(options) - {"pretrained"} or options.get("pretrained", "true") not in ("true", "false"):
         raise UsageError(
-            f"a model takes the option pretrained=true or =false, but got {reference!r}", hint=f"{library}:NAME?pretrained=true"
+            f"a model of a library takes the option pretrained=true or =false, but got {reference!r}",
+            hint="for example torchvision:resnet18?pretrained=true",
         )
     pretrained = options.get("pretrained") == "true"
     if pretrained and weights is not None:
-        raise UsageError(f"a model has either published weights or those of a file, but got {reference!r} and {str(weights)!r}",
-                         hint="leave out pretrained=true or --weights")  # fmt: skip
+        raise UsageError(
+            f"a model has either published weights or those of a file, but got {reference!r} and {str(weights)!r}",
+            hint="leave out pretrained=true or --weights",
+        )
     return pretrained
 
 

@@ -62,11 +62,12 @@ UNTRAINED = "untrained-"
 
 @dataclass(frozen=True)
 class Baseline:
-    """The user's own model, exported in float32 and measured."""
+    """The user's own model, exported in float32 and measured. `train_score`: of training examples, about as many as validate."""
 
     path: Path
     latency_s: Measurement
     size_bytes: int
+    train_score: Score | None = None
     val_score: Score | None = None
     test_score: Score | None = None
 
@@ -286,7 +287,7 @@ def _is_of_this_device(setting: Setting, outcome: Outcome) -> bool:
 
 
 def _begin(setting: Setting, student: fx.GraphModule, policy: Policy, continues: str | None, until: float) -> None:
-    """Let a student begin with the weights of the lower rung that it continues, else reconstructed where it has another shape."""
+    """Let a student begin with the weights of the lower rung that it continues, or reconstructed where it has another shape."""
     if continues is not None and _continue_from(student, setting.models / continues / FLOAT_WEIGHTS):
         return
     if changes_shape(setting, policy):

@@ -12,7 +12,7 @@ from autocompress.run_folder import FRONT
 
 MODEL, LIMITS, OUTPUT = "Model and data", "Limits", "Output"
 
-_REFERENCE = "torchvision:resnet18, timm:NAME, package.module:function or file.py:function"
+_REFERENCE = "torchvision:resnet18, timm:NAME (?pretrained=true), package.module:function or file.py:function"
 
 
 def _run_of(path: Path) -> Path:

@@ -17,7 +17,7 @@ from autocompress.compress.arithmetic import best_training_device
 from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import Tick, TrainPlan, train
-from autocompress.data import Data, sample
+from autocompress.data import Data, Split, sample
 from autocompress.data.sources import load_data
 from autocompress.demo import BATCH_SIZE, LEARNING_RATE, TEACHER_EPOCHS
 from autocompress.devices import open_device
@@ -260,10 +260,10 @@ def _about_the_model(reference: str) -> Iterator[None]:
         ) from None
 
 
-def score_original(setting: Setting) -> Score:
-    """The original's validation score, taken from its exported file. Raises UsageError where it has none."""
+def score_original(setting: Setting, split: Split) -> Score:
+    """The original's score of a split, taken from its exported file. Raises UsageError where it has none."""
     with _about_the_model(setting.model_reference), setting.ledger.spend("score"):
-        return score_artifact(setting.device, setting.baseline.path, setting.data, setting.data.val, setting.batch)
+        return score_artifact(setting.device, setting.baseline.path, setting.data, split, setting.batch)
 
 
 def limit_validation(setting: Setting, seconds: float, examples: int | None = None) -> Setting:

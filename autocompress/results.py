@@ -73,6 +73,7 @@ class Entry(_Read):
 class Original(_Read):
     """The teacher as exported and measured; scores are missing when the search ended before they were taken."""
 
+    train_score: Score | None = None
     val_score: Score | None = None
     test_score: Score | None = None
     latency_s: Measurement

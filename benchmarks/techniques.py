@@ -6,8 +6,9 @@
 
 Of each technique the gentlest setting is taken whose untrained student, exported and measured in turns with the original, takes no more
 than `--share` of its time; the harshest where none does, which the table then shows. The last rows are the ways to distil: one student,
-other losses. Each student gets the same seconds of training after its reconstruction, as a short run of a search does; seeds are the outer
-loop, so that a machine that gets slower hits all rows alike. Writes benchmarks/results/techniques_TASK.{json,md}.
+other losses. Each student gets the same seconds of training after its reconstruction, as a short run of a search does (the original in int8
+is only calibrated); seeds are the outer loop, so that a machine that gets slower hits all rows alike. Writes
+benchmarks/results/techniques_TASK.{json,md}.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
+from autocompress.compress.teacher import Teacher
 from autocompress.evaluate import score_artifact
 from autocompress.graph import Graph
 from autocompress.objective import Setting, evaluate_policy, untrained
@@ -185,10 +187,11 @@ def main() -> None:
         task = task_of(options)
         setting = prepare(task, Path(folder), load(task))
         original = score_artifact(setting.device, setting.baseline.path, setting.data, setting.data.test, setting.batch).value
-        setting.teacher.prepare(options.seconds)
         chosen = list(policies(setting, options.share))
         for seed in range(options.seeds):
-            seeded = replace(setting, seed=seed)
+            teacher = Teacher(setting.teacher.model, setting.data, classifier=setting.graphs[None].classifier, seed=seed)
+            teacher.prepare(options.seconds)
+            seeded = replace(setting, seed=seed, teacher=teacher)
             for compared, name, policy in chosen:
                 known = {"compared": compared, "name": name, "seed": seed, "policy": policy.in_words()}
                 rows.append(known | run(seeded, name, policy, options.seconds))

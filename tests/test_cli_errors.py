@@ -253,7 +253,7 @@ def test_a_full_disk_is_told_as_one_wherever_it_shows(place, capsys, monkeypatch
 
     monkeypatch.setattr("autocompress.results.read_front", fail)
     assert main(["show", "fine"]) == 6
-    require_explained(capsys.readouterr(), "cannot be written: No space left", "free space")
+    require_explained(capsys.readouterr(), "cannot be written: No space left", "--resume")
 
 
 def test_ctrl_c_is_130(place, capsys, monkeypatch):

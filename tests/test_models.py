@@ -135,6 +135,7 @@ def test_a_function_makes_a_model(tmp_path):
         ("torchvision:resnet19", "unknown model", "resnet18"),
         ("torchvision:", "unknown model", "known"),
         ("resnet18", "unknown model", "torchvision:NAME"),
+        ("resnet18?x=1", "unknown model", "torchvision:NAME"),
         ("torchvision:resnet18?x=1", "takes the option pretrained", "pretrained=true"),
         ("timm:resnet18?pretrained=yes", "takes the option pretrained", "pretrained=true"),
         ("net.py:build?pretrained=true", "takes no options", "function"),

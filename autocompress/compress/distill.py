@@ -16,6 +16,8 @@ OTHER_CLASSES = 8.0
 """Weight of what the other classes tell in the decoupled divergence."""
 RELATIONS = 2.0
 """Weight of either kind of correlation."""
+LEAST_APART = 1e-3
+"""Of the mean distance between inputs: of nearer ones the direction is noise, whose gradient would be huge."""
 ANGLES = 2.0
 """Weight of angles beside distances."""
 
@@ -155,8 +157,7 @@ def distance_loss(own: Tensor, wanted: Tensor) -> Tensor:
     """
     if len(own) < 2:
         return 0.0 * own.sum()
-    distances, angles = ([measure(features) for features in (own, wanted)] for measure in (_distances, _angles))
-    return F.smooth_l1_loss(*distances) + ANGLES * F.smooth_l1_loss(*angles)
+    return F.smooth_l1_loss(_distances(own), _distances(wanted)) + ANGLES * F.smooth_l1_loss(_angles(own), _angles(wanted))
 
 
 def _distances(features: Tensor) -> Tensor:
@@ -167,8 +168,10 @@ def _distances(features: Tensor) -> Tensor:
 
 
 def _angles(features: Tensor) -> Tensor:
-    """n x n x n cosines, of the angle at the first between the second and the third."""
-    directions = F.normalize(features[None] - features[:, None], dim=2)
+    """n x n x n cosines, of the angle at the first between the second and the third; of inputs that are nearly the same they are small."""
+    apart = features[None] - features[:, None]
+    length = apart.norm(dim=2, keepdim=True)
+    directions = apart / length.clamp_min(LEAST_APART * float(length.detach().mean()) + TINY)
     return directions @ directions.mT
 
 

@@ -258,7 +258,7 @@ def _reestimate_norms(model: nn.Module, data: Data, plan: TrainPlan, steps: int)
 
 
 def _train_mode(model: nn.Module, distillation: Distillation | None) -> nn.Module:
-    """Dropout is for students without a teacher: it would blur the features that are to be matched."""
+    """Dropout is for students whose features are not compared with a teacher's: it would blur them."""
     model.train()
     if distillation is not None and distillation.features is not None:
         for module in model.modules():

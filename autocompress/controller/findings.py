@@ -34,6 +34,8 @@ from autocompress.units import format_duration, format_size
 
 Z = 2.0
 """Standard errors by which two scores of one split differ by chance."""
+SCORES = ("train_score", "val_score", "test_score")
+"""Of the original."""
 SLOW = 0.9
 """Quantile of what the original took that stands for a slow moment: the slowest of all may be an accident."""
 TAKEN_OVER = "taken_over"
@@ -112,12 +114,23 @@ class Findings:
     def _is_better(self, outcome: Outcome, before: Outcome) -> bool:
         """Of two files of one policy. Longer training is believed unless validation contradicts it by more than chance explains.
 
-        A teacher that has seen the validation examples lets what has stayed closest to it look better than it is.
+        A teacher that has seen the validation examples lets what has stayed closest to it look better than it is: then validation
+        contradicts nothing.
         """
         is_within, was_within = feasible(outcome, self.limits), feasible(before, self.limits)
         if is_within != was_within:
             return is_within
+        if outcome.rung == "full" and before.rung == "short" and (outcome.steps or 0) >= (before.steps or 0) and self._has_seen_validation:
+            return True
         return gain(outcome) >= gain(before) - (_chance(outcome, before) if outcome.rung == "full" else 0.0)
+
+    @property
+    def _has_seen_validation(self) -> bool:
+        """Whether the original knows validation examples as well as those of training, as it does where it was trained on both."""
+        train, val = self.setting.baseline.train_score, self.setting.baseline.val_score
+        if train is None or val is None or not (_is_counted(train) and _is_counted(val)):
+            return False
+        return train.value - val.value <= _spread(train, val)
 
     @property
     def short_runs(self) -> list[Outcome]:
@@ -150,6 +163,7 @@ class Findings:
         on_front = {o.id for o in front}
         points = {o.id: entry(o, baseline, self.limits, self._layers(o.policy), dominated=o.id not in on_front) for o in measured(outcomes)}
         original = Original(
+            train_score=baseline.train_score,
             val_score=baseline.val_score,
             test_score=baseline.test_score,
             latency_s=baseline.latency_s,
@@ -247,7 +261,8 @@ class Findings:
     def keep_original(self, baseline: Baseline) -> None:
         """What is known of the original by now, for good: a resumed search begins with it."""
         self.setting = replace(self.setting, baseline=baseline)
-        known = {"latency_s": baseline.latency_s, "val_score": baseline.val_score, "test_score": baseline.test_score}
+        scores = {name: getattr(baseline, name) for name in SCORES}
+        known = {"latency_s": baseline.latency_s, **scores}
         self.journal.note("original", {name: _json(record) for name, record in known.items()})
 
     def note_taken_over(self, taken: TakenOver) -> None:
@@ -264,9 +279,8 @@ class Findings:
         """Take up what a resumed search knew, the original as it was measured last included."""
         baseline, known = self.setting.baseline, self.journal.noted("original")
         if known is not None:
-            val_score, test_score = (Score.model_validate(s) if s is not None else None for s in (known["val_score"], known["test_score"]))
-            latency_s = Measurement.model_validate(known["latency_s"])
-            baseline = replace(baseline, latency_s=latency_s, val_score=val_score, test_score=test_score)
+            scores: dict[str, Any] = {name: Score.model_validate(known[name]) if known.get(name) is not None else None for name in SCORES}
+            baseline = replace(baseline, latency_s=Measurement.model_validate(known["latency_s"]), **scores)
         self.keep_original(baseline)
         self.taken_over = TakenOver.model_validate(self.journal.noted(TAKEN_OVER) or {})
         self.best = self._best()
@@ -299,6 +313,17 @@ def _json(record: Any) -> Any:
 
 
 def _chance(*outcomes: Outcome) -> float:
+    """By how much the validation scores of these may differ by chance."""
+    scores = [o.val_score for o in outcomes if o.val_score is not None]
+    return _spread(*scores) if len(scores) == len(outcomes) else 0.0
+
+
+def _spread(*scores: Score) -> float:
     """By how much two shares of right answers may differ by chance; 0 for other scores, whose spread is not known."""
-    shares = [(o.val_score.value, o.val_score.n) for o in outcomes if o.val_score is not None and is_share(o.val_score) and o.val_score.n]
-    return Z * math.sqrt(sum(p * (1 - p) / n for p, n in shares)) if len(shares) == len(outcomes) else 0.0
+    variances = [score.value * (1 - score.value) / score.n for score in scores if _is_counted(score)]
+    return Z * math.sqrt(sum(variances)) if len(variances) == len(scores) else 0.0
+
+
+def _is_counted(score: Score) -> bool:
+    """Whether it is a share of a known number of examples."""
+    return is_share(score) and score.n > 0

@@ -7,10 +7,13 @@ from dataclasses import replace
 
 from autocompress.candidates.proposals import Proposal
 from autocompress.controller.findings import Findings
+from autocompress.data import sample
 from autocompress.front import measured
 from autocompress.preparation import limit_validation, score_original
 from autocompress.schedule import calibration_seconds, pool_seconds, reserve_seconds, teacher_seconds, validation_seconds
 
+MOST_OF_TRAIN = 1000
+"""Training examples that the original is scored on, at most: enough to tell whether it knows validation examples less well."""
 GUESSING = 0.05
 """Share of the way from guessing to no error: an original that has not gone so far looks untrained, which is told."""
 
@@ -41,9 +44,10 @@ def know_original(findings: Findings) -> None:
         findings.progress.message(f"validating on {len(data.val)} of {whole} examples: all would take too much of the search's time")
     findings.show("scoring the original")
     started = time.monotonic()
-    score = score_original(findings.setting)
-    findings.keep_original(replace(findings.setting.baseline, val_score=score))
+    score = score_original(findings.setting, data.val)
     findings.per_example_s = (time.monotonic() - started) / len(data.val)
+    of_train = score_original(findings.setting, sample(data.train, min(len(data.val), MOST_OF_TRAIN)))
+    findings.keep_original(replace(findings.setting.baseline, val_score=score, train_score=of_train))
     guess = 1 / data.classes if data.classes else 0.0
     if data.score is None and score.value < guess + GUESSING * (1 - guess):
         cure = (

@@ -180,8 +180,15 @@ def _require_same_task(study: optuna.Study, task: Task, run: Path) -> None:
         return
     raise UsageError(
         f"{str(run)!r} holds the search of another task: {changed} was {getattr(before, changed)!r}, now {getattr(task, changed)!r}",
-        hint=f"resume with the same task; or choose another --out, and begin with what was learned here: --from {shlex.quote(str(run))}",
+        hint=f"resume with the same task, or choose another --out{_reusable(before, task, run)}",
     )
+
+
+def _reusable(before: Task, task: Task, run: Path) -> str:
+    """How another task may begin with what was learned of this one, where it is of the same subject."""
+    same_names = all(getattr(before, name) == getattr(task, name) for name in ("model", "data", "weights", "space"))
+    is_reusable = same_names and before.other_subject(task) is None
+    return f" that begins with what was learned here: --from {shlex.quote(str(run))}" if is_reusable else ""
 
 
 def _kept_task(known: dict[str, Any]) -> Task:

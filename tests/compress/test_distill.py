@@ -184,6 +184,9 @@ def test_relations_need_no_common_channels_and_survive_turning_and_scaling(kind)
     assert torch.autograd.gradcheck(lambda features: loss(features, wanted), (own,))
     assert torch.isfinite(loss(own[:1], wanted[:1]))
     assert torch.isfinite(loss(torch.ones(6, 9), torch.ones(6, 4)))
+    doubled = torch.cat([own.detach(), own.detach()]).requires_grad_()
+    loss(doubled, torch.cat([wanted, wanted + 1e-9])).backward()
+    assert doubled.grad.abs().max() < 10.0, "inputs that are the same have no direction"
 
 
 def test_similarities_are_those_of_the_slow_reference():

@@ -68,7 +68,7 @@ def test_weights_that_are_not_numbers_are_the_models_fault(net, data, tmp_path):
     broken = copy.deepcopy(net)
     nn.init.constant_(broken.head.weight, float("nan"))
     with pytest.raises(UsageError, match=r"own:net must run on the device as it is.*finite"):
-        score_original(ready(broken, data, tmp_path / "run"))
+        score_original(ready(broken, data, tmp_path / "run"), data.val)
 
 
 def test_a_device_that_cannot_run_the_original_says_so(net, data, tmp_path):
@@ -175,7 +175,7 @@ def test_a_student_is_reconstructed_once_and_only_where_something_was_cut(net, d
     assert made(narrow, "00001-full", "full", "00001") == 2, "the checkpoint is lost"
 
 
-def test_training_has_its_time_after_the_reconstruct_and_both_end_at_the_latest(net, data, tmp_path, monkeypatch):
+def test_training_has_its_time_after_the_reconstruction_and_both_end_at_the_latest(net, data, tmp_path, monkeypatch):
     untils = []
 
     def slow(student, reference, policy, until):
