@@ -11,7 +11,7 @@ from running import journal_of, short_runs_only
 from tasks import SLOW_CALLS, Diary, Net, blobs
 
 from autocompress.cli import main
-from autocompress.errors import PolicyFailure, UsageError
+from autocompress.errors import InfeasibleBudget, PolicyFailure, UsageError
 from autocompress.session import run_search
 from autocompress.task import Task
 from autocompress.testing.devices import Costs, FakeDevice
@@ -122,7 +122,8 @@ def test_what_does_not_work_here_or_is_damaged_is_left_out_and_said(first, net, 
     shutil.copytree(first, copy)
     (copy / "models" / "00000" / "model.onnx").write_bytes(b"damaged")
     monkeypatch.setattr("autocompress.controller.learned.evaluate_again", fails)
-    run_search(task(from_run=str(copy)), tmp_path / "run", model=net, data=data, device=FakeDevice(SLOW_CALLS), progress=diary)
+    with pytest.raises(InfeasibleBudget, match="before any policy could be measured"):
+        run_search(task(from_run=str(copy)), tmp_path / "run", model=net, data=data, device=FakeDevice(SLOW_CALLS), progress=diary)
     assert any("policy 00000" in message and "no longer what they were" in message for message in diary.messages)
     assert any("policy 00001" in message and "no such kernel" in message for message in diary.messages)
     assert any(message.startswith("0 networks and ") for message in diary.messages)
