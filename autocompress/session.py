@@ -342,16 +342,16 @@ def _result(findings: Findings) -> SearchResult:
             f"no policy became a file that works; the first failed to {failures[0]['stage']}: {failures[0]['reason']}",
             hint="mend that, then --resume (it may have another --batch-size or --learning-rate)",
         )
+    run = shlex.quote(str(findings.run))
     if not points and not findings.task.budget:
         raise InfeasibleBudget(
             "the search ended before any policy could be measured",
-            hint="search longer: --resume --search-time ...",
+            hint=f"search longer: --resume --out {run} --search-time ...",
             smallest_latency_s=float("nan"),
         )
     if not any(point["feasible"] for point in points):
         fastest = min((e["latency_s"]["high"] for e in points), default=float("nan"))
         told = f"the fastest policy took {format_duration(fastest)}" if points else "no policy could be measured in time"
-        run = shlex.quote(str(findings.run))
         trained = any(point["rung"] != "unchanged" for point in points)
         raise InfeasibleBudget(
             f"the search ended {'' if trained else 'before any policy was trained '}and nothing meets the budget "

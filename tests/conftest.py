@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
+from devices.files import linear_model
 from exporter import export_faster
 
 from autocompress.results import Results
@@ -59,6 +61,14 @@ def data_sets() -> Path:
     if not (folder / "cifar10").is_dir():
         pytest.skip(f"no data sets in {folder} (set AUTOCOMPRESS_DATA)")
     return folder
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """The file of a linear layer."""
+    path = tmp_path / "tiny.onnx"
+    onnx.save(linear_model(), path)
+    return path
 
 
 @pytest.fixture

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import json
 
-import onnx
 import pytest
-from devices.files import linear_model
 
 from autocompress import measure as module
 from autocompress.cli import main
 from autocompress.devices.runtime import TITLES, Runtime
 from autocompress.measure import measure_file, measure_file_on
 from autocompress.records import Measurement
-
-
-@pytest.fixture
-def tiny(tmp_path):
-    path = tmp_path / "tiny.onnx"
-    onnx.save(linear_model(), path)
-    return path
 
 
 @pytest.fixture

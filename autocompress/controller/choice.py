@@ -84,7 +84,8 @@ class Chooser:
 
     def _is_safe(self) -> bool:
         """Whether something was within the budget by what a machine may drift until it is measured once more, at the end."""
-        return any(feasible(o, self.findings.limits, margin=self.findings.drift) for o in self.findings.climbers)
+        drift = self.findings.drift
+        return any(feasible(o, self.findings.limits, margin=drift) for o in self.findings.climbers)
 
     def _measured_leader(self, pool: list[Proposal], margin: float) -> Appraised | None:
         """The first to lead that measuring does not rule out either.

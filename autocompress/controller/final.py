@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from dataclasses import replace
@@ -65,11 +66,8 @@ def _measured_again(findings: Findings, front: list[Outcome]) -> tuple[Measureme
     seconds = max(LEAST_FINAL_SECONDS_EACH, min(FINAL_SECONDS_EACH, FINAL_SHARE * left / (len(front) + 1)))
     measure = functools.partial(measure_beside_baseline, setting, seconds_each=seconds, until=time.monotonic() + FINAL_SHARE * left)
     paths = {o.id: findings.run / (o.artifact or "") for o in front}
-    try:
+    with contextlib.suppress(PolicyFailure):
         baseline, *others = measure([*paths.values()])
-    except PolicyFailure:
-        pass
-    else:
         return baseline, list(zip(front, others, strict=True))
     try:
         (baseline,) = measure([])

@@ -235,7 +235,8 @@ class Search:
         findings, target = self.findings, self.findings.task.target_accuracy
         if target is None:
             return False
-        safe = [o.val_score for o in findings.front() if o.val_score is not None and feasible(o, findings.limits, margin=findings.drift)]
+        drift = findings.drift
+        safe = [o.val_score for o in findings.front() if o.val_score is not None and feasible(o, findings.limits, margin=drift)]
         return any(score.gain >= score.model_copy(update={"value": target}).gain for score in safe)
 
     def _has_enough(self) -> bool:

@@ -31,13 +31,6 @@ SHORT = 0.05
 
 
 @pytest.fixture
-def tiny(tmp_path):
-    path = tmp_path / "tiny.onnx"
-    onnx.save(linear_model(), path)
-    return path
-
-
-@pytest.fixture
 def device():
     return LocalCpu(Runtime("onnxruntime"))
 
