@@ -154,11 +154,13 @@ class QuantSpec(Record):
 
 
 class DistillSpec(Record):
-    """Distillation of answers (Hinton et al. 2015, arXiv 1503.02531) and of the features that they are read from.
+    """Distillation of answers (Hinton et al. 2015, arXiv 1503.02531), of the features that they are read from, and of those inside.
 
     soft = how unlike the teacher's answers are, by one of ANSWER_LOSSES (compress/distill.py) at temperature T.
-    loss = (1 - features) * (alpha * soft + (1 - alpha) * cross_entropy(student, labels)) + features * (scaled `feature_loss` of the inputs
-    of the classifiers: compress/train.py), batch means; where student or teacher has no classifier, without the latter.
+    loss = (1 - features) * (alpha * soft + (1 - alpha) * cross_entropy(student, labels)) + features * (scaled difference of features:
+    compress/train.py), batch means; where student or teacher has no classifier, without the latter.
+    The difference of features is (1 - hidden) * (`feature_loss` of the inputs of the classifiers) + hidden * (mean difference of values
+    where the residual blocks begin), the former alone where student and teacher have no layers inside in common.
     standardized: logits have mean 0 and deviation 1 before they are compared (Sun et al. 2024, arXiv 2403.01427).
     feature_loss: `values` compares channels that student and teacher share (SimKD: Chen et al. 2022, arXiv 2203.14001); the others compare
     how the inputs of a batch lie to each other, which needs none in common. Where there are none, `values` stands for `similarity`.
@@ -171,6 +173,7 @@ class DistillSpec(Record):
     temperature: Annotated[float, Field(gt=0.0, le=100.0)] = 4.0
     alpha: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
     features: Annotated[float, Field(ge=0.0, le=1.0)] = 0.8
+    hidden: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
 
 
 class Policy(Record):

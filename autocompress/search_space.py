@@ -134,6 +134,7 @@ class DistillSpace(Record):
     temperature: TemperatureSpace | None = None
     alpha: ShareSpace | None = None
     features: ShareSpace | None = None
+    hidden: ShareSpace | None = None
 
 
 class SpaceSpec(Record):

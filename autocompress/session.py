@@ -223,7 +223,7 @@ def run_search(
         progress.message(f"searching in {run}")
         if not resume:
             _forget_teacher(run)
-        clock = Clock.start(task.search_seconds, already=clock.elapsed + (journal.noted("elapsed_s") or 0.0))
+        clock = Clock.start(task.search_seconds, already=clock.elapsed + _spent_before(task, run, journal))
         try:
             if not resume:
                 write_atomically(run / TASK_FILE, task.to_toml())
@@ -250,6 +250,15 @@ def run_search(
         finally:
             _finish(findings)
     return _result(findings)
+
+
+def _spent_before(task: Task, run: Path, journal: Journal) -> float:
+    """Seconds that earlier sessions of this search took; none of a demonstration that had not come further than to train its teacher.
+
+    That begins again when the search is resumed, and in the time that is left it would not learn enough to be worth compressing.
+    """
+    began_only = task.is_demo and kept_teacher(task, run) is None and not journal.outcomes
+    return 0.0 if began_only else journal.noted("elapsed_s") or 0.0
 
 
 def _forget_teacher(run: Path) -> None:

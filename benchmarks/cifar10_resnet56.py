@@ -32,7 +32,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
-from autocompress.compress.distill import ComparedFeatures
+from autocompress.compress.distill import ComparedFeatures, SharedChannels
 from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import Distillation, TrainPlan, train_quantized
@@ -51,6 +51,7 @@ DEVICE = "onnxruntime:cpu?threads=1"
 RIVAL_EPOCHS = 6
 CALIBRATION = 512
 ROUNDS = 5
+MADE = "made.json"
 TARGETS = ((2.2, 0.933), (4.0, 0.927), (6.0, 0.917))
 
 
@@ -91,10 +92,20 @@ def static_int8(baseline: Path, data: Data, folder: Path) -> Path:
 
 
 def kept_features(pruned: nn.Module, teacher: nn.Module) -> ComparedFeatures:
-    """Which inputs of the teacher's classifier the pruned network has kept: those whose weights are the same."""
-    same = (pruned.linear.weight.T[:, None] == teacher.linear.weight.T[None]).all(2)
-    student, original = same.nonzero(as_tuple=True)
-    return ComparedFeatures("linear", (student, original))
+    """Which inputs of the classifier and of each block the pruned network has kept: those whose weights are the teacher's."""
+    norm, hidden = "bn1", {}  # what each block reads was last scaled by the norm before it
+    for stage in ("layer1", "layer2", "layer3"):
+        for place in range(len(getattr(teacher, stage))):
+            own, whole = (network.get_submodule(norm).weight for network in (pruned, teacher))
+            hidden[f"{stage}.{place}.conv1"] = shared(own[:, None], whole[:, None])
+            norm = f"{stage}.{place}.bn2"
+    return ComparedFeatures("linear", shared(pruned.linear.weight.T, teacher.linear.weight.T), hidden)
+
+
+def shared(own: torch.Tensor, whole: torch.Tensor) -> SharedChannels:
+    """The rows that are equal."""
+    rows, original = (own[:, None] == whole[None]).all(2).nonzero(as_tuple=True)
+    return SharedChannels(index=(rows, original))
 
 
 def torch_pruning(data: Data, teacher: Teacher, folder: Path) -> tuple[Path, float]:
@@ -116,16 +127,21 @@ def torch_pruning(data: Data, teacher: Teacher, folder: Path) -> tuple[Path, flo
 
 
 def rivals(run: Path, data: Data, folder: Path) -> dict[str, tuple[Path, str]]:
-    """The files that a user could have had without us, with what was done."""
+    """The files that a user could have had without us, with what was done; those that lie in `folder` already are taken as they are."""
     folder.mkdir(parents=True, exist_ok=True)
+    made = folder / MADE
+    if made.is_file():
+        return {name: (folder / path, what) for name, (path, what) in json.loads(made.read_text()).items()}
     model = cifar10.resnet56()
     load_weights(model, cifar10.folder() / "cifar10_resnets" / "resnet56.safetensors")
     teacher = Teacher(model.eval(), data, classifier="linear")
     pruned, seconds = torch_pruning(data, teacher, folder)
-    return {
+    found = {
         "static int8": (static_int8(run / "models/baseline/model.onnx", data, folder), "onnxruntime.quantization, 512 images"),
         "Torch-Pruning 50 % + int8": (pruned, f"{RIVAL_EPOCHS} epochs of the same distillation ({seconds / 60:.0f} min)"),
     }
+    made.write_text(json.dumps({name: (str(path.relative_to(folder)), what) for name, (path, what) in found.items()}))
+    return found
 
 
 def measured(paths: list[Path]) -> list[list[Measurement]]:
@@ -177,6 +193,7 @@ def main() -> int:
     parser.add_argument("--run", type=Path, help="a finished search, instead of searching")
     parser.add_argument("--search-time", default="60m")
     parser.add_argument("--seed", type=int, default=0, help="of the search; other seeds than 0 write files of their own")
+    parser.add_argument("--rivals", type=Path, help="where the rivals' files are kept, or taken from where they were made before")
     parser.add_argument("--skip-rivals", action="store_true", help="score and measure our own files only")
     parser.add_argument("--name", help="of the result files; cifar10_resnet56, with the seed where it is not 0")
     options = parser.parse_args()
@@ -186,7 +203,7 @@ def main() -> int:
         search(run, options.search_time, options.seed)
     front, data = json.loads((run / "front.json").read_text()), cifar10.data()
     seed = front["task"]["seed"]
-    others = {} if options.skip_rivals else rivals(run, data, run / "rivals")
+    others = {} if options.skip_rivals else rivals(run, data, options.rivals or run / "rivals")
     baseline = run / front["baseline"]["artifact"]
     named = [("original (float32)", "ResNet-56", baseline), *((n, what, path) for n, (path, what) in others.items())]
     named += [(f"autocompress {e['id']}", e["words"], run / e["artifact"]) for e in front["front"]]

@@ -1,104 +1,169 @@
-"""Does each part of the trainer earn its place? The same students of ResNet-56, the same views and steps, one part added at a time.
+"""Does each part of the trainer earn its place? The same students, one part changed at a time, for the same time or number of steps.
 
-    AUTOCOMPRESS_DATA=../shared/data .venv/bin/python benchmarks/trainer.py --epochs 3 --seeds 2
+    AUTOCOMPRESS_DATA=../shared/data .venv/bin/python benchmarks/trainer.py --seconds 120 --seeds 2 --ways "usual,no hidden features"
+    AUTOCOMPRESS_DATA=../shared/data .venv/bin/python benchmarks/trainer.py --steps 300,1000 --seeds 2
 
-Float32 students without quantization. Validation images were part of what the teacher was trained on, so that whatever makes students
-more like their teacher looks better there than it is: the test split is what counts here. Writes benchmarks/results/trainer.json and
-prints a table.
+Float32 students of `reconstruct.students`, reconstructed, interleaved, scored on the test split: the teachers were trained on what
+validates. The teacher's answers for the first epoch are known beforehand, as they are to all but the first student of a search, which is
+the harder case for hidden features: the teacher has to be asked for these every time. Writes benchmarks/results/trainer_MODEL.{json,md}.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-import cifar10
+from rates import RATES, RESULTS, trained
+from reconstruct import examples, students
 
-from autocompress.compress import train as trainer
+from autocompress.compress import teacher as teaching
+from autocompress.compress import train as training
+from autocompress.compress.arithmetic import best_training_device
+from autocompress.compress.reconstruct import TeacherActivations, reconstruct
 from autocompress.compress.student import build_student, compared_features
 from autocompress.compress.teacher import Teacher
+from autocompress.compress.train import Distillation, TrainPlan, train
 from autocompress.data import Data
 from autocompress.devices import open_device
 from autocompress.evaluate import score_model
 from autocompress.graph import Graph
-from autocompress.models import load_weights
-from autocompress.policy import DistillSpec, Policy, StudentSpec
-from autocompress.search_space import spread, stages_of
-
-RESULTS = Path(__file__).parent / "results" / "trainer.json"
-SGD_LEARNING_RATE = 0.2
-"""SGD runs at half of it, 0.1: the usual peak for these networks and batch."""
-RECIPES = {"sgd, answers": ("sgd", 0.0), "muon, answers": ("muon", 0.0), "muon, answers and features": ("muon", DistillSpec().features)}
-STUDENTS = {"sliced 3,3,3": ((3, 2, 2), (1.0, 1.0, 1.0)), "wide 1,2,2": ((1, 1, 1), (1.0, 3.0, 2.0))}
+from autocompress.policy import DistillSpec, Policy
 
 
-def policy(graph: Graph, keep: tuple[int, ...], widths: tuple[float, ...]) -> Policy:
-    """Keep so many droppable blocks of each stage, and multiply each stage's channels."""
-    stages = [stage for stage in stages_of(graph) if stage.blocks]
-    drop, factors = [], {}
-    for stage, n, width in zip(stages, keep, widths, strict=True):
-        kept = set(spread(len(stage.blocks), n))
-        drop += [block for index, block in enumerate(stage.blocks) if index not in kept]
-        factors |= dict.fromkeys((*stage.inner, *([stage.stream] if stage.stream else [])), width)
-    return Policy(student=StudentSpec(drop=tuple(drop), widths=factors))
+@dataclass(frozen=True)
+class Way:
+    """What differs from the usual training: fields of the policy's distillation, names in the trainer's modules, size of a batch."""
+
+    spec: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    teaching: dict[str, Any] = field(default_factory=dict)
+    batch: int = 128
+    reconstructed: bool = True
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for module, changes in ((training, self.training), (teaching, self.teaching)):
+                for name, value in changes.items():
+                    stack.enter_context(mock.patch.object(module, name, value))
+            yield
 
 
-def run(graph: Graph, chosen: Policy, data: Data, teacher: Teacher, recipe: str, epochs: float, seed: int) -> dict[str, float]:
-    """Accuracies and seconds of one training."""
-    optimiser, features = RECIPES[recipe]
-    steps = int(epochs * (len(data.train) // 128))
-    plan = trainer.TrainPlan(steps, seed=seed, learning_rate=SGD_LEARNING_RATE if optimiser == "sgd" else 0.1)
-    distillation = trainer.Distillation(teacher, DistillSpec(features=features), compared_features(graph, chosen, graph))
-    keep, started = trainer.hidden_matrices, time.monotonic()
-    try:
-        if optimiser == "sgd":
-            trainer.hidden_matrices = lambda model: []
-        student: nn.Module = trainer.train(build_student(graph, chosen), data, plan, distillation=distillation)
-    finally:
-        trainer.hidden_matrices = keep
-    seconds = time.monotonic() - started
-    return {
-        "val_accuracy": score_model(student, data, data.val).value,
-        "test_accuracy": score_model(student, data, data.test).value,
-        "seconds": seconds,
-    }
+def cosine(progress: float) -> float:
+    """The usual rise, then half a cosine instead of a line."""
+    if progress < training.RISE:
+        return max(training.FLOOR, progress / training.RISE)
+    return max(training.FLOOR, 0.5 * (1 + math.cos(math.pi * (progress - training.RISE) / (1 - training.RISE))))
+
+
+WAYS = {
+    "usual": Way(),
+    "no hidden features": Way(spec={"hidden": 0.0}),
+    "hidden features of whole batches": Way(teaching={"HIDDEN": 1.0}),
+    "hidden features of an eighth": Way(teaching={"HIDDEN": 0.125}),
+    "answers only": Way(spec={"features": 0.0}),
+    "Muon at twice the rate": Way(training={"MUON_SHARE": 2 * training.MUON_SHARE}),
+    "Muon at half the rate": Way(training={"MUON_SHARE": training.MUON_SHARE / 2}),
+    "SGD only": Way(training={"hidden_matrices": lambda model: []}),
+    "cosine": Way(training={"one_cycle": cosine}),
+    "batches of 64": Way(batch=64),
+    "batches of 256": Way(batch=256),
+    "alpha 1": Way(spec={"alpha": 1.0}),
+    "T 2": Way(spec={"temperature": 2.0}),
+    "decoupled": Way(spec={"answers": "decoupled"}),
+    "relational": Way(spec={"answers": "relational"}),
+    "not reconstructed": Way(reconstructed=False),
+}
+
+
+def run(way: Way, graph: Graph, policy: Policy, teacher: Teacher, activations: TeacherActivations, data: Data, plan: TrainPlan) -> dict:
+    """Test accuracy of a student that was trained by the plan, whose deadline is seconds from its beginning."""
+    student, steps = build_student(graph, policy), 0
+    if way.reconstructed:
+        reconstruct(student, activations, policy)
+    distance = teacher.distance(student)
+
+    def count(_: float) -> None:
+        nonlocal steps
+        steps += 1
+
+    with way.applied():
+        distillation = Distillation(teacher, DistillSpec(**way.spec), compared_features(graph, policy, graph))
+        begun = time.monotonic()
+        asked = TrainPlan(
+            plan.steps * plan.batch_size // way.batch,
+            begun + plan.deadline,
+            plan.learning_rate,
+            way.batch,
+            seed=plan.seed,
+            to_learn=distance,
+        )
+        train(student, data, asked, distillation=distillation, tick=count)
+    seconds = time.monotonic() - begun
+    return {"distance": distance, "steps": steps, "seconds": seconds, "test_accuracy": score_model(student, data, data.test).value}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line for each way, a column for each student and length of training."""
+    columns = list(dict.fromkeys((row["student"], row["length"]) for row in rows))
+    lines = ["| | " + " | ".join(f"{student}, {length}" for student, length in columns) + " |", "|---|" + "---|" * len(columns)]
+    for way in dict.fromkeys(row["way"] for row in rows):
+        cells = []
+        for column in columns:
+            runs = [row for row in rows if row["way"] == way and (row["student"], row["length"]) == column]
+            scores = ", ".join(f"{100 * row['test_accuracy']:.2f}" for row in runs)
+            cells.append(f"{scores} % ({statistics.mean(row['steps'] for row in runs):.0f} steps)" if runs else "")
+        lines.append(f"| {way} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Train every student with every recipe over the seeds, interleaved."""
+    """Train every student in every way, interleaved; results are written after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=float, default=3.0)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--model", default="resnet56", choices=sorted(RATES))
+    parser.add_argument("--seconds", help="of training: 60,120")
+    parser.add_argument("--steps", help="of training, instead: 300,1000")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--students", default="0,1,2", help="places of the students")
+    parser.add_argument("--ways", default=",".join(WAYS), help="some of the ways")
     options = parser.parse_args()
-    data, model = cifar10.data(), cifar10.resnet56()
-    load_weights(model, cifar10.folder() / "cifar10_resnets" / "resnet56.safetensors")
-    graph, rows = Graph.trace(model.eval(), (data.example(1),)), []
+    if bool(options.seconds) == bool(options.steps):
+        parser.error("give --seconds or --steps")
+    lengths = {f"{n} s": (10**9, float(n)) for n in (options.seconds or "").split(",") if n}
+    lengths |= {f"{n} steps": (int(n), math.inf) for n in (options.steps or "").split(",") if n}
+    model, data = trained(options.model)
+    graph, rows = Graph.trace(model, (data.example(1),)), []
+    activations = TeacherActivations(graph, examples(graph, data))
+    machine = open_device("onnxruntime:cpu?threads=1").environment() | {"trained on": str(best_training_device())}
+    chosen = [list(students(graph))[int(place)] for place in options.students.split(",")]
     for seed in range(options.seeds):
-        teacher = Teacher(model, data, classifier=graph.classifier, seed=seed)
-        for name, (keep, widths) in STUDENTS.items():
-            for recipe in RECIPES:
-                rows.append(
-                    {"student": name, "recipe": recipe, "seed": seed}
-                    | run(graph, policy(graph, keep, widths), data, teacher, recipe, options.epochs, seed)
-                )
-                print(rows[-1], flush=True)
-    RESULTS.parent.mkdir(exist_ok=True)
-    machine = open_device("onnxruntime:cpu?threads=1").environment()
-    RESULTS.write_text(
-        json.dumps({"epochs": options.epochs, "torch": torch.__version__, "machine": machine, "rows": rows}, indent=1) + "\n"
-    )
-    for name in STUDENTS:
-        for recipe in RECIPES:
-            values = [r["test_accuracy"] for r in rows if r["student"] == name and r["recipe"] == recipe]
-            print(f"{name:14s} {recipe:28s} {100 * statistics.mean(values):.2f} % ({100 * min(values):.2f}-{100 * max(values):.2f})")
+        teacher = Teacher(model.to(best_training_device()), data, classifier=graph.classifier, seed=seed)
+        for indices in torch.arange(len(data.train)).split(256):
+            teacher.answers(indices, data.view(indices, 0, seed), 0)
+        for name, policy in chosen:
+            for length, (steps, seconds) in lengths.items():
+                for way in options.ways.split(","):
+                    plan = TrainPlan(steps, seconds, RATES[options.model], seed=seed)
+                    known = {"student": name, "length": length, "way": way, "seed": seed}
+                    rows.append(known | run(WAYS[way], graph, policy, teacher, activations, data, plan))
+                    print(rows[-1], flush=True)
+                    told = {"model": options.model, "torch": torch.__version__, "machine": machine, "rows": rows}
+                    (RESULTS / f"trainer_{options.model}.json").write_text(json.dumps(told, indent=1) + "\n")
+                    (RESULTS / f"trainer_{options.model}.md").write_text(table(rows))
+    print(table(rows))
 
 
 if __name__ == "__main__":

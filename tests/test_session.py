@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from torch import nn
 
 from autocompress import session
 from autocompress.errors import UsageError
+from autocompress.preparation import TEACHER_WEIGHTS
 from autocompress.task import DEMO_MODEL, TASK_FILE, Task, load_task
 
 
@@ -55,3 +58,17 @@ def test_a_search_that_is_killed_while_it_loads_can_be_resumed_without_its_task(
     monkeypatch.setattr(session, "load", load)
     with pytest.raises(Killed):
         session.run_search(Task(model="torchvision:resnet18", data="digits"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(("model", "trained", "outcomes", "spent"), [
+    (DEMO_MODEL, False, [], 0.0),
+    (DEMO_MODEL, True, [], 90.0),
+    (DEMO_MODEL, False, ["unchanged"], 90.0),
+    ("torchvision:resnet18", False, [], 90.0),
+])  # fmt: skip
+def test_a_demonstration_that_had_not_trained_its_teacher_begins_again_with_all_its_time(tmp_path, model, trained, outcomes, spent):
+    """In what is left of it the teacher would not learn enough to be worth compressing."""
+    if trained:
+        (tmp_path / TEACHER_WEIGHTS).write_bytes(b"weights")
+    journal = SimpleNamespace(outcomes=outcomes, noted={"elapsed_s": 90.0}.get)
+    assert session._spent_before(Task(model=model, data="digits"), tmp_path, journal) == spent

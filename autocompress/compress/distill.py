@@ -1,9 +1,9 @@
-"""What a student learns from its teacher: answers (logits), and the features that they are read from."""
+"""What a student learns from its teacher: answers (logits), the features that they are read from, and what layers inside read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -24,41 +24,70 @@ ANGLES = 2.0
 
 @dataclass(frozen=True)
 class Answers:
-    """What a network says of n inputs: its outputs, and where they were observed the features (n x channels) they are read from."""
+    """What a network says of n inputs: its outputs, and where they were observed the features (n x channels) they are read from.
+
+    hidden: by layer what layers inside read, of some of the first inputs.
+    """
 
     outputs: Tensor
     features: Tensor | None = None
+    hidden: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SharedChannels:
+    """The channels that student and teacher both have in what layers of the same name read.
+
+    Args:
+        axis: of the channels.
+        index: of each of them in the student's values and in the teacher's; None: all, in the same order.
+    """
+
+    axis: int = 1
+    index: tuple[Tensor, Tensor] | None = None
+
+    def of(self, own: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """The two values with these channels only."""
+        if self.index is None:
+            return own, wanted
+        first, second = (index.to(own.device) for index in self.index)
+        return own.index_select(self.axis, first), wanted.index_select(self.axis, second)
 
 
 @dataclass(frozen=True)
 class ComparedFeatures:
-    """The inputs of the classifiers of student and teacher.
+    """What is compared of what the layers of student and teacher read.
 
     Args:
-        layer: name of the linear layer that makes the student's outputs.
-        shared: index of each channel that both have, in the features of the student and in those of the teacher; None: of no channel is
-            known that they do.
+        classifier: name of the linear layer that makes the student's outputs.
+        shared: channels that its inputs have in common with those of the teacher's; None: of no channel is known that they do.
+        hidden: the same of layers inside, by name.
     """
 
-    layer: str
-    shared: tuple[Tensor, Tensor] | None = None
+    classifier: str
+    shared: SharedChannels | None = None
+    hidden: dict[str, SharedChannels] = field(default_factory=dict)
 
 
-def observe(model: nn.Module, inputs: Tensor, layer: str | None) -> Answers:
-    """Outputs of the model, together with what its linear layer of this name was given (n x channels)."""
-    if layer is None:
-        return Answers(model(inputs))
-    seen: list[Tensor] = []
+def observe(model: nn.Module, inputs: Tensor, classifier: str | None, hidden: Sequence[str] = ()) -> Answers:
+    """Outputs of the model, together with what its classifier and these layers were given, where they were called."""
+    seen: dict[str, Tensor] = {}
 
-    def note(_: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        seen.append(arguments[0] if arguments else named["input"])
+    def note(layer: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            seen[layer] = arguments[0] if arguments else named["input"]
 
-    handle = model.get_submodule(layer).register_forward_pre_hook(note, with_kwargs=True)
+        return hook
+
+    layers = dict.fromkeys([*hidden, *([classifier] if classifier is not None else [])])
+    handles = [model.get_submodule(layer).register_forward_pre_hook(note(layer), with_kwargs=True) for layer in layers]
     try:
         outputs = model(inputs)
     finally:
-        handle.remove()
-    return Answers(outputs, seen[-1])
+        for handle in handles:
+            handle.remove()
+    features = seen[classifier] if classifier is not None else None
+    return Answers(outputs, features, {layer: seen[layer] for layer in hidden if layer in seen})
 
 
 def soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -129,13 +158,16 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, targets: T
     return spec.alpha * ANSWER_LOSSES[spec.answers](own, wanted, targets, spec.temperature) + (1 - spec.alpha) * hard
 
 
-def value_loss(own: Tensor, wanted: Tensor) -> Tensor:
-    """Mean squared difference of features n x channels, in units of the teacher's variance over the batch.
+def value_loss(own: Tensor, wanted: Tensor, axis: int = 1) -> Tensor:
+    """Mean squared difference of features n x channels or maps with channels along `axis`, in units of the teacher's variance.
 
-    A student whose features are the teacher's has its answers, since the classifier is inherited (SimKD: Chen et al. 2022, arXiv
-    2203.14001, equation 3, where a projector stands in for channels that correspond).
+    The variance is that of a channel over batch and positions, on average of all channels. A student whose features are the teacher's has
+    its answers, since the classifier is inherited (SimKD: Chen et al. 2022, arXiv 2203.14001, equation 3, where a projector stands in for
+    channels that correspond).
     """
-    variance = wanted.var(0).mean() if len(wanted) > 1 else wanted.square().mean()
+    others = [other for other in range(wanted.dim()) if other != axis % wanted.dim()]
+    several = wanted.numel() > wanted.shape[axis]
+    variance = wanted.var(others).mean() if several else wanted.square().mean()
     return F.mse_loss(own, wanted) / (variance + TINY)
 
 
@@ -189,5 +221,21 @@ def compare_features(student: Answers, teacher: Answers, compared: ComparedFeatu
     wanted = teacher.features.detach().to(own)
     if kind != "values" or compared.shared is None:
         return FEATURE_LOSSES["similarity" if kind == "values" else kind](own, wanted)
-    channels = [index.to(own.device) for index in compared.shared]
-    return value_loss(own[:, channels[0]], wanted[:, channels[1]])
+    return value_loss(*compared.shared.of(own, wanted))
+
+
+def compare_hidden(student: Answers, teacher: Answers, compared: ComparedFeatures) -> Tensor | None:
+    """The mean loss of values over all layers inside that both were observed at, on the inputs of which the teacher's are known.
+
+    A student that is cut from its teacher is taught by these where its own errors begin, not by what is left of them at its end (hints:
+    Romero et al. 2015, arXiv 1412.6550, section 2.2, at every residual block, and without a regressor since channels correspond). None
+    where there is nothing to compare.
+    """
+    losses = []
+    for layer, shared in compared.hidden.items():
+        if layer not in student.hidden or layer not in teacher.hidden:
+            continue
+        wanted = teacher.hidden[layer].detach()
+        own = student.hidden[layer][: len(wanted)].float()
+        losses.append(value_loss(*shared.of(own, wanted.to(own)), shared.axis))
+    return torch.stack(losses).mean() if losses else None

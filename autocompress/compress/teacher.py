@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ COMPARED = 256
 TIMED_BATCHES = 4
 SAME = 0.02
 """Relative difference of outputs that other arithmetic explains, bfloat16 included; another function differs by far more."""
+HIDDEN = 0.25
+"""Share of a batch whose hidden features are told: the teacher has to be asked for them each time, and a map has many positions."""
 FEW, MORE = 16, 64
 """Inputs for a first guess, and for a second."""
 IMAGES = 4
@@ -62,12 +64,17 @@ class Teacher:
         """The view of the data that students see in this epoch."""
         return epoch % self.views
 
-    def answers(self, indices: Tensor, inputs: Tensor, view: int) -> Answers:
-        """What the teacher says of `data.view(indices, view, seed)`, which the caller has drawn already as `inputs`."""
+    def answers(self, indices: Tensor, inputs: Tensor, view: int, hidden: Sequence[str] = ()) -> Answers:
+        """What the teacher says of `data.view(indices, view, seed)`, which the caller has drawn already as `inputs`.
+
+        hidden: layers of which is told what they read of the first inputs, a share of HIDDEN of them. That is too much to be kept.
+        """
         kept = self._kept.get(view)
         if kept is not None and bool(kept.known[indices].all()):
-            return kept.take(indices)
-        answers = self._answer(inputs)
+            answers = kept.take(indices)
+            return replace(answers, hidden=self._answer(inputs[: _hidden_rows(inputs)], hidden).hidden) if hidden else answers
+        answers = self._answer(inputs, hidden)
+        answers = replace(answers, hidden={layer: read[: _hidden_rows(inputs)] for layer, read in answers.hidden.items()})
         if kept is None:
             n = len(self._data.train)
             if (len(self._kept) + 1) * _Kept.bytes_for(n, answers) > self._cache_bytes:
@@ -175,16 +182,20 @@ class Teacher:
             nn.Module.to(self.model, memory_format=layout)
         return layout
 
-    def _answer(self, inputs: Tensor) -> Answers:
-        return self._said(inputs, self._layout)
+    def _answer(self, inputs: Tensor, hidden: Sequence[str] = ()) -> Answers:
+        return self._said(inputs, self._layout, hidden)
 
     @torch.no_grad()
-    def _said(self, inputs: Tensor, layout: torch.memory_format) -> Answers:
+    def _said(self, inputs: Tensor, layout: torch.memory_format, hidden: Sequence[str] = ()) -> Answers:
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         own = inputs.to(device, copy=True)  # it may change them in place
         with fast_arithmetic(device):
-            said = observe(self.model, own.to(memory_format=layout) if own.dim() == IMAGES else own, self._classifier)
-        return Answers(said.outputs.float().cpu(), said.features.float().cpu() if said.features is not None else None)
+            said = observe(self.model, own.to(memory_format=layout) if own.dim() == IMAGES else own, self._classifier, hidden)
+        return Answers(said.outputs.float().cpu(), said.features.float().cpu() if said.features is not None else None, said.hidden)
+
+
+def _hidden_rows(inputs: Tensor) -> int:
+    return math.ceil(HIDDEN * len(inputs))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from autocompress.compress.arithmetic import best_training_device, fast_arithmetic, fast_layout
-from autocompress.compress.distill import ComparedFeatures, compare_features, distillation_loss, observe
+from autocompress.compress.distill import ComparedFeatures, compare_features, compare_hidden, distillation_loss, observe
 from autocompress.compress.muon import Muon, hidden_matrices
 from autocompress.compress.quantize import calibrate, fake_quantize, snap_biases
 from autocompress.compress.teacher import Teacher
@@ -39,11 +39,14 @@ FEW_STEPS = 50
 """After fewer, the running statistics of batch norms are still those that training began with: 0.9 to the 50th is half a percent."""
 MOST_BATCHES = 16
 """Batches that norms are re-estimated on, at most."""
-WARM_STEPS, MUCH_TO_LEARN = 300, 0.15
-"""A student that answers like its teacher is trained at the full rates from so many steps on: fewer undo more than they teach. Where so
-much of its answers differs it has more to learn than to lose (`benchmarks/rates.py`), but by Muon only, whose steps have the same length
-whatever the gradient: of SGD the first steps follow the largest gradients that there will be, and a few of them ruin a student that was
-reconstructed."""
+MUCH_TO_LEARN = 0.35
+"""Share of its answers that must differ from its teacher's for a student to be trained at Muon's full rate. One that differs in less has
+more to lose: about half of the rate teaches students that were reconstructed more (`benchmarks/trainer.py`). The rate falls with what
+there is to learn, but not below what the number of steps makes good."""
+WARM_STEPS, MUON_WARM_STEPS = 300, 2000
+"""Steps from which on the full rates are right for any student: fewer undo more than they teach (`benchmarks/rates.py`). Of SGD a few of
+the first, which follow the largest gradients that there will be, ruin a student that was reconstructed; those of Muon have the same length
+whatever the gradient."""
 CAUTION = 3
 """Power of what there is to learn that SGD's rates keep where steps are few: all from scratch, a fortieth where 0.3 of answers differ."""
 SLOWER, MOST_RESTARTS = 4.0, 3
@@ -69,7 +72,7 @@ class TrainPlan:
         quant_fraction: share of the steps at the end that run through fake quantization.
         calibration: inputs that int8 ranges are fitted to.
         to_learn: how far the student is from its teacher at the start, from 0 to 1 (`Teacher.distance`): the less it has to learn, the
-            lower are rates where there are fewer than WARM_STEPS.
+            lower are rates where steps are few.
     """
 
     steps: int
@@ -96,6 +99,11 @@ class Distillation:
     teacher: Teacher
     spec: DistillSpec
     features: ComparedFeatures | None = None
+
+    @property
+    def hidden(self) -> tuple[str, ...]:
+        """Layers inside whose inputs are compared."""
+        return tuple(self.features.hidden) if self.features is not None and self.spec.features and self.spec.hidden else ()
 
 
 def train(
@@ -212,8 +220,8 @@ class _Steps:
         """Fractions of the peak learning rates at this moment."""
         progress = self.progress
         expected = self.done / progress if progress else self.total
-        warm, cycle = min(1.0, expected / WARM_STEPS), one_cycle(progress)
-        return Rates(*(cycle * max(least, warm) for least in self._least))
+        warm, cycle = Rates(min(1.0, expected / WARM_STEPS), min(1.0, expected / MUON_WARM_STEPS)), one_cycle(progress)
+        return Rates(*(cycle * max(*bounds) for bounds in zip(self._least, warm, strict=True)))
 
 
 def _run(
@@ -272,12 +280,13 @@ def _loss(
 ) -> Tensor:
     targets = data.train.targets[indices].to(device)
     features = distillation.features if distillation is not None else None
+    hidden = distillation.hidden if distillation is not None else ()
     with fast_arithmetic(device):
-        student = observe(model, inputs.to(device), features.layer if features is not None else None)
+        student = observe(model, inputs.to(device), features.classifier if features is not None else None, hidden)
     outputs = student.outputs.float().contiguous()  # a loss of one's own may take views of it
     if distillation is None:
         return data.loss(outputs, targets) if data.loss is not None else F.cross_entropy(outputs, targets)
-    teacher, spec = distillation.teacher.answers(indices, inputs, view), distillation.spec
+    teacher, spec = distillation.teacher.answers(indices, inputs, view, hidden), distillation.spec
     answers = teacher.outputs.to(device)
     if data.loss is not None:
         loss = spec.alpha * F.mse_loss(outputs, answers) + (1 - spec.alpha) * data.loss(outputs, targets)
@@ -285,7 +294,9 @@ def _loss(
         loss = distillation_loss(outputs, answers, targets, spec)
     if features is None:
         return loss
-    unlike = compare_features(student, teacher, features, spec.feature_loss)
+    unlike, inside = compare_features(student, teacher, features, spec.feature_loss), compare_hidden(student, teacher, features)
+    if inside is not None:
+        unlike = (1 - spec.hidden) * unlike + spec.hidden * inside
     return (1 - spec.features) * loss + spec.features * FEATURE_SCALE * unlike
 
 

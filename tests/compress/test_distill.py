@@ -12,7 +12,9 @@ from autocompress.compress.distill import (
     OTHER_CLASSES,
     Answers,
     ComparedFeatures,
+    SharedChannels,
     compare_features,
+    compare_hidden,
     decoupled_loss,
     distance_loss,
     distillation_loss,
@@ -135,7 +137,7 @@ def features(seed: int, channels: int) -> Answers:
     return Answers(torch.zeros(6, 2), values)
 
 
-SHARED = ComparedFeatures("linear", (torch.tensor([0, 2]), torch.tensor([1, 3])))
+SHARED = ComparedFeatures("linear", SharedChannels(index=(torch.tensor([0, 2]), torch.tensor([1, 3]))))
 
 
 def feature_loss(student: Answers, teacher: Answers, compared: ComparedFeatures) -> torch.Tensor:
@@ -226,6 +228,20 @@ def test_where_no_channel_is_shared_values_are_compared_by_their_similarities():
     assert compare_features(student, teacher, apart, "distances") == distance_loss(student.features, teacher.features)
 
 
+def test_hidden_features_are_compared_on_the_inputs_of_which_the_teachers_are_known():
+    """In units of the teacher's variance of a channel over inputs and positions; what only one of the two has does not count."""
+    generator = torch.Generator().manual_seed(0)
+    own, wanted = torch.randn(6, 3, 4, 4, generator=generator), torch.randn(2, 4, 4, 4, generator=generator)
+    tokens, teachers = torch.randn(6, 5, 3, generator=generator), torch.randn(2, 5, 3, generator=generator)
+    compared = ComparedFeatures("linear", hidden={"conv": SHARED.shared, "tokens": SharedChannels(axis=2), "gone": SharedChannels()})
+    student, teacher = Answers(own, own, {"conv": own, "tokens": tokens}), Answers(wanted, wanted, {"conv": wanted, "tokens": teachers})
+    pairs = ((own[:2, [0, 2]], wanted[:, [1, 3]]), (tokens[:2].transpose(1, 2), teachers.transpose(1, 2)))
+    expected = [((mine - theirs) ** 2).mean() / theirs.transpose(0, 1).flatten(1).var(1).mean() for mine, theirs in pairs]
+    assert compare_hidden(student, teacher, compared).item() == pytest.approx(sum(expected).item() / 2, rel=1e-5)
+    assert compare_hidden(student, Answers(wanted, wanted), compared) is None
+    assert compare_hidden(teacher, teacher, ComparedFeatures("linear", hidden={"tokens": SharedChannels(axis=2)})).item() == 0.0
+
+
 def test_observing_returns_outputs_and_inputs_of_the_layer_and_leaves_no_trace():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
     x = torch.randn(5, 3)
@@ -233,7 +249,21 @@ def test_observing_returns_outputs_and_inputs_of_the_layer_and_leaves_no_trace()
     assert torch.equal(seen.outputs, model(x))
     assert torch.equal(seen.features, model[:2](x))
     assert observe(model, x, None).features is None
-    assert not model[2]._forward_pre_hooks
+    inside = observe(model, x, "2", ("1", "2"))
+    assert torch.equal(inside.hidden["1"], model[0](x)) and torch.equal(inside.hidden["2"], inside.features)
+    assert not model[1]._forward_pre_hooks and not model[2]._forward_pre_hooks
+
+
+def test_a_layer_that_is_not_called_is_not_observed():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.called, self.idle = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.called(x)
+
+    assert observe(Net(), torch.randn(5, 3), "called", ("idle",)).hidden == {}
 
 
 def test_a_layer_that_is_called_by_keyword_is_observed_too():

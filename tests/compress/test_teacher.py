@@ -1,6 +1,7 @@
 """Cached answers are the answers."""
 
 import copy
+import math
 import time
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from autocompress.compress.teacher import Teacher
+from autocompress.compress.teacher import HIDDEN, Teacher
 from autocompress.data import Split
 
 N, FEATURES, CLASSES = 20, 4, 3
@@ -90,6 +91,20 @@ def test_features_are_what_the_classifier_was_given_and_are_kept_with_the_answer
         assert torch.equal(answers.features, inputs)
         assert torch.allclose(answers.outputs, teacher.model.linear(inputs), atol=TOLERANCE)
     assert teacher.model.rows == N
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_hidden_features_are_told_of_some_of_a_batch_and_not_kept(known):
+    teacher, inputs = make(classifier="linear"), view(range(N), 0)
+    if known:
+        teacher.answers(torch.arange(N), inputs, 0)
+    before = teacher.model.rows
+    answers = teacher.answers(torch.arange(N), inputs, 0, ("linear",))
+    some = math.ceil(HIDDEN * N)
+    assert torch.equal(answers.hidden["linear"], inputs[:some]) and len(answers.outputs) == N
+    assert torch.allclose(answers.outputs, teacher.model.linear(inputs), atol=TOLERANCE)
+    assert teacher.model.rows - before == (some if known else N)
+    assert teacher.answers(torch.arange(N), inputs, 0).hidden == {}
 
 
 def test_features_count_in_the_cache():

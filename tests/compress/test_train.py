@@ -11,14 +11,16 @@ from torchvision.ops import StochasticDepth
 
 import autocompress.compress.train as train_module
 from autocompress.compress.muon import Muon
-from autocompress.compress.student import build_student
-from autocompress.compress.train import TrainPlan, train, train_quantized
+from autocompress.compress.student import build_student, compared_features
+from autocompress.compress.teacher import Teacher
+from autocompress.compress.train import Distillation, TrainPlan, train, train_quantized
 from autocompress.data import Data, Split
 from autocompress.devices import processor
 from autocompress.errors import PolicyFailure
 from autocompress.export import compare, onnx_bytes
 from autocompress.graph import Graph
-from autocompress.policy import Policy, QuantSpec, StudentSpec
+from autocompress.policy import DistillSpec, Policy, QuantSpec, StudentSpec
+from autocompress.testing.models import tiny_resnet
 
 CLASSES = 4
 
@@ -179,11 +181,12 @@ def test_batch_norms_do_not_see_what_is_dropped_in_training_only(data, dropped):
     [
         (1.0, 30, 1.0, 1.0),
         (0.5, 30, 1.0, 0.125),
-        (0.15, 30, 1.0, 0.1),
-        (0.03, 30, 0.2, 0.1),
-        (0.0, 30, 0.1, 0.1),
-        (0.0, 300, 1.0, 1.0),
-        (0.03, 150, 0.5, 0.5),
+        (0.175, 30, 0.5, 0.1),
+        (0.175, 1600, 0.8, 1.0),
+        (0.035, 30, 0.1, 0.1),
+        (0.0, 30, 0.015, 0.1),
+        (0.0, 300, 0.15, 1.0),
+        (0.035, 150, 0.1, 0.5),
         (0.0, 3000, 1.0, 1.0),
     ],
 )
@@ -200,7 +203,8 @@ def test_how_many_steps_there_will_be_is_told_by_the_clock():
     so_far._started -= 10.0
     so_far._allowed += 10.0
     so_far.done = 15
-    assert so_far.rates == pytest.approx([0.1 * train_module.one_cycle(0.5)] * 2, rel=0.05)
+    cycle = train_module.one_cycle(0.5)
+    assert so_far.rates == pytest.approx((0.1 * cycle, 0.015 * cycle), rel=0.05)
 
 
 @pytest.mark.parametrize("trained", [train, trained_as_a_student], ids=["teacher", "student"])
@@ -243,3 +247,22 @@ def test_a_loss_that_is_not_finite_before_the_first_step_is_tried_once(data, mon
     with pytest.raises(PolicyFailure, match="nan at step 0"):
         train(student_of(LeNet(), data), data, TrainPlan(steps=3, batch_size=16))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(("changes", "asked"), [({}, True), ({"hidden": 0.0}, False), ({"features": 0.0}, False)])
+def test_hidden_features_are_asked_of_the_teacher_only_where_they_are_compared(data, changes, asked):
+    torch.manual_seed(0)
+    net = tiny_resnet()
+    graph = Graph.trace(net.eval(), (data.example(1),))
+    policy = Policy(student=StudentSpec(drop=(graph.blocks[0].name,)))
+    compared, wanted = compared_features(graph, policy, graph), []
+    teacher = Teacher(net, data, classifier=graph.classifier)
+    answers = teacher.answers
+    teacher.answers = lambda *arguments: wanted.append(arguments[-1]) or answers(*arguments)
+    train(
+        build_student(graph, policy),
+        data,
+        TrainPlan(2, batch_size=16),
+        distillation=Distillation(teacher, DistillSpec(**changes), compared),
+    )
+    assert wanted == [tuple(compared.hidden) if asked else ()] * 2 and compared.hidden

@@ -1,12 +1,13 @@
 """Law 1: the pruned student is the teacher with the contributions of removed channels and dropped blocks zeroed."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from torch import nn
 
-from autocompress.compress.distill import observe
+from autocompress.compress.distill import ComparedFeatures, compare_hidden, observe
 from autocompress.compress.student import build_student, compared_features
 from autocompress.graph import Graph
 from autocompress.policy import Policy, PruneSpec, StudentSpec
@@ -126,8 +127,8 @@ def test_shared_features_are_the_channels_that_the_classifier_reads_in_both(trac
     model, _, graph = traced
     policy = random_policy(graph, seed, widths=True)
     compared, student = compared_features(graph, policy, graph), build_student(graph, policy)
-    mine, theirs = compared.shared
-    own, teachers = (m.get_submodule(compared.layer).weight for m in (student, model))
+    own, teachers = (m.get_submodule(compared.classifier).weight for m in (student, model))
+    mine, theirs = compared.shared.index or (torch.arange(own.shape[1]),) * 2
     assert torch.equal(own[:, mine], teachers[:, theirs])
     assert len(mine) == len(set(theirs.tolist())) > 0
     rest = sorted(set(range(own.shape[1])) - set(mine.tolist()))
@@ -138,16 +139,39 @@ def test_a_wider_student_starts_with_its_teachers_features(traced):
     model, inputs, graph = traced
     policy = Policy(student=StudentSpec(width=1.5))
     compared = compared_features(graph, policy, graph)
-    mine, theirs = compared.shared
     with torch.no_grad():
-        own, teachers = (observe(m, inputs, compared.layer).features for m in (build_student(graph, policy), model))
-    assert torch.allclose(own[:, mine], teachers[:, theirs], rtol=1e-8, atol=1e-8)
+        own, teachers = (observe(m, inputs, compared.classifier, tuple(compared.hidden)) for m in (build_student(graph, policy), model))
+    assert torch.allclose(*compared.shared.of(own.features, teachers.features), rtol=1e-8, atol=1e-8)
+    assert own.hidden.keys() == teachers.hidden.keys() == compared.hidden.keys() != set()
+    for layer, shared in compared.hidden.items():
+        assert torch.allclose(*shared.of(own.hidden[layer], teachers.hidden[layer]), rtol=1e-8, atol=1e-8), layer
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_hidden_features_are_compared_channel_by_channel(traced, seed):
+    """Columns of a layer's weights belong to the channels that it reads, whatever was pruned, added or dropped before it."""
+    model, inputs, graph = traced
+    policy = random_policy(graph, seed, widths=True)
+    compared, student, nodes = compared_features(graph, policy, graph), build_student(graph, policy), graph.module.graph.nodes
+    names = {str(node.target): node.name for node in nodes if node.op == "call_module"}
+    for layer, shared in compared.hidden.items():
+        own, teachers = (m.get_submodule(layer) for m in (student, model))
+        rows = graph.index(names[layer], shared.axis, graph.selection(policy))
+        rows = torch.arange(len(own.weight)) if rows is None else torch.from_numpy(rows)
+        kept = rows >= 0
+        columns = dataclasses.replace(shared, axis=1)
+        if getattr(own, "groups", 1) == 1:
+            assert torch.equal(*columns.of(own.weight[kept], teachers.weight[rows[kept]])), layer
+    with torch.no_grad():
+        own, teachers = (observe(m, inputs, compared.classifier, tuple(compared.hidden)) for m in (student, model))
+    assert own.hidden.keys() == teachers.hidden.keys() == compared.hidden.keys()
+    assert not compared.hidden or torch.isfinite(compare_hidden(own, teachers, compared))
 
 
 def test_a_student_of_another_architecture_shares_no_channel(traced):
     _, _, graph = traced
     compared = compared_features(graph, Policy(student=StudentSpec(reference="torchvision:resnet18")), graph)
-    assert (compared.layer, compared.shared) == (graph.classifier, None)
+    assert compared == ComparedFeatures(graph.classifier)
 
 
 class Around(nn.Module):
