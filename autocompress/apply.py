@@ -16,13 +16,13 @@ from autocompress.data.sources import load_data
 from autocompress.deploy import require_free, require_harmless, whole_folder
 from autocompress.errors import UsageError, refused
 from autocompress.evaluate import score_outputs
-from autocompress.export import Parity, now, update_manifest
+from autocompress.export import now, update_manifest
 from autocompress.models import example_for, load_model
 from autocompress.objective import Setting, check_artifact, untrained
 from autocompress.policy import Policy
 from autocompress.preparation import load, prepare
 from autocompress.references import DEFAULT_DEVICE
-from autocompress.report.view import format_score
+from autocompress.report.view import agreement, format_score
 from autocompress.search_space import find_suggest, structural, unsaturated
 from autocompress.task import Task
 from autocompress.units import format_duration, format_size
@@ -70,24 +70,25 @@ def apply_policy(
         score = score_outputs(outputs, loaded.val.targets, loaded) if data is not None else None
         update_manifest(
             made,
-            {"device": device, "latency_s": after.beside(before), "baseline_latency_s": before, "measured_at": now(), "val_score": score},
+            {
+                "device": device,
+                "latency_s": after.beside(before),
+                "baseline_latency_s": before,
+                "measured_at": now(),
+                "val_score": score,
+                "parity": parity,
+            },
         )
         return {
             "policy": chosen.in_words(), "digest": chosen.digest, "folder": str(out),
             "latency": format_duration(after.median), "original_latency": format_duration(before.median),
             "latency_s": after.median, "speedup": before.median / after.median,
             "size": format_size(path.stat().st_size), "original_size": format_size(setting.baseline.size_bytes),
-            "agreement_with_student": _agreement(parity),
+            "agreement_with_student": agreement(parity),
             "largest_difference": parity.relative,
             "validation": format_score(score) if score else "no data: nothing to score",
             "trained": "no: search trains, apply only reconstructs layers" if data is not None else "no: search trains, apply does not",
         }  # fmt: skip
-
-
-def _agreement(parity: Parity) -> str:
-    if parity.top1_agreement is None:
-        return f"outputs differ by {100 * parity.relative:.2g} % at most"
-    return f"{100 * parity.top1_agreement:.2f} % of {parity.n} decisions"
 
 
 def _read(path: str) -> bytes:

@@ -17,7 +17,7 @@ import typer
 
 from autocompress import options
 from autocompress.errors import AutocompressError, InfeasibleBudget, RunFolderError, UsageError, one_line
-from autocompress.references import DEFAULT_DEVICE, require_formats
+from autocompress.references import AGENT_PORT, DEFAULT_DEVICE, require_formats
 from autocompress.run_folder import FRONT, PARETO, REPORT, new_run, read_front, write_atomically
 from autocompress.terminal import complain, emit, emit_json, emit_record, report_error, terminal_width
 
@@ -334,8 +334,30 @@ def devices(*, json: options.Json = False) -> None:
     """List the devices that can be measured here."""
     from autocompress.devices import list_devices
 
-    content = {"devices": list_devices()}
+    content = {"devices": list_devices(), "elsewhere": "agent://HOST:PORT, with `autocompress agent --pack agent.pyz` running there"}
     emit_json(content) if json else emit_record(content)
+
+
+@app.command(epilog="Example: autocompress agent --pack agent.pyz, copy it to the device, and there: python3 agent.pyz")
+def agent(
+    *,
+    pack: options.Pack = None,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = AGENT_PORT,
+    token_file: options.TokenFile = Path("agent.token"),
+) -> None:
+    """Let searches elsewhere measure on this device, or write what does that on another one."""
+    if pack is not None:
+        from autocompress.devices.pack import pack as write_agent
+
+        write_agent(pack)
+        here = f"AUTOCOMPRESS_TOKEN_FILE=agent.token autocompress search --device agent://HOST:{AGENT_PORT}"
+        emit(f"{pack}\nthere: python3 {pack.name}\nhere:  {here}")
+        return
+    from autocompress.devices.agent import serve, token_of
+
+    token = token_of(token_file, make=True)
+    serve(host, port, token, ready=lambda server: complain(f"listening on {host}:{server.server_address[1]}; the token is in {token_file}"))
 
 
 @app.command()

@@ -182,6 +182,7 @@ def _facts(results: Results, entry: Entry, before: Measurement, after: Measureme
     return {
         "device": results.device, "latency_s": after, "baseline_latency_s": before, "measured_at": now(),
         "predicted_latency_s": entry.predicted_latency_s, "val_score": entry.val_score, "test_score": entry.test_score,
+        "parity": entry.parity,
     }  # fmt: skip
 
 

@@ -24,7 +24,8 @@ from torch import Tensor, fx
 from autocompress.compress.distill import ComparedFeatures
 from autocompress.compress.quantize import fake_quantize
 from autocompress.compress.reconstruct import TeacherActivations, examples_for, reconstruct
-from autocompress.compress.student import build_student, compared_features
+from autocompress.compress.compared import compared_features
+from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import CALIBRATION_INPUTS, Distillation, Tick, TrainPlan, quantizes, train, train_quantized
 from autocompress.data import Data, sampled
@@ -223,7 +224,7 @@ def evaluate_policy(
         manifest = setting.write(setting.models / id, student, policy)
         path = setting.models / id / manifest.artifact
         stage = "check"
-        outputs, _ = check_artifact(setting, student, path, policy)
+        outputs, parity = check_artifact(setting, student, path, policy)
         score = score_outputs(outputs, setting.data.val.targets, setting.data)
         stage = "measure"
         _, latency = measure_beside_baseline(setting, [path])
@@ -237,6 +238,7 @@ def evaluate_policy(
         latency_s=latency,
         size_bytes=manifest.size_bytes,
         artifact=f"models/{id}/{manifest.artifact}",
+        parity=parity,
         seconds=time.monotonic() - started,
         training_s=training_s,
         steps=steps,

@@ -123,3 +123,11 @@ StudentSource = Annotated[
 ]
 PolicyFile = Annotated[str, typer.Option("--policy", metavar="FILE|random:SEED", help="A policy file, or one drawn from the space.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error. May stand anywhere.")]
+
+Pack = Annotated[
+    Path | None,
+    typer.Option("--pack", metavar="FILE", help="Write the agent as one file for another device: it needs Python, numpy and onnxruntime."),
+]
+Host = Annotated[str, typer.Option("--host", help="To listen on; 0.0.0.0 for all networks. The default is reached by `ssh -L` only.")]
+Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="To listen on.")]
+TokenFile = Annotated[Path, typer.Option("--token-file", help="Of the token that whoever asks must know; made where it is not there.")]

@@ -229,5 +229,6 @@ class Policy(Record):
         distill = self.distill
         kind = ("" if distill.answers == "kl" else f"{distill.answers} ") + ("standardized " if distill.standardized else "")
         by = "" if distill.feature_loss == "values" or not distill.features else f" by {distill.feature_loss}"
-        parts.append(f"{kind}T={distill.temperature:.2g}, alpha={distill.alpha:.2g}, features={distill.features:.2g}{by}")
+        inside = "" if distill.hidden == DistillSpec().hidden or not distill.features else f", hidden={distill.hidden:.2g}"
+        parts.append(f"{kind}T={distill.temperature:.2g}, alpha={distill.alpha:.2g}, features={distill.features:.2g}{by}{inside}")
         return "; ".join(parts)

@@ -13,6 +13,8 @@ from autocompress.units import format_duration, format_size, is_size, parse_dura
 
 Shape = tuple[int, ...]
 Signature = tuple[object, ...]
+SMALLEST = 1e-12
+"""Of outputs that others are compared with."""
 Rung = Literal["unchanged", "short", "full"]
 """What a policy went through: `unchanged` is the model itself in fewer bits, calibrated; `short` and `full` say how long it was trained."""
 OperatorKind = Literal[
@@ -226,6 +228,11 @@ class Budget(Record):
             return self.against(measurement.original_s).allows(measurement, size_bytes, margin=margin)
         return self.violation((1 + margin) * measurement.high, size_bytes, (1 + margin) * measurement.p95) <= 0
 
+    def times(self, factor: float) -> Budget:
+        """All limits so many times as wide."""
+        limits = {name: factor * value for name, value in self.model_dump().items() if value is not None}
+        return Budget.model_validate(limits | ({"size_bytes": int(limits["size_bytes"])} if "size_bytes" in limits else {}))
+
     @property
     def of_time(self) -> Budget:
         """Its limits on latency alone."""
@@ -256,6 +263,31 @@ class Failure(Record):
     reason: str
 
 
+class Parity(Record):
+    """How the outputs of a file differ from those of the student that it was exported from, on `n` inputs.
+
+    Args:
+        difference: largest absolute difference; infinite where the file's outputs are not finite.
+        largest: magnitude of the largest expected output.
+        differing: number of decisions of a classifier that differ; None for outputs that are no decisions.
+    """
+
+    difference: float = Field(allow_inf_nan=True)
+    largest: float
+    differing: int | None
+    n: int
+
+    @property
+    def relative(self) -> float:
+        """The largest difference as a share of the largest expected output."""
+        return self.difference / max(self.largest, SMALLEST)
+
+    @property
+    def top1_agreement(self) -> float | None:
+        """Share of equal decisions."""
+        return 1.0 - self.differing / self.n if self.differing is not None else None
+
+
 class Outcome(Record):
     """One evaluated policy: a score and a measurement, or a failure.
 
@@ -263,7 +295,7 @@ class Outcome(Record):
     to what came after: exporting, scoring and measuring.
     `worth` is what was known of its structure before it was trained, as a rule likeness to the teacher.
     A failure that names an artifact lost it: the file worked once. `search_latency_s` is what was measured first, where the file was
-    measured again together with the front.
+    measured again together with the front. `parity` says how its outputs differ from the student's.
     """
 
     id: str
@@ -277,6 +309,7 @@ class Outcome(Record):
     worth: float | None = None
     size_bytes: int = 0
     artifact: str | None = None
+    parity: Parity | None = None
     failure: Failure | None = None
     seconds: float = 0.0
     training_s: float = 0.0

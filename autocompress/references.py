@@ -18,6 +18,8 @@ from urllib.parse import parse_qsl
 from autocompress.errors import UsageError, one_line
 
 DEFAULT_DEVICE = "onnxruntime:cpu?threads=1"
+AGENT, AGENT_PORT = "agent://", 7878
+"""How the name of a device elsewhere begins, and where an agent listens unless told otherwise."""
 FORMATS = ("onnx", "openvino", "torch")
 """What an export can write."""
 DATA_ROOT = "data"

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_fie
 
 from autocompress.errors import RunFolderError, UsageError
 from autocompress.policy import Policy, explain
-from autocompress.records import Budget, Measurement, Prediction, Rung, Score
+from autocompress.records import Budget, Measurement, Parity, Prediction, Rung, Score
 from autocompress.references import nearest
 from autocompress.run_folder import read_front
 
@@ -54,6 +54,7 @@ class Entry(_Read):
     worth: float | None = None
     size_bytes: int
     artifact: str | None = None
+    parity: Parity | None = None
     seconds: float = 0.0
     training_s: float = 0.0
     finishing_s: float = 0.0

@@ -6,6 +6,7 @@ import datetime
 import fcntl
 import json
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from typing import Any
 from autocompress.errors import RunFolderError, UsageError
 
 LOCK, FRONT, REPORT, PARETO = ".lock", "front.json", "report.html", "pareto.png"
+UNFINISHED = re.compile(r"\.(front\.json|report\.html|pareto\.png|task\.toml|teacher\.safetensors)\.\w{8}")
+"""Files of a run folder while they are written."""
 
 
 @contextmanager
@@ -70,10 +73,18 @@ def locked(run: Path) -> Iterator[None]:
                 hint="wait for it, or choose another --out",
             ) from None
         with writing(run):
+            _sweep(run)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
         yield
+
+
+def _sweep(run: Path) -> None:
+    """Remove what `write_atomically` left where it was killed; only who holds the folder writes into it."""
+    for left in run.iterdir():
+        if UNFINISHED.fullmatch(left.name) and left.is_file():
+            left.unlink(missing_ok=True)
 
 
 def new_run() -> Path:

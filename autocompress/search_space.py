@@ -1,11 +1,13 @@
 """SearchSpace: the policies that may be drawn for one traced model, and how to draw one.
 
 The TOML file says which dimensions there are and how finely they are shared; the traced graph says what they apply to; the
-device's profile cuts them (bits that have kernels). A space is also any callable `suggest(suggester) -> Policy`.
+device's profile cuts them (bits that have kernels). A space is also any callable `suggest(suggester) -> Policy`,
+or `suggest(suggester, graph) -> Policy`.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import tomllib
 from collections import Counter
@@ -366,10 +368,10 @@ def find_suggest(space: str, graph: Graph, profile: DeviceProfile, *, reference:
         function = call_function(space)
         if not callable(function):
             raise UsageError(
-                f"{space} must return a function suggest(trial) -> Policy, but got {type(function).__name__}",
+                f"{space} must return a function suggest(trial) or suggest(trial, graph) -> Policy, but got {type(function).__name__}",
                 hint="`file.py:function` is called once, and returns the function that draws",
             )
-        return own_suggest(function, space, profile)
+        return own_suggest(function, space, profile, graph)
     return SearchSpace.build(load_space(space), graph, profile, reference=reference).suggest
 
 
@@ -387,15 +389,17 @@ def unsaturated(policy: Policy, profile: DeviceProfile) -> Policy:
     return policy.model_copy(update={"quant": quant.model_copy(update={"reduced_range": reduced})})
 
 
-def own_suggest(function: Callable[[Suggester], Any], name: str, profile: DeviceProfile) -> Suggest:
-    """A user's function as a space, cut to the device.
+def own_suggest(function: Callable[..., Any], name: str, profile: DeviceProfile, graph: Graph) -> Suggest:
+    """A user's function of a trial, or of a trial and the graph, as a space, cut to the device.
 
     Whatever it raises becomes a UsageError that names it; Optuna's own errors, of its storage, pass.
     """
 
+    given = (graph,) if _takes_two(function) else ()
+
     def suggest(suggester: Suggester) -> Policy:
         try:
-            policy = function(suggester)
+            policy = function(suggester, *given)
         except Exception as error:
             if isinstance(error, AutocompressError) or type(error).__module__.startswith("optuna."):
                 raise
@@ -407,6 +411,15 @@ def own_suggest(function: Callable[[Suggester], Any], name: str, profile: Device
         return fitted(policy, profile)
 
     return suggest
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    """Whether it must be given a second argument."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some that are written in C do not tell
+        return False
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) == 2
 
 
 @dataclass(frozen=True)

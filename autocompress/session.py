@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,12 +26,13 @@ from autocompress.data import Data
 from autocompress.data.sources import Splits, as_data
 from autocompress.devices.base import Device
 from autocompress.errors import AutocompressError, InfeasibleBudget, TooManyFailures, UsageError
+from autocompress.front import measured
 from autocompress.ledger import Ledger
 from autocompress.objective import Setting
 from autocompress.policy import Policy
 from autocompress.preparation import TEACHER_WEIGHTS, contents, kept_teacher, load, prepare, train_demo_teacher
 from autocompress.progress import Progress, SilentProgress, make_progress
-from autocompress.records import Budget
+from autocompress.records import Budget, Outcome
 from autocompress.references import DEFAULT_DEVICE
 from autocompress.report.figures import in_colour
 from autocompress.report.page import figures, write_report
@@ -39,12 +40,12 @@ from autocompress.report.tables import frame
 from autocompress.results import Results
 from autocompress.run_folder import PARETO, locked, new_run, read_front, write_atomically
 from autocompress.schedule import Clock
-from autocompress.search_space import Suggest, find_suggest, own_suggest, structural
+from autocompress.search_space import find_suggest, own_suggest, structural
 from autocompress.signals import Attentive, stopped_by_signals
 from autocompress.study.database import open_journal, read_journal, recording, require_own, require_same_contents, require_same_subject
 from autocompress.study.journal import Journal
 from autocompress.task import OBJECT, TASK_FILE, Task, load_task
-from autocompress.units import format_duration
+from autocompress.units import format_duration, format_size
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -124,7 +125,7 @@ def search(
     trials: int | None = None,
     target_accuracy: float | None = None,
     space: str = "default",
-    suggest: Suggest | None = None,
+    suggest: Callable[..., Policy] | None = None,
     student: str | None = None,
     weights: Path | str | None = None,
     learning_rate: float = 0.1,
@@ -144,7 +145,8 @@ def search(
         batch: inputs a call of the deployed model; 1, of the demonstration 32.
         search_time: how long all of it may take; `"30m"`, of the demonstration `"4m"`.
         out: the run folder; by default a new one, named by the time.
-        suggest: draws a policy from an Optuna trial, instead of a named space.
+        suggest: draws a policy from an Optuna trial, instead of a named space: `suggest(trial)`, or `suggest(trial, graph)` with the
+            groups, blocks and layers of the model (`Graph.groups`, `.blocks`, `.layers`).
         sampler: any Optuna sampler that handles two objectives.
         from_run: folder of another search of the same model and data, to begin with what it has learned.
         quiet: show no progress on stderr.
@@ -208,7 +210,7 @@ def run_search(
     data: Data | None = None,
     device: Device | None = None,
     sampler: BaseSampler | None = None,
-    suggest: Suggest | None = None,
+    suggest: Callable[..., Policy] | None = None,
 ) -> SearchResult:
     """Run one search in the folder `run` and return what it found; what is finished survives any interruption."""
     task, clock = task.absolute(), Clock.start(task.search_seconds)
@@ -223,12 +225,13 @@ def run_search(
         progress.message(f"searching in {run}")
         if not resume:
             _forget_teacher(run)
-        clock = Clock.start(task.search_seconds, already=clock.elapsed + _spent_before(task, run, journal))
+        elapsed_s, spent_s = _taken_before(task, run, journal)
+        clock = Clock.start(task.search_seconds, already=clock.elapsed + elapsed_s)
         try:
             if not resume:
                 write_atomically(run / TASK_FILE, task.to_toml())
             known = _known_before(task, journal, run, progress)
-            ledger = Ledger(journal.noted("spent_s"))
+            ledger = Ledger(spent_s)
             with ledger.spend("prepare"):
                 loaded = load(task, model=model, data=data, device=device, weights=kept_teacher(task, run))
                 if loaded.output:
@@ -252,13 +255,13 @@ def run_search(
     return _result(findings)
 
 
-def _spent_before(task: Task, run: Path, journal: Journal) -> float:
-    """Seconds that earlier sessions of this search took; none of a demonstration that had not come further than to train its teacher.
+def _taken_before(task: Task, run: Path, journal: Journal) -> tuple[float, dict[str, float]]:
+    """Seconds that earlier sessions of this search took, and for what; none of a demonstration that had not trained its teacher.
 
     That begins again when the search is resumed, and in the time that is left it would not learn enough to be worth compressing.
     """
     began_only = task.is_demo and kept_teacher(task, run) is None and not journal.outcomes
-    return 0.0 if began_only else journal.noted("elapsed_s") or 0.0
+    return (0.0, {}) if began_only else (journal.noted("elapsed_s") or 0.0, journal.noted("spent_s") or {})
 
 
 def _forget_teacher(run: Path) -> None:
@@ -289,10 +292,13 @@ def _known_before(task: Task, journal: Journal, run: Path, progress: Progress) -
 
 
 def _assemble(
-    task: Task, run: Path, setting: Setting, journal: Journal, clock: Clock, progress: Progress, suggest: Suggest | None
+    task: Task, run: Path, setting: Setting, journal: Journal, clock: Clock, progress: Progress, suggest: Callable[..., Policy] | None
 ) -> Findings:
     graph, profile = setting.graphs[task.student], setting.device.profile
-    named = own_suggest(suggest, "`suggest`", profile) if suggest else find_suggest(task.space, graph, profile, reference=task.student)
+    if suggest is not None:
+        named = own_suggest(suggest, "`suggest`", profile, graph)
+    else:
+        named = find_suggest(task.space, graph, profile, reference=task.student)
     forecast = Forecast.start(setting, named, task.limits)
     return Findings(task, run, journal, forecast, clock, progress, points=list(journal.noted("progress") or []))
 
@@ -360,7 +366,7 @@ def _result(findings: Findings) -> SearchResult:
         )
     if not any(point["feasible"] for point in points):
         fastest = min((e["latency_s"]["high"] for e in points), default=float("nan"))
-        told = f"the fastest policy took {format_duration(fastest)}" if points else "no policy could be measured in time"
+        told = _nearest(findings) if points else "no policy could be measured in time"
         trained = any(point["rung"] != "unchanged" for point in points)
         raise InfeasibleBudget(
             f"the search ended {'' if trained else 'before any policy was trained '}and nothing meets the budget "
@@ -369,6 +375,20 @@ def _result(findings: Findings) -> SearchResult:
             smallest_latency_s=fastest,
         )
     return result
+
+
+def _nearest(findings: Findings) -> str:
+    """What missed the budget by least, in words."""
+
+    def miss(outcome: Outcome) -> float:
+        latency, original = outcome.latency_s, findings.setting.baseline.latency_s
+        assert latency is not None
+        limits = findings.limits.against(latency.original_s or original.median)
+        return limits.violation(latency.high, outcome.size_bytes, latency.p95)
+
+    nearest = min(measured(findings.outcomes()), key=miss)
+    assert nearest.latency_s is not None
+    return f"the nearest policy took {format_duration(nearest.latency_s.high)} and {format_size(nearest.size_bytes)}"
 
 
 def plan(task: Task) -> dict[str, Any]:

@@ -14,7 +14,16 @@ from pydantic import Field, ValidationError, field_validator
 from autocompress.errors import UsageError
 from autocompress.policy import Record, explain
 from autocompress.records import Budget
-from autocompress.references import DEFAULT_DEVICE, absolute_data, absolute_function, absolute_path, nearest
+from autocompress.references import (
+    AGENT,
+    AGENT_PORT,
+    DEFAULT_DEVICE,
+    absolute_data,
+    absolute_function,
+    absolute_path,
+    nearest,
+    parse_reference,
+)
 from autocompress.units import parse_duration
 
 DEMO_MODEL = "autocompress.demo:teacher"
@@ -90,10 +99,13 @@ class Task(Record):
     def difference(self, other: Task) -> str | None:
         """The first field in which another task differs, so that their policies cannot share a run folder.
 
-        How long to search and how to train is free; a budget is the same in other words.
+        How long to search and how to train is free; a budget and a device are the same in other words.
         """
-        others = [name for name in Task.model_fields if name not in (*CHANGEABLE, "budget")]
-        return self._differs(other, [*(["budget"] if self.limits != other.limits else []), *others])
+        if self.limits != other.limits:
+            return "budget"
+        if _device_of(self) != _device_of(other):
+            return "device"
+        return self._differs(other, [name for name in Task.model_fields if name not in (*CHANGEABLE, "budget", "device")])
 
     def other_subject(self, other: Task) -> str | None:
         """The first field in which another task differs, so that what it has learned of policies says nothing of them here.
@@ -141,6 +153,14 @@ class Task(Record):
             ) from None
         _ = task.search_seconds
         return task
+
+
+def _device_of(task: Task) -> tuple[str, dict[str, str]]:
+    """The device's name, and its options with those that are usual."""
+    name, options = parse_reference(task.device)
+    if name.startswith(AGENT) and ":" not in name.removeprefix(AGENT):
+        name = f"{name}:{AGENT_PORT}"
+    return name, {"threads": "1", "runtime": "onnxruntime"} | options
 
 
 def load_task(path: Path | None, overrides: Mapping[str, object]) -> Task:

@@ -32,7 +32,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
-from autocompress.compress.distill import ComparedFeatures, SharedChannels
+from autocompress.compress.distill import Compared, ComparedFeatures
 from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import Distillation, TrainPlan, train_quantized
@@ -93,19 +93,22 @@ def static_int8(baseline: Path, data: Data, folder: Path) -> Path:
 
 def kept_features(pruned: nn.Module, teacher: nn.Module) -> ComparedFeatures:
     """Which inputs of the classifier and of each block the pruned network has kept: those whose weights are the teacher's."""
-    norm, hidden = "bn1", {}  # what each block reads was last scaled by the norm before it
+    norm, hidden = "bn1", []  # what each block reads was last scaled by the norm before it
     for stage in ("layer1", "layer2", "layer3"):
         for place in range(len(getattr(teacher, stage))):
-            own, whole = (network.get_submodule(norm).weight for network in (pruned, teacher))
-            hidden[f"{stage}.{place}.conv1"] = shared(own[:, None], whole[:, None])
+            own, whole = (torch.stack([n.weight, n.bias, n.running_mean], 1) for n in (m.get_submodule(norm) for m in (pruned, teacher)))
+            name = f"{stage}.{place}.conv1"
+            hidden.append(Compared(name, name, shared={1: shared(own, whole)}))
             norm = f"{stage}.{place}.bn2"
-    return ComparedFeatures("linear", shared(pruned.linear.weight.T, teacher.linear.weight.T), hidden)
+    features = Compared("linear", "linear", shared={1: shared(pruned.linear.weight.T, teacher.linear.weight.T)})
+    return ComparedFeatures("linear", features, tuple(hidden))
 
 
-def shared(own: torch.Tensor, whole: torch.Tensor) -> SharedChannels:
-    """The rows that are equal."""
+def shared(own: torch.Tensor, whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index of each row of `own`, and of the one row of `whole` that is equal to it."""
     rows, original = (own[:, None] == whole[None]).all(2).nonzero(as_tuple=True)
-    return SharedChannels(index=(rows, original))
+    assert torch.equal(rows, torch.arange(len(own))), "the pruned network's channels are the teacher's"
+    return rows, original
 
 
 def torch_pruning(data: Data, teacher: Teacher, folder: Path) -> tuple[Path, float]:
@@ -131,7 +134,8 @@ def rivals(run: Path, data: Data, folder: Path) -> dict[str, tuple[Path, str]]:
     folder.mkdir(parents=True, exist_ok=True)
     made = folder / MADE
     if made.is_file():
-        return {name: (folder / path, what) for name, (path, what) in json.loads(made.read_text()).items()}
+        known = json.loads(made.read_text())
+        return {name: (folder / path, f"{what}, by {known['commit']}") for name, (path, what) in known["files"].items()}
     model = cifar10.resnet56()
     load_weights(model, cifar10.folder() / "cifar10_resnets" / "resnet56.safetensors")
     teacher = Teacher(model.eval(), data, classifier="linear")
@@ -140,7 +144,8 @@ def rivals(run: Path, data: Data, folder: Path) -> dict[str, tuple[Path, str]]:
         "static int8": (static_int8(run / "models/baseline/model.onnx", data, folder), "onnxruntime.quantization, 512 images"),
         "Torch-Pruning 50 % + int8": (pruned, f"{RIVAL_EPOCHS} epochs of the same distillation ({seconds / 60:.0f} min)"),
     }
-    made.write_text(json.dumps({name: (str(path.relative_to(folder)), what) for name, (path, what) in found.items()}))
+    files = {name: (str(path.relative_to(folder)), what) for name, (path, what) in found.items()}
+    made.write_text(json.dumps({"commit": commit(), "files": files}))
     return found
 
 

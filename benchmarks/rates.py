@@ -25,7 +25,8 @@ import cifar10
 from reconstruct import examples, students
 
 from autocompress.compress.reconstruct import TeacherActivations, reconstruct
-from autocompress.compress.student import build_student, compared_features
+from autocompress.compress.compared import compared_features
+from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import Distillation, TrainPlan, train, train_quantized
 from autocompress.data import Data, sample

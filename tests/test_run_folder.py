@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +57,24 @@ def test_a_crash_before_the_replacement_keeps_the_old_file(tmp_path, monkeypatch
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_was_being_written_when_a_search_was_killed_is_removed_by_the_next(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        """Too fast for any cleaning up."""
+
+    def kill(*_):
+        raise Killed
+
+    (tmp_path / ".front.json.notours1234").write_text("kept")
+    monkeypatch.setattr(Path, "replace", kill)
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+    with pytest.raises(Killed):
+        write_atomically(tmp_path / "front.json", "{}")
+    monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == 2
+    with locked(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", ".front.json.notours1234"}
 
 
 def test_a_folder_that_is_gone_is_a_run_folder_error(tmp_path):

@@ -216,14 +216,28 @@ def test_what_a_function_of_ones_own_does_wrong_is_said(tmp_path, graph, name, m
         suggest(LevelSuggester(np.random.default_rng(0)))
 
 
-def test_errors_of_ours_and_of_optunas_storage_pass_through_a_space():
+def test_a_function_may_be_given_the_graph(tmp_path, graph):
+    (tmp_path / "own.py").write_text(
+        "from autocompress import Policy, PruneSpec\n"
+        "def space():\n    return suggest\n"
+        "def suggest(trial, graph):\n"
+        "    names = [group.name for group in graph.groups if group.prunable]\n"
+        "    return Policy(prune=PruneSpec(ratios={name: trial.suggest_float(name, 0.0, 0.5) for name in names}))\n"
+    )
+    drawn = find_suggest(f"{tmp_path}/own.py:space", graph, INT8)(LevelSuggester(np.random.default_rng(0)))
+    assert drawn.prune.ratios.keys() == {group.name for group in graph.groups if group.prunable} != set()
+    for function in (lambda trial, extra=1: Policy(), lambda trial: Policy(), lambda *arguments: Policy()):
+        assert isinstance(own_suggest(function, "own", INT8, graph)(None), Policy)
+
+
+def test_errors_of_ours_and_of_optunas_storage_pass_through_a_space(graph):
     for error in (RunFolderError("full"), optuna.exceptions.StorageInternalError("full")):
 
         def fail(trial, error=error):
             raise error
 
         with pytest.raises(type(error)):
-            own_suggest(fail, "own", INT8)(LevelSuggester(np.random.default_rng(0)))
+            own_suggest(fail, "own", INT8, graph)(LevelSuggester(np.random.default_rng(0)))
 
 
 @pytest.mark.parametrize("reference", [None, "m:f"])
@@ -237,14 +251,14 @@ def test_an_empty_spec_draws_the_default_policy(graph):
     assert space.suggest(LevelSuggester(np.random.default_rng(0))) == Policy(student=StudentSpec(multiple=INT8.channel_multiple))
 
 
-def test_what_a_function_draws_is_cut_to_the_device():
+def test_what_a_function_draws_is_cut_to_the_device(graph):
     profile = INT8.model_copy(update={"channel_multiple": 8})
     drawn = {
         "mixed": Policy(quant=QuantSpec(bits=32, layers={"a": 8})),
         "float": Policy(quant=QuantSpec(bits=32)),
         "own": Policy(student=StudentSpec(multiple=12), quant=QuantSpec(bits=8)),
     }
-    cut = {name: own_suggest(lambda _, policy=policy: policy, name, profile)(None) for name, policy in drawn.items()}
+    cut = {name: own_suggest(lambda _, policy=policy: policy, name, profile, graph)(None) for name, policy in drawn.items()}
     assert [policy.quant.reduced_range for policy in cut.values()] == [True, False, True]
     assert [policy.student.multiple for policy in cut.values()] == [8, 8, 24]
 

@@ -70,5 +70,6 @@ def test_a_demonstration_that_had_not_trained_its_teacher_begins_again_with_all_
     """In what is left of it the teacher would not learn enough to be worth compressing."""
     if trained:
         (tmp_path / TEACHER_WEIGHTS).write_bytes(b"weights")
-    journal = SimpleNamespace(outcomes=outcomes, noted={"elapsed_s": 90.0}.get)
-    assert session._spent_before(Task(model=model, data="digits"), tmp_path, journal) == spent
+    journal = SimpleNamespace(outcomes=outcomes, noted={"elapsed_s": 90.0, "spent_s": {"train": 60.0}}.get)
+    taken = session._taken_before(Task(model=model, data="digits"), tmp_path, journal)
+    assert taken == (spent, {"train": 60.0} if spent else {})

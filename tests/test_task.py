@@ -125,6 +125,14 @@ def test_a_budget_in_other_words_is_the_same_task():
     assert Task(budget=("10ms", "4MB")).difference(Task(budget=("4000kB", "0.01s"))) is None
 
 
+@pytest.mark.parametrize(
+    ("other", "differs"),
+    [("onnxruntime:cpu", None), ("onnxruntime:cpu?threads=2", "device"), ("openvino:cpu?threads=1", "device"), ("agent://h:1", "device")],
+)
+def test_a_device_is_the_same_in_other_words(other, differs):
+    assert Task(device="onnxruntime:cpu?threads=1").difference(Task(device=other)) == differs
+
+
 def test_a_task_means_the_same_in_another_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = Task(model="net.py:build", weights="w.pt", data="imagefolder:photos", space="wide.toml")

@@ -351,13 +351,16 @@ class Forecast:
         raise self._infeasible(limits, min(measured, key=lambda found: self._violation_of(found, limits)))
 
     def require_feasible(self, pool: Sequence[Proposal]) -> None:
-        """Raises InfeasibleBudget unless some policy can meet the limits on time.
+        """Raises InfeasibleBudget unless some policy can meet the limits: on time, and where size is limited too both together."""
+        waiting = [*(self.proposal(policy, {}) for policy in fastest(self.suggest)), *pool]
+        self._require_time(waiting)
+        self._require_both([*waiting, self.proposal(smallest(self.suggest), {})])
 
-        Where that is open by prediction, those that are predicted to be fastest are measured, up to FASTEST of them, until one is within
+    def _require_time(self, waiting: list[Proposal]) -> None:
+        """Where that is open by prediction, those that are predicted to be fastest are measured, up to FASTEST of them, until one is within
         the limits or no other can be.
         """
         limits, budget, measured = self.limits.of_time, self.budget.of_time, list[Untrained]()
-        waiting = [*(self.proposal(policy, {}) for policy in fastest(self.suggest)), *pool]
         for _ in range(FASTEST):
             nearest = min(waiting, key=lambda p: self.model.predict(p.workload).value)
             predicted = self.model.predict(nearest.workload)
@@ -376,21 +379,42 @@ class Forecast:
         if measured:
             raise self._infeasible(limits, min(measured, key=lambda found: self._violation_of(found, limits)))
 
+    def _require_both(self, waiting: Sequence[Proposal]) -> None:
+        """What is small enough may be far too slow, and what is fast enough far too large: bits that have no kernel are small, not fast.
+
+        By a wide margin, since those drawn so far are not all that there are.
+        """
+        wide = self.budget.times(HOPE)
+        if wide.size_bytes is None or wide.of_time == Budget():
+            return
+
+        def miss(proposal: Proposal) -> float:
+            return self.violation(proposal.workload, self.model.predict(proposal.workload).low, wide)
+
+        nearest = min(waiting, key=miss)
+        found = self._measure_untrained(nearest.policy) if miss(nearest) > 0 else None
+        if found is not None and self._violation_of(found, self.limits.times(HOPE)) > 0:
+            raise self._infeasible(self.limits, found)
+
     def _infeasible(self, limits: Budget, found: Untrained) -> InfeasibleBudget:
-        """With the smallest budget of this kind that works: a time, its 95th percentile, or a size."""
+        """With the smallest budgets that work, of the kinds that do not: a time, its 95th percentile, a size."""
         budget, policy, latency, size_bytes = limits.against(self._original_s), found.policy, self._usual(found), found.size_bytes
-        binds = self._binds(self.workload(policy)) if budget.size_bytes is None else ""
-        if budget.size_bytes is not None:
-            cure = format_size(CURE_MARGIN * size_bytes)
-        elif budget.latency_s is None or (budget.p95_s is not None and latency.high <= budget.latency_s):
-            cure = f"p95={format_duration(CURE_MARGIN * latency.p95)}"
-        else:
-            cure = format_duration(CURE_MARGIN * latency.high)
+        cures, binds = [], ""
+        if budget.latency_s is not None and latency.high > budget.latency_s:
+            cures.append(format_duration(CURE_MARGIN * latency.high))
+        if budget.p95_s is not None and latency.p95 > budget.p95_s:
+            cures.append(f"p95={format_duration(CURE_MARGIN * latency.p95)}")
+        if cures:
+            binds = self._binds(self.workload(policy))
+        if budget.size_bytes is not None and size_bytes > budget.size_bytes:
+            cures.append(format_size(CURE_MARGIN * size_bytes))
+        which = "nearest" if limits.of_time != Budget() != limits.of_size else "fastest" if budget.size_bytes is None else "smallest"
         reason = f"; the time goes to {binds}" if binds else ""
+        told = " ".join(f"--budget {cure.replace(' ', '')}" for cure in cures)
         return InfeasibleBudget(
-            f"no policy of the space meets the budget ({self.budget.in_words()}): the {'smallest' if budget.size_bytes else 'fastest'} "
+            f"no policy of the space meets the budget ({self.budget.in_words()}): the {which} "
             f"takes {format_duration(latency.high)} and {format_size(size_bytes)} ({policy.in_words()})",
-            hint=f"the smallest budget that works here is about --budget {cure.replace(' ', '')}{reason}; or use a wider space",
+            hint=f"the smallest budget that works here is about {told}{reason}; or use a wider space",
             smallest_latency_s=latency.high,
             binds=binds,
         )

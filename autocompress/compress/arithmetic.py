@@ -20,6 +20,11 @@ def best_training_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def training_hardware() -> str:
+    """What students are trained on, in words."""
+    return torch.cuda.get_device_name() if best_training_device().type == "cuda" else "CPU"
+
+
 def fast_arithmetic(device: torch.device) -> AbstractContextManager[object]:
     """Autocast to bfloat16 where that is faster, else nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_faster(device))

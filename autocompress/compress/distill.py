@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,23 +35,26 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class SharedChannels:
-    """The channels that student and teacher both have in what layers of the same name read.
+class Compared:
+    """What a layer of the student reads, beside what its counterpart in the teacher does.
 
     Args:
+        layer, counterpart: their names.
         axis: of the channels.
-        index: of each of them in the student's values and in the teacher's; None: all, in the same order.
+        shared: by axis the index of each entry that both have, in the student's values and in the teacher's; of axes that are not named
+            they have the same entries in the same order.
     """
 
+    layer: str
+    counterpart: str
     axis: int = 1
-    index: tuple[Tensor, Tensor] | None = None
+    shared: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def of(self, own: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """The two values with these channels only."""
-        if self.index is None:
-            return own, wanted
-        first, second = (index.to(own.device) for index in self.index)
-        return own.index_select(self.axis, first), wanted.index_select(self.axis, second)
+        """The two values, of the entries that both have."""
+        for axis, (first, second) in self.shared.items():
+            own, wanted = own.index_select(axis, first.to(own.device)), wanted.index_select(axis, second.to(wanted.device))
+        return own, wanted
 
 
 @dataclass(frozen=True)
@@ -59,23 +62,27 @@ class ComparedFeatures:
     """What is compared of what the layers of student and teacher read.
 
     Args:
-        classifier: name of the linear layer that makes the student's outputs.
-        shared: channels that its inputs have in common with those of the teacher's; None: of no channel is known that they do.
-        hidden: the same of layers inside, by name.
+        classifier: name of the linear layer that makes the student's outputs; None where there is none.
+        features: its inputs beside those of the teacher's; None: of no channel is known that both have it.
+        hidden: layers inside.
     """
 
-    classifier: str
-    shared: SharedChannels | None = None
-    hidden: dict[str, SharedChannels] = field(default_factory=dict)
+    classifier: str | None = None
+    features: Compared | None = None
+    hidden: tuple[Compared, ...] = ()
 
 
-def observe(model: nn.Module, inputs: Tensor, classifier: str | None, hidden: Sequence[str] = ()) -> Answers:
-    """Outputs of the model, together with what its classifier and these layers were given, where they were called."""
+def observe(model: nn.Module, inputs: Tensor, classifier: str | None, hidden: Sequence[str] = (), rows: int | None = None) -> Answers:
+    """Outputs of the model, together with what its classifier and these layers were given, where they were called.
+
+    rows: of what the layers inside were given only the first rows, copied: the model may overwrite it, and all of it is much.
+    """
     seen: dict[str, Tensor] = {}
 
     def note(layer: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            seen[layer] = arguments[0] if arguments else named["input"]
+            given = arguments[0] if arguments else named["input"]
+            seen[layer] = given if rows is None or layer == classifier else given[:rows].clone()
 
         return hook
 
@@ -214,14 +221,18 @@ FEATURE_LOSSES: dict[FeatureLoss, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def compare_features(student: Answers, teacher: Answers, compared: ComparedFeatures, kind: FeatureLoss) -> Tensor:
-    """The loss of this kind; `values` are compared of shared channels only, and where there are none by their similarities."""
-    assert student.features is not None and teacher.features is not None
+def compare_features(student: Answers, teacher: Answers, compared: ComparedFeatures, kind: FeatureLoss) -> Tensor | None:
+    """The loss of this kind, of what the classifiers read; None where there are none.
+
+    `values` are compared of channels that both have, and where there are none by their similarities.
+    """
+    if student.features is None or teacher.features is None:
+        return None
     own = student.features.float()
     wanted = teacher.features.detach().to(own)
-    if kind != "values" or compared.shared is None:
+    if kind != "values" or compared.features is None:
         return FEATURE_LOSSES["similarity" if kind == "values" else kind](own, wanted)
-    return value_loss(*compared.shared.of(own, wanted))
+    return value_loss(*compared.features.of(own, wanted))
 
 
 def compare_hidden(student: Answers, teacher: Answers, compared: ComparedFeatures) -> Tensor | None:
@@ -232,10 +243,18 @@ def compare_hidden(student: Answers, teacher: Answers, compared: ComparedFeature
     where there is nothing to compare.
     """
     losses = []
-    for layer, shared in compared.hidden.items():
-        if layer not in student.hidden or layer not in teacher.hidden:
+    for layer in compared.hidden:
+        if layer.layer not in student.hidden or layer.counterpart not in teacher.hidden:
             continue
-        wanted = teacher.hidden[layer].detach()
-        own = student.hidden[layer][: len(wanted)].float()
-        losses.append(value_loss(*shared.of(own, wanted.to(own)), shared.axis))
+        wanted = teacher.hidden[layer.counterpart].detach()
+        own, wanted = layer.of(student.hidden[layer.layer][: len(wanted)].float(), wanted.float())
+        if own.shape == wanted.shape:  # of networks whose shapes depend on the data they may differ
+            losses.append(value_loss(own, wanted.to(own), layer.axis))
     return torch.stack(losses).mean() if losses else None
+
+
+def difference(features: Tensor | None, hidden: Tensor | None, share: float) -> Tensor | None:
+    """(1 - share) * features + share * hidden, or the one that there is."""
+    if features is None or hidden is None:
+        return features if hidden is None else hidden
+    return (1 - share) * features + share * hidden

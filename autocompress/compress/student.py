@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -12,19 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from autocompress.compress.distill import ComparedFeatures, SharedChannels
 from autocompress.compress.layers import unfilled
 from autocompress.compress.low_rank import factorise
 from autocompress.compress.sizes import resize_arguments
 from autocompress.graph import Graph
-from autocompress.graph.nodes import Conv, Weighted, channel_axis, kind_of, module_of, normalized_axes, value_of
+from autocompress.graph.nodes import Conv, Weighted, channel_axis, module_of, normalized_axes, value_of
 from autocompress.graph.resize import NEW, Roots, Selection
 from autocompress.graph.trace import annotate_shapes
 from autocompress.policy import Policy
 
 INIT_SEED = 1234
-HIDDEN_BYTES = 2**24
-"""Of the hidden features of one input that are compared: a teacher's come on top of what training holds in memory anyway."""
 
 
 def build_student(graph: Graph, policy: Policy) -> fx.GraphModule:
@@ -51,66 +47,6 @@ def build_student(graph: Graph, policy: Policy) -> fx.GraphModule:
     for parameter in student.parameters():  # a teacher may be frozen; what learns from it is not
         parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     return student.eval()
-
-
-def compared_features(graph: Graph, policy: Policy, teacher: Graph) -> ComparedFeatures | None:
-    """What the policy's student and its teacher have in common of what their layers read; None where either has no classifier.
-
-    Args:
-        graph: of the network that the student is derived from. One of another architecture than the teacher shares no channels with it.
-    """
-    if graph.classifier is None or teacher.classifier is None:
-        return None
-    if policy.student.reference is not None:
-        return ComparedFeatures(graph.classifier)
-    student, selection = graph.without(policy.student.drop), graph.selection(policy)
-    nodes = {str(node.target): node for node in student.graph.nodes if node.op == "call_module"}
-    hidden = {
-        layer: shared
-        for layer in _hidden_layers(nodes, graph, {graph.classifier, *graph.ranks(policy)})
-        if (shared := _shared_channels(nodes[layer], graph, selection)) is not None
-    }
-    return ComparedFeatures(graph.classifier, _shared_channels(nodes[graph.classifier], graph, selection), hidden)
-
-
-def _hidden_layers(nodes: dict[str, fx.Node], graph: Graph, without: set[str]) -> list[str]:
-    """The layers that read the network's residual streams, one of those that read the same; of a network without streams all layers.
-
-    As many of them, evenly spread, as HIDDEN_BYTES allow.
-    """
-    readers: dict[fx.Node, str] = {}
-    for layer in graph.layers:
-        node = nodes.get(layer.name)
-        if node is not None and layer.name not in without and node.meta.get("is_own") and _has_rows(node, graph):
-            readers.setdefault(node.all_input_nodes[0], layer.name)
-    streams = {source: layer for source, layer in readers.items() if _is_stream(source, graph)}
-    chosen = list((streams or readers).items())[::-1]
-    size = sum(math.prod(source.meta["shape"]) for source, _ in chosen) * 4 / len(graph.example[0])
-    stride = max(1, math.ceil(size / HIDDEN_BYTES))
-    return [layer for _, layer in chosen[::stride]][::-1]
-
-
-def _has_rows(layer: fx.Node, graph: Graph) -> bool:
-    """Whether a layer reads something else than the network's inputs, with a row for each of them."""
-    source = layer.all_input_nodes[0]
-    return source.op != "placeholder" and source.meta["shape"][0] == len(graph.example[0])
-
-
-def _is_stream(node: fx.Node, graph: Graph) -> bool:
-    """Whether a value is a sum of branches, perhaps normalised or activated."""
-    while kind_of(node, graph.module) in ("activation", "norm", "layernorm", "identity"):
-        node = node.all_input_nodes[0]
-    return kind_of(node, graph.module) == "add"
-
-
-def _shared_channels(layer: fx.Node, graph: Graph, selection: Selection) -> SharedChannels | None:
-    """Of those that a layer reads; None where all of them were added."""
-    axis, source = channel_axis(layer, graph.module), layer.all_input_nodes[0]
-    index = graph.index(source.name, axis, selection)
-    if index is None:
-        return SharedChannels(axis)
-    kept = np.flatnonzero(index != NEW)
-    return SharedChannels(axis, (torch.from_numpy(kept), torch.from_numpy(index[kept]))) if len(kept) else None
 
 
 def _resize_module(node: fx.Node, student: fx.GraphModule, graph: Graph, selection: Selection, generator: torch.Generator) -> None:

@@ -31,7 +31,7 @@ COMPARED = 256
 TIMED_BATCHES = 4
 SAME = 0.02
 """Relative difference of outputs that other arithmetic explains, bfloat16 included; another function differs by far more."""
-HIDDEN = 0.25
+HIDDEN_SHARE = 0.25
 """Share of a batch whose hidden features are told: the teacher has to be asked for them each time, and a map has many positions."""
 FEW, MORE = 16, 64
 """Inputs for a first guess, and for a second."""
@@ -67,14 +67,13 @@ class Teacher:
     def answers(self, indices: Tensor, inputs: Tensor, view: int, hidden: Sequence[str] = ()) -> Answers:
         """What the teacher says of `data.view(indices, view, seed)`, which the caller has drawn already as `inputs`.
 
-        hidden: layers of which is told what they read of the first inputs, a share of HIDDEN of them. That is too much to be kept.
+        hidden: layers of which is told what they read of the first inputs, HIDDEN_SHARE of them. That is too much to be kept.
         """
-        kept = self._kept.get(view)
+        kept, rows = self._kept.get(view), math.ceil(HIDDEN_SHARE * len(inputs))
         if kept is not None and bool(kept.known[indices].all()):
             answers = kept.take(indices)
-            return replace(answers, hidden=self._answer(inputs[: _hidden_rows(inputs)], hidden).hidden) if hidden else answers
-        answers = self._answer(inputs, hidden)
-        answers = replace(answers, hidden={layer: read[: _hidden_rows(inputs)] for layer, read in answers.hidden.items()})
+            return replace(answers, hidden=self._answer(inputs[:rows], hidden).hidden) if hidden else answers
+        answers = self._answer(inputs, hidden, rows)
         if kept is None:
             n = len(self._data.train)
             if (len(self._kept) + 1) * _Kept.bytes_for(n, answers) > self._cache_bytes:
@@ -182,20 +181,17 @@ class Teacher:
             nn.Module.to(self.model, memory_format=layout)
         return layout
 
-    def _answer(self, inputs: Tensor, hidden: Sequence[str] = ()) -> Answers:
-        return self._said(inputs, self._layout, hidden)
+    def _answer(self, inputs: Tensor, hidden: Sequence[str] = (), rows: int | None = None) -> Answers:
+        return self._said(inputs, self._layout, hidden, len(inputs) if rows is None else rows)
 
     @torch.no_grad()
-    def _said(self, inputs: Tensor, layout: torch.memory_format, hidden: Sequence[str] = ()) -> Answers:
+    def _said(self, inputs: Tensor, layout: torch.memory_format, hidden: Sequence[str] = (), rows: int = 0) -> Answers:
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         own = inputs.to(device, copy=True)  # it may change them in place
         with fast_arithmetic(device):
-            said = observe(self.model, own.to(memory_format=layout) if own.dim() == IMAGES else own, self._classifier, hidden)
+            own = own.to(memory_format=layout) if own.dim() == IMAGES else own
+            said = observe(self.model, own, self._classifier, hidden, rows)
         return Answers(said.outputs.float().cpu(), said.features.float().cpu() if said.features is not None else None, said.hidden)
-
-
-def _hidden_rows(inputs: Tensor) -> int:
-    return math.ceil(HIDDEN * len(inputs))
 
 
 @dataclass(frozen=True)

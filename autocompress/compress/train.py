@@ -19,7 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from autocompress.compress.arithmetic import best_training_device, fast_arithmetic, fast_layout
-from autocompress.compress.distill import ComparedFeatures, compare_features, compare_hidden, distillation_loss, observe
+from autocompress.compress.distill import (
+    Compared,
+    ComparedFeatures,
+    compare_features,
+    compare_hidden,
+    difference,
+    distillation_loss,
+    observe,
+)
 from autocompress.compress.muon import Muon, hidden_matrices
 from autocompress.compress.quantize import calibrate, fake_quantize, snap_biases
 from autocompress.compress.teacher import Teacher
@@ -39,14 +47,14 @@ FEW_STEPS = 50
 """After fewer, the running statistics of batch norms are still those that training began with: 0.9 to the 50th is half a percent."""
 MOST_BATCHES = 16
 """Batches that norms are re-estimated on, at most."""
-MUCH_TO_LEARN = 0.35
-"""Share of its answers that must differ from its teacher's for a student to be trained at Muon's full rate. One that differs in less has
-more to lose: about half of the rate teaches students that were reconstructed more (`benchmarks/trainer.py`). The rate falls with what
-there is to learn, but not below what the number of steps makes good."""
-WARM_STEPS, MUON_WARM_STEPS = 300, 2000
-"""Steps from which on the full rates are right for any student: fewer undo more than they teach (`benchmarks/rates.py`). Of SGD a few of
-the first, which follow the largest gradients that there will be, ruin a student that was reconstructed; those of Muon have the same length
-whatever the gradient."""
+WARM_STEPS, MUCH_TO_LEARN = 300, 0.15
+"""A student that answers like its teacher is trained at its highest rates from so many steps on: fewer undo more than they teach. Where so
+much of its answers differs it has more to learn than to lose (`benchmarks/rates.py`), but by Muon only, whose steps have the same length
+whatever the gradient: of SGD the first steps follow the largest gradients that there will be, and a few of them ruin a student that was
+reconstructed."""
+GENTLE, MUON_FULL = 0.5, 0.4
+"""Share of Muon's full rate that teaches students most that know most of what their teacher knows, and the share of their answers that must
+differ for the full one (`benchmarks/trainer.py`): who begins from scratch has further to go."""
 CAUTION = 3
 """Power of what there is to learn that SGD's rates keep where steps are few: all from scratch, a fortieth where 0.3 of answers differ."""
 SLOWER, MOST_RESTARTS = 4.0, 3
@@ -72,7 +80,7 @@ class TrainPlan:
         quant_fraction: share of the steps at the end that run through fake quantization.
         calibration: inputs that int8 ranges are fitted to.
         to_learn: how far the student is from its teacher at the start, from 0 to 1 (`Teacher.distance`): the less it has to learn, the
-            lower are rates where steps are few.
+            lower are rates, the more so where steps are few.
     """
 
     steps: int
@@ -101,9 +109,9 @@ class Distillation:
     features: ComparedFeatures | None = None
 
     @property
-    def hidden(self) -> tuple[str, ...]:
+    def hidden_layers(self) -> tuple[Compared, ...]:
         """Layers inside whose inputs are compared."""
-        return tuple(self.features.hidden) if self.features is not None and self.spec.features and self.spec.hidden else ()
+        return self.features.hidden if self.features is not None and self.spec.features and self.spec.hidden else ()
 
 
 def train(
@@ -205,6 +213,7 @@ class _Steps:
     def __init__(self, plan: TrainPlan) -> None:
         self.total = plan.steps
         self._least = Rates(plan.to_learn**CAUTION, min(1.0, plan.to_learn / MUCH_TO_LEARN))
+        self._highest = Rates(1.0, min(1.0, max(GENTLE, plan.to_learn / MUON_FULL)))
         self.done = 0
         self._started = time.monotonic()
         self._allowed = plan.deadline - self._started
@@ -220,8 +229,8 @@ class _Steps:
         """Fractions of the peak learning rates at this moment."""
         progress = self.progress
         expected = self.done / progress if progress else self.total
-        warm, cycle = Rates(min(1.0, expected / WARM_STEPS), min(1.0, expected / MUON_WARM_STEPS)), one_cycle(progress)
-        return Rates(*(cycle * max(*bounds) for bounds in zip(self._least, warm, strict=True)))
+        warm, cycle = min(1.0, expected / WARM_STEPS), one_cycle(progress)
+        return Rates(*(cycle * high * max(least, warm) for high, least in zip(self._highest, self._least, strict=True)))
 
 
 def _run(
@@ -280,13 +289,15 @@ def _loss(
 ) -> Tensor:
     targets = data.train.targets[indices].to(device)
     features = distillation.features if distillation is not None else None
-    hidden = distillation.hidden if distillation is not None else ()
+    hidden = distillation.hidden_layers if distillation is not None else ()
     with fast_arithmetic(device):
-        student = observe(model, inputs.to(device), features.classifier if features is not None else None, hidden)
+        own = [compared.layer for compared in hidden]
+        student = observe(model, inputs.to(device), features.classifier if features is not None else None, own)
     outputs = student.outputs.float().contiguous()  # a loss of one's own may take views of it
     if distillation is None:
         return data.loss(outputs, targets) if data.loss is not None else F.cross_entropy(outputs, targets)
-    teacher, spec = distillation.teacher.answers(indices, inputs, view, hidden), distillation.spec
+    counterparts = [compared.counterpart for compared in hidden]
+    teacher, spec = distillation.teacher.answers(indices, inputs, view, counterparts), distillation.spec
     answers = teacher.outputs.to(device)
     if data.loss is not None:
         loss = spec.alpha * F.mse_loss(outputs, answers) + (1 - spec.alpha) * data.loss(outputs, targets)
@@ -294,10 +305,9 @@ def _loss(
         loss = distillation_loss(outputs, answers, targets, spec)
     if features is None:
         return loss
-    unlike, inside = compare_features(student, teacher, features, spec.feature_loss), compare_hidden(student, teacher, features)
-    if inside is not None:
-        unlike = (1 - spec.hidden) * unlike + spec.hidden * inside
-    return (1 - spec.features) * loss + spec.features * FEATURE_SCALE * unlike
+    at_end, inside = compare_features(student, teacher, features, spec.feature_loss), compare_hidden(student, teacher, features)
+    unlike = difference(at_end, inside, spec.hidden)
+    return loss if unlike is None else (1 - spec.features) * loss + spec.features * FEATURE_SCALE * unlike
 
 
 def _draws(n: int, plan: TrainPlan, start: int) -> Iterator[tuple[Tensor, int]]:

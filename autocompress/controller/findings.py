@@ -15,10 +15,11 @@ import numpy as np
 
 from autocompress.candidates.appraisals import Appraisals
 from autocompress.candidates.forecast import Forecast
+from autocompress.compress.arithmetic import training_hardware
 from autocompress.compress.train import Tick
 from autocompress.controller.content import entry, feasible, front_of, ladder_quality, prediction_quality, progress_point
 from autocompress.devices.timing import MOST_DRIFT
-from autocompress.export import is_intact
+from autocompress.export import is_intact, library_versions, now
 from autocompress.front import gain, measured
 from autocompress.objective import Baseline, Setting, failure_of
 from autocompress.policy import Policy, Record
@@ -38,6 +39,8 @@ SCORES = ("train_score", "val_score", "test_score")
 """Of the original."""
 SLOW = 0.9
 """Quantile of what the original took that stands for a slow moment: the slowest of all may be an accident."""
+MADE_BY = ("autocompress", "torch", "optuna", "onnx")
+"""Libraries that networks are made with."""
 TAKEN_OVER = "taken_over"
 """What the journal calls it."""
 
@@ -173,7 +176,7 @@ class Findings:
         return Results(
             task=self.task.model_dump(mode="json"),
             device=self.setting.device.name,
-            environment=self.setting.device.environment(),
+            environment=self._environment(),
             budget=self.budget,
             baseline=original,
             front=tuple(points[o.id] for o in front),
@@ -187,6 +190,11 @@ class Findings:
             elapsed_s=self.clock.elapsed,
             spent_s=self.setting.ledger.spent(),
         )
+
+    def _environment(self) -> dict[str, str]:
+        """Of the device, and of the machine that searches: another one, perhaps, so that what both have is the device's."""
+        made_by = {name: known for name, known in library_versions().items() if name in MADE_BY}
+        return made_by | {"trained_on": training_hardware(), "written": now()} | self.setting.device.environment()
 
     def ladder(self) -> dict[str, Any]:
         """How many policies stood on each rung of the search, and whether each rung ranked them as the one below it."""

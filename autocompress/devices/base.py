@@ -5,11 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from autocompress.devices.runtime import Runtime
+from autocompress.devices.timing import summarise
+from autocompress.errors import PolicyFailure
 from autocompress.policy import Record
 from autocompress.records import Measurement
+
+
+MOST_A_FILE_S = 120.0
+"""Until then a file is called: calls of up to an eighth of it are warmed up and give six rounds."""
 
 
 class DeviceProfile(Record):
@@ -25,6 +33,20 @@ class DeviceProfile(Record):
     channel_multiple: int = 8
     reduced_range: bool = False
     note: str = ""
+
+
+def profile_of(runtime: Runtime, *, saturates: bool) -> DeviceProfile:
+    """What a runtime can do on a processor whose int8 products saturate, or do not."""
+    note = "x86 without VNNI: int8 weights use 7 bits" if saturates else ""
+    return DeviceProfile(runtime=runtime.name, threads=runtime.threads, reduced_range=saturates, note=note)
+
+
+def measurements(answer: dict[str, Any], paths: Sequence[Path], runtime: Runtime, environment: dict[str, str]) -> list[Measurement]:
+    """What a process that was to measure has answered (`devices/child.py`). Raises PolicyFailure where it could not run a file."""
+    if "error" in answer:
+        raise PolicyFailure(f"{runtime.title} cannot run {paths[answer['index']].name}: {answer['error']}")
+    samples = zip(answer["rounds"], answer["firsts"], strict=True)
+    return [summarise(rounds, first_call=first, environment=environment) for rounds, first in samples]
 
 
 class Device(ABC):

@@ -12,15 +12,18 @@ import ctypes
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from autocompress.devices.frames import read_array, write_array
 from autocompress.devices.sessions import Input, Session, open_session
+from autocompress.devices.wire import refers_elsewhere
 from autocompress.errors import one_line
 
 WARM_UP_CAP_S = 2.0
@@ -33,6 +36,8 @@ SLOW_CALL_S = 0.02
 ROUNDS_CAP_S = 20.0
 """Seconds a file after which the fewest rounds are enough that a median is measured with."""
 PR_SET_PDEATHSIG = 1
+MOST_WRITTEN = 2**20
+"""Bytes of complaints of a process that runs somebody else's files; it has nothing else to write."""
 
 
 class Runner:
@@ -94,7 +99,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     hard_end = time.perf_counter() + request["most_s"]
     for index, path in enumerate(request["paths"]):
         try:
-            runners.append(Runner(open_session(request["runtime"], path, request["threads"])))
+            runners.append(Runner(_opened(request, path)))
             firsts.append(runners[-1].warm_up(WARM_UP_CAP_S))
         except Exception as error:
             return {"error": one_line(error), "index": index}
@@ -130,7 +135,7 @@ def measure_many(request: dict[str, Any]) -> dict[str, Any]:
             medians.append(None)
             continue
         try:
-            runner = Runner(open_session(request["runtime"], base64.b64decode(encoded), request["threads"]))
+            runner = Runner(_opened(request, base64.b64decode(encoded)))
             runner.warm_up(request["seconds_each"])
             end, samples = time.perf_counter() + request["seconds_each"], [runner.sample()]
             while time.perf_counter() < end:
@@ -143,10 +148,30 @@ def measure_many(request: dict[str, Any]) -> dict[str, Any]:
 
 def run(request: dict[str, Any]) -> None:
     """Arrays of shape batches x inputs from stdin, of batches x outputs to stdout, until stdin ends."""
-    session = open_session(request["runtime"], request["path"], request["threads"])
+    session = _opened(request, request["path"])
     name = session.inputs[0].name
     while (batches := read_array(sys.stdin.buffer)) is not None:
         write_array(sys.stdout.buffer, np.stack([session.run({name: inputs}) for inputs in batches]))
+
+
+def _opened(request: dict[str, Any], model: str | bytes) -> Session:
+    """A file or its content; of somebody else's always the content, which must hold all that belongs to it. Raises what the runtime does."""
+    if "folder" in request:
+        model = Path(model).read_bytes() if isinstance(model, str) else model
+        if refers_elsewhere(model):
+            raise ValueError("the file must be an ONNX model that holds its weights itself")
+    return open_session(request["runtime"], model, request["threads"])
+
+
+def confine(request: dict[str, Any]) -> None:
+    """Where a file is somebody else's, work in an empty folder and take no more memory than was allowed."""
+    if "folder" not in request:
+        return
+    os.chdir(request["folder"])
+    for limit, most in ((resource.RLIMIT_DATA, request["most_bytes"]), (resource.RLIMIT_FSIZE, MOST_WRITTEN), (resource.RLIMIT_CORE, 0)):
+        hard = resource.getrlimit(limit)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(limit, (most, most))
 
 
 def pin(threads: int) -> None:
@@ -163,6 +188,7 @@ def main() -> None:
     request = json.loads(sys.stdin.buffer.readline())
     if os.getppid() != request["parent"]:  # the parent died before it could be tied to this process
         return
+    confine(request)
     if request["kind"] == "run":
         run(request)
         return

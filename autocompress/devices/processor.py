@@ -10,12 +10,13 @@ from pathlib import Path
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "avx512_bf16", "asimd", "asimddp", "i8mm")
 """The instruction sets that matter here."""
 VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
+BOARD = Path("/proc/device-tree/model")
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
 def name() -> str:
     """The processor's name as the system tells it."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
+    return _cpuinfo("model name") or _board() or platform.processor() or platform.machine()
 
 
 def flags() -> frozenset[str]:
@@ -46,6 +47,28 @@ def int8_saturates(here: frozenset[str]) -> bool:
     """Whether uint8 x int8 products are added in 16 bits: x86 processors without VNNI."""
     is_x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
     return is_x86 and not here & VNNI
+
+
+def _board() -> str:
+    """What boards with ARM processors call themselves, where these have no name of their own: "Raspberry Pi 4 Model B Rev 1.4"."""
+    with contextlib.suppress(OSError):
+        return BOARD.read_text(encoding="utf-8", errors="replace").strip("\0 \n")
+    return ""
+
+
+def free_bytes() -> int:
+    """Memory that is free; 0 where the system does not say."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    return 0
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory that a process takes; 0 where the system does not say."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return os.sysconf("SC_PAGE_SIZE") * int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
+    return 0
 
 
 def _cpuinfo(key: str) -> str:

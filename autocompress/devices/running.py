@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import psutil
 
 from autocompress.devices import processes, processor
 from autocompress.devices.frames import read_array, write_array
@@ -53,11 +52,16 @@ def outputs_of(path: Path, runtime: Runtime, batches: Iterable[np.ndarray]) -> n
 
 
 def _helpers(pid: int, threads: int) -> int:
-    """Processes like this one that the machine has cores and memory for, beside it."""
+    """Processes like this one that the machine has cores and memory for, beside it; none where that is not known."""
     try:
-        room = psutil.virtual_memory().available // max(1, psutil.Process(pid).memory_info().rss)
+        import psutil
+
+        free, taken = psutil.virtual_memory().available, psutil.Process(pid).memory_info().rss
+    except ImportError:  # on a device that has an agent only
+        free, taken = processor.free_bytes(), processor.resident_bytes(pid)
     except psutil.Error:
         return 0
+    room = free // max(1, taken)
     return max(0, min(MOST_PROCESSES, processor.usable() // threads - 1, room // 2))
 
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import platform
 from dataclasses import dataclass
+from importlib import metadata
+
+from autocompress.devices import processor
 
 TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 """By the name of the package, of Python and of PyPI."""
@@ -13,11 +18,25 @@ PLACE = ":cpu"
 
 
 @dataclass(frozen=True)
+class Guard:
+    """What limits a process that runs somebody else's files: it reads them into memory first, and then works in an empty folder.
+
+    Args:
+        folder: which is empty.
+        most_bytes: of the memory that it may take.
+    """
+
+    folder: str
+    most_bytes: int
+
+
+@dataclass(frozen=True)
 class Runtime:
     """One of TITLES, and the number of threads that it may use."""
 
     name: str
     threads: int = 1
+    guard: Guard | None = None
 
     @property
     def title(self) -> str:
@@ -35,4 +54,19 @@ class Runtime:
     @property
     def asked(self) -> dict[str, str | int]:
         """How a request to a child process names it."""
-        return {"runtime": self.name, "threads": self.threads}
+        asked: dict[str, str | int] = {"runtime": self.name, "threads": self.threads}
+        return asked if self.guard is None else asked | {"folder": self.guard.folder, "most_bytes": self.guard.most_bytes}
+
+    def environment(self) -> dict[str, str]:
+        """What a reader must know to judge what it measures here."""
+        return {
+            "processor": processor.name(),
+            "flags": " ".join(processor.listed_flags()),
+            "cpus": str(os.cpu_count()),
+            "governor": processor.governor() or "unknown",
+            "load": f"{os.getloadavg()[0]:.2f}",
+            "threads": str(self.threads),
+            self.name: metadata.version(self.name),
+            "python": platform.python_version(),
+            "system": platform.platform(),
+        }

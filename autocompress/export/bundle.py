@@ -19,7 +19,7 @@ from autocompress.errors import AutocompressError, RunFolderError, UsageError, o
 from autocompress.export.onnx import onnx_bytes
 from autocompress.export.weights import weights_bytes
 from autocompress.policy import Policy, Record
-from autocompress.records import Measurement, Normalisation, Prediction, Score, Shape
+from autocompress.records import Measurement, Normalisation, Parity, Prediction, Score, Shape
 from autocompress.run_folder import write_atomically, writing
 
 MODEL, STUDENT, POLICY, MANIFEST = "model.onnx", "student.safetensors", "policy.json", "manifest.json"
@@ -37,6 +37,7 @@ class Manifest(Record):
     """What an artifact is, where it comes from, what was measured of it, on what and when.
 
     sha256: of each file that belongs to it, by name. normalisation: of the images that it was scored on; no part of the files.
+    parity: how the file's outputs differ from those of the student in student.safetensors.
     """
 
     schema_version: Literal[1] = Field(1, alias="schema")
@@ -59,6 +60,7 @@ class Manifest(Record):
     predicted_latency_s: Prediction | None = None
     val_score: Score | None = None
     test_score: Score | None = None
+    parity: Parity | None = None
     environment: dict[str, str] = {}
 
 

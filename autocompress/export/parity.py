@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from autocompress.errors import PolicyFailure
 from autocompress.policy import QuantSpec
+from autocompress.records import SMALLEST, Parity
 
 FLOAT_BITS = 32
 FLOAT_TOLERANCE = 1e-4
@@ -20,33 +20,6 @@ INPUTS_A_DIFFERENCE = 200
 """Of so many inputs one decision may differ: 0.5 %."""
 ROUNDED_TOLERANCE = 0.05
 """For rounded outputs that are no decisions between classes, as a share of the largest."""
-TINY = 1e-12
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How two sets of `n` outputs differ.
-
-    Args:
-        difference: largest absolute difference; infinite where the file's outputs are not finite.
-        largest: magnitude of the largest expected output.
-        differing: number of decisions of a classifier that differ; None for outputs that are no decisions.
-    """
-
-    difference: float
-    largest: float
-    differing: int | None
-    n: int
-
-    @property
-    def relative(self) -> float:
-        """The largest difference as a share of the largest expected output."""
-        return self.difference / max(self.largest, TINY)
-
-    @property
-    def top1_agreement(self) -> float | None:
-        """Share of equal decisions."""
-        return 1.0 - self.differing / self.n if self.differing is not None else None
 
 
 def check_parity(expected: Tensor, actual: Tensor, quant: QuantSpec, layers: Iterable[str], *, decisions: bool = True) -> Parity:
@@ -64,7 +37,7 @@ def compare(expected: Tensor, actual: Tensor, *, decisions: bool = True) -> Pari
     if decisions and expected.dim() == 2 and expected.shape[1] > 1:
         differing = int((expected.argmax(1) != actual.argmax(1)).sum())
     difference = float((expected - actual).abs().max()) if torch.isfinite(actual).all() else float("inf")
-    return Parity(difference, float(expected.abs().max()), differing, len(expected))
+    return Parity(difference=difference, largest=float(expected.abs().max()), differing=differing, n=len(expected))
 
 
 def require_parity(parity: Parity, bits: Collection[int]) -> None:
@@ -84,7 +57,7 @@ def require_parity(parity: Parity, bits: Collection[int]) -> None:
 
 
 def _require_same_floats(parity: Parity) -> None:
-    allowed = max(FLOAT_TOLERANCE * min(1.0, parity.largest), FLOAT_ROUNDING * parity.largest, TINY)
+    allowed = max(FLOAT_TOLERANCE * min(1.0, parity.largest), FLOAT_ROUNDING * parity.largest, SMALLEST)
     if not parity.difference <= allowed:
         raise PolicyFailure(f"export mismatch: float32 outputs must agree to {allowed:.2g}, but differ by {parity.difference:.2g}")
 

@@ -15,11 +15,13 @@ from typing import Any
 from autocompress.policy import bits_name
 from autocompress.records import Measurement
 from autocompress.report.axes import Axis, time_ticks
-from autocompress.report.view import format_score, is_share
+from autocompress.report.view import format_score, is_share, score_interval
 from autocompress.results import Entry, ProgressPoint, Results
 from autocompress.units import format_duration, format_size
 
 Figure = dict[str, Any]
+Spread = tuple[list[float], list[float]]
+"""How far intervals reach below and above what they belong to."""
 
 LIGHT = {
     "accent": "#3257d6", "area": "rgba(50, 87, 214, .12)", "bad": "#c92a2a", "best": "#e8590c", "card": "#ffffff", "faint": "#aeb6c4",
@@ -155,7 +157,8 @@ def _points(entries: Sequence[Entry], name: str, color: str, size: int, symbol: 
         "name": name,
         "x": [latency.median for latency in latencies],
         "y": [e.val_score.value for e in entries],
-        "error_x": _whiskers(latencies, color) | {"visible": errors},
+        "error_x": _whiskers(latency_spread(latencies), color) | {"visible": errors},
+        "error_y": _whiskers(score_spread(entries), color) | {"visible": errors},
         "marker": {
             "size": size,
             "color": color,
@@ -168,16 +171,23 @@ def _points(entries: Sequence[Entry], name: str, color: str, size: int, symbol: 
     }
 
 
-def _whiskers(latencies: Sequence[Measurement], color: str) -> Figure:
-    """The 95 % intervals of these medians."""
-    return {
-        "type": "data",
-        "array": [latency.high - latency.median for latency in latencies],
-        "arrayminus": [latency.median - latency.low for latency in latencies],
-        "color": color,
-        "thickness": 1.4,
-        "width": 4,
-    }
+def _whiskers(spread: Spread, color: str) -> Figure:
+    below, above = spread
+    return {"type": "data", "arrayminus": below, "array": above, "color": color, "thickness": 1.4, "width": 4}
+
+
+def latency_spread(latencies: Sequence[Measurement]) -> Spread:
+    """Of the 95 % intervals of these medians."""
+    below = [latency.median - latency.low for latency in latencies]
+    return below, [latency.high - latency.median for latency in latencies]
+
+
+def score_spread(entries: Sequence[Entry]) -> Spread:
+    """Of the 95 % intervals of the validation scores; 0 of scores that have none."""
+    scores = [e.val_score for e in entries]
+    intervals = [score_interval(score) or (score.value, score.value) for score in scores]
+    below = [max(0.0, score.value - low) for score, (low, _) in zip(scores, intervals, strict=True)]
+    return below, [max(0.0, high - score.value) for score, (_, high) in zip(scores, intervals, strict=True)]
 
 
 def hover(entry: Entry) -> str:
@@ -229,7 +239,7 @@ def _original(results: Results) -> Figure:
         "name": "original",
         "x": [original.latency_s.median for _ in known],
         "y": [score.value for score in known],
-        "error_x": _whiskers([original.latency_s for _ in known], "$ink"),
+        "error_x": _whiskers(latency_spread([original.latency_s for _ in known]), "$ink"),
         "marker": {"symbol": "star", "size": 17, "color": "$ink", "line": {"width": 1.5, "color": "$card"}},
         "text": [text],
         "hovertemplate": "%{text}<extra></extra>",

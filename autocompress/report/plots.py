@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
 from autocompress.report.axes import Axis
-from autocompress.report.figures import LIGHT, front_end, latencies, percent, score_limits
+from autocompress.report.figures import LIGHT, front_end, latencies, latency_spread, percent, score_limits, score_spread
 from autocompress.report.view import headline
 from autocompress.results import Entry, Results
 from autocompress.run_folder import write_atomically
@@ -98,11 +98,8 @@ def _entries(axes: Any, axis: Axis, results: Results) -> None:
     ):  # fmt: skip
         if chosen:
             x, y = _xy(chosen)
-            spread = [
-                [e.latency_s.median - e.latency_s.low for e in chosen],
-                [e.latency_s.high - e.latency_s.median for e in chosen],
-            ]
-            axes.errorbar(x, y, xerr=spread, fmt="none", ecolor=color, elinewidth=1.3, capsize=2.5, zorder=4)
+            across = latency_spread([e.latency_s for e in chosen])
+            axes.errorbar(x, y, xerr=across, yerr=score_spread(chosen), fmt="none", ecolor=color, elinewidth=1.3, capsize=2.5, zorder=4)
             axes.scatter(x, y, s=size, color=color, edgecolor="white", linewidth=1.2, label=name, zorder=5)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from autocompress.ranks import is_low
-from autocompress.records import Measurement, Score
+from autocompress.records import Measurement, Parity, Score
 from autocompress.results import Original, Results
 from autocompress.units import format_duration, format_size
 
@@ -64,7 +64,14 @@ def details(results: Results) -> list[str]:
     scores = ((best.val_score, original.val_score, "validation"), (best.test_score, original.test_score, "test"))
     lines += [score_line(score, other, split) for score, other, split in scores if score is not None]
     lines.append(f"size {format_size(best.size_bytes)}, original {format_size(original.size_bytes)}")
-    return lines
+    return lines + ([f"the file {agreement(best.parity)}"] if best.parity is not None else [])
+
+
+def agreement(parity: Parity) -> str:
+    """How far a file does what the network that it was exported from does."""
+    if parity.differing is None:
+        return f"differs from the network that it was exported from by {100 * parity.relative:.2g} % at most ({parity.n} inputs)"
+    return f"decides as the network that it was exported from on {parity.n - parity.differing} of {parity.n} inputs"
 
 
 def latency_line(latency: Measurement) -> str:

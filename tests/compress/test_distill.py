@@ -11,11 +11,12 @@ from autocompress.compress.distill import (
     FEATURE_LOSSES,
     OTHER_CLASSES,
     Answers,
+    Compared,
     ComparedFeatures,
-    SharedChannels,
     compare_features,
     compare_hidden,
     decoupled_loss,
+    difference,
     distance_loss,
     distillation_loss,
     observe,
@@ -137,7 +138,8 @@ def features(seed: int, channels: int) -> Answers:
     return Answers(torch.zeros(6, 2), values)
 
 
-SHARED = ComparedFeatures("linear", SharedChannels(index=(torch.tensor([0, 2]), torch.tensor([1, 3]))))
+CHANNELS = {1: (torch.tensor([0, 2]), torch.tensor([1, 3]))}
+SHARED = ComparedFeatures("linear", Compared("linear", "linear", shared=CHANNELS))
 
 
 def feature_loss(student: Answers, teacher: Answers, compared: ComparedFeatures) -> torch.Tensor:
@@ -233,13 +235,31 @@ def test_hidden_features_are_compared_on_the_inputs_of_which_the_teachers_are_kn
     generator = torch.Generator().manual_seed(0)
     own, wanted = torch.randn(6, 3, 4, 4, generator=generator), torch.randn(2, 4, 4, 4, generator=generator)
     tokens, teachers = torch.randn(6, 5, 3, generator=generator), torch.randn(2, 5, 3, generator=generator)
-    compared = ComparedFeatures("linear", hidden={"conv": SHARED.shared, "tokens": SharedChannels(axis=2), "gone": SharedChannels()})
-    student, teacher = Answers(own, own, {"conv": own, "tokens": tokens}), Answers(wanted, wanted, {"conv": wanted, "tokens": teachers})
+    layers = (Compared("conv.0", "conv", shared=CHANNELS), Compared("tokens", "tokens", axis=2), Compared("gone", "gone"))
+    compared = ComparedFeatures("linear", hidden=layers)
+    student, teacher = Answers(own, own, {"conv.0": own, "tokens": tokens}), Answers(wanted, wanted, {"conv": wanted, "tokens": teachers})
     pairs = ((own[:2, [0, 2]], wanted[:, [1, 3]]), (tokens[:2].transpose(1, 2), teachers.transpose(1, 2)))
     expected = [((mine - theirs) ** 2).mean() / theirs.transpose(0, 1).flatten(1).var(1).mean() for mine, theirs in pairs]
     assert compare_hidden(student, teacher, compared).item() == pytest.approx(sum(expected).item() / 2, rel=1e-5)
     assert compare_hidden(student, Answers(wanted, wanted), compared) is None
-    assert compare_hidden(teacher, teacher, ComparedFeatures("linear", hidden={"tokens": SharedChannels(axis=2)})).item() == 0.0
+    assert compare_hidden(teacher, teacher, ComparedFeatures("linear", hidden=layers[1:])).item() == 0.0
+
+
+def test_all_axes_are_cut_to_what_both_have():
+    """What mixes tokens reads channels along an axis of its own."""
+    own, wanted = torch.arange(12.0).view(1, 3, 4), torch.arange(30.0).view(1, 5, 6)
+    cut = Compared(
+        "mix", "mix", axis=2, shared={1: (torch.tensor([0, 2]), torch.tensor([1, 4])), 2: (torch.tensor([3]), torch.tensor([5]))}
+    )
+    assert [value.flatten().tolist() for value in cut.of(own, wanted)] == [[3.0, 11.0], [11.0, 29.0]]
+
+
+def test_the_difference_is_of_what_there_is():
+    one, two = torch.tensor(1.0), torch.tensor(2.0)
+    assert difference(one, two, 0.25) == 1.25
+    assert (difference(one, None, 0.25), difference(None, two, 0.25), difference(None, None, 0.25)) == (one, two, None)
+    nothing = Answers(torch.zeros(2, 3))
+    assert compare_features(nothing, nothing, ComparedFeatures(), "values") is None
 
 
 def test_observing_returns_outputs_and_inputs_of_the_layer_and_leaves_no_trace():

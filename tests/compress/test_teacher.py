@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from autocompress.compress.teacher import HIDDEN, Teacher
+from autocompress.compress.teacher import HIDDEN_SHARE, Teacher
 from autocompress.data import Split
 
 N, FEATURES, CLASSES = 20, 4, 3
@@ -100,11 +100,30 @@ def test_hidden_features_are_told_of_some_of_a_batch_and_not_kept(known):
         teacher.answers(torch.arange(N), inputs, 0)
     before = teacher.model.rows
     answers = teacher.answers(torch.arange(N), inputs, 0, ("linear",))
-    some = math.ceil(HIDDEN * N)
+    some = math.ceil(HIDDEN_SHARE * N)
     assert torch.equal(answers.hidden["linear"], inputs[:some]) and len(answers.outputs) == N
     assert torch.allclose(answers.outputs, teacher.model.linear(inputs), atol=TOLERANCE)
     assert teacher.model.rows - before == (some if known else N)
     assert teacher.answers(torch.arange(N), inputs, 0).hidden == {}
+
+
+def test_what_a_layer_read_is_told_as_it_was_when_the_layer_read_it():
+    """A network may overwrite it afterwards."""
+
+    class Overwriting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(FEATURES, CLASSES), nn.Linear(FEATURES, CLASSES)
+
+        def forward(self, x):
+            x = 1.0 * x
+            aside = self.first(x)
+            return aside + self.second(x.zero_())
+
+    teacher, inputs = make(), view(range(N), 0)
+    teacher.model = Overwriting().eval()
+    told = teacher.answers(torch.arange(N), inputs, 0, ("first", "second")).hidden
+    assert torch.equal(told["first"], inputs[: len(told["first"])]) and not told["second"].any()
 
 
 def test_features_count_in_the_cache():

@@ -386,13 +386,18 @@ def test_what_there_is_at_the_hard_end_is_returned_and_no_more_than_one_call_lat
 
 def test_the_patience_of_the_parent_follows_from_what_the_process_may_take(device, tiny, monkeypatch):
     asked, nothing = [], {"error": "x", "index": 0, "medians": []}
-    monkeypatch.setattr(module, "_ask", lambda _, request, timeout: asked.append((request, timeout)) or nothing)
+
+    def answer(*_, input, timeout, **__):
+        asked.append((json.loads(input)["most_s"], timeout))
+        return SimpleNamespace(returncode=0, stdout=json.dumps(nothing), stderr="")
+
+    monkeypatch.setattr(processes.subprocess, "run", answer)
     with pytest.raises(PolicyFailure):
         device.measure([tiny, tiny], seconds_each=2.0)
     device.measure_many([])
-    for request, timeout in asked:
-        assert timeout >= request["most_s"] + 60.0, "one very slow call"
-    assert asked[0][0]["most_s"] >= 2 * (2.0 + program.WARM_UP_CAP_S + program.ROUNDS_CAP_S)
+    for most_s, timeout in asked:
+        assert timeout >= most_s + 60.0, "one very slow call"
+    assert asked[0][0] >= 2 * (2.0 + program.WARM_UP_CAP_S + program.ROUNDS_CAP_S)
 
 
 @pytest.mark.parametrize("error", [ValueError(), ValueError("\n"), ValueError("two\nlines")])

@@ -389,7 +389,7 @@ def test_what_a_space_draws_otherwise_by_now_is_left_out(findings, pool):
     appraised(findings, pool[:2])
     space = findings.forecast.space
     findings.forecast.space = lambda trial: (trial.suggest_int("new", 0, 1), space(trial))[1]
-    findings.forecast.space = own_suggest(findings.forecast.space, "own", findings.setting.device.profile)
+    findings.forecast.space = own_suggest(findings.forecast.space, "own", findings.setting.device.profile, findings.setting.graphs[None])
     again = Findings(TASK, findings.run, findings.journal, findings.forecast, findings.clock, SilentProgress(), points=[])
     assert len(again.appraisals) == 0
 

@@ -164,7 +164,7 @@ def test_a_search_in_which_nothing_met_the_budget_says_how_fast_the_fastest_was(
     trained(findings, pool[0].policy, 2e-3)
     trained(findings, pool[1].policy, 1e-3, id="00001")
     findings.write_front()
-    with pytest.raises(InfeasibleBudget, match="the fastest policy took 1 ms") as caught:
+    with pytest.raises(InfeasibleBudget, match="the nearest policy took 1 ms") as caught:
         _result(findings)
     assert caught.value.smallest_latency_s == 1e-3
 

@@ -67,6 +67,25 @@ def test_a_budget_just_out_of_reach_is_refused_once_the_device_is_known(setting)
     found.require_feasible(found.pool(0, 2.0))
 
 
+def test_a_size_and_a_time_that_no_policy_meets_together_are_refused_with_what_does(setting):
+    """Storage of 4 bits is small and computed in float32; int8 is fast and twice as large."""
+    found = forecast(setting, space="quantize")
+    found.calibrate(5.0, 0, lambda *_: None)
+    pool = found.pool(0, 2.0)
+    small, fast = (min(pool, key=key) for key in (lambda p: p.workload.weight_bytes, lambda p: p.latency_s))
+    overhead = setting.baseline.size_bytes - setting.graphs[None].workload(Policy()).weight_bytes
+    assert fast.workload.weight_bytes > 1.1 * small.workload.weight_bytes and small.latency_s > 1.1 * fast.latency_s
+    size, seconds = 1.05 * (small.workload.weight_bytes + overhead) / HOPE, 1.2 * fast.latency_s / HOPE
+    for budget, refused in ((f"{1e6 * seconds:.3f}us,{size:.0f}B", True), (f"{1e6 * HOPE * seconds * 4:.3f}us,{HOPE * size:.0f}B", False)):
+        found.limits = Budget.parse(budget)
+        try:
+            found._require_both([*pool])
+        except InfeasibleBudget as error:
+            assert refused and "the nearest takes" in error.message and "--budget" in error.hint
+        else:
+            assert not refused
+
+
 def test_whole_networks_that_are_measured_ahead_are_of_the_latencies_of_interest(setting, monkeypatch):
     """A student that is wider than the teacher takes long to be made and measured, and says nothing of those within the budget."""
     found, measured = forecast(setting, "0.6x"), []

@@ -1,16 +1,17 @@
 """Law 1: the pruned student is the teacher with the contributions of removed channels and dropped blocks zeroed."""
 
 import copy
-import dataclasses
 
 import pytest
 import torch
 from torch import nn
 
-from autocompress.compress.distill import ComparedFeatures, compare_hidden, observe
-from autocompress.compress.student import build_student, compared_features
+from autocompress.compress.distill import Compared, ComparedFeatures, compare_hidden, observe
+from autocompress.compress.compared import compared_features
+from autocompress.compress.student import build_student
 from autocompress.graph import Graph
-from autocompress.policy import Policy, PruneSpec, StudentSpec
+from autocompress.graph.nodes import channel_axis
+from autocompress.policy import LowRankSpec, Policy, PruneSpec, StudentSpec
 from autocompress.testing.reference import Unread
 from laws.networks import NETWORKS, network, random_policy
 
@@ -122,17 +123,45 @@ def test_the_least_important_channels_go():
         assert torch.allclose(student(inputs), model(inputs), atol=1e-5)
 
 
+def rows_of(graph, layer, selection):
+    """Rows of the teacher's weights that a layer of the student has, and which they are there."""
+    node = next(node for node in graph.module.graph.nodes if node.target == layer)
+    rows = graph.index(node.name, channel_axis(node, graph.module), selection)
+    rows = torch.arange(len(graph.module.get_submodule(layer).weight)) if rows is None else torch.from_numpy(rows)
+    return torch.arange(len(rows))[rows >= 0], rows[rows >= 0]
+
+
 @pytest.mark.parametrize("seed", range(2))
-def test_shared_features_are_the_channels_that_the_classifier_reads_in_both(traced, seed):
+def test_what_is_compared_is_what_the_same_weights_read(traced, seed):
+    """Columns of a layer's weights belong to the channels that it reads, whatever was pruned, added or dropped before it."""
     model, _, graph = traced
     policy = random_policy(graph, seed, widths=True)
     compared, student = compared_features(graph, policy, graph), build_student(graph, policy)
-    own, teachers = (m.get_submodule(compared.classifier).weight for m in (student, model))
-    mine, theirs = compared.shared.index or (torch.arange(own.shape[1]),) * 2
-    assert torch.equal(own[:, mine], teachers[:, theirs])
-    assert len(mine) == len(set(theirs.tolist())) > 0
-    rest = sorted(set(range(own.shape[1])) - set(mine.tolist()))
-    assert not own[:, rest].any(), "what is not shared was added, and is not read at first"
+    for layer in (compared.features, *compared.hidden):
+        own, teachers = student.get_submodule(layer.layer), model.get_submodule(layer.counterpart)
+        if getattr(own, "groups", 1) > 1:
+            continue
+        mine, theirs = rows_of(graph, layer.counterpart, graph.selection(policy))
+        columns = Compared("", "", shared={1: layer.shared[layer.axis]} if layer.axis in layer.shared else {})
+        assert torch.equal(*columns.of(own.weight[mine], teachers.weight[theirs])), layer
+    weight, (kept, _) = student.get_submodule(compared.classifier).weight, compared.features.shared.get(1, (None, None))
+    rest = sorted(set(range(weight.shape[1])) - set(kept.tolist())) if kept is not None else []
+    assert not weight[:, rest].any(), "what is not shared was added, and is not read at first"
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_hidden_features_of_student_and_teacher_have_one_shape(traced, seed):
+    model, inputs, graph = traced
+    policy = random_policy(graph, seed, widths=True)
+    compared = compared_features(graph, policy, graph)
+    with torch.no_grad():
+        own = observe(build_student(graph, policy), inputs, None, [layer.layer for layer in compared.hidden])
+        teachers = observe(model, inputs, None, [layer.counterpart for layer in compared.hidden])
+    assert len(own.hidden) == len(teachers.hidden) == len(compared.hidden)
+    for layer in compared.hidden:
+        mine, theirs = layer.of(own.hidden[layer.layer], teachers.hidden[layer.counterpart])
+        assert mine.shape == theirs.shape, layer
+    assert not compared.hidden or torch.isfinite(compare_hidden(own, teachers, compared))
 
 
 def test_a_wider_student_starts_with_its_teachers_features(traced):
@@ -140,38 +169,92 @@ def test_a_wider_student_starts_with_its_teachers_features(traced):
     policy = Policy(student=StudentSpec(width=1.5))
     compared = compared_features(graph, policy, graph)
     with torch.no_grad():
-        own, teachers = (observe(m, inputs, compared.classifier, tuple(compared.hidden)) for m in (build_student(graph, policy), model))
-    assert torch.allclose(*compared.shared.of(own.features, teachers.features), rtol=1e-8, atol=1e-8)
-    assert own.hidden.keys() == teachers.hidden.keys() == compared.hidden.keys() != set()
-    for layer, shared in compared.hidden.items():
-        assert torch.allclose(*shared.of(own.hidden[layer], teachers.hidden[layer]), rtol=1e-8, atol=1e-8), layer
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_hidden_features_are_compared_channel_by_channel(traced, seed):
-    """Columns of a layer's weights belong to the channels that it reads, whatever was pruned, added or dropped before it."""
-    model, inputs, graph = traced
-    policy = random_policy(graph, seed, widths=True)
-    compared, student, nodes = compared_features(graph, policy, graph), build_student(graph, policy), graph.module.graph.nodes
-    names = {str(node.target): node.name for node in nodes if node.op == "call_module"}
-    for layer, shared in compared.hidden.items():
-        own, teachers = (m.get_submodule(layer) for m in (student, model))
-        rows = graph.index(names[layer], shared.axis, graph.selection(policy))
-        rows = torch.arange(len(own.weight)) if rows is None else torch.from_numpy(rows)
-        kept = rows >= 0
-        columns = dataclasses.replace(shared, axis=1)
-        if getattr(own, "groups", 1) == 1:
-            assert torch.equal(*columns.of(own.weight[kept], teachers.weight[rows[kept]])), layer
-    with torch.no_grad():
-        own, teachers = (observe(m, inputs, compared.classifier, tuple(compared.hidden)) for m in (student, model))
-    assert own.hidden.keys() == teachers.hidden.keys() == compared.hidden.keys()
-    assert not compared.hidden or torch.isfinite(compare_hidden(own, teachers, compared))
+        own = observe(build_student(graph, policy), inputs, compared.classifier, [layer.layer for layer in compared.hidden])
+        teachers = observe(model, inputs, compared.classifier, [layer.counterpart for layer in compared.hidden])
+    assert torch.allclose(*compared.features.of(own.features, teachers.features), rtol=1e-8, atol=1e-8)
+    assert compared.hidden
+    for layer in compared.hidden:
+        assert torch.allclose(*layer.of(own.hidden[layer.layer], teachers.hidden[layer.counterpart]), rtol=1e-8, atol=1e-8), layer
 
 
 def test_a_student_of_another_architecture_shares_no_channel(traced):
     _, _, graph = traced
     compared = compared_features(graph, Policy(student=StudentSpec(reference="torchvision:resnet18")), graph)
     assert compared == ComparedFeatures(graph.classifier)
+
+
+class Tokens(nn.Module):
+    """Mixes positions by a linear layer over the last axis, while channels lie along another one (as ResMLP does)."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.mix, self.inner, self.head = nn.Conv1d(3, 16, 1), nn.Linear(6, 6), nn.Conv1d(16, 16, 1), nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.mix(x)
+        return self.head((x + self.inner(torch.relu(x))).mean(2))
+
+
+class Shared(nn.Module):
+    """One layer in three blocks, before and after a stride, each with a layer of its own behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.shared, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+        self.own = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(3))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for place, own in enumerate(self.own):
+            x = nn.functional.avg_pool2d(x, 2) if place == 2 else x
+            x = x + own(torch.relu(self.shared(x)))
+        return self.head(x.mean((2, 3)))
+
+
+class Headless(nn.Module):
+    """Ends in a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.inner, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        return self.last(x + self.inner(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize(("net", "shape", "read"), [
+    (Tokens, (2, 3, 6), {"inner"}),
+    (Shared, (2, 3, 8, 8), {"own.0", "own.1"}),
+    (Headless, (2, 3, 6, 6), {"last"}),
+])  # fmt: skip
+def test_students_of_unusual_networks_are_compared_where_that_makes_sense(net, shape, read):
+    torch.manual_seed(0)
+    model, inputs = net().eval(), torch.randn(shape)
+    graph = Graph.trace(model, (inputs,))
+    ratios = {group.name: 0.5 for group in graph.groups if group.prunable}
+    policy = Policy(student=StudentSpec(drop=(graph.blocks[-1].name,), multiple=1), prune=PruneSpec(ratios=ratios))
+    for chosen in (policy, policy.model_copy(update={"student": StudentSpec(multiple=1)})):
+        compared = compared_features(graph, chosen, graph)
+        own = observe(build_student(graph, chosen), inputs, None, [layer.layer for layer in compared.hidden])
+        teachers = observe(model, inputs, None, [layer.counterpart for layer in compared.hidden])
+        for layer in compared.hidden:
+            mine, theirs = layer.of(own.hidden[layer.layer], teachers.hidden[layer.counterpart])
+            assert mine.shape == theirs.shape, layer
+        assert "shared" not in {layer.layer for layer in compared.hidden}
+    assert read & {layer.layer for layer in compared.hidden} or not graph.blocks
+
+
+def test_a_factorised_layer_is_compared_at_the_first_of_its_two():
+    model, inputs = network("tiny_resnet")
+    graph = Graph.trace(model, (inputs,))
+    usual = compared_features(graph, Policy(), graph)
+    policy = Policy(low_rank=LowRankSpec(kept={layer.counterpart: 0.5 for layer in usual.hidden}))
+    compared, student = compared_features(graph, policy, graph), build_student(graph, policy)
+    assert [layer.counterpart for layer in compared.hidden] == [layer.counterpart for layer in usual.hidden]
+    assert {layer.layer for layer in compared.hidden} == {f"{name}.0" for name in graph.ranks(policy)} != set()
+    assert len(observe(student, inputs, None, [layer.layer for layer in compared.hidden]).hidden) == len(compared.hidden)
 
 
 class Around(nn.Module):

@@ -6,6 +6,7 @@ import pytest
 
 from autocompress.report.figures import layers_figure, pareto_figure, prediction_figure, progress_figure
 from autocompress.report.page import write_report
+from autocompress.report.view import score_interval
 from autocompress.results import Results
 
 
@@ -24,6 +25,12 @@ def test_the_front_has_whiskers_and_words_and_the_rest_is_grey(results):
         assert trace["error_x"]["visible"]
         assert trace["error_x"]["array"] == [e.latency_s.high - e.latency_s.median for e in entries]
         assert trace["error_x"]["arrayminus"] == [e.latency_s.median - e.latency_s.low for e in entries]
+        assert trace["error_y"]["visible"]
+        intervals = [score_interval(e.val_score) for e in entries]
+        assert trace["error_y"]["array"] == pytest.approx(
+            [high - e.val_score.value for e, (_, high) in zip(entries, intervals, strict=True)]
+        )
+        assert min(trace["error_y"]["arrayminus"]) > 0
         for entry, text in zip(entries, trace["text"], strict=True):
             assert entry.words.split(";")[0] in text.replace("<br>", " ")
     dominated, over = drawn["dominated"], drawn["over the budget"]

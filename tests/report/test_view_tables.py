@@ -35,6 +35,15 @@ def test_headlines_when_there_is_no_best(content):
     assert details(missed) == []
 
 
+@pytest.mark.parametrize(
+    ("differing", "told"), [(3, "decides as the network that it was exported from on 997 of 1000 inputs"), (None, "by 2 % at most")]
+)
+def test_how_far_the_file_is_what_was_trained_is_told(content, differing, told):
+    parity = {"difference": 0.2, "largest": 10.0, "differing": differing, "n": 1000}
+    points = [point | {"parity": parity} for point in content["points"]]
+    assert told in summary(Results.read(content | {"points": points, "front": [point | {"parity": parity} for point in content["front"]]}))
+
+
 def test_a_slower_best_is_not_called_faster(content):
     point = content["points"][0] | {"speedup": 0.5}
     assert "0.50 times the speed of" in headline(Results.read(content | {"points": [point], "best": point["id"]}))

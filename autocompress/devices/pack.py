@@ -1,0 +1,38 @@
+"""Write the agent as one file that Python runs, with what it needs of this package and nothing else."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+
+from autocompress.run_folder import write_atomically
+
+MODULES = (
+    "errors", "devices.agent", "devices.child", "devices.frames", "devices.processes", "devices.processor", "devices.running",
+    "devices.runtime", "devices.sessions", "devices.wire",
+)  # fmt: skip
+MAIN = """import sys
+
+if sys.version_info < (3, 11):
+    raise SystemExit(f"the agent needs Python 3.11 or newer, not {sys.version.split()[0]}")
+from autocompress.devices.agent import main
+
+raise SystemExit(main())
+"""
+EPOCH = (1980, 1, 1, 0, 0, 0)
+"""Of all entries, so that the same agent is the same file."""
+
+
+def pack(path: Path) -> None:
+    """Write the agent to `path`. Raises RunFolderError where that cannot be written."""
+    home, packed = Path(__file__).parents[1], io.BytesIO()
+    contents = {"__main__.py": MAIN, "autocompress/__init__.py": "", "autocompress/devices/__init__.py": ""}
+    for module in MODULES:
+        source = Path(*module.split(".")).with_suffix(".py")
+        contents[str(Path("autocompress") / source)] = (home / source).read_text(encoding="utf-8")
+    packed.write(b"#!/usr/bin/env python3\n")
+    with zipfile.ZipFile(packed, "a", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in contents.items():
+            archive.writestr(zipfile.ZipInfo(name, EPOCH), content, zipfile.ZIP_DEFLATED)
+    write_atomically(path, packed.getvalue())
