@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, fx
 
+from autocompress.compress.compared import compared_features
 from autocompress.compress.distill import ComparedFeatures
 from autocompress.compress.quantize import fake_quantize
 from autocompress.compress.reconstruct import TeacherActivations, examples_for, reconstruct
-from autocompress.compress.compared import compared_features
 from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import CALIBRATION_INPUTS, Distillation, Tick, TrainPlan, quantizes, train, train_quantized
@@ -34,12 +34,12 @@ from autocompress.devices.runtime import TITLES
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import AutocompressError, PolicyFailure, one_line
 from autocompress.evaluate import model_answers, run_artifact, score_outputs
-from autocompress.export import Manifest, Parity, check_onnx, check_parity, load_student, read_manifest, weights_bytes, write_bundle
+from autocompress.export import Manifest, check_onnx, check_parity, load_student, read_manifest, weights_bytes, write_bundle
 from autocompress.graph import Graph, Structure
 from autocompress.graph.nodes import follows_batch
 from autocompress.ledger import Ledger
 from autocompress.policy import Policy
-from autocompress.records import Failure, Measurement, Outcome, Prediction, Rung, Score
+from autocompress.records import Failure, Measurement, Outcome, Parity, Prediction, Rung, Score
 from autocompress.run_folder import write_atomically, writing
 from autocompress.schedule import FEWEST_EXAMPLES
 

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from rates import RATES, RESULTS, SCORED, trained
 from reconstruct import examples, students
 
-from autocompress.compress.reconstruct import TeacherActivations, reconstruct
 from autocompress.compress.compared import compared_features
+from autocompress.compress.reconstruct import TeacherActivations, reconstruct
 from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import Distillation, TrainPlan, train

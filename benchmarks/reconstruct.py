@@ -24,8 +24,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
-from autocompress.compress.reconstruct import TeacherActivations, examples_for, reconstruct
 from autocompress.compress.compared import compared_features
+from autocompress.compress.reconstruct import TeacherActivations, examples_for, reconstruct
 from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import CALIBRATION_INPUTS, Distillation, TrainPlan, train

@@ -35,9 +35,9 @@ import cifar10
 from autocompress.candidates.forecast import Forecast
 from autocompress.candidates.likeness import Likeness
 from autocompress.candidates.proposals import LevelSuggester, Proposal
+from autocompress.compress.compared import compared_features
 from autocompress.compress.distill import soft_loss
 from autocompress.compress.reconstruct import TeacherActivations, reconstruct
-from autocompress.compress.compared import compared_features
 from autocompress.compress.student import build_student
 from autocompress.compress.train import Distillation, TrainPlan, train
 from autocompress.data import Data, sample

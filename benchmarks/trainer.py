@@ -32,8 +32,8 @@ from reconstruct import examples, students
 from autocompress.compress import teacher as teaching
 from autocompress.compress import train as training
 from autocompress.compress.arithmetic import best_training_device
-from autocompress.compress.reconstruct import TeacherActivations, reconstruct
 from autocompress.compress.compared import compared_features
+from autocompress.compress.reconstruct import TeacherActivations, reconstruct
 from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import Distillation, TrainPlan, train

@@ -15,7 +15,6 @@ from autocompress.errors import PolicyFailure
 from autocompress.policy import Record
 from autocompress.records import Measurement
 
-
 MOST_A_FILE_S = 120.0
 """Until then a file is called: calls of up to an eighth of it are warmed up and give six rounds."""
 

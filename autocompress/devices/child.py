@@ -155,7 +155,7 @@ def run(request: dict[str, Any]) -> None:
 
 
 def _opened(request: dict[str, Any], model: str | bytes) -> Session:
-    """A file or its content; of somebody else's always the content, which must hold all that belongs to it. Raises what the runtime does."""
+    """A file or its content; of somebody else's the content, which must hold all that belongs to it. Raises what the runtime does."""
     if "folder" in request:
         model = Path(model).read_bytes() if isinstance(model, str) else model
         if refers_elsewhere(model):
@@ -168,9 +168,9 @@ def confine(request: dict[str, Any]) -> None:
     if "folder" not in request:
         return
     os.chdir(request["folder"])
-    for limit, most in ((resource.RLIMIT_DATA, request["most_bytes"]), (resource.RLIMIT_FSIZE, MOST_WRITTEN), (resource.RLIMIT_CORE, 0)):
+    for limit, allowed in ((resource.RLIMIT_DATA, request["most_bytes"]), (resource.RLIMIT_FSIZE, MOST_WRITTEN), (resource.RLIMIT_CORE, 0)):
         hard = resource.getrlimit(limit)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        most = allowed if hard == resource.RLIM_INFINITY else min(allowed, hard)
         resource.setrlimit(limit, (most, most))
 
 

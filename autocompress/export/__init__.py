@@ -16,7 +16,7 @@ from autocompress.export.bundle import (
     write_bundle,
 )
 from autocompress.export.onnx import check_onnx, onnx_bytes
-from autocompress.export.parity import Parity, check_parity, compare, require_parity
+from autocompress.export.parity import check_parity, compare, require_parity
 from autocompress.export.weights import weights_bytes
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "POLICY",
     "STUDENT",
     "Manifest",
-    "Parity",
     "check_onnx",
     "check_parity",
     "compare",

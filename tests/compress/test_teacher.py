@@ -95,7 +95,7 @@ def test_features_are_what_the_classifier_was_given_and_are_kept_with_the_answer
 
 @pytest.mark.parametrize("known", [False, True])
 def test_hidden_features_are_told_of_some_of_a_batch_and_not_kept(known):
-    teacher, inputs = make(classifier="linear"), view(range(N), 0)
+    teacher, inputs = make(), view(range(N), 0)
     if known:
         teacher.answers(torch.arange(N), inputs, 0)
     before = teacher.model.rows

@@ -10,8 +10,8 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 import autocompress.compress.train as train_module
-from autocompress.compress.muon import Muon
 from autocompress.compress.compared import compared_features
+from autocompress.compress.muon import Muon
 from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import Distillation, TrainPlan, train, train_quantized

@@ -1,5 +1,6 @@
 """Measuring in a child process: what it reports, and what a crash, a hang and a hostile file become."""
 
+import json
 import os
 import subprocess
 import sys
@@ -385,11 +386,11 @@ def test_what_there_is_at_the_hard_end_is_returned_and_no_more_than_one_call_lat
 
 
 def test_the_patience_of_the_parent_follows_from_what_the_process_may_take(device, tiny, monkeypatch):
-    asked, nothing = [], {"error": "x", "index": 0, "medians": []}
+    asked = []
 
-    def answer(*_, input, timeout, **__):
-        asked.append((json.loads(input)["most_s"], timeout))
-        return SimpleNamespace(returncode=0, stdout=json.dumps(nothing), stderr="")
+    def answer(*_, **options):
+        asked.append((json.loads(options["input"])["most_s"], options["timeout"]))
+        return SimpleNamespace(returncode=0, stdout=json.dumps({"error": "x", "index": 0, "medians": []}), stderr="")
 
     monkeypatch.setattr(processes.subprocess, "run", answer)
     with pytest.raises(PolicyFailure):

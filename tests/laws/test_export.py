@@ -15,9 +15,10 @@ from autocompress.compress.quantize import calibrate, fake_quantize, snap_biases
 from autocompress.compress.student import build_student
 from autocompress.devices import DeviceProfile, processor
 from autocompress.errors import PolicyFailure
-from autocompress.export import Parity, check_parity, compare, load_student, onnx_bytes, require_parity, write_bundle
+from autocompress.export import check_parity, compare, load_student, onnx_bytes, require_parity, write_bundle
 from autocompress.graph import Graph
 from autocompress.policy import Policy, PruneSpec, QuantSpec
+from autocompress.records import Parity
 from autocompress.search_space import fitted
 from laws.networks import network, random_policy, with_statistics
 
