@@ -7,6 +7,9 @@ from autocompress.devices.base import Device, DeviceProfile
 from autocompress.devices.runtime import CURES, PLACE, TITLES, Runtime
 from autocompress.errors import UsageError
 
+MOST_THREADS = 1024
+"""That a device elsewhere is asked for: it knows itself how many it has."""
+
 
 def open_device(name: str) -> Device:
     """The device of a name. Raises UsageError for an unknown name or option, DeviceUnavailable when it is not there."""
@@ -17,25 +20,24 @@ def open_device(name: str) -> Device:
     is_remote, known = base.startswith(AGENT), [f"{runtime}{PLACE}" for runtime in TITLES]
     if not is_remote and base not in known:
         raise UsageError(f"unknown device {name!r}", hint=nearest(base, known))
-    _require_options(name, options, {"threads", "runtime"} if is_remote else {"threads"})
     if is_remote:
         from autocompress.devices.remote import open_agent
 
+        _require_options(name, options, {"threads", "runtime"}, most=None)
         return open_agent(base.removeprefix(AGENT), options)
-    threads, most = int(options.get("threads", "1")), processor.usable()
-    if threads > most:
-        raise UsageError(f"threads must lie in 1..{most}, but got {threads}", hint=f"this process may use {most} processors")
-    return LocalCpu(Runtime(base.removesuffix(PLACE), threads))
+    _require_options(name, options, {"threads"}, most=processor.usable())
+    return LocalCpu(Runtime(base.removesuffix(PLACE), int(options.get("threads", "1"))))
 
 
-def _require_options(name: str, options: dict[str, str], known: set[str]) -> None:
-    """Raises UsageError for an option that the device does not take, or takes other values of."""
+def _require_options(name: str, options: dict[str, str], known: set[str], most: int | None) -> None:
+    """Raises UsageError for an option that the device does not take, or takes other values of; `most` threads, where that is known here."""
     unknown = sorted(set(options) - known)
     if unknown:
         raise UsageError(f"unknown option {unknown[0]!r} of the device {name!r}", hint=f"it takes {'=, '.join(sorted(known))}=")
     threads, runtime = options.get("threads", "1"), options.get("runtime", "onnxruntime")
-    if not threads.isdecimal() or int(threads) < 1:
-        raise UsageError(f"threads must be a number from 1 on, but got {threads!r}", hint="for example threads=1")
+    if not threads.isdecimal() or not 1 <= int(threads) <= (most or MOST_THREADS):
+        hint = f"this process may use {most} processors" if most is not None else "for example threads=1"
+        raise UsageError(f"threads must lie in 1..{most or MOST_THREADS}, but got {threads!r}", hint=hint)
     if runtime not in TITLES:
         raise UsageError(f"unknown runtime {runtime!r} of the device {name!r}", hint=f"it is one of {', '.join(TITLES)}")
 

@@ -61,7 +61,7 @@ def test_the_budget_is_a_line_with_its_name_and_what_is_beyond_it_is_shaded(resu
         ({"latency_s": 0.01}, True, "shaded area"),
         ({"size_bytes": 4_000_000}, False, "no line in this plot"),
         ({"p95_s": 0.01}, False, "no line in this plot"),
-        ({}, False, "intervals of the median latency."),
+        ({}, False, "and on the front of the score."),
     ],
     ids=["latency", "size", "p95", "none"],
 )
