@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 
 import numpy as np
 import torch
@@ -48,11 +47,11 @@ def _hidden_layers(nodes: dict[str, fx.Node], graph: Graph) -> list[str]:
     As many of them, evenly spread, as HIDDEN_BYTES allow. Not what is called more than once: which call is meant would depend on the
     blocks that are left.
     """
-    calls = Counter(str(node.target) for node in graph.module.graph.nodes if node.op == "call_module")
+    alone = graph.called_alone - {graph.classifier}
     readers: dict[fx.Node, str] = {}
     for layer in graph.layers:
         node = nodes.get(layer.name)
-        if node is not None and calls[layer.name] == 1 and layer.name != graph.classifier and _reads_rows(node, graph):
+        if node is not None and layer.name in alone and _reads_rows(node, graph):
             readers.setdefault(node.all_input_nodes[0], layer.name)
     streams = {source: layer for source, layer in readers.items() if _is_stream(source, graph)}
     chosen = list((streams or readers).items())[::-1]

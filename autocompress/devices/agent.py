@@ -43,9 +43,9 @@ from autocompress.devices.frames import read_array, write_array
 from autocompress.devices.running import outputs_of
 from autocompress.devices.runtime import TITLES, Guard, Runtime
 from autocompress.errors import DeviceUnavailable, PolicyFailure, UsageError, one_line
+from autocompress.references import AGENT_PORT
 
 PROTOCOL = 1
-DEFAULT_PORT = 7878
 LEAST_TOKEN = 16
 TOKEN = re.compile(rf"[\x20-\x7e]{{{LEAST_TOKEN},}}")
 BLOB = re.compile(r"/blobs/([0-9a-f]{64})")
@@ -465,7 +465,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="agent", description="Let searches elsewhere measure on this device: --device agent://HOST:PORT", allow_abbrev=False
     )
     parser.add_argument("--host", default="127.0.0.1", help="to listen on; 0.0.0.0 for all networks (this one is reached by ssh -L only)")
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT)
+    parser.add_argument("--port", type=int, default=AGENT_PORT)
     parser.add_argument("--token-file", type=Path, default=Path("agent.token"), help="made where it is not there")
     parser.add_argument("--most-mb", type=int, default=Limits.body >> 20, help="of one file")
     parser.add_argument("--most-memory-mb", type=int, default=Limits.memory >> 20, help="of a process of the runtime")

@@ -9,7 +9,7 @@ from pathlib import Path
 from autocompress.run_folder import write_atomically
 
 MODULES = (
-    "errors", "devices.agent", "devices.child", "devices.frames", "devices.processes", "devices.processor", "devices.running",
+    "errors", "references", "devices.agent", "devices.child", "devices.frames", "devices.processes", "devices.processor", "devices.running",
     "devices.runtime", "devices.sessions", "devices.wire",
 )  # fmt: skip
 MAIN = """import sys

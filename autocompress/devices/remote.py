@@ -35,8 +35,8 @@ PAUSES_S = (1.0, 2.0, 5.0, 10.0, 20.0)
 """Before a request is sent again: an agent may be restarted, a network may come back."""
 PART_BYTES, GROUP_BYTES = 2**23, 2**28
 """Of the inputs that are sent together, and of those that one request names."""
-Answer = tuple[dict[str, Any], io.BytesIO]
-"""The line of JSON that answers a request, and what follows it."""
+Answer = tuple[dict[str, Any], np.ndarray | None]
+"""The line of JSON that answers a request, and the array that follows that of `/run`."""
 T = TypeVar("T")
 
 
@@ -66,14 +66,13 @@ class RemoteCpu(Device):
         self.profile = profile_of(runtime, saturates=bool(facts["saturates"]))
 
     def run(self, path: Path, batches: Iterable[np.ndarray]) -> np.ndarray:
-        model, outputs = path.read_bytes(), []
+        model, outputs = path.read_bytes(), list[np.ndarray]()
         digest = _digest(model)
         for group in _grouped(_framed(batches)):
             inputs = {_digest(part): part for part in group}
             request = {"model": digest, "inputs": [_digest(part) for part in group]}
-            _, rest = self._ask("/run", request, {digest: model}, inputs, {digest: path.name})
-            array = read_array(rest)
-            assert array is not None  # `_whole` has seen to it
+            _, array = self._ask("/run", request, {digest: model}, inputs, {digest: path.name})
+            assert array is not None
             outputs.append(array)
         return np.concatenate(outputs)
 
@@ -121,13 +120,13 @@ class RemoteCpu(Device):
                     self._sent.add(digest)
                 answer, rest = self._exchange("POST", kind, body)
                 if answer.get("failed") != "missing":
-                    return answer, _whole(rest) if kind == "/run" and "failed" not in answer else rest
+                    return answer, _array(rest) if kind == "/run" and "failed" not in answer else None
                 self._sent -= set(answer["digests"])
             raise DeviceUnavailable(f"{self._place} does not keep what it is sent", hint="give it more room, or start it again")
 
-        answer, rest = self._patiently(attempt, PAUSES_S)
+        answer, array = self._patiently(attempt, PAUSES_S)
         _raise_failure(answer, names)
-        return answer, rest
+        return answer, array
 
     def _patiently(self, attempt: Callable[[], T], pauses_s: Sequence[float]) -> T:
         """Again after pauses, where the connection breaks. Raises DeviceUnavailable in the end."""
@@ -143,8 +142,8 @@ class RemoteCpu(Device):
                 time.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
 
-    def _exchange(self, method: str, path: str, body: bytes = b"") -> Answer:
-        """One request and its answer. Sent in pieces, each of which may take SILENCE_S."""
+    def _exchange(self, method: str, path: str, body: bytes = b"") -> tuple[dict[str, Any], io.BytesIO]:
+        """One request: the line of JSON that answers it, and what follows that. Sent in pieces, each of which may take SILENCE_S."""
         headers = {"Authorization": f"Bearer {self._token.decode()}", "Content-Length": str(len(body))}
         connection = http.client.HTTPConnection(self._host, self._port, timeout=SILENCE_S)
         try:
@@ -189,13 +188,12 @@ def _raise_failure(answer: dict[str, Any], names: dict[str, str] | None = None) 
         raise DeviceUnavailable(message or "the agent failed", hint=hint)
 
 
-def _whole(rest: io.BytesIO) -> io.BytesIO:
-    """What holds an array. Raises HTTPException where it was cut off."""
-    if read_array(rest) is None:
+def _array(rest: io.BytesIO) -> np.ndarray:
+    """What follows an answer. Raises HTTPException where it was cut off."""
+    array = read_array(rest)
+    if array is None:
         raise http.client.HTTPException("the answer was cut off")
-    rest.seek(0)
-    rest.readline()  # the JSON before it
-    return rest
+    return array
 
 
 def _framed(batches: Iterable[np.ndarray]) -> Iterator[bytes]:

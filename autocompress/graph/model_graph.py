@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -137,7 +137,7 @@ class Graph:
         self.blocks = tuple(self._block(branch) for branch in self._branches)
         self.frozen = self._find_frozen()
         self._resizable = self._rank_channels()
-        self._without = lru_cache(CACHED_SHAPES)(self._drop_copy)
+        self._without = functools.lru_cache(CACHED_SHAPES)(self._drop_copy)
         names, factorable = [layer.name for layer in self.layers], [layer.name for layer in self.layers if layer.factorable]
         self._arithmetic = Arithmetic(module, self._roots, self._resizable, self._branches, names, factorable)
 
@@ -349,12 +349,13 @@ class Graph:
         nodes = {str(n.target): n for n in self.module.graph.nodes if kind_of(n, self.module) in ("conv", "linear")}
         nodes = {name: node for name, node in nodes.items() if name not in self._constant}
         self._node_of = {name: node.name for name, node in nodes.items()}
-        alone = self._called_alone() - {self.classifier}
+        alone = self.called_alone - {self.classifier}
         return tuple(
             _layer(name, module_of(node, self.module), self._born_at(node), factorable=name in alone) for name, node in nodes.items()
         )
 
-    def _called_alone(self) -> set[str]:
+    @functools.cached_property
+    def called_alone(self) -> set[str]:
         """Modules that are called once, and share their weights with no other part of the network."""
         calls = Counter(str(node.target) for node in self.module.graph.nodes if node.op == "call_module")
         holders = Counter(id(parameter) for _, parameter in self.module.named_parameters(remove_duplicate=False))

@@ -24,7 +24,6 @@ from autocompress.devices.pack import pack
 from autocompress.devices.runtime import Runtime
 from autocompress.devices.wire import refers_elsewhere
 from autocompress.errors import DeviceUnavailable, PolicyFailure, UsageError
-from autocompress.references import AGENT_PORT
 from devices.files import linear_model
 
 SHORT = 0.05
@@ -449,7 +448,6 @@ def test_the_agent_is_one_file_that_says_the_same_each_time(packed, tmp_path):
     assert "--token-file" in told
     refused = subprocess.run([sys.executable, str(packed), "--token", "secret"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2, "a token in an argument is for all to see"
-    assert service.DEFAULT_PORT == AGENT_PORT
 
 
 def test_an_agent_is_packed_by_the_command_line(tmp_path, capsys):
