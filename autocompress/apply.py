@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from autocompress.candidates.proposals import LevelSuggester
 from autocompress.data import Data, Split
 from autocompress.data.sources import load_data
 from autocompress.deploy import require_free, require_harmless, whole_folder
@@ -23,7 +22,8 @@ from autocompress.policy import Policy
 from autocompress.preparation import load, prepare
 from autocompress.references import DEFAULT_DEVICE
 from autocompress.report.view import agreement, format_score
-from autocompress.search_space import find_suggest, structural, unsaturated
+from autocompress.search_space import find_suggest, with_default_distillation, with_exact_int8
+from autocompress.suggesters import LevelSuggester
 from autocompress.task import Task
 from autocompress.units import format_duration, format_size
 
@@ -62,7 +62,7 @@ def apply_policy(
     cannot = refused(f"the policy {policy!r} cannot become a file that runs")
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder, cannot, whole_folder(out) as made:
         setting = prepare(task, Path(folder), load(task, data=loaded))
-        chosen = unsaturated(given, setting.device.profile) if given else _draw(task, seed, setting)
+        chosen = with_exact_int8(given, setting.device.profile) if given else _draw(task, seed, setting)
         compressed = untrained(setting, chosen, reconstructed=data is not None)
         path = made / setting.write(made, compressed, chosen).artifact
         outputs, parity = check_artifact(setting, compressed, path, chosen)
@@ -106,7 +106,7 @@ def _seed(text: str) -> int:
 
 def _draw(task: Task, seed: int, setting: Setting) -> Policy:
     suggest = find_suggest(task.space, setting.graphs[task.student], setting.device.profile, reference=task.student)
-    return structural(suggest)(LevelSuggester(np.random.default_rng(seed)))
+    return with_default_distillation(suggest)(LevelSuggester(np.random.default_rng(seed)))
 
 
 def _random_data(model: nn.Module, reference: str, shape: str | None) -> Data:

@@ -17,7 +17,7 @@ import typer
 
 from autocompress import options
 from autocompress.errors import AutocompressError, InfeasibleBudget, RunFolderError, UsageError, one_line
-from autocompress.references import AGENT_PORT, DEFAULT_DEVICE, require_formats
+from autocompress.references import AGENT_FILE_MB, AGENT_MEMORY_MB, AGENT_PORT, DEFAULT_DEVICE, require_formats
 from autocompress.run_folder import FRONT, PARETO, REPORT, new_run, read_front, write_atomically
 from autocompress.terminal import complain, emit, emit_json, emit_record, report_error, terminal_width
 
@@ -70,7 +70,7 @@ def search(
     json: options.Json = False,
 ) -> None:
     """Search compressed models that meet a budget; without arguments, the embedded demonstration."""
-    from autocompress.task import TASK_FILE, load_task
+    from autocompress.task import TASK_FILE, load_kept_task, load_task
 
     overrides: dict[str, object] = {
         "budget": tuple(budget or ()), "model": model, "weights": str(weights) if weights else None, "data": data,
@@ -80,23 +80,16 @@ def search(
     }  # fmt: skip
     if resume and out is None:
         raise UsageError("--resume needs the folder of the search to continue", hint="add --out RUN")
-    if resume and out is not None and task_file is None and (out / TASK_FILE).is_file():
-        task_file = out / TASK_FILE
-    elif from_run is not None and task_file is None:
-        task_file = _task_of(from_run)
-    task = load_task(task_file, overrides)
+    if task_file is None and resume and out is not None and (out / TASK_FILE).is_file():
+        task = load_kept_task(out, overrides)
+    elif task_file is None and from_run is not None:
+        task = load_kept_task(from_run, overrides)
+    else:
+        task = load_task(task_file, overrides)
     if dry_run:
         _dry_run(task, json)
     else:
         _search(task, out or new_run(), resume=resume, quiet=quiet, json=json)
-
-
-def _task_of(run: Path) -> Path:
-    from autocompress.task import TASK_FILE
-
-    if not (run / TASK_FILE).is_file():
-        raise UsageError(f"there is no search to learn from in {str(run)!r}", hint="--from takes the run folder of a search")
-    return run / TASK_FILE
 
 
 def _dry_run(task: Task, json: bool) -> None:
@@ -345,6 +338,8 @@ def agent(
     host: options.Host = "127.0.0.1",
     port: options.Port = AGENT_PORT,
     token_file: options.TokenFile = Path("agent.token"),
+    most_mb: options.MostMb = AGENT_FILE_MB,
+    most_memory_mb: options.MostMemoryMb = AGENT_MEMORY_MB,
 ) -> None:
     """Let searches elsewhere measure on this device, or write what does that on another one."""
     if pack is not None:
@@ -354,10 +349,9 @@ def agent(
         here = f"AUTOCOMPRESS_TOKEN_FILE=agent.token autocompress search --device agent://HOST:{AGENT_PORT}"
         emit(f"{pack}\nthere: python3 {pack.name}\nhere:  {here}")
         return
-    from autocompress.devices.agent import serve, token_of
+    from autocompress.devices.agent import Limits, listen
 
-    token = token_of(token_file, make=True)
-    serve(host, port, token, ready=lambda server: complain(f"listening on {host}:{server.server_address[1]}; the token is in {token_file}"))
+    listen(host, port, token_file, Limits(body=most_mb << 20, memory=most_memory_mb << 20), say=complain)
 
 
 @app.command()

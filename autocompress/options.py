@@ -130,4 +130,6 @@ Pack = Annotated[
 ]
 Host = Annotated[str, typer.Option("--host", help="To listen on; 0.0.0.0 for all networks. The default is reached by `ssh -L` only.")]
 Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="To listen on.")]
+MostMb = Annotated[int, typer.Option("--most-mb", min=1, help="Of one file that is sent.")]
+MostMemoryMb = Annotated[int, typer.Option("--most-memory-mb", min=1, help="Of a process of the runtime.")]
 TokenFile = Annotated[Path, typer.Option("--token-file", help="Of the token that whoever asks must know; made where it is not there.")]

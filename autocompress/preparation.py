@@ -31,9 +31,10 @@ from autocompress.models import answer_with_one_tensor, load_model, load_weights
 from autocompress.objective import UNTRAINED, Baseline, Setting, fails_policy
 from autocompress.policy import Policy, QuantSpec
 from autocompress.records import Measurement, Score
+from autocompress.references import draws_itself
 from autocompress.run_folder import write_atomically
 from autocompress.schedule import FEWEST_EXAMPLES
-from autocompress.search_space import load_space, names_function
+from autocompress.search_space import load_space
 from autocompress.task import OBJECT, Task
 
 BASELINE = "baseline"
@@ -109,7 +110,7 @@ def contents(task: Task, loaded: Loaded) -> dict[str, str]:
     networks = {} if task.is_demo else {"model": loaded.teacher}
     if task.student is not None:
         networks["student"] = loaded.graphs[task.student].module
-    space = {} if names_function(task.space) else {"space": load_space(task.space).digest}
+    space = {} if draws_itself(task.space) else {"space": load_space(task.space).digest}
     return {"data": loaded.data.digest} | {what: _digest(network) for what, network in networks.items()} | space
 
 

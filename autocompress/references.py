@@ -1,7 +1,7 @@
 """References to models and data: `name?option=value`, `package.module:function`, `path/to/file.py:function`.
 
-Running a user's function is running the user's code; references are taken from the command line, a task file or Python
-only. `--resume` and `--from` read the task that a run folder keeps: name those of your own searches, or of people you trust.
+Running a user's function is running the user's code; references are taken from the command line, a task file or Python. `--resume` and
+`--from` take them from the task that a run folder keeps only where a search of this user has written it (`task.load_kept_task`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ from autocompress.errors import UsageError, one_line
 DEFAULT_DEVICE = "onnxruntime:cpu?threads=1"
 AGENT, AGENT_PORT = "agent://", 7878
 """How the name of a device elsewhere begins, and where an agent listens unless told otherwise."""
+AGENT_FILE_MB, AGENT_MEMORY_MB = 512, 4096
+"""What an agent takes unless told otherwise: of one file, and of a process of the runtime."""
 FORMATS = ("onnx", "openvino", "torch")
 """What an export can write."""
 DATA_ROOT = "data"
 """Where `torchvision:NAME` data lies unless its `root` says otherwise."""
+MODEL_LIBRARIES, DATA_READERS = ("torchvision:", "timm:"), ("torchvision:", "imagefolder:")
+"""Begin references to models and to data that name no function."""
 USERS_ERRORS = (Exception, SystemExit)
 """What a user's code may raise; a script of theirs may also exit."""
 
@@ -36,6 +40,16 @@ def parse_reference(reference: str) -> tuple[str, dict[str, str]]:
             f"a reference must start with a name, but got {reference!r}", hint="for example torchvision:resnet18 or file.py:function"
         )
     return name, dict(parse_qsl(query.replace("+", "%2B"), keep_blank_values=True))  # a plus is itself, as in paths
+
+
+def names_function(reference: str, readers: tuple[str, ...] = ()) -> bool:
+    """Whether it is `file.py:function` or `package.module:function`, and not for one of these readers."""
+    return ":" in reference and not reference.startswith(readers)
+
+
+def draws_itself(space: str) -> bool:
+    """Whether a space is a function, and not a shipped one or a TOML file."""
+    return names_function(space) and not space.endswith(".toml")
 
 
 def absolute_path(path: str) -> str:

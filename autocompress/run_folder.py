@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import datetime
 import fcntl
+import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from autocompress.cache import cache_folder
 from autocompress.errors import RunFolderError, UsageError
+from autocompress.units import format_size
 
 LOCK, FRONT, REPORT, PARETO = ".lock", "front.json", "report.html", "pareto.png"
 UNFINISHED = re.compile(r"\.(front\.json|report\.html|pareto\.png|task\.toml|teacher\.safetensors)\.\w{8}")
 """Files of a run folder while they are written."""
+POLICY_FILES, MANY_POLICIES = 3, 20
+"""Files of weights that a policy keeps: as they were trained, as they ship, and in the runtime's format; and policies of a long search."""
 
 
 @contextmanager
@@ -50,6 +56,27 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+
+
+def remember_own(path: Path) -> None:
+    """Let `is_own_file` know a file that this search has written, by its content: a folder may be copied, and come back changed."""
+    with suppress(OSError):  # without a cache a resumed search asks for what this one was told
+        place = _own_files() / _digest(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.touch()
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether a search of this user on this machine has written a file of this content."""
+    return (_own_files() / _digest(path)).is_file()
+
+
+def _own_files() -> Path:
+    return cache_folder() / "own"
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextmanager
@@ -85,6 +112,21 @@ def _sweep(run: Path) -> None:
     for left in run.iterdir():
         if UNFINISHED.fullmatch(left.name) and left.is_file():
             left.unlink(missing_ok=True)
+
+
+def require_space(run: Path, model_bytes: int) -> str:
+    """What to tell where the disk has room for fewer than MANY_POLICIES; raises RunFolderError where there is none for even one.
+
+    Args:
+        model_bytes: of the original's file. What is kept of a policy takes at most POLICY_FILES times as much.
+    """
+    free, each = shutil.disk_usage(run).free, POLICY_FILES * model_bytes
+    if free < each:
+        raise RunFolderError(
+            f"a policy of this model may need {format_size(each)}, but only {format_size(free)} are free in {str(run)!r}",
+            hint="free space or choose another --out",
+        )
+    return f"only {format_size(free)} are free in {run}, which this search may fill" if free < MANY_POLICIES * each else ""
 
 
 def new_run() -> Path:

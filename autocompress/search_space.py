@@ -11,10 +11,10 @@ import inspect
 import math
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -35,23 +35,11 @@ from autocompress.policy import (
     StudentSpec,
     explain,
 )
-from autocompress.references import call_function, nearest
-
-
-class Suggester(Protocol):
-    """What `optuna.Trial` and `optuna.trial.FixedTrial` offer."""
-
-    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int: ...
-
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float: ...
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
-
+from autocompress.references import call_function, draws_itself, nearest
+from autocompress.suggesters import DefaultDistillation, SmallEnd, Suggester
 
 Suggest = Callable[[Suggester], Policy]
 Number = TypeVar("Number", int, float)
-USUAL: dict[str, Any] = {f"distill:{name}": value for name, value in DistillSpec().model_dump().items()}
-"""Dimensions that do not change a student but how it is trained, at the values that are usually best."""
 
 
 class Range(Record):
@@ -261,7 +249,7 @@ class SearchSpace:
             quant=self._quant(suggester),
             distill=self._distill(suggester),
         )
-        return fitted(policy, self.profile)
+        return for_device(policy, self.profile)
 
     def _drops(self, suggester: Suggester) -> tuple[str, ...]:
         if self.spec.depth is None:
@@ -338,33 +326,9 @@ def spread(total: int, keep: int) -> list[int]:
     return [round(i * (total - 1) / (keep - 1)) for i in range(keep)]
 
 
-@dataclass(frozen=True)
-class _Smallest:
-    """A suggester that always takes the small end: the highest ratio, and these bits where they can be had, else the fewest."""
-
-    bits: int | None
-
-    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        return low
-
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
-        return high if name.startswith("prune") else low
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        if self.bits in choices:
-            return self.bits
-        numbers = [choice for choice in choices if isinstance(choice, (int, float))]
-        return min(numbers) if len(numbers) == len(choices) else choices[-1]
-
-
-def names_function(space: str) -> bool:
-    """Whether a space is `file.py:function`, and not a shipped one or a TOML file."""
-    return ":" in space and not space.endswith(".toml")
-
-
 def find_suggest(space: str, graph: Graph, profile: DeviceProfile, *, reference: str | None = None) -> Suggest:
     """How policies are drawn: from a shipped or own TOML space, or by the function that `file.py:function` returns; cut to the device."""
-    if names_function(space):
+    if draws_itself(space):
         function = call_function(space)
         if not callable(function):
             raise UsageError(
@@ -375,13 +339,13 @@ def find_suggest(space: str, graph: Graph, profile: DeviceProfile, *, reference:
     return SearchSpace.build(load_space(space), graph, profile, reference=reference).suggest
 
 
-def fitted(policy: Policy, profile: DeviceProfile) -> Policy:
+def for_device(policy: Policy, profile: DeviceProfile) -> Policy:
     """The policy as the device runs it: channels in multiples that suit its kernels, int8 weights in a range that it does not saturate."""
     multiple = math.lcm(policy.student.multiple, profile.channel_multiple)
-    return unsaturated(policy.model_copy(update={"student": policy.student.model_copy(update={"multiple": multiple})}), profile)
+    return with_exact_int8(policy.model_copy(update={"student": policy.student.model_copy(update={"multiple": multiple})}), profile)
 
 
-def unsaturated(policy: Policy, profile: DeviceProfile) -> Policy:
+def with_exact_int8(policy: Policy, profile: DeviceProfile) -> Policy:
     """The same student, its int8 weights in a range that the device computes with exactly."""
     quant = policy.quant
     in_int8 = 8 in (quant.bits, *quant.layers.values())
@@ -408,7 +372,7 @@ def own_suggest(function: Callable[..., Any], name: str, profile: DeviceProfile,
             raise UsageError(
                 f"the space {name} must draw a Policy, but drew {type(policy).__name__}", hint="return autocompress.Policy(...)"
             )
-        return fitted(policy, profile)
+        return for_device(policy, profile)
 
     return suggest
 
@@ -422,73 +386,16 @@ def _takes_two(function: Callable[..., Any]) -> bool:
     return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) == 2
 
 
-@dataclass(frozen=True)
-class UsuallyDistilled:
-    """Asks for everything but the dimensions of USUAL, which stay as near to their usual value as a space allows."""
-
-    asked: Suggester
-
-    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        if name not in USUAL:
-            return self.asked.suggest_int(name, low, high, step=step, log=log)
-        return int(_on_grid(USUAL[name], low, high, step))
-
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
-        if name not in USUAL:
-            return self.asked.suggest_float(name, low, high, step=step, log=log)
-        return _on_grid(USUAL[name], low, high, step)
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        if name not in USUAL:
-            return self.asked.suggest_categorical(name, choices)
-        if USUAL[name] in choices or not all(isinstance(choice, (int, float)) for choice in choices):
-            return USUAL[name] if USUAL[name] in choices else choices[0]
-        return min(choices, key=lambda choice: abs(choice - USUAL[name]))
-
-
-def _on_grid(value: float, low: float, high: float, step: float | None) -> float:
-    """The nearest value between two ends, in steps from the lower one."""
-    value = min(high, max(low, value))
-    return value if not step else low + step * min(round((value - low) / step), math.floor((high - low) / step + 1e-9))
-
-
-def structural(suggest: Suggest) -> Suggest:
+def with_default_distillation(suggest: Suggest) -> Suggest:
     """The same space with distillation as usual: its policies differ in structure only."""
-    return lambda suggester: suggest(UsuallyDistilled(suggester))
-
-
-@dataclass(frozen=True)
-class Otherwise:
-    """Takes what is known of a policy's dimensions, as far as it may be drawn here, and asks for the others; `params` is what was drawn."""
-
-    known: Mapping[str, Any]
-    asked: Suggester
-    params: dict[str, Any] = field(default_factory=dict)
-
-    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        if name not in self.known:
-            return int(self._keep(name, self.asked.suggest_int(name, low, high, step=step, log=log)))
-        return int(self._keep(name, int(_on_grid(self.known[name], low, high, step))))
-
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
-        if name not in self.known:
-            return float(self._keep(name, self.asked.suggest_float(name, low, high, step=step, log=log)))
-        return float(self._keep(name, _on_grid(self.known[name], low, high, step)))
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        is_known = name in self.known and self.known[name] in choices
-        return self._keep(name, self.known[name] if is_known else self.asked.suggest_categorical(name, choices))
-
-    def _keep(self, name: str, value: Any) -> Any:
-        self.params[name] = value
-        return value
+    return lambda suggester: suggest(DefaultDistillation(suggester))
 
 
 def fastest(suggest: Suggest) -> list[Policy]:
     """The policies at the fast end of every dimension, in each kind of arithmetic: int8 is slower than float32 on some devices."""
-    return list({policy.digest: policy for policy in (suggest(_Smallest(bits)) for bits in KERNEL_BITS)}.values())
+    return list({policy.digest: policy for policy in (suggest(SmallEnd(bits)) for bits in KERNEL_BITS)}.values())
 
 
 def smallest(suggest: Suggest) -> Policy:
     """The policy at the small end of every dimension: the best guess at the one with the smallest file."""
-    return suggest(_Smallest(None))
+    return suggest(SmallEnd(None))

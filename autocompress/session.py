@@ -16,7 +16,6 @@ import pandas as pd
 from torch import nn
 
 from autocompress.candidates.forecast import Forecast
-from autocompress.candidates.proposals import LevelSuggester
 from autocompress.controller.final import conclude
 from autocompress.controller.findings import TAKEN_OVER, Findings, TakenOver
 from autocompress.controller.initial import ask_teacher, calibrate, know_original, propose
@@ -38,12 +37,13 @@ from autocompress.report.figures import in_colour
 from autocompress.report.page import figures, write_report
 from autocompress.report.tables import frame
 from autocompress.results import Results
-from autocompress.run_folder import PARETO, locked, new_run, read_front, write_atomically
+from autocompress.run_folder import PARETO, locked, new_run, read_front, remember_own, require_space, write_atomically
 from autocompress.schedule import Clock
-from autocompress.search_space import find_suggest, own_suggest, structural
+from autocompress.search_space import find_suggest, own_suggest, with_default_distillation
 from autocompress.signals import Attentive, stopped_by_signals
 from autocompress.study.database import open_journal, read_journal, recording, require_own, require_same_contents, require_same_subject
 from autocompress.study.journal import Journal
+from autocompress.suggesters import LevelSuggester
 from autocompress.task import OBJECT, TASK_FILE, Task, load_task
 from autocompress.units import format_duration, format_size
 
@@ -229,7 +229,7 @@ def run_search(
         clock = Clock.start(task.search_seconds, already=clock.elapsed + elapsed_s)
         try:
             if not resume:
-                write_atomically(run / TASK_FILE, task.to_toml())
+                _keep_task(task, run)
             known = _known_before(task, journal, run, progress)
             ledger = Ledger(spent_s)
             with ledger.spend("prepare"):
@@ -246,13 +246,21 @@ def run_search(
                 shutil.rmtree(run, ignore_errors=True)
             raise
         if resume:  # only now: a resume that is refused changes nothing
-            write_atomically(run / TASK_FILE, task.to_toml())
+            _keep_task(task, run)
+        if tight := require_space(run, setting.baseline.size_bytes):
+            progress.message(tight)
         findings = _assemble(task, run, setting, journal, clock, progress, suggest)
         try:
             _phases(findings, known)
         finally:
             _finish(findings)
     return _result(findings)
+
+
+def _keep_task(task: Task, run: Path) -> None:
+    """Write what was asked for, and remember that it was this user who did."""
+    write_atomically(run / TASK_FILE, task.to_toml())
+    remember_own(run / TASK_FILE)
 
 
 def _taken_before(task: Task, run: Path, journal: Journal) -> tuple[float, dict[str, float]]:
@@ -329,6 +337,7 @@ def _recall(findings: Findings) -> None:
         findings.progress.message(f"{lost} interrupted trial(s) will be repeated")
     if failed := findings.retry_failures():
         findings.progress.message(f"{failed} failed policies may be tried again")
+    findings.leave_killers()
     if findings.best is None:
         findings.forecast.require_hope()
 
@@ -399,7 +408,7 @@ def plan(task: Task) -> dict[str, Any]:
     generator = np.random.default_rng(task.seed)
     drawn = LevelSuggester(generator)
     suggest(drawn)
-    policies = [structural(suggest)(LevelSuggester(generator)) for _ in range(3)]
+    policies = [with_default_distillation(suggest)(LevelSuggester(generator)) for _ in range(3)]
     return {
         "task": task.model_dump(mode="json"),
         "budget": Budget.parse(task.budget).in_words() if task.budget else "none",

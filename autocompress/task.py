@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,13 +18,18 @@ from autocompress.records import Budget
 from autocompress.references import (
     AGENT,
     AGENT_PORT,
+    DATA_READERS,
     DEFAULT_DEVICE,
+    MODEL_LIBRARIES,
     absolute_data,
     absolute_function,
     absolute_path,
+    draws_itself,
+    names_function,
     nearest,
     parse_reference,
 )
+from autocompress.run_folder import is_own_file
 from autocompress.units import parse_duration
 
 DEMO_MODEL = "autocompress.demo:teacher"
@@ -96,6 +102,18 @@ class Task(Record):
     def is_demo(self) -> bool:
         return self.model == DEMO_MODEL
 
+    @property
+    def demands_trust(self) -> dict[str, str]:
+        """By field, what runs somebody's code when it is loaded, and devices elsewhere, which are sent the model, inputs and a token."""
+        functions = {
+            "model": not self.is_demo and names_function(self.model, (*MODEL_LIBRARIES, OBJECT)),
+            "data": names_function(self.data, (*DATA_READERS, OBJECT)),
+            "space": draws_itself(self.space),
+            "student": self.student is not None and names_function(self.student, MODEL_LIBRARIES),
+            "device": self.device.startswith(AGENT),
+        }
+        return {field: getattr(self, field) for field, demands in functions.items() if demands}
+
     def difference(self, other: Task) -> str | None:
         """The first field in which another task differs, so that their policies cannot share a run folder.
 
@@ -112,7 +130,7 @@ class Task(Record):
 
         What the names of models, data and files stand for is compared by content: a run may have come from another machine.
         """
-        functions = [name for name in ("space",) if ".py:" in self.space or ".py:" in other.space]
+        functions = ["space"] if draws_itself(self.space) or draws_itself(other.space) else []
         demo = ["model"] if self.is_demo != other.is_demo else []
         return self._differs(other, ["batch", "student", *functions, *demo])
 
@@ -178,6 +196,27 @@ def load_task(path: Path | None, overrides: Mapping[str, object]) -> Task:
     elif "data" not in values:
         raise UsageError("a task with its own model needs data", hint="add --data imagefolder:DIR or data = ... to the task file")
     return Task.create(values)
+
+
+def load_kept_task(run: Path, overrides: Mapping[str, object]) -> Task:
+    """The task of a run folder, with `overrides` on top.
+
+    Raises UsageError where there is none, and where it would run code, or send the model elsewhere, that neither `overrides` name nor a
+    search of this user's: the folder may come from somebody else.
+    """
+    path = run / TASK_FILE
+    if not path.is_file():
+        raise UsageError(f"there is no search in {str(run)!r}", hint="give the run folder of a search")
+    task = load_task(path, overrides)
+    unnamed = {field: value for field, value in task.demands_trust.items() if overrides.get(field) is None}
+    if unnamed and not is_own_file(path):
+        named = " ".join(f"--{field} {shlex.quote(value)}" for field, value in unnamed.items())
+        what, value = next(iter(unnamed.items()))
+        raise UsageError(
+            f"the {what} {value!r} is named by {str(path)!r}, which no search of yours on this machine has written",
+            hint=f"where you trust it, name it yourself: {named}",
+        )
+    return task
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -204,7 +204,6 @@ def law3_mixed(graph: Any, example: Tensor) -> dict[str, float | None]:
     """Decibels of a file against its student, and of the student against itself in float32; for a policy that is partly in int8."""
     import numpy as np
 
-    from autocompress.candidates.proposals import LevelSuggester
     from autocompress.compress.quantize import calibrate, fake_quantize, snap_biases
     from autocompress.compress.student import build_student
     from autocompress.compress.train import quantizes
@@ -212,6 +211,7 @@ def law3_mixed(graph: Any, example: Tensor) -> dict[str, float | None]:
     from autocompress.errors import PolicyFailure
     from autocompress.export import onnx_bytes
     from autocompress.search_space import find_suggest
+    from autocompress.suggesters import LevelSuggester
 
     profile = DeviceProfile(runtime="onnxruntime", channel_multiple=8, reduced_range=processor.int8_saturates(processor.flags()))
     suggest = find_suggest("default", graph, profile)

@@ -27,11 +27,11 @@ import cifar10
 
 from autocompress.candidates.forecast import Forecast
 from autocompress.candidates.knapsack import Knapsack
-from autocompress.candidates.proposals import LevelSuggester
 from autocompress.candidates.sensitivity import Sensitivity
 from autocompress.devices import open_device
 from autocompress.preparation import load, prepare
 from autocompress.search_space import find_suggest
+from autocompress.suggesters import LevelSuggester
 from autocompress.task import load_task
 
 RESULTS = Path(__file__).parent / "results"

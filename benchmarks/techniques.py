@@ -35,7 +35,7 @@ from autocompress.graph import Graph
 from autocompress.objective import Setting, evaluate_policy, untrained
 from autocompress.policy import DistillSpec, LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import load, prepare
-from autocompress.search_space import fitted
+from autocompress.search_space import for_device
 from autocompress.task import Task
 
 HERE = Path(__file__).parent
@@ -102,7 +102,7 @@ def int8(policy: Policy) -> Policy:
 def policies(setting: Setting, share: float) -> Iterator[tuple[str, str, Policy]]:
     """(what is compared, name, policy) of each row."""
     graph, profile = setting.graphs[None], setting.device.profile
-    yield "technique", "int8", fitted(int8(Policy()), profile)
+    yield "technique", "int8", for_device(int8(Policy()), profile)
     for name, technique in FAMILIES.items():
         yield "technique", name, _gentlest(setting, technique, share)
     for name, technique in FAMILIES.items():
@@ -119,9 +119,9 @@ def _gentlest(setting: Setting, technique: Technique, share: float) -> Policy:
     low, high = 0, STEPS
     while high - low > 1:
         middle = (low + high) // 2
-        policy = fitted(technique(graph, middle / STEPS), profile)
+        policy = for_device(technique(graph, middle / STEPS), profile)
         low, high = (low, middle) if _share_of(setting, policy) <= share else (middle, high)
-    return fitted(technique(graph, high / STEPS), profile)
+    return for_device(technique(graph, high / STEPS), profile)
 
 
 def _share_of(setting: Setting, policy: Policy) -> float:

@@ -10,7 +10,7 @@ import torch
 from autocompress.cli import main
 from autocompress.policy import Policy
 from autocompress.records import Outcome, Score
-from autocompress.run_folder import locked
+from autocompress.run_folder import locked, remember_own
 from autocompress.task import Task
 
 FRONT = Path(__file__).parent / "fixtures" / "front.json"
@@ -209,11 +209,22 @@ def test_a_run_folder_of_another_search(run, capsys, options, message, hint):
 
 def test_a_search_is_resumed_without_saying_its_task_again(run, capsys):
     (run / "task.toml").write_text(Task(model="own.py:ten", data="digits", seed=1).to_toml())
+    remember_own(run / "task.toml")
     assert main(["search", "--resume", "--out", "run", "--search-time", "9m", "--dry-run", "--json"]) == 0
     task = json.loads(capsys.readouterr().out)["task"]
     assert (task["model"], task["seed"], task["search_time"]) == ("own.py:ten", 1, "9m")
     assert main(["search", "--quiet", "--resume", "--out", "run", "--seed", "2"]) == 2
     require_explained(capsys.readouterr(), "another task: seed was 1, now 2", "--out")
+
+
+@pytest.mark.parametrize("option", ["--resume --out", "--from"])
+def test_the_code_of_a_folder_that_somebody_sent_is_not_run(place, capsys, option):
+    Path("sent").mkdir()
+    Path("sent/payload.py").write_text("from pathlib import Path\nPath('executed').touch()\ndef f(): return 3")
+    Path("sent/task.toml").write_text('model = "${HERE}/payload.py:f"\ndata = "digits"')
+    assert main(f"search --quiet {option} sent".split()) == 2
+    require_explained(capsys.readouterr(), "which no search of yours on this machine has written", "name it yourself: --model")
+    assert not Path("executed").exists()
 
 
 def test_a_search_of_objects_is_resumed_where_the_objects_are(place, capsys):

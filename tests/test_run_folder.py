@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from autocompress.errors import RunFolderError, UsageError
-from autocompress.run_folder import locked, read_front, write_atomically
+from autocompress.run_folder import MANY_POLICIES, POLICY_FILES, locked, read_front, require_space, write_atomically
 
 
 @pytest.mark.parametrize("content", ["", "text ü\n", b"\x00\xff" * 1000])
@@ -20,6 +21,18 @@ def test_a_file_is_written_whole(tmp_path, content):
     assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
     assert [entry.name for entry in tmp_path.iterdir()] == ["file ü"], "no temporary file is left"
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_disk_without_room_for_one_policy_is_refused_and_one_for_a_few_is_told(tmp_path, monkeypatch):
+    def told(free):
+        monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
+        return require_space(tmp_path, 10**6)
+
+    with pytest.raises(RunFolderError, match=r"may need 3 MB, but only 2 MB are free") as caught:
+        told(2 * 10**6)
+    assert "--out" in caught.value.hint
+    assert "only 3 MB are free" in told(POLICY_FILES * 10**6)
+    assert told(POLICY_FILES * MANY_POLICIES * 10**6) == ""
 
 
 FILL_DISK = """

@@ -5,13 +5,11 @@ import optuna
 import pytest
 import torch
 
-from autocompress.candidates.proposals import LevelSuggester
 from autocompress.devices.base import DeviceProfile
 from autocompress.errors import RunFolderError, UsageError
 from autocompress.graph import Graph
 from autocompress.policy import KERNEL_BITS, STORAGE_BITS, DistillSpec, Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.search_space import (
-    Otherwise,
     SearchSpace,
     SpaceSpec,
     fastest,
@@ -22,8 +20,9 @@ from autocompress.search_space import (
     spaces_folder,
     spread,
     stages_of,
-    structural,
+    with_default_distillation,
 )
+from autocompress.suggesters import LevelSuggester, PartiallyFixed
 from autocompress.testing.models import tiny_resnet
 
 SHIPPED = sorted(path.stem for path in spaces_folder().glob("*.toml"))
@@ -280,7 +279,7 @@ def test_a_structure_is_distilled_as_nearly_as_usual_as_the_space_allows(draw, e
         return Policy(distill=DistillSpec(temperature=draw(suggester)), prune=PruneSpec(ratios={"group": 0.1 * pruned}))
 
     suggesters = [LevelSuggester(np.random.default_rng(seed)) for seed in range(9)]
-    policies = [structural(space)(suggester) for suggester in suggesters]
+    policies = [with_default_distillation(space)(suggester) for suggester in suggesters]
     assert len({policy.digest for policy in policies}) > 3
     assert all(set(suggester.params) == {"pruned", "more"} for suggester in suggesters)
     assert {policy.distill.temperature for policy in policies} == {expected}
@@ -296,7 +295,7 @@ def test_a_structure_that_is_known_is_drawn_again_and_distilled_otherwise():
         )
 
     known, other = LevelSuggester(np.random.default_rng(0)), LevelSuggester(np.random.default_rng(1))
-    before = structural(space)(known)
-    after = space(Otherwise(known.params, other))
+    before = with_default_distillation(space)(known)
+    after = space(PartiallyFixed(known.params, other))
     assert list(other.params) == ["distill:temperature"]
     assert after == before.model_copy(update={"distill": DistillSpec(temperature=other.params["distill:temperature"])})

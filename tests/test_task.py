@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autocompress.errors import UsageError
-from autocompress.task import DATA_VARIABLE, DEMO_MODEL, Task, load_task
+from autocompress.run_folder import remember_own
+from autocompress.task import DATA_VARIABLE, DEMO_MODEL, Task, load_kept_task, load_task
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 tasks = st.builds(
@@ -144,3 +145,42 @@ def test_a_task_means_the_same_in_another_folder(tmp_path, monkeypatch):
     assert load_task(path, {}).absolute() == task
     shipped = Task(model="torchvision:resnet18", data="digits", space="prune")
     assert shipped.absolute() == shipped
+
+
+STRANGE = {
+    "model": "/tmp/payload.py:model",
+    "data": "payload:data",
+    "space": "${HERE}/payload.py:space",
+    "student": "payload:student",
+    "device": "agent://elsewhere",
+}
+
+
+@pytest.mark.parametrize("field", STRANGE)
+def test_what_a_folder_of_somebody_else_names_is_not_run(tmp_path, field):
+    """A run folder is something that people send to each other."""
+    harmless = {"model": "torchvision:resnet18", "data": "imagefolder:photos"}
+    path = write(tmp_path, "".join(f'{key} = "{value}"\n' for key, value in (harmless | {field: STRANGE[field]}).items()))
+    for overrides in ({}, {"budget": ("5ms",), "seed": 1}):
+        with pytest.raises(UsageError, match=f"the {field} .*payload|elsewhere.* no search of yours on this machine") as caught:
+            load_kept_task(tmp_path, overrides)
+        assert f"--{field} " in caught.value.hint
+    named = load_kept_task(tmp_path, {field: STRANGE[field]})
+    assert getattr(named, field) == STRANGE[field], "whoever names it wants it"
+    remember_own(path)
+    assert getattr(load_kept_task(tmp_path, {}), field) == STRANGE[field].replace("${HERE}", str(tmp_path))
+    write(tmp_path, path.read_text() + "seed = 7\n")
+    with pytest.raises(UsageError, match="no search of yours"):
+        load_kept_task(tmp_path, {})
+
+
+def test_what_names_no_code_needs_no_trust(tmp_path):
+    for text in (
+        'budget = "10ms"',
+        'model = "torchvision:resnet18"\ndata = "torchvision:CIFAR10?root=here"\nstudent = "timm:resnet10t"\nspace = "default"',
+        f'model = "{DEMO_MODEL}"\ndata = "digits"\nspace = "/own/space.toml"\ndevice = "openvino:cpu"',
+    ):
+        write(tmp_path, text)
+        assert load_kept_task(tmp_path, {}) == load_task(tmp_path / "task.toml", {})
+    with pytest.raises(UsageError, match="there is no search"):
+        load_kept_task(tmp_path / "absent", {})

@@ -24,6 +24,8 @@ from autocompress.study.journal import AppraisedTrial, Journal
 
 MOST_RULED_OUT = 150
 """Suggestions in a row that prediction rules out before the search turns to its own draws."""
+DIMENSIONS_FIRST = "dimensions_first"
+"""What the journal calls it that dimensions are appraised alone, and that what is foreseen is what they lose."""
 RECENT = 7
 """The last so many appraisals say what one takes."""
 MOST_REPEATED = 50
@@ -52,8 +54,6 @@ class Appraisals:
 
     journal: Journal
     forecast: Forecast
-    dimensions_come_first: bool = False
-    """Whether dimensions are appraised alone, and what is foreseen is what they lose."""
     _seconds: list[float] = field(default_factory=list)
     _known: dict[Structure, Appraised] = field(default_factory=dict)
 
@@ -199,7 +199,12 @@ class Appraisals:
             foreseen = self.sensitivity.foreseen([appraised.proposal for appraised in every]).tolist()
         return partial_rank_correlation(foreseen, [a.worth for a in every], [a.latency_s for a in every])
 
+    def start_with_dimensions(self) -> None:
+        """From now on, in a resumed search too, what is foreseen of policies is what their dimensions lose alone."""
+        if not self.journal.noted(DIMENSIONS_FIRST):
+            self.journal.note(DIMENSIONS_FIRST, True)
+
     @property
     def is_sensitivity_known(self) -> bool:
-        """Whether enough dimensions were appraised alone."""
-        return self.dimensions_come_first and self.sensitivity.missing == 0
+        """Whether dimensions were to be appraised alone, and enough of them were."""
+        return bool(self.journal.noted(DIMENSIONS_FIRST)) and self.sensitivity.missing == 0

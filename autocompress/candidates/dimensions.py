@@ -8,48 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from autocompress.candidates.forecast import Forecast
 from autocompress.candidates.proposals import Proposal
-from autocompress.search_space import Otherwise
+from autocompress.suggesters import DimensionRecorder, PartiallyFixed
 
-MOST_VALUES = 9
-"""Of a dimension with more values so many, evenly spaced, are looked at."""
 PASSES = 8
 """Times that every dimension is looked at in search of the least compressed policy; a value that leads changes which others do."""
 Params = Mapping[str, Any]
-
-
-@dataclass
-class Explorer:
-    """Draws the first value of everything, like `optuna.Trial`, and notes which values there are."""
-
-    values: dict[str, tuple[Any, ...]]
-
-    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        whole = np.geomspace(low, high, MOST_VALUES) if log else low + step * _thinned((high - low) // step)
-        return int(self._first(name, sorted({int(value) for value in np.rint(whole)})))
-
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
-        if step is not None:
-            values = low + step * _thinned(math.floor((high - low) / step + 1e-9))
-        else:
-            values = np.geomspace(low, high, MOST_VALUES) if log else np.linspace(low, high, MOST_VALUES)
-        return float(self._first(name, sorted({min(high, float(value)) for value in values})))
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        return self._first(name, choices)
-
-    def _first(self, name: str, values: Sequence[Any]) -> Any:
-        self.values[name] = tuple(values)
-        return values[0]
-
-
-def _thinned(steps: int) -> NDArray[np.float64]:
-    """Up to MOST_VALUES of the steps from 0 on."""
-    return np.unique(np.rint(np.linspace(0, steps, min(steps + 1, MOST_VALUES))))
 
 
 @dataclass
@@ -87,8 +52,8 @@ class Dimensions:
 
     def drawn(self, params: Sequence[Params]) -> list[Proposal]:
         """A policy for each of these; dimensions that they leave open take their first value, and are known from then on."""
-        explorer = Explorer(self.values)
-        suggesters = [Otherwise(told, explorer) for told in params]
+        recorder = DimensionRecorder(self.values)
+        suggesters = [PartiallyFixed(told, recorder) for told in params]
         policies = [self.forecast.suggest(suggester) for suggester in suggesters]
         first = {name: values[0] for name, values in self.values.items()}
         return self.forecast.proposals(policies, [{**first, **suggester.known, **suggester.params} for suggester in suggesters])

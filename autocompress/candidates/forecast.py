@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from autocompress.candidates.proposals import LevelSuggester, Proposal, Variation, capacity, elites, inheritance
+from autocompress.candidates.proposals import Proposal, capacity, elites, inheritance
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import InfeasibleBudget, UsageError
 from autocompress.graph import Graph, Structure
@@ -23,7 +23,8 @@ from autocompress.objective import UNTRAINED, Setting, fails_policy, untrained
 from autocompress.policy import Policy
 from autocompress.records import Budget, Measurement, Outcome, Prediction, Workload
 from autocompress.schedule import FEWEST_EXAMPLES
-from autocompress.search_space import Suggest, fastest, smallest, structural
+from autocompress.search_space import Suggest, fastest, smallest, with_default_distillation
+from autocompress.suggesters import LevelSuggester, Variation
 from autocompress.units import format_duration, format_size
 
 DRAWS, MOST_DRAWS = 64, 4096
@@ -87,7 +88,7 @@ class Forecast:
     @property
     def suggest(self) -> Suggest:
         """The space, for a draw of a structure."""
-        return structural(self.space)
+        return with_default_distillation(self.space)
 
     @property
     def budget(self) -> Budget:
@@ -190,7 +191,7 @@ class Forecast:
         order = generator.permutation(len(parents))
         for start in range(0, len(parents), DRAWS):
             if time.monotonic() < until:
-                bred += self._draw([Variation(generator, parent=parents[index].params) for index in order[start : start + DRAWS]])
+                bred += self._draw([Variation(parents[index].params, LevelSuggester(generator)) for index in order[start : start + DRAWS]])
         return bred
 
     def _elites(self, pool: Sequence[Proposal]) -> list[list[Proposal]]:
@@ -202,7 +203,7 @@ class Forecast:
 
         return elites(pool, HOPE * self.latency_limit, merit)
 
-    def _draw(self, suggesters: Sequence[LevelSuggester]) -> list[Proposal]:
+    def _draw(self, suggesters: Sequence[LevelSuggester | Variation]) -> list[Proposal]:
         policies = [self.suggest(suggester) for suggester in suggesters]
         for policy in policies:
             self._graph_of(policy).require_known(policy)

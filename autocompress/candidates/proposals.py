@@ -1,8 +1,8 @@
 """First policies of a search: over all latencies that the budget allows, what promises most.
 
-Uniform draws from a space of many dimensions all look like the average policy. Here every kind of dimension (width, depth, prune, bits)
-first draws a level, and its dimensions scatter around it, so that policies reach from barely to fully compressed; the best of these are
-then varied. What inherits most leads after little training; wider networks are for the sampler to find.
+Uniform draws from a space of many dimensions all look like the average policy. Here every kind of dimension first draws a level, and its
+dimensions scatter around it (`LevelSuggester`), so that policies reach from barely to fully compressed; the best of these are then
+varied. What inherits most leads after little training; wider networks are for the sampler to find.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import heapq
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,75 +21,10 @@ from autocompress.graph import Workloads
 from autocompress.policy import Policy
 from autocompress.records import Operator, Shape, Workload
 
-SCATTER = 0.2
-VARIED = 1.5
-"""Dimensions that a variation changes, on average."""
 CELLS, KEPT_EACH = 64, 8
 """Of a pool by latency: so many parts of equal ratio, and of each so many proposals."""
 LEAST_RANGE = 1.5
 LEAST_LEFT = 1e-3
-
-
-@dataclass
-class LevelSuggester:
-    """Draws like `optuna.Trial`, around one level for each kind of dimension, and remembers what it drew."""
-
-    generator: np.random.Generator
-    params: dict[str, Any] = field(default_factory=dict)
-    _levels: dict[str, float] = field(default_factory=dict)
-
-    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        quantile = self._quantile(name)
-        if log:
-            return int(self._keep(name, min(high, round(low * (high / low) ** quantile))))
-        steps = (high - low) // step
-        return int(self._keep(name, low + step * min(steps, math.floor(quantile * (steps + 1)))))
-
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
-        quantile = self._quantile(name)
-        if log:
-            return float(self._keep(name, min(high, low * (high / low) ** quantile)))
-        if step is None:
-            return float(self._keep(name, min(high, low + quantile * (high - low))))
-        steps = math.floor((high - low) / step + 1e-9)
-        return float(self._keep(name, min(high, low + step * min(steps, math.floor(quantile * (steps + 1))))))
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        return self._keep(name, choices[min(len(choices) - 1, math.floor(self._quantile(name) * len(choices)))])
-
-    def _quantile(self, name: str) -> float:
-        kind = name.partition(":")[0]
-        level = self._levels.setdefault(kind, float(self.generator.random()))
-        return float(np.clip(level + SCATTER * self.generator.standard_normal(), 0.0, 1.0))
-
-    def _keep(self, name: str, value: Any) -> Any:
-        self.params[name] = value
-        return value
-
-
-@dataclass
-class Variation(LevelSuggester):
-    """Draws a policy again, but for one or two of its dimensions."""
-
-    parent: dict[str, Any] = field(default_factory=dict)
-
-    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        if self._stays(name) and low <= self.parent[name] <= high:
-            return int(self._keep(name, self.parent[name]))
-        return super().suggest_int(name, low, high, step=step, log=log)
-
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
-        if self._stays(name) and low <= self.parent[name] <= high:
-            return float(self._keep(name, self.parent[name]))
-        return super().suggest_float(name, low, high, step=step, log=log)
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        if self._stays(name) and self.parent[name] in choices:
-            return self._keep(name, self.parent[name])
-        return super().suggest_categorical(name, choices)
-
-    def _stays(self, name: str) -> bool:
-        return name in self.parent and self.generator.random() >= VARIED / len(self.parent)
 
 
 @dataclass(frozen=True)

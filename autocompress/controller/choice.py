@@ -17,7 +17,7 @@ from autocompress.graph import Structure
 from autocompress.policy import Policy
 from autocompress.records import Outcome
 from autocompress.schedule import cover, promoted
-from autocompress.search_space import Otherwise
+from autocompress.suggesters import PartiallyFixed
 
 VARIANT_SHARE = 1 / 4
 """Share of the short runs that distil a known structure in another way, instead of training a new one."""
@@ -160,7 +160,7 @@ class Chooser:
         base = leading[len(variants) % len(leading)]
         appraised, trial = findings.appraisals.of(base.policy), findings.journal.distillations.ask()
         assert appraised is not None
-        policy = findings.forecast.space(Otherwise(appraised.proposal.params, trial))
+        policy = findings.forecast.space(PartiallyFixed(appraised.proposal.params, trial))
         if not trial.params or any(o.policy == policy for o in findings.journal.outcomes):
             findings.journal.tell_distillation(trial, None)
             return None

@@ -24,7 +24,7 @@ from autocompress.front import gain, measured
 from autocompress.objective import Baseline, Setting, failure_of
 from autocompress.policy import Policy, Record
 from autocompress.progress import Progress
-from autocompress.records import Budget, Measurement, Outcome, Score
+from autocompress.records import Budget, Failure, Measurement, Outcome, Score
 from autocompress.report.view import format_score, is_share
 from autocompress.results import FailedTrial, LayerChange, Original, ProgressPoint, Results
 from autocompress.run_folder import FRONT, write_atomically
@@ -35,6 +35,8 @@ from autocompress.units import format_duration, format_size
 
 Z = 2.0
 """Standard errors by which two scores of one split differ by chance."""
+MOST_SEEN_LOSS = 0.05
+"""Share of right answers that longer training may lose on validation examples that the original has seen, and is still believed."""
 SCORES = ("train_score", "val_score", "test_score")
 """Of the original."""
 SLOW = 0.9
@@ -118,13 +120,13 @@ class Findings:
         """Of two files of one policy. Longer training is believed unless validation contradicts it by more than chance explains.
 
         A teacher that has seen the validation examples lets what has stayed closest to it look better than it is: then validation
-        contradicts nothing.
+        contradicts only what has lost much.
         """
         is_within, was_within = feasible(outcome, self.limits), feasible(before, self.limits)
         if is_within != was_within:
             return is_within
         if outcome.rung == "full" and before.rung == "short" and (outcome.steps or 0) >= (before.steps or 0) and self._has_seen_validation:
-            return True
+            return gain(outcome) >= gain(before) - MOST_SEEN_LOSS
         return gain(outcome) >= gain(before) - (_chance(outcome, before) if outcome.rung == "full" else 0.0)
 
     @property
@@ -265,6 +267,18 @@ class Findings:
                 ids = tuple(id for id in self.taken_over.ids if id != outcome.id)
                 self.note_taken_over(self.taken_over.model_copy(update={"ids": ids}))
         return len(failed)
+
+    def leave_killers(self) -> None:
+        """Let what this search was killed over, time and again, have failed: it would be killed over it once more."""
+        done = {(o.policy.digest, o.rung) for o in self.journal.outcomes}
+        for killer in self.journal.killers():
+            if (killer.policy.digest, killer.rung) in done:
+                continue
+            failure = Failure(stage="train", reason="the search was killed each time that it worked on this: perhaps memory ran out")
+            id = self.journal.next_id() if killer.rung == "short" else killer.id
+            left = killer.model_copy(update={"id": id, "failure": failure})
+            self.journal.record(left)
+            self.announce(left)
 
     def keep_original(self, baseline: Baseline) -> None:
         """What is known of the original by now, for good: a resumed search begins with it."""

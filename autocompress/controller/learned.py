@@ -16,7 +16,7 @@ from autocompress.front import gain, measured
 from autocompress.objective import evaluate_again, fails_policy
 from autocompress.records import Outcome
 from autocompress.schedule import cover
-from autocompress.search_space import fitted
+from autocompress.search_space import for_device
 from autocompress.study.journal import Journal
 
 SHARE = 0.3
@@ -56,7 +56,7 @@ def _may_be_wanted(findings: Findings, outcome: Outcome) -> bool:
     forecast, profile, policy = findings.forecast, findings.setting.device.profile, outcome.policy
     if outcome.rung == "unchanged" or outcome.id in {o.id for o in findings.journal.outcomes}:
         return False
-    if fitted(policy, profile) != policy or (8 in (policy.quant.bits, *policy.quant.layers.values()) and 8 not in profile.bits):
+    if for_device(policy, profile) != policy or (8 in (policy.quant.bits, *policy.quant.layers.values()) and 8 not in profile.bits):
         return False
     return forecast.excess(forecast.proposal(policy, {}), measuring=False) <= 0
 

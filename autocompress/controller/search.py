@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from autocompress.candidates.proposals import Proposal
 from autocompress.controller.choice import Choice, Chooser
@@ -20,7 +21,7 @@ from autocompress.errors import TooManyFailures
 from autocompress.front import gain, measured
 from autocompress.objective import evaluate_policy
 from autocompress.policy import Policy, QuantSpec
-from autocompress.records import Outcome
+from autocompress.records import Outcome, Rung
 from autocompress.schedule import (
     Division,
     appraisal_seconds,
@@ -30,7 +31,7 @@ from autocompress.schedule import (
     full_seconds,
     promoted,
 )
-from autocompress.search_space import fitted
+from autocompress.search_space import for_device
 
 APPRAISED_FIRST, MOST_APPRAISED, APPRAISED_A_TRIAL = 12, 1000, 12
 """Structures that are appraised before Optuna suggests; at most in a search; at most for each policy that `--trials` allows."""
@@ -62,14 +63,17 @@ class Search:
         self._appraise(pool)
         if failures := self.findings.appraisals.failures:
             self.findings.progress.message(f"{len(failures)} untrained students could not be scored, the first for: {failures[0]}")
+        if reason := self.findings.journal.sampler_failure:
+            self.findings.progress.message(f"the sampler failed, so that some structures were drawn at random: {reason}")
 
     def _appraise(self, pool: list[Proposal]) -> None:
         findings = self.findings
         appraisals, trials = findings.appraisals, findings.task.trials
         started, seconds, leading = time.monotonic(), appraisal_seconds(findings.clock), self._chooser.leading()
-        most = min(MOST_APPRAISED, APPRAISED_A_TRIAL * trials) if trials is not None else MOST_APPRAISED
-        most += findings.taken_over.appraised
-        first = self._first(pool, leading, started + seconds, most)
+        taken = findings.taken_over.appraised
+        own = min(MOST_APPRAISED, APPRAISED_A_TRIAL * trials) if trials is not None else MOST_APPRAISED
+        most = taken + own
+        first = self._first(pool, leading, started + seconds, taken + round(SINGLES_SHARE * own))
         while not self._is_over() and len(appraisals) < most:
             until = started + extended(seconds, appraisals.agreement())
             if time.monotonic() + appraisals.seconds_each >= until:
@@ -87,17 +91,16 @@ class Search:
         forecast, profile = findings.forecast, findings.setting.device.profile
         if 8 not in profile.bits or findings.clock.left <= 0 or any(o.rung == "unchanged" for o in findings.journal.outcomes):
             return
-        policy = fitted(Policy(quant=QuantSpec(bits=8)), profile)
+        policy = for_device(Policy(quant=QuantSpec(bits=8)), profile)
         if forecast.excess(forecast.proposal(policy, {}), measuring=False) > 0:
             return
-        predicted = forecast.foretell(policy)
         findings.show("the unchanged network in int8")
-        findings.keep(evaluate_policy(findings.setting, policy, id="int8", rung="unchanged", seconds=0.0, predicted=predicted))
+        findings.keep(self._evaluated(policy, id="int8", rung="unchanged", seconds=0.0, predicted=forecast.foretell(policy)))
 
-    def _first(self, pool: list[Proposal], leading: list[Proposal], until: float, most: int) -> Iterator[Proposal]:
+    def _first(self, pool: list[Proposal], leading: list[Proposal], until: float, most_with_singles: int) -> Iterator[Proposal]:
         """What is appraised before Optuna suggests: the dimensions alone, then what loses least by them; in short, what promises most."""
         appraisals = self.findings.appraisals
-        yield from self._singles(time.monotonic() + SINGLES_SHARE * (until - time.monotonic()), round(SINGLES_SHARE * most))
+        yield from self._singles(time.monotonic() + SINGLES_SHARE * (until - time.monotonic()), most_with_singles)
         if appraisals.is_sensitivity_known:
             best = appraisals.sensitivity.best(APPRAISED_FIRST, until=until)
         else:
@@ -113,9 +116,9 @@ class Search:
         Students of another architecture have nothing of the teacher to lose.
         """
         appraisals = self.findings.appraisals
-        appraisals.dimensions_come_first = self.findings.setting.one_architecture and time.monotonic() < until
-        if not appraisals.dimensions_come_first:
+        if not self.findings.setting.one_architecture or time.monotonic() >= until:
             return
+        appraisals.start_with_dimensions()
         for single in appraisals.sensitivity.untried():
             needed, left = appraisals.sensitivity.missing, until - time.monotonic()
             if left < max(1, needed) * appraisals.seconds_each or len(appraisals) + max(1, needed) > most:
@@ -141,8 +144,7 @@ class Search:
         """Train what was chosen from `begun` on."""
         findings, pace = self.findings, self._pace
         left, chosen_in = pace.left_for_short() - pace.finishing(), time.monotonic() - begun
-        outcome = evaluate_policy(
-            findings.setting,
+        outcome = self._evaluated(
             choice.policy,
             id=findings.journal.next_id(),
             rung="short",
@@ -185,8 +187,7 @@ class Search:
             if seconds <= 0:
                 return
             findings.keep(
-                evaluate_policy(
-                    findings.setting,
+                self._evaluated(
                     outcome.policy,
                     id=f"{outcome.id}-full",
                     rung="full",
@@ -220,10 +221,15 @@ class Search:
         least = findings.gain_without(WORTH_TRAINING)
         return [o for o in findings.journal.outcomes if o.rung == "unchanged" and feasible(o, findings.limits) and gain(o) < least]
 
-    def _worth(self, outcome: Outcome) -> float:
-        """What a policy was worth untrained; the unchanged network is its own."""
-        appraised = self.findings.appraisals.of(outcome.policy)
-        return appraised.worth if appraised is not None else 1.0
+    @staticmethod
+    def _worth(outcome: Outcome) -> float:
+        """What a policy was worth untrained; the unchanged network is its own teacher."""
+        return 1.0 if outcome.rung == "unchanged" else outcome.worth or 0.0
+
+    def _evaluated(self, policy: Policy, *, id: str, rung: Rung, **how: Any) -> Outcome:
+        """What becomes of a policy, noted while it is worked on; see `evaluate_policy`."""
+        with self.findings.journal.at_work(policy, id, rung):
+            return evaluate_policy(self.findings.setting, policy, id=id, rung=rung, **how)
 
     # -- when it ends --------------------------------------------------------------------------------------------------
 

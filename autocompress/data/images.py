@@ -8,7 +8,6 @@ import hashlib
 import math
 import os
 import shutil
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,26 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autocompress.cache import FREE_SPACE, cache_folder
 from autocompress.errors import RunFolderError, UsageError
 from autocompress.units import format_size
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 RESIZE = 256 / 224  # shorter side against crop, the usual evaluation of ImageNet models
-FREE_SPACE = "free space, or name another folder: export XDG_CACHE_HOME=DIR"
 CANNOT_RESERVE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 """What file systems answer that keep no blocks for later."""
-
-
-def cache_folder() -> Path:
-    """Where autocompress keeps what can be made again (XDG base directories); a temporary folder where home cannot be written."""
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"]) / "autocompress"
-    with contextlib.suppress(OSError, RuntimeError):  # what Path.home() raises for a user who has none
-        folder = Path.home() / ".cache" / "autocompress"
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
-            return folder
-    return Path(tempfile.gettempdir()) / f"autocompress-{os.getuid()}"
 
 
 def decode_folder(folder: Path, size: int, channels: int = 3) -> tuple[tuple[Tensor, Tensor], list[str]]:

@@ -22,6 +22,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import socketserver
@@ -43,7 +44,7 @@ from autocompress.devices.frames import read_array, write_array
 from autocompress.devices.running import outputs_of
 from autocompress.devices.runtime import TITLES, Guard, Runtime
 from autocompress.errors import DeviceUnavailable, PolicyFailure, UsageError, one_line
-from autocompress.references import AGENT_PORT
+from autocompress.references import AGENT_FILE_MB, AGENT_MEMORY_MB, AGENT_PORT
 
 PROTOCOL = 1
 LEAST_TOKEN = 16
@@ -56,6 +57,8 @@ SILENCE_S = 60.0
 """After so long a connection that says nothing is dropped..."""
 STRANGER_S = 10.0
 """... and after so long one that has not told the token, whatever it says."""
+FOLDER = "autocompress-agent-"
+"""Begins the name of the folder of an agent; its process follows."""
 MOST_CONNECTIONS = 16
 MOST_REQUEST = 2**26
 """Bytes of a request that is not a file."""
@@ -69,9 +72,9 @@ LINGER_S, MOST_LINGERING = 1.0, 64
 class Limits:
     """Bytes of one file that an agent takes, of all that it keeps, and of the memory that a process of the runtime may have."""
 
-    body: int = 2**29
+    body: int = AGENT_FILE_MB << 20
     kept: int = 2**31
-    memory: int = 2**32
+    memory: int = AGENT_MEMORY_MB << 20
 
     @property
     def room(self) -> int:
@@ -441,11 +444,12 @@ def _made(file: Path) -> str:
     return file.read_text(encoding="ascii")
 
 
-def serve(host: str, port: int, token: bytes, limits: Limits | None = None, *, ready: Callable[[Server], None] | None = None) -> None:
+def serve(host: str, port: int, token: bytes, limits: Limits, *, ready: Callable[[Server], None] | None = None) -> None:
     """Answer until interrupted."""
-    with tempfile.TemporaryDirectory(prefix="autocompress-agent-", ignore_cleanup_errors=True) as folder:
+    _sweep(Path(tempfile.gettempdir()))
+    with tempfile.TemporaryDirectory(prefix=f"{FOLDER}{os.getpid()}-", ignore_cleanup_errors=True) as folder:
         try:
-            server = Server((host, port), Agent(Path(folder), limits or Limits()), token)
+            server = Server((host, port), Agent(Path(folder), limits), token)
         except (OSError, OverflowError) as error:
             raise UsageError(f"{host}:{port} cannot be listened on: {one_line(error)}", hint="choose another --port or --host") from None
         with server:
@@ -455,8 +459,36 @@ def serve(host: str, port: int, token: bytes, limits: Limits | None = None, *, r
                 server.serve_forever()
 
 
+def _sweep(temporary: Path) -> None:
+    """Remove the folders of this user's agents that were killed: they may hold gigabytes."""
+    for left in temporary.glob(f"{FOLDER}*"):
+        process = left.name.removeprefix(FOLDER).partition("-")[0]
+        with contextlib.suppress(OSError):
+            if process.isdecimal() and left.stat().st_uid == os.getuid() and not _is_running(int(process)):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except OSError as error:  # somebody else's is running all the same
+        return isinstance(error, PermissionError)
+    return True
+
+
 def _stop(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+def listen(host: str, port: int, token_file: Path, limits: Limits, say: Callable[[str], None]) -> None:
+    """Answer whoever knows the token until interrupted or told to end. Raises UsageError without a token or a free port."""
+    signal.signal(signal.SIGTERM, _stop)
+    where = "AUTOCOMPRESS_TOKEN" if "AUTOCOMPRESS_TOKEN" in os.environ else str(token_file)
+
+    def told(server: Server) -> None:
+        say(f"listening on {host}:{server.server_port}; the token is in {where}")
+
+    serve(host, port, token_of(token_file, make=True), limits, ready=told)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -467,18 +499,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="to listen on; 0.0.0.0 for all networks (this one is reached by ssh -L only)")
     parser.add_argument("--port", type=int, default=AGENT_PORT)
     parser.add_argument("--token-file", type=Path, default=Path("agent.token"), help="made where it is not there")
-    parser.add_argument("--most-mb", type=int, default=Limits.body >> 20, help="of one file")
-    parser.add_argument("--most-memory-mb", type=int, default=Limits.memory >> 20, help="of a process of the runtime")
+    parser.add_argument("--most-mb", type=int, default=AGENT_FILE_MB, help="of one file")
+    parser.add_argument("--most-memory-mb", type=int, default=AGENT_MEMORY_MB, help="of a process of the runtime")
     options = parser.parse_args(arguments)
     limits = Limits(body=options.most_mb << 20, memory=options.most_memory_mb << 20)
-    signal.signal(signal.SIGTERM, _stop)
-
-    def told(server: Server) -> None:
-        where = "AUTOCOMPRESS_TOKEN" if "AUTOCOMPRESS_TOKEN" in os.environ else str(options.token_file)
-        print(f"listening on {options.host}:{server.server_port}; the token is in {where}", file=sys.stderr, flush=True)
-
     try:
-        serve(options.host, options.port, token_of(options.token_file, make=True), limits, ready=told)
+        listen(options.host, options.port, options.token_file, limits, say=lambda line: print(line, file=sys.stderr, flush=True))
     except UsageError as error:
         parser.error(f"{error.message}. {error.hint}")
     return 0

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from autocompress.data.images import cache_folder
+from autocompress.cache import cache_folder
 from autocompress.devices.base import Device
 from autocompress.errors import PolicyFailure, RunFolderError
 from autocompress.latency.synthetic import build_onnx, empty_model

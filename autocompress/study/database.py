@@ -17,6 +17,7 @@ from sqlalchemy.engine import URL
 from autocompress.errors import RunFolderError, UsageError, one_line
 from autocompress.quiet import quiet
 from autocompress.run_folder import LOCK
+from autocompress.study.fallback import OrRandom
 from autocompress.study.journal import Journal, appraised_in, outcomes_in
 from autocompress.study.sampler import FrontSampler
 from autocompress.task import Task
@@ -70,7 +71,7 @@ def open_journal(run: Path, task: Task, *, resume: bool, sampler: BaseSampler | 
     with quiet("optuna"):  # names of objectives are experimental in Optuna; its dashboard shows them
         study.set_metric_names(OBJECTIVES)
         distillations.set_metric_names([DISTILLATION_OBJECTIVE])
-    study.sampler = sampler or FrontSampler(seed=_seed(task, study))
+    study.sampler = OrRandom(sampler or FrontSampler(seed=_seed(task, study)), seed=_seed(task, study))
     distillations.sampler = TPESampler(seed=_seed(task, distillations), multivariate=True)
     return Journal(study, distillations)
 

@@ -8,6 +8,9 @@ so that a killed search loses nothing that was finished. One process writes it, 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +19,17 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from autocompress.policy import Policy
-from autocompress.records import Outcome
+from autocompress.records import Outcome, Rung
+from autocompress.study.fallback import OrRandom
 
 OUTCOME = "outcome:"
 MAX_RETRIES = 2
 RULED_OUT_WORTH = 0.0
 WORTH, DIGEST = "worth", "digest"
+AT_WORK, KILLED = "at_work", "killed"
+"""What is worked on now; and all that was when a search was killed."""
+MOST_KILLS = 2
+"""How often a search may be killed over one policy, as by a system that has run out of memory, before a resumed one leaves it."""
 
 
 def outcomes_in(study: optuna.Study) -> dict[str, Outcome]:
@@ -44,6 +52,11 @@ def appraised_in(study: optuna.Study) -> list[AppraisedTrial]:
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     told = [(trial.params, trial.user_attrs) for trial in trials if WORTH in trial.user_attrs]
     return [AppraisedTrial(params, attributes[WORTH], attributes.get(DIGEST, "")) for params, attributes in told]
+
+
+def _plain(outcome: Outcome) -> Any:
+    """As JSON."""
+    return json.loads(outcome.model_dump_json(by_alias=True))
 
 
 class Journal:
@@ -71,13 +84,35 @@ class Journal:
 
     def record(self, outcome: Outcome) -> None:
         """Keep an outcome for good, in place of an earlier one of its id."""
-        self.study.set_user_attr(OUTCOME + outcome.id, json.loads(outcome.model_dump_json(by_alias=True)))
+        self.study.set_user_attr(OUTCOME + outcome.id, _plain(outcome))
         self._outcomes[outcome.id] = outcome
 
     def forget(self, outcome: Outcome) -> None:
         """Take an outcome back: its policy may be tried again."""
         self.study.set_user_attr(OUTCOME + outcome.id, None)
         del self._outcomes[outcome.id]
+
+    @contextmanager
+    def at_work(self, policy: Policy, id: str, rung: Rung) -> Iterator[None]:
+        """Keep what is worked on while it is: nothing else can tell afterwards what a search was killed over."""
+        self.note(AT_WORK, _plain(Outcome(id=id, policy=policy, rung=rung)))
+        try:
+            yield
+        finally:
+            self.note(AT_WORK, None)
+
+    def killers(self) -> list[Outcome]:
+        """What this search was killed over, MOST_KILLS times by now: outcomes without a score."""
+        killed = self.noted(KILLED) or []
+        if (last := self.noted(AT_WORK)) is not None:
+            killed = [*killed, last]
+            self.note(KILLED, killed)
+            self.note(AT_WORK, None)
+        times = defaultdict[tuple[str, str], list[Outcome]](list)
+        for kept in killed:
+            outcome = Outcome.model_validate_json(json.dumps(kept))
+            times[outcome.policy.digest, outcome.rung].append(outcome)
+        return [outcomes[-1] for outcomes in times.values() if len(outcomes) >= MOST_KILLS]
 
     def note(self, key: str, value: Any) -> None:
         """Keep a JSON value beside the outcomes."""
@@ -133,6 +168,12 @@ class Journal:
     def tell_distillation(self, trial: Trial, advantage: float | None) -> None:
         """By how much a student learned more than with the usual distillation; None where its training failed."""
         self.distillations.tell(trial, advantage, state=TrialState.COMPLETE if advantage is not None else TrialState.FAIL)
+
+    @property
+    def sampler_failure(self) -> str | None:
+        """Why the sampler could not suggest what it should have, where that was so."""
+        sampler = self.study.sampler
+        return sampler.failure if isinstance(sampler, OrRandom) else None
 
     def abandon(self, trial: Trial) -> None:
         """A trial that was interrupted: its structure waits for --resume."""

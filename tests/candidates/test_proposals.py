@@ -12,9 +12,7 @@ from autocompress.candidates.proposals import (
     KEPT_EACH,
     LEAST_LEFT,
     LEAST_RANGE,
-    LevelSuggester,
     Proposal,
-    Variation,
     capacity,
     elites,
     inheritance,
@@ -23,6 +21,7 @@ from autocompress.candidates.proposals import (
 from autocompress.graph import Workloads
 from autocompress.policy import Policy, PruneSpec
 from autocompress.records import Operator, Workload
+from autocompress.suggesters import LevelSuggester, Variation
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -140,11 +139,15 @@ def space(suggester):
     ]
 
 
+def variation(parent, seed=0):
+    return Variation(parent, LevelSuggester(np.random.default_rng(seed)))
+
+
 def test_a_variation_changes_a_few_dimensions_and_remembers_all():
     parent = LevelSuggester(np.random.default_rng(0))
     values, changed = space(parent), []
     for seed in range(200):
-        child = Variation(np.random.default_rng(seed), parent=parent.params)
+        child = variation(parent.params, seed)
         drawn = space(child)
         assert list(child.params) == list(parent.params)
         assert list(child.params.values()) == drawn
@@ -154,14 +157,14 @@ def test_a_variation_changes_a_few_dimensions_and_remembers_all():
 
 
 def test_a_variation_draws_what_its_parent_did_not_know():
-    child = Variation(np.random.default_rng(0), parent={"a": 1})
+    child = variation({"a": 1})
     assert child.suggest_categorical("new", ["x", "y"]) in ("x", "y")
 
 
 def test_a_variation_keeps_to_ranges_that_depend_on_other_draws():
     """As in k = suggest_int("k", 1, n)."""
     for seed in range(100):
-        child = Variation(np.random.default_rng(seed), parent={"n": 4, "k": 4, "kind": "large"})
+        child = variation({"n": 4, "k": 4, "kind": "large"}, seed)
         n = child.suggest_int("n", 1, 4)
         assert 1 <= child.suggest_int("k", 1, n) <= n
         assert child.suggest_categorical("kind", ["small", "tiny"]) in ("small", "tiny")

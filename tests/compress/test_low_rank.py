@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from laws.networks import network, random_policy
+from laws.networks import graph_of, random_policy
 from torch import nn
 
 from autocompress.compress.low_rank import leading_factors
@@ -24,8 +24,7 @@ def of_low_rank(graph, kept=0.5):
 @pytest.mark.parametrize("name", ["tiny_resnet", "mobilenet", "vgg11_bn", "vit", "swin", "shufflenet"])
 @pytest.mark.parametrize("seed", range(2))
 def test_it_is_the_student_whose_weights_are_the_products(name, seed):
-    model, inputs = network(name)
-    graph = Graph.trace(model.double(), (inputs.double(),))
+    graph = graph_of(name, dtype=torch.float64)
     policy = random_policy(graph, seed, widths=True, low_rank=True)
     student = build_student(graph, policy)
     whole = build_student(graph, policy.model_copy(update={"low_rank": LowRankSpec()}))
@@ -43,7 +42,7 @@ def test_it_is_the_student_whose_weights_are_the_products(name, seed):
         with torch.no_grad():
             own.weight.copy_(product.view_as(own.weight))
     with torch.no_grad():
-        expected, actual = whole(inputs.double()), student(inputs.double())
+        expected, actual = whole(*graph.example), student(*graph.example)
     assert (actual - expected).abs().max() <= 1e-8 * expected.abs().max()
 
 
@@ -72,8 +71,7 @@ def test_layers_that_have_no_lower_rank_stay_whole():
 
 
 def test_the_rank_follows_the_channels_that_pruning_leaves():
-    model, inputs = network("tiny_resnet")
-    graph = Graph.trace(model, (inputs,))
+    graph = graph_of("tiny_resnet")
     name = next(layer.name for layer in graph.layers if layer.factorable and layer.group in {g.name for g in graph.groups if g.prunable})
     alone = Policy(low_rank=LowRankSpec(kept={name: 0.5}))
     group = next(layer.group for layer in graph.layers if layer.name == name)

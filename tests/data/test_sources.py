@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from autocompress.data.images import cache_folder
+from autocompress.cache import cache_folder
 from autocompress.data.sources import as_data, load_data
 from autocompress.errors import RunFolderError, UsageError
 

@@ -19,7 +19,7 @@ from autocompress.policy import DistillSpec, Policy, PruneSpec, QuantSpec
 from autocompress.progress import SilentProgress
 from autocompress.records import Budget, Failure, Outcome
 from autocompress.schedule import Clock, Division, cover
-from autocompress.search_space import fitted, own_suggest
+from autocompress.search_space import for_device, own_suggest
 
 PATIENCE = 5.0
 
@@ -149,7 +149,7 @@ def test_structures_are_appraised_before_anything_is_trained(findings, pool, mon
 
 @pytest.mark.parametrize("known", [False, True], ids=["predicted", "measured"])
 def test_the_unchanged_network_in_int8_costs_nothing_where_it_is_over_the_budget(findings, pool, known):
-    policy = fitted(Policy(quant=QuantSpec(bits=8)), findings.setting.device.profile)
+    policy = for_device(Policy(quant=QuantSpec(bits=8)), findings.setting.device.profile)
     int8 = findings.forecast.predict(policy)
     findings.forecast.limits = Budget(latency_s=0.99 * (int8.value if known else int8.low))
     if known:

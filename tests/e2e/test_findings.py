@@ -11,6 +11,7 @@ from running import TASK, measurement, trained
 from tasks import SLOW_CALLS, Diary
 
 from autocompress.candidates.forecast import Untrained
+from autocompress.controller.choice import Chooser
 from autocompress.controller.findings import Findings
 from autocompress.controller.initial import calibrate, know_original
 from autocompress.controller.pace import Pace
@@ -22,6 +23,7 @@ from autocompress.progress import SilentProgress
 from autocompress.records import Budget, Failure, Measurement, Outcome, Score
 from autocompress.schedule import FULL_FACTOR, LEAST_FULL_STEPS, Clock, Division
 from autocompress.session import _result
+from autocompress.study.journal import MOST_KILLS
 from autocompress.testing.devices import FakeDevice
 
 
@@ -47,6 +49,22 @@ def test_what_is_kept_for_the_end_trains_a_policy_while_there_is_no_front_to_mea
     monkeypatch.setattr("autocompress.controller.search.evaluate_policy", realised)
     Search(findings).short_rung(pool)
     assert len(seconds) == 1
+
+
+def test_what_a_search_is_killed_over_is_left_once_it_was_so_twice(findings, pool):
+    narrow = pool[0].policy
+    for _ in range(MOST_KILLS):
+        findings.leave_killers()
+        assert findings.journal.outcomes == []
+        findings.journal.at_work(narrow, "00000", "short").__enter__()
+    findings.leave_killers()
+    (left,) = findings.journal.outcomes
+    assert (left.policy, left.rung, left.failure.stage) == (narrow, "short", "train")
+    assert "memory" in left.failure.reason
+    findings.leave_killers()
+    assert len(findings.journal.outcomes) == 1
+    structure = findings.forecast.structure
+    assert structure(Chooser(findings).choose([pool[0], pool[1]]).policy) == structure(pool[1].policy)
 
 
 @pytest.mark.parametrize(

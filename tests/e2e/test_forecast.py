@@ -13,7 +13,7 @@ from tasks import SLOW_CALLS, Diary, Net
 from torch import nn
 
 from autocompress.candidates.forecast import DRAWS, HOPE, Forecast
-from autocompress.candidates.proposals import CELLS, KEPT_EACH, LevelSuggester, Variation
+from autocompress.candidates.proposals import CELLS, KEPT_EACH
 from autocompress.errors import InfeasibleBudget, UsageError
 from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
@@ -22,6 +22,7 @@ from autocompress.records import Budget, Workload
 from autocompress.schedule import FEWEST_EXAMPLES
 from autocompress.search_space import fastest, find_suggest
 from autocompress.session import run_search
+from autocompress.suggesters import LevelSuggester, Variation
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
 

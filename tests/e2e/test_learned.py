@@ -109,7 +109,7 @@ def test_the_command_line_takes_the_task_of_the_other_run(first, tmp_path, monke
     assert (asked[0].model, asked[0].budget, asked[0].from_run) == ("own:net", ("3ms",), str(first))
     capsys.readouterr()
     assert main(["search", "--from", str(tmp_path), "--json"]) == 2
-    assert "there is no search to learn from" in json.loads(capsys.readouterr().out)["error"]["message"]
+    assert "there is no search in" in json.loads(capsys.readouterr().out)["error"]["message"]
 
 
 def test_what_does_not_work_here_or_is_damaged_is_left_out_and_said(first, net, data, tmp_path, monkeypatch):

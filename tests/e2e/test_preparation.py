@@ -22,7 +22,7 @@ from autocompress.errors import DeviceUnavailable, PolicyFailure, UsageError
 from autocompress.objective import FLOAT_WEIGHTS, PROBED_STEPS, evaluate_policy, training_step_seconds
 from autocompress.policy import LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import limit_validation, load, prepare, score_original, train_demo_teacher
-from autocompress.search_space import unsaturated
+from autocompress.search_space import with_exact_int8
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
 
@@ -343,7 +343,7 @@ class Tied(Net):
 def test_a_network_with_tied_weights_is_compressed(data, tmp_path):
     torch.manual_seed(0)
     setting = ready(Tied().eval(), data, tmp_path / "run")
-    policy = unsaturated(Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}), quant=QuantSpec(bits=8)), setting.device.profile)
+    policy = with_exact_int8(Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}), quant=QuantSpec(bits=8)), setting.device.profile)
     outcome = evaluate_policy(setting, policy, id="00000", rung="short", seconds=1.0, predicted=None)
     assert outcome.failure is None
     weights = load_file(setting.models / "00000" / FLOAT_WEIGHTS)
@@ -372,7 +372,7 @@ def test_a_network_whose_weights_are_computed_is_compressed(data, tmp_path, way)
     own(data.example(4))
     before = copy.deepcopy(own.state_dict())
     setting = ready(own, data, tmp_path / "run")
-    policy = unsaturated(Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}), quant=QuantSpec(bits=8)), FakeDevice().profile)
+    policy = with_exact_int8(Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}), quant=QuantSpec(bits=8)), FakeDevice().profile)
     outcome = evaluate_policy(setting, policy, id="00000", rung="short", seconds=1.0, predicted=None)
     assert outcome.failure is None
     assert own.training and all(torch.equal(before[key], value) for key, value in own.state_dict().items())

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from optuna.trial import FixedTrial
 
-from autocompress.candidates.dimensions import MOST_VALUES, Explorer
 from autocompress.candidates.sensitivity import BITS_LOSS, LEVELS, Sensitivity
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.records import Budget
 from autocompress.search_space import PruneSpace, QuantSpace, SearchSpace, SpaceSpec
+from autocompress.suggesters import MOST_VALUES, DimensionRecorder
 
 
 @pytest.fixture
@@ -166,14 +166,14 @@ def test_a_space_without_dimensions_has_nothing_to_try(own):
 
 
 @pytest.mark.parametrize("log", [False, True])
-def test_an_explorer_notes_the_ends_of_a_range_and_few_values_between(log):
-    explorer = Explorer({})
-    assert explorer.suggest_int("wide", 4, 4096, log=log) == 4
-    assert explorer.suggest_float("open", 0.5, 8.0, log=log) == 0.5
-    assert explorer.suggest_float("grid", 0.0, 0.75, step=0.125) == 0.0
-    assert explorer.suggest_categorical("kind", ["a", "b"]) == "a"
+def test_a_recorder_notes_the_ends_of_a_range_and_few_values_between(log):
+    recorder = DimensionRecorder({})
+    assert recorder.suggest_int("wide", 4, 4096, log=log) == 4
+    assert recorder.suggest_float("open", 0.5, 8.0, log=log) == 0.5
+    assert recorder.suggest_float("grid", 0.0, 0.75, step=0.125) == 0.0
+    assert recorder.suggest_categorical("kind", ["a", "b"]) == "a"
     for name, ends in {"wide": (4, 4096), "open": (0.5, 8.0), "grid": (0.0, 0.75), "kind": ("a", "b")}.items():
-        values = explorer.values[name]
+        values = recorder.values[name]
         assert (values[0], values[-1]) == ends
         assert len(values) <= MOST_VALUES
-    assert np.diff(explorer.values["grid"]).tolist() == [0.125] * 6
+    assert np.diff(recorder.values["grid"]).tolist() == [0.125] * 6

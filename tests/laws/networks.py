@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 import torch
@@ -223,6 +224,14 @@ def network(name: str) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     make, size = NETWORKS[name]
     return with_statistics(make()), torch.randn(2, 3, size, size)
+
+
+@functools.cache
+def graph_of(name: str, batch: int = 2, dtype: torch.dtype = torch.float32) -> Graph:
+    """The network's graph on a batch of inputs, traced once a process: for tests that change nothing of it."""
+    model, inputs = network(name)
+    example = inputs[:batch] if batch <= len(inputs) else torch.randn(batch, *inputs.shape[1:])
+    return Graph.trace(model.to(dtype), (example.to(dtype),))
 
 
 def with_statistics(model: nn.Module) -> nn.Module:

@@ -19,35 +19,34 @@ from autocompress.export import check_parity, compare, load_student, onnx_bytes,
 from autocompress.graph import Graph
 from autocompress.policy import Policy, PruneSpec, QuantSpec
 from autocompress.records import Parity
-from autocompress.search_space import fitted
-from laws.networks import network, random_policy, with_statistics
+from autocompress.search_space import for_device
+from laws.networks import graph_of, network, random_policy, with_statistics
 
 SATURATES = processor.int8_saturates(processor.flags())
 """Whether this machine's kernels are exact for int8 weights of 7 bits only."""
 HERE = DeviceProfile(runtime="onnxruntime", channel_multiple=1, reduced_range=SATURATES)
 
 
-def exported(model, inputs, policy, *, batch=1, settle=True):
+def exported(graph, inputs, policy, *, settle=True):
     """(student, file) of the policy as this machine can run it."""
-    policy = fitted(policy, HERE)
-    graph = Graph.trace(model, (inputs[:batch],))
+    policy = for_device(policy, HERE)
     student = build_student(graph, policy)
     if any(policy.quant.of(layer.name) < 32 for layer in graph.layers):
         student = fake_quantize(student, policy.quant)
         calibrate(student, inputs.split(16))
         student = snap_biases(student) if settle else student
-    return student, onnx_bytes(student, policy.quant, (inputs[:batch],))
+    return student, onnx_bytes(student, policy.quant, graph.example)
 
 
-def run(payload, inputs, *, batch=1, optimised=None):
+def run(payload, inputs, *, optimised=None):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     if optimised is not None:
         options.optimized_model_filepath = str(optimised)
     session = onnxruntime.InferenceSession(payload, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return torch.from_numpy(np.concatenate([session.run(None, {name: x.numpy()})[0] for x in inputs.split(batch)]))
+    (own,) = session.get_inputs()
+    return torch.from_numpy(np.concatenate([session.run(None, {own.name: x.numpy()})[0] for x in inputs.split(own.shape[0])]))
 
 
 def answers(student, inputs):
@@ -55,19 +54,20 @@ def answers(student, inputs):
         return student(inputs)
 
 
-def agreed(model, inputs, policy, student, payload, *, batch=1):
+def agreed(graph, inputs, policy, student, payload):
     """How student and file differ. Raises PolicyFailure where the product refuses the file."""
-    layers = [layer.name for layer in Graph.trace(model, (inputs[:1],)).layers]
-    return check_parity(answers(student, inputs), run(payload, inputs, batch=batch), policy.quant, layers)
+    return check_parity(answers(student, inputs), run(payload, inputs), policy.quant, [layer.name for layer in graph.layers])
 
 
 def count(payload, *kinds):
     return sum(node.op_type in kinds for node in onnx.load_from_string(payload).graph.node)
 
 
-def images(name, n=32):
-    model, inputs = network(name)
-    return model, torch.randn(n, *inputs.shape[1:])
+def images(name, n=32, batch=1):
+    """(graph of a network, inputs of it)."""
+    graph = graph_of(name, batch)
+    torch.manual_seed(0)
+    return graph, torch.randn(n, *graph.example[0].shape[1:])
 
 
 @pytest.mark.parametrize(
@@ -90,10 +90,10 @@ def images(name, n=32):
     ],
 )
 def test_float_file_equals_the_student(name, batch):
-    model, inputs = images(name, 8)
-    policy = random_policy(Graph.trace(model, (inputs[:1],)), 0, widths=True)
-    student, payload = exported(model, inputs, policy, batch=batch)
-    parity = agreed(model, inputs, policy, student, payload, batch=batch)
+    graph, inputs = images(name, 8, batch)
+    policy = random_policy(graph, 0, widths=True)
+    student, payload = exported(graph, inputs, policy)
+    parity = agreed(graph, inputs, policy, student, payload)
     assert parity.relative <= 1e-4
     assert count(payload, "QuantizeLinear", "DequantizeLinear") == 0
 
@@ -103,8 +103,8 @@ def test_float_file_equals_the_student(name, batch):
 def test_int8_file_decides_as_the_student(name, reduced_range):
     if SATURATES and not reduced_range:
         pytest.skip("this processor adds int8 products in 16 bits")
-    model, inputs = images(name)
-    student, payload = exported(model, inputs, Policy(quant=QuantSpec(bits=8, reduced_range=reduced_range)))
+    graph, inputs = images(name)
+    student, payload = exported(graph, inputs, Policy(quant=QuantSpec(bits=8, reduced_range=reduced_range)))
     expected = answers(student, inputs)
     best, second = expected.topk(2, dim=1).values.unbind(1)
     clear = best - second > 0.01 * (expected.amax(1) - expected.amin(1))  # random weights decide some images by less than int8 can tell
@@ -119,10 +119,10 @@ def test_int8_file_decides_as_the_student(name, reduced_range):
 
 def test_snapped_biases_leave_only_the_rounding_of_floats():
     """Most outputs are then equal to the last bit but those of float; rounded at export only, hardly any is."""
-    model, inputs = images("tiny_resnet", 64)
+    graph, inputs = images("tiny_resnet", 64)
     equal = []
     for settle in (False, True):
-        student, payload = exported(model, inputs, Policy(quant=QuantSpec(bits=8)), settle=settle)
+        student, payload = exported(graph, inputs, Policy(quant=QuantSpec(bits=8)), settle=settle)
         expected = answers(student, inputs)
         differences = (run(payload, inputs) - expected).abs().amax(1) / (expected.max() - expected.min())
         assert differences.mean() <= 0.01, "even so the difference stays below what int8 can tell apart"
@@ -133,8 +133,8 @@ def test_snapped_biases_leave_only_the_rounding_of_floats():
 
 @pytest.mark.parametrize("name", ["tiny_resnet", "mobilenet"])
 def test_every_int8_convolution_has_an_int8_kernel(name, tmp_path):
-    model, inputs = images(name, 16)
-    _, payload = exported(model, inputs, Policy(quant=QuantSpec(bits=8)))
+    graph, inputs = images(name, 16)
+    _, payload = exported(graph, inputs, Policy(quant=QuantSpec(bits=8)))
     run(payload, inputs[:1], optimised=tmp_path / "optimised.onnx")
     kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
     assert kinds.count("QLinearConv") == count(payload, "Conv") > 0
@@ -155,27 +155,27 @@ def test_every_int8_convolution_has_an_int8_kernel(name, tmp_path):
     ids=str,
 )
 def test_mixed_bits(name, bits, low_rank):
-    model, inputs = images(name)
-    policy = random_policy(Graph.trace(model, (inputs[:1],)), 3, bits=bits, low_rank=low_rank)
-    student, payload = exported(model, inputs, policy)
-    agreed(model, inputs, policy, student, payload)
+    graph, inputs = images(name)
+    policy = random_policy(graph, 3, bits=bits, low_rank=low_rank)
+    student, payload = exported(graph, inputs, policy)
+    agreed(graph, inputs, policy, student, payload)
 
 
 def test_storage_bits_pack_smaller_and_compute_the_same():
-    model, inputs = images("tiny_resnet")
+    graph, inputs = images("tiny_resnet")
     sizes = []
     for bits in (32, 16, 4):
         policy = Policy(quant=QuantSpec(bits=bits))
-        student, payload = exported(model, inputs, policy)
-        assert agreed(model, inputs, policy, student, payload).relative <= 2e-3
+        student, payload = exported(graph, inputs, policy)
+        assert agreed(graph, inputs, policy, student, payload).relative <= 2e-3
         sizes.append(len(payload))
     assert sizes[1] < 0.62 * sizes[0]
     assert sizes[2] < 0.40 * sizes[0]
 
 
 def test_export_does_not_change_the_student():
-    model, inputs = images("tiny_resnet", 8)
-    student, _ = exported(model, inputs, Policy(quant=QuantSpec(bits=8)))
+    graph, inputs = images("tiny_resnet", 8)
+    student, _ = exported(graph, inputs, Policy(quant=QuantSpec(bits=8)))
     before = {key: value.clone() for key, value in student.state_dict().items()}
     onnx_bytes(student, QuantSpec(bits=8), (inputs[:1],))
     assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
@@ -183,8 +183,8 @@ def test_export_does_not_change_the_student():
 
 
 def test_file_runs_without_torch(tmp_path):
-    model, inputs = images("tiny_resnet", 8)
-    student, payload = exported(model, inputs, Policy(quant=QuantSpec(bits=8)))
+    graph, inputs = images("tiny_resnet", 8)
+    student, payload = exported(graph, inputs, Policy(quant=QuantSpec(bits=8)))
     (tmp_path / "model.onnx").write_bytes(payload)
     np.save(tmp_path / "x.npy", inputs[:1].numpy())
     script = """
@@ -214,7 +214,7 @@ class SharedLayer(nn.Module):
 
 def test_shared_layer_in_int8():
     inputs = torch.randn(32, 3, 8, 8)
-    student, payload = exported(SharedLayer().eval(), inputs, Policy(quant=QuantSpec(bits=8)), settle=False)
+    student, payload = exported(Graph.trace(SharedLayer().eval(), (inputs[:1],)), inputs, Policy(quant=QuantSpec(bits=8)), settle=False)
     expected = answers(student, inputs)
     assert (run(payload, inputs) - expected).abs().max() <= 0.05 * (expected.max() - expected.min())
 
@@ -235,7 +235,7 @@ class Positions(nn.Module):
 def test_a_layer_that_reads_no_input_is_a_constant_in_the_file(bits):
     torch.manual_seed(0)
     inputs, model = torch.randn(32, 3, 8, 8), Positions().eval()
-    student, payload = exported(model, inputs, Policy(quant=QuantSpec(bits=bits)))
+    student, payload = exported(Graph.trace(model, (inputs[:1],)), inputs, Policy(quant=QuantSpec(bits=bits)))
     assert torch.equal(student.get_submodule("place").weight, model.place.weight)
     assert (run(payload, inputs) - answers(student, inputs)).abs().max() <= 0.05 * answers(student, inputs).abs().max()
 
@@ -257,14 +257,13 @@ class TiedLayers(nn.Module):
 @pytest.mark.parametrize("layers", [{}, {"second": 32}, {"first": 32}, {"first": 4}], ids=str)
 def test_tied_weights_are_exported_and_loaded(layers, tmp_path):
     torch.manual_seed(0)
-    inputs, policy = torch.randn(32, 3, 12, 12), fitted(Policy(quant=QuantSpec(bits=8, layers=layers)), HERE)
-    model = TiedLayers().eval()
-    student, payload = exported(model, inputs, policy)
+    inputs, policy = torch.randn(32, 3, 12, 12), for_device(Policy(quant=QuantSpec(bits=8, layers=layers)), HERE)
+    graph = Graph.trace(TiedLayers().eval(), (inputs[:1],))
+    student, payload = exported(graph, inputs, policy)
     expected = answers(student, inputs)
     differences = (run(payload, inputs) - expected).abs().amax(1) / (expected.max() - expected.min())
     assert differences.median() <= 1e-5, "biases are settled, so that only the rounding of floats is left"
     write_bundle(tmp_path, student, policy, (inputs[:1],), model="own:tied")
-    graph = Graph.trace(TiedLayers(), (inputs[:1],))
     loaded = load_student(tmp_path, fake_quantize(build_student(graph, policy), policy.quant))
     assert torch.equal(answers(loaded, inputs), expected)
 
@@ -289,20 +288,22 @@ class WithoutStatistics(nn.Module):
 def test_norms_without_running_statistics_are_exported_as_they_are(bits, affine):
     torch.manual_seed(0)
     inputs, policy = torch.randn(32, 3, 12, 12), Policy(prune=PruneSpec(ratios={"first": 0.25}), quant=QuantSpec(bits=bits))
-    student, payload = exported(WithoutStatistics(affine=affine).eval(), inputs, policy, batch=16)
+    graph = Graph.trace(WithoutStatistics(affine=affine).eval(), (inputs[:16],))
+    student, payload = exported(graph, inputs, policy)
     expected = torch.cat([answers(student, part) for part in inputs.split(16)])
     assert not torch.allclose(answers(student, inputs), expected, atol=1e-3), "answers depend on the batch"
-    difference = (run(payload, inputs, batch=16) - expected).abs().max()
+    difference = (run(payload, inputs) - expected).abs().max()
     assert difference <= (0.05 if bits == 8 else 1e-4) * (expected.max() - expected.min())
 
 
 def test_channel_without_weights_keeps_its_bias():
     """A channel whose weights have decayed away still adds its bias; its own scale would let the int32 bias overflow."""
-    model, inputs = images("tiny_resnet", 16)
+    model, _ = network("tiny_resnet")
+    inputs = torch.randn(16, 3, 32, 32)
     with torch.no_grad():
         model.conv1.weight[3] *= 1e-12
         model.bn1.bias[3] = 2.0
-    student, payload = exported(model, inputs, Policy(quant=QuantSpec(bits=8)))
+    student, payload = exported(Graph.trace(model, (inputs[:1],)), inputs, Policy(quant=QuantSpec(bits=8)))
     expected = answers(student, inputs)
     assert (run(payload, inputs) - expected).abs().max() <= 0.05 * (expected.max() - expected.min())
 
@@ -330,7 +331,7 @@ def test_opaque_network_is_quantized_and_exported(layers):
     assert graph.opaque_reason
     assert graph.frozen[0].reason == graph.opaque_reason
     assert not graph.blocks and not graph.groups
-    student, payload = exported(model, inputs, policy, settle=False)
+    student, payload = exported(graph, inputs, policy, settle=False)
     kinds = {t.data_type for t in onnx.load_from_string(payload).graph.initializer}
     assert onnx.TensorProto.INT8 in kinds
     assert (onnx.TensorProto.INT4 in kinds) == bool(layers)
@@ -349,20 +350,20 @@ def test_a_layer_whose_weights_the_exporter_renames_never_passes_for_int8(monkey
         return ("val_7" if name == "conv1.weight" else name), transposed
 
     monkeypatch.setattr(exporter, "_weight_name", renamed)
-    model, inputs = network("tiny_resnet")
+    graph, inputs = images("tiny_resnet")
     with pytest.raises(PolicyFailure, match="weights of conv1 under another name"):
-        exported(model, inputs, Policy(quant=QuantSpec(bits=8)))
+        exported(graph, inputs, Policy(quant=QuantSpec(bits=8)))
 
 
 def test_a_planted_error_is_found():
-    model, inputs = images("tiny_resnet")
+    graph, inputs = images("tiny_resnet")
     for bits in (4, 8, 32):
         policy = Policy(quant=QuantSpec(bits=bits))
-        student, payload = exported(model, inputs, policy)
+        student, payload = exported(graph, inputs, policy)
         with torch.no_grad():
             student.get_submodule("layer3.0.bn2").bias += torch.randn(64)
         with pytest.raises(PolicyFailure, match="export mismatch"):
-            agreed(model, inputs, policy, student, payload)
+            agreed(graph, inputs, policy, student, payload)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -428,6 +429,7 @@ def test_what_the_exporter_cannot_do_is_told_by_its_cause_and_not_by_its_advice(
             raise RuntimeError("Failed to export the model. Next steps:\n- create an issue") from error
 
     monkeypatch.setattr(torch.onnx, "export", fail)
-    model, inputs = nn.Conv2d(3, 4, 1), torch.zeros(1, 3, 4, 4)
+    inputs = torch.zeros(1, 3, 4, 4)
+    graph = Graph.trace(nn.Conv2d(3, 4, 1), (inputs,))
     with pytest.raises(PolicyFailure, match="the exporter failed: ValueError: no such operator: lgamma"):
-        exported(model, inputs, Policy())
+        exported(graph, inputs, Policy())

@@ -13,13 +13,13 @@ from autocompress.graph import Graph
 from autocompress.graph.nodes import channel_axis
 from autocompress.policy import LowRankSpec, Policy, PruneSpec, StudentSpec
 from autocompress.testing.reference import Unread
-from laws.networks import NETWORKS, network, random_policy
+from laws.networks import NETWORKS, graph_of, network, random_policy
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
 def traced(request):
     model, inputs = network(request.param)
-    return model.double(), inputs.double(), Graph.trace(model, (inputs.double(),))
+    return model.double(), inputs.double(), graph_of(request.param, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -100,8 +100,7 @@ def test_input_model_stays_as_it_is(traced):
 
 
 def test_the_graph_can_be_used_again():
-    model, inputs = network("tiny_resnet")
-    graph = Graph.trace(model, (inputs,))
+    graph = graph_of("tiny_resnet")
     before = copy.deepcopy(graph.module.state_dict())
     student = build_student(graph, random_policy(graph, 3))
     with torch.no_grad():

@@ -14,7 +14,7 @@ from autocompress.errors import UsageError
 from autocompress.export import onnx_bytes
 from autocompress.graph import Graph
 from autocompress.policy import LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
-from laws.networks import NETWORKS, network, random_policy
+from laws.networks import NETWORKS, graph_of, random_policy
 
 HEADER = 1_000
 PER_NODE = 400
@@ -22,47 +22,46 @@ PER_NODE = 400
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
-def traced(request):
-    model, inputs = network(request.param)
-    return Graph.trace(model, (inputs,))
+def graph(request):
+    return graph_of(request.param)
 
 
 @pytest.mark.parametrize(("seed", "multiple", "low_rank"), [(0, 1, False), (1, 8, True)])
-def test_workload_is_that_of_the_traced_student(traced, seed, multiple, low_rank):
-    policy = random_policy(traced, seed, widths=True, multiple=multiple, low_rank=low_rank)
-    predicted = traced.workload(policy)
-    again = Graph.trace(build_student(traced, policy), traced.example)
+def test_workload_is_that_of_the_traced_student(graph, seed, multiple, low_rank):
+    policy = random_policy(graph, seed, widths=True, multiple=multiple, low_rank=low_rank)
+    predicted = graph.workload(policy)
+    again = Graph.trace(build_student(graph, policy), graph.example)
     assert not again.opaque_reason
     actual = again.workload(Policy())
     signatures = [[operator.signature for operator in workload.operators] for workload in (predicted, actual)]
     assert signatures[0] == signatures[1], "everything but the names of functional operators"
     assert (predicted.macs, predicted.params, predicted.weight_bytes) == (actual.macs, actual.params, actual.weight_bytes)
-    untouched = traced.workload(Policy())
+    untouched = graph.workload(Policy())
     assert (predicted.macs, predicted.weight_bytes) != (untouched.macs, untouched.weight_bytes)
 
 
-def test_many_workloads_at_once_are_those_of_each_policy(traced):
-    policies = [random_policy(traced, s, widths=s % 2 == 0, bits=(8, 32), multiple=8, low_rank=s % 3 == 0) for s in range(12)]
+def test_many_workloads_at_once_are_those_of_each_policy(graph):
+    policies = [random_policy(graph, s, widths=s % 2 == 0, bits=(8, 32), multiple=8, low_rank=s % 3 == 0) for s in range(12)]
     policies += [policy.model_copy(update={"quant": QuantSpec(bits=8)}) for policy in policies[:4]] + [Policy()]
     for grown in (True, False):
-        together = traced.workloads(traced.population(policies, grown=grown))
-        alone = [traced.workload(policy, grown=grown) for policy in policies]
+        together = graph.workloads(graph.population(policies, grown=grown))
+        alone = [graph.workload(policy, grown=grown) for policy in policies]
         assert list(together) == alone
         macs, params = together.total([lambda operator: operator.macs, lambda operator: operator.params])
         assert macs.tolist() == [workload.macs for workload in alone]
         assert params.tolist() == [workload.params for workload in alone]
 
 
-def test_dimensions_with_too_many_combinations_are_numbered_all_the_same(traced, monkeypatch):
-    policies = [random_policy(traced, seed, widths=True, bits=(8, 32), low_rank=True) for seed in range(6)]
-    before = list(traced.workloads(traced.population(policies)))
+def test_dimensions_with_too_many_combinations_are_numbered_all_the_same(graph, monkeypatch):
+    policies = [random_policy(graph, seed, widths=True, bits=(8, 32), low_rank=True) for seed in range(6)]
+    before = list(graph.workloads(graph.population(policies)))
     monkeypatch.setattr("autocompress.graph.workloads.MOST_CODES", 2)
-    assert list(traced.workloads(traced.population(policies))) == before
+    assert list(graph.workloads(graph.population(policies))) == before
 
 
-def test_params_and_macs_are_those_of_the_modules(traced):
-    policy = random_policy(traced, 1)
-    student = build_student(traced, policy)
+def test_params_and_macs_are_those_of_the_modules(graph):
+    policy = random_policy(graph, 1)
+    student = build_student(graph, policy)
     macs = 0
 
     def count(module, inputs, output):
@@ -73,17 +72,17 @@ def test_params_and_macs_are_those_of_the_modules(traced):
     for layer in layers:
         layer.register_forward_hook(count)
     with torch.no_grad():
-        student(*traced.example)
-    workload = traced.workload(policy)
+        student(*graph.example)
+    workload = graph.workload(policy)
     assert workload.macs == macs
     weights = sum(layer.weight.numel() for layer in layers)
     assert weights <= workload.params <= sum(p.numel() for p in student.parameters()) + weights // 10
 
 
-def test_channels_are_rounded_to_the_multiple(traced):
-    policy = random_policy(traced, 2, widths=True, multiple=8)
-    for name, size in traced.sizes(policy).items():
-        group = next(group for group in traced.groups if group.name == name)
+def test_channels_are_rounded_to_the_multiple(graph):
+    policy = random_policy(graph, 2, widths=True, multiple=8)
+    for name, size in graph.sizes(policy).items():
+        group = next(group for group in graph.groups if group.name == name)
         multiple = min(8 // math.gcd(8, group.unit), group.size)
         assert size == group.size or size % multiple == 0
 
@@ -100,8 +99,7 @@ def file_bytes(graph: Graph, policy: Policy) -> bytes:
     ("name", "bits"), [("tiny_resnet", (32,)), ("tiny_resnet", (8,)), ("resnet20", (4, 8, 16, 32)), ("mobilenet", (8,))], ids=str
 )
 def test_predicted_bytes_are_those_of_the_file(name, bits):
-    model, inputs = network(name)
-    graph = Graph.trace(model, (inputs,))
+    graph = graph_of(name)
     policy = random_policy(graph, 5, bits=bits, low_rank=True)
     payload = file_bytes(graph, policy)
     model = onnx.load_from_string(payload)
@@ -111,8 +109,8 @@ def test_predicted_bytes_are_those_of_the_file(name, bits):
     assert tensors <= len(payload) <= tensors + HEADER + PER_NODE * len(model.graph.node)
 
 
-def test_fewer_bits_take_fewer_bytes(traced):
-    sizes = [traced.workload(Policy(quant=QuantSpec(bits=bits))).weight_bytes for bits in (32, 16, 8, 4)]
+def test_fewer_bits_take_fewer_bytes(graph):
+    sizes = [graph.workload(Policy(quant=QuantSpec(bits=bits))).weight_bytes for bits in (32, 16, 8, 4)]
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == 4
 
@@ -132,8 +130,7 @@ def test_shared_layers_and_loose_parameters_count_once():
 
 
 def test_names_that_are_not_there_are_refused():
-    model, inputs = network("tiny_resnet")
-    graph = Graph.trace(model, (inputs,))
+    graph = graph_of("tiny_resnet")
     for policy in (
         Policy(student=StudentSpec(drop=("layer9",))),
         Policy(student=StudentSpec(widths={"layer9": 0.5})),

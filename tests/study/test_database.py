@@ -13,7 +13,7 @@ from autocompress.errors import RunFolderError, UsageError
 from autocompress.policy import Policy, QuantSpec
 from autocompress.records import Failure, Measurement, Outcome, Score
 from autocompress.study import database as studies
-from autocompress.study.journal import MAX_RETRIES, OUTCOME, RULED_OUT_WORTH, AppraisedTrial
+from autocompress.study.journal import AT_WORK, MAX_RETRIES, MOST_KILLS, OUTCOME, RULED_OUT_WORTH, AppraisedTrial
 from autocompress.task import Task
 
 TASK = Task(model="own:net", data="own:data", budget=("10ms",))
@@ -50,6 +50,25 @@ def test_outcomes_come_back_as_they_were_in_another_process(journal, tmp_path):
     found = {o.id: o for o in again(tmp_path).outcomes}
     assert len(found) == 3, "recording again replaces"
     assert found["00001"].test_score == Score(value=0.25)
+
+
+def test_what_a_search_is_killed_over_again_and_again_is_known(journal, tmp_path):
+    """A policy that takes more memory than there is would otherwise be the first thing that every resumed search tries."""
+    other = Policy(quant=QuantSpec(bits=4))
+    with journal.at_work(other, "00000", "short"):
+        pass
+    with pytest.raises(KeyboardInterrupt), journal.at_work(other, "00000", "short"):
+        raise KeyboardInterrupt
+    assert again(tmp_path).killers() == [], "what ended by itself, or by its user, was not killed"
+    for id in ("00000", "00001"):
+        resumed = again(tmp_path)
+        assert resumed.killers() == []
+        resumed.at_work(INT8, id, "short").__enter__()
+    assert MOST_KILLS == 2
+    for _ in range(2):
+        resumed = again(tmp_path)
+        assert [(o.id, o.policy, o.rung) for o in resumed.killers()] == [("00001", INT8, "short")]
+        assert resumed.noted(AT_WORK) is None
 
 
 def test_a_dashboard_is_told_what_the_objectives_are(journal, tmp_path):
@@ -148,7 +167,7 @@ def tmp_path_of(path):
 
 def test_any_sampler_can_be_given(tmp_path):
     sampler = optuna.samplers.RandomSampler(seed=0)
-    assert studies.open_journal(tmp_path, TASK, resume=False, sampler=sampler).study.sampler is sampler
+    assert studies.open_journal(tmp_path, TASK, resume=False, sampler=sampler).study.sampler.sampler is sampler
 
 
 @pytest.mark.parametrize("changes", [{"search_time": "2h"}, {"trials": 7}, {"target_accuracy": 0.9}])

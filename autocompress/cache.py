@@ -1,0 +1,23 @@
+"""The folder for what can be made again: latencies of operators, decoded images, which searches were this user's own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+FREE_SPACE = "free space, or name another folder: export XDG_CACHE_HOME=DIR"
+"""Cure of a cache that is full."""
+
+
+def cache_folder() -> Path:
+    """By the XDG base directories; a temporary folder where home cannot be written."""
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "autocompress"
+    with contextlib.suppress(OSError, RuntimeError):  # what Path.home() raises for a user who has none
+        folder = Path.home() / ".cache" / "autocompress"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    return Path(tempfile.gettempdir()) / f"autocompress-{os.getuid()}"
