@@ -26,5 +26,5 @@ def calibrate(task: Task, seconds: float, progress: Progress) -> dict[str, Any]:
         setting = prepare(task, Path(folder) / "run", load(task))
         suggest = find_suggest(task.space, setting.graphs[task.student], setting.device.profile, reference=task.student)
         forecast = Forecast.start(setting, suggest, task.limits)
-        forecast.calibrate(seconds, task.seed, tick)
+        forecast.profile_device(seconds, task.seed, tick)
     return {"device": setting.device.name, "networks": len(forecast.networks), "held_out": forecast.model.held_out_error()}

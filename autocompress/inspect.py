@@ -57,7 +57,7 @@ def inspect_model(
 def _measured(graph: Graph, device: Device) -> OperatorTable:
     """What each operator takes by itself."""
     table = OperatorTable.for_device(device)
-    table.calibrate(device, [graph.workload(Policy())], MEASURE_S)
+    table.measure(device, [graph.workload(Policy())], MEASURE_S)
     return table
 
 

@@ -43,7 +43,7 @@ from autocompress.records import Failure, Measurement, Outcome, Parity, Predicti
 from autocompress.run_folder import write_atomically, writing
 from autocompress.schedule import FEWEST_EXAMPLES
 
-CALIBRATION_S = 20.0
+MOST_CALIBRATION_S = 20.0
 LEAST_RECONSTRUCTION_S = 10.0
 """A student's reconstruction may take as long as its training, and so long in any case: half reconstructed it would be worth little."""
 FLOAT_WEIGHTS = "float.safetensors"
@@ -104,9 +104,9 @@ class Setting:
         return len(self.example)
 
     @property
-    def calibration(self) -> int:
+    def calibration_inputs(self) -> int:
         """Inputs that int8 ranges are fitted to: fewer of a slow model, since every int8 network runs them."""
-        affordable = int(CALIBRATION_S * self.batch / self.baseline.latency_s.median)
+        affordable = int(MOST_CALIBRATION_S * self.batch / self.baseline.latency_s.median)
         return min(CALIBRATION_INPUTS, max(FEWEST_EXAMPLES, affordable))
 
     @property
@@ -124,8 +124,8 @@ class Setting:
     def teacher_activations(self) -> TeacherActivations:
         """What students that are made of the teacher are reconstructed with."""
         graph = self.graphs[None]
-        n = min(self.calibration, examples_for(graph))
-        return TeacherActivations(graph, torch.cat([*self.data.calibration(n, n)]))
+        n = min(self.calibration_inputs, examples_for(graph))
+        return TeacherActivations(graph, torch.cat([*self.data.calibration_batches(n, n)]))
 
     def graph_of(self, policy: Policy) -> Graph:
         return self.graphs[policy.student.reference]
@@ -142,15 +142,15 @@ class Setting:
             )  # fmt: skip
 
 
-def untrained(setting: Setting, policy: Policy, *, reconstructed: bool = False, calibration: int | None = None) -> fx.GraphModule:
+def untrained(setting: Setting, policy: Policy, *, reconstructed: bool = False, calibration_inputs: int | None = None) -> fx.GraphModule:
     """The student's structure with calibrated quantizers: as fast as the trained one, without its accuracy.
 
-    `reconstructed`, it has some of that. A few inputs for `calibration` are enough where only its latency is asked for.
+    `reconstructed`, it has some of that. A few `calibration_inputs` are enough where only its latency is asked for.
     """
     student = build_student(setting.graph_of(policy), policy)
     if reconstructed and changes_shape(setting, policy):
         _reconstruct(setting, student, policy, until=math.inf)
-    plan = TrainPlan(steps=0, calibration=calibration or setting.calibration)
+    plan = TrainPlan(steps=0, calibration_inputs=calibration_inputs or setting.calibration_inputs)
     return train_quantized(student, policy.quant, setting.data, plan)
 
 
@@ -306,9 +306,9 @@ def _trained(setting: Setting, student: fx.GraphModule, policy: Policy, id: str,
         learning_rate=setting.learning_rate,
         batch_size=setting.batch_size,
         seed=setting.seed,
-        calibration=setting.calibration,
+        calibration_inputs=setting.calibration_inputs,
         quant_fraction=TrainPlan.quant_fraction if reshaped else 1.0,
-        to_learn=setting.teacher.distance(student, setting.calibration) if needs_training else 0.0,
+        to_learn=setting.teacher.distance(student, setting.calibration_inputs) if needs_training else 0.0,
     )
     distillation = Distillation(setting.teacher, policy.distill, _features(setting, policy))
     trained = train_quantized(student, policy.quant, setting.data, plan, distillation=distillation, tick=tick)

@@ -119,7 +119,7 @@ def _digest(network: nn.Module) -> str:
 
 
 def prepare(task: Task, run: Path, loaded: Loaded) -> Setting:
-    """Everything that a search needs, with the baseline's latency measured (its score comes from `score_original`).
+    """Everything that a search needs, with the baseline's latency measured (its score comes from `score_baseline`).
 
     Raises UsageError when the model does not run on the device as it is.
     """
@@ -261,7 +261,7 @@ def _about_the_model(reference: str) -> Iterator[None]:
         ) from None
 
 
-def score_original(setting: Setting, split: Split) -> Score:
+def score_baseline(setting: Setting, split: Split) -> Score:
     """The original's score of a split, taken from its exported file. Raises UsageError where it has none."""
     with _about_the_model(setting.model_reference), setting.ledger.spend("score"):
         return score_artifact(setting.device, setting.baseline.path, setting.data, split, setting.batch)

@@ -71,7 +71,7 @@ class Entry(_Read):
         return self.policy.in_words()
 
 
-class Original(_Read):
+class BaselineEntry(_Read):
     """The teacher as exported and measured; scores are missing when the search ended before they were taken."""
 
     train_score: Score | None = None
@@ -91,7 +91,7 @@ class ProgressPoint(_Read):
     best_val: float | None = None
 
 
-class FailedTrial(_Read):
+class FailedPolicy(_Read):
     """A policy that did not become an artifact."""
 
     id: str
@@ -111,14 +111,14 @@ class Results(_Read):
     device: str = ""
     environment: dict[str, Any] = {}
     budget: Budget = Budget()
-    baseline: Original
+    baseline: BaselineEntry
     front: tuple[Entry, ...] = ()
     points: tuple[Entry, ...] = ()
     best: str | None = None
     progress: tuple[ProgressPoint, ...] = ()
     prediction: dict[str, Any] = {}
     ladder: dict[str, Any] = {}
-    failures: tuple[FailedTrial, ...] = ()
+    failures: tuple[FailedPolicy, ...] = ()
     trials: int = 0
     elapsed_s: float = 0.0
     spent_s: dict[str, float] = {}

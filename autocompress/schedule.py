@@ -15,7 +15,7 @@ from autocompress.records import Outcome
 
 FEWEST_EXAMPLES = 32
 """Validation or test examples at least, however slow a model is: fewer say nothing of it."""
-CALIBRATION_SHARE, CALIBRATION_CAP_S = 0.08, 120.0
+PROFILING_SHARE, PROFILING_CAP_S = 0.08, 120.0
 """Share of the time, and seconds at most, for measuring operators and whole networks ahead."""
 POOL_SHARE, POOL_CAP_S = 0.02, 30.0
 """Share of the time, and seconds at most, for drawing and predicting the first policies."""
@@ -94,8 +94,8 @@ class Clock:
         return Clock(self.started, self.total, min(seconds, MOST_RESERVE * self.total))
 
 
-def calibration_seconds(clock: Clock) -> float:
-    return min(CALIBRATION_CAP_S, CALIBRATION_SHARE * clock.total, 0.5 * clock.left)
+def profiling_seconds(clock: Clock) -> float:
+    return min(PROFILING_CAP_S, PROFILING_SHARE * clock.total, 0.5 * clock.left)
 
 
 def pool_seconds(clock: Clock) -> float:

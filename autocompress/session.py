@@ -16,11 +16,11 @@ import pandas as pd
 from torch import nn
 
 from autocompress.candidates.forecast import Forecast
-from autocompress.controller.final import conclude
+from autocompress.controller.begin import ask_teacher, know_baseline, profile_device, propose
+from autocompress.controller.conclude import conclude
 from autocompress.controller.findings import TAKEN_OVER, Findings, TakenOver
-from autocompress.controller.initial import ask_teacher, calibrate, know_original, propose
-from autocompress.controller.learned import take_over
-from autocompress.controller.search import Search
+from autocompress.controller.rungs import Rungs
+from autocompress.controller.warm_start import take_over
 from autocompress.data import Data
 from autocompress.data.sources import Splits, as_data
 from autocompress.devices.base import Device
@@ -308,21 +308,21 @@ def _assemble(
     else:
         named = find_suggest(task.space, graph, profile, reference=task.student)
     forecast = Forecast.start(setting, named, task.limits)
-    return Findings(task, run, journal, forecast, clock, progress, points=list(journal.noted("progress") or []))
+    return Findings(task, run, journal, forecast, clock, progress, history=list(journal.noted("progress") or []))
 
 
 def _phases(findings: Findings, known: Journal | None) -> None:
     """All of a search, from what is known, by another one too, to what is reported."""
     _recall(findings)
-    calibrate(findings)
+    profile_device(findings)
     pool = propose(findings)
     if findings.task.is_demo:
         _train_demo_teacher(findings)
-    know_original(findings)
+    know_baseline(findings)
     ask_teacher(findings)
     if known is not None and findings.task.from_run is not None:
         take_over(findings, known, Path(findings.task.from_run))
-    rungs = Search(findings)
+    rungs = Rungs(findings)
     rungs.appraise(pool)
     rungs.short_rung(pool)
     rungs.full_rung()
@@ -347,7 +347,7 @@ def _train_demo_teacher(findings: Findings) -> None:
     tick = findings.percent("training the demonstration teacher")
     seconds = DEMO_TEACHER_SHARE * findings.clock.left
     findings.setting = train_demo_teacher(findings.setting, findings.run, seconds, tick)
-    findings.keep_original(findings.setting.baseline)
+    findings.record_baseline(findings.setting.baseline)
 
 
 def _finish(findings: Findings) -> None:

@@ -71,7 +71,9 @@ class Calibration(CalibrationDataReader):
     """Training images, one a call."""
 
     def __init__(self, data: Data, name: str) -> None:
-        self._rows = iter([{name: image[None].numpy()} for images in data.calibration(CALIBRATION, CALIBRATION) for image in images])
+        self._rows = iter(
+            [{name: image[None].numpy()} for images in data.calibration_batches(CALIBRATION, CALIBRATION) for image in images]
+        )
 
     def get_next(self) -> dict[str, Any] | None:
         return next(self._rows, None)

@@ -60,7 +60,7 @@ def measured(model: str, space: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         setting = prepare(task, Path(folder), load(task))
         forecast = Forecast.start(setting, find_suggest(space, setting.graphs[None], setting.device.profile), task.limits)
-        forecast.calibrate(CALIBRATION_S, 0, lambda phase, done, total: None)
+        forecast.profile_device(CALIBRATION_S, 0, lambda phase, done, total: None)
         sensitivity = Sensitivity(forecast, lambda policy: None)
         base = sensitivity.base
         costs = [np.array([[single.proposal.latency_s - base.latency_s] for single in singles]) for singles in sensitivity.singles]

@@ -58,7 +58,7 @@ def students(graph: Graph) -> Iterator[tuple[str, Policy]]:
 def examples(graph: Graph, data: Data) -> torch.Tensor:
     """What a search would reconstruct on."""
     n = min(CALIBRATION_INPUTS, examples_for(graph))
-    return torch.cat([*data.calibration(n, n)])
+    return torch.cat([*data.calibration_batches(n, n)])
 
 
 @torch.no_grad()

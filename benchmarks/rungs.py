@@ -126,7 +126,7 @@ def tried(bench: Bench, policy: Policy) -> dict[str, float]:
     known["agreement"] = float((answers.argmax(1) == wanted.argmax(1)).float().mean())
     known["-KL"] = -float(soft_loss(answers, wanted, 1.0))
     student = build_student(graph, policy)
-    reconstruct(student, TeacherActivations(graph, torch.cat([*data.calibration(MANY, MANY)])), policy)
+    reconstruct(student, TeacherActivations(graph, torch.cat([*data.calibration_batches(MANY, MANY)])), policy)
     with torch.no_grad():
         known["likeness_512"] = shared(likeness.answers(student.eval()), wanted)
     distillation = Distillation(setting.teacher, policy.distill, compared_features(graph, policy, graph))
@@ -169,7 +169,7 @@ def main() -> None:
     bench = Bench(options.model, options.images, options.seed, tuple(map(int, options.steps.split(","))))
     setting, _ = opened(bench)
     forecast = Forecast.start(setting, find_suggest("default", setting.graphs[None], setting.device.profile), load_task(None, {}).limits)
-    forecast.calibrate(CALIBRATION_S, options.seed, lambda phase, done, total: None)
+    forecast.profile_device(CALIBRATION_S, options.seed, lambda phase, done, total: None)
     chosen = [*candidates(forecast, options.policies, options.seed)]
     policies = [proposal.policy.model_copy(update={"quant": QuantSpec()}) for _, proposal in chosen]
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // options.jobs))

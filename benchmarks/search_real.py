@@ -36,7 +36,7 @@ from autocompress.candidates.appraisals import Appraisals
 from autocompress.candidates.forecast import Forecast
 from autocompress.candidates.likeness import Likeness
 from autocompress.candidates.proposals import Proposal
-from autocompress.controller.search import APPRAISED_FIRST, SINGLES_SHARE
+from autocompress.controller.rungs import APPRAISED_FIRST, SINGLES_SHARE
 from autocompress.devices import open_device
 from autocompress.front import hypervolume
 from autocompress.graph import Structure
@@ -86,7 +86,7 @@ def first(pool: Sequence[Proposal], appraisals: Appraisals, kind: str, n: int) -
             yield single
         yield from (best for best in appraisals.sensitivity.best(APPRAISED_FIRST) if best.policy not in appraisals)
     elif kind == "promise":
-        promising = appraisals.forecast.again(pool)
+        promising = appraisals.forecast.within_budget(pool)
         for index in cover([(p.promise, p.latency_s) for p in promising], APPRAISED_FIRST):
             yield promising[index]
 
@@ -151,7 +151,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         setting = prepare(task, Path(folder), load(task))
         forecast = Forecast.start(setting, find_suggest(options.space, setting.graphs[None], setting.device.profile), task.limits)
-        forecast.calibrate(CALIBRATION_S, 0, lambda phase, done, total: None)
+        forecast.profile_device(CALIBRATION_S, 0, lambda phase, done, total: None)
         remembered = Remembered(forecast)
         for seed in range(options.seeds):
             pool = forecast.pool(seed, POOL_S)

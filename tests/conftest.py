@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import os
 import tempfile
@@ -15,7 +16,6 @@ import onnx
 import pytest
 import torch
 from devices.files import linear_model
-from exporter import export_faster
 
 from autocompress.results import Results
 
@@ -49,9 +49,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _lean() -> None:
-    """Tests run in two processes on two cores, where threads would wait for each other, and export hundreds of tiny networks."""
+    """Tests run in two processes on two cores, where threads would wait for each other."""
     torch.set_num_threads(1)
-    export_faster()
+    gc.freeze()  # what was imported: nobody needs to look through it time and again
 
 
 @pytest.fixture(scope="session")

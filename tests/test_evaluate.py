@@ -9,7 +9,7 @@ from torch import nn
 from autocompress.data import Data, Split
 from autocompress.errors import PolicyFailure
 from autocompress.evaluate import score_model, score_outputs
-from autocompress.report.view import is_share
+from autocompress.scores import is_share
 
 SPLIT = Split(torch.eye(4), torch.tensor([0, 1, 2, 0]))
 DATA = Data(SPLIT, SPLIT, SPLIT, classes=4)

@@ -11,7 +11,7 @@ from autocompress.front import hypervolume
 from autocompress.policy import DistillSpec, Policy
 from autocompress.ranks import partial_rank_correlation, rank_correlation
 from autocompress.records import Failure, Measurement, Outcome, Score
-from autocompress.schedule import Clock, Division, calibration_seconds, extended, full_runs, full_seconds, promoted, reserve_seconds
+from autocompress.schedule import Clock, Division, extended, full_runs, full_seconds, profiling_seconds, promoted, reserve_seconds
 
 
 def outcome(id, score, latency_s, **changes):
@@ -149,8 +149,8 @@ def test_a_clock_is_monotonic(monkeypatch):
 
 @pytest.mark.parametrize(("total", "expected"), [(100.0, 8.0), (3600.0, 120.0)])
 def test_calibration_takes_a_small_share(total, expected):
-    assert calibration_seconds(Clock.start(total)) == pytest.approx(expected, rel=0.01)
-    assert calibration_seconds(Clock.start(total, already=total)) == 0.0
+    assert profiling_seconds(Clock.start(total)) == pytest.approx(expected, rel=0.01)
+    assert profiling_seconds(Clock.start(total, already=total)) == 0.0
 
 
 def test_a_short_run_trains_for_no_less_than_half_of_its_overhead():

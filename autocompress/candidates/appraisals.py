@@ -134,7 +134,11 @@ class Appraisals:
 
     def within_budget(self, *, margin: float = 0.0) -> list[Appraised]:
         """All that is within the budget by this margin, with latencies as they are predicted by now."""
-        return [Appraised(p, known.worth) for known in self._known.values() for p in self.forecast.again([known.proposal], margin=margin)]
+        return [
+            Appraised(p, known.worth)
+            for known in self._known.values()
+            for p in self.forecast.within_budget([known.proposal], margin=margin)
+        ]
 
     def suggested(self, leading: Sequence[Proposal], patience_s: float) -> Appraised | None:
         """Appraise what Optuna suggests next and prediction does not rule out; what it rules out on the way costs milliseconds and is told.
@@ -148,7 +152,7 @@ class Appraisals:
                 break
             trial = self.journal.study.ask()
             proposal = self.forecast.proposal(self.forecast.suggest(trial), trial.params)
-            shortfall, over_budget = outclassed(proposal, leading), self.forecast.excess(proposal, measuring=False)
+            shortfall, over_budget = outclassed(proposal, leading), self.forecast.least_excess(proposal)
             if over_budget > 0 or shortfall > 0:
                 latency_s = self.forecast.latency_s(proposal)
                 self.journal.tell_ruled_out(trial, latency_s, over_budget=over_budget, outclassed=shortfall)

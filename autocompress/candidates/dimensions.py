@@ -40,7 +40,7 @@ class Dimensions:
 
     def _closeness(self, proposal: Proposal) -> tuple[float, ...]:
         """To the original: by what is inherited; then by the number of parameters, which tells added channels; then by bytes."""
-        own, whole = proposal.workload, self.forecast.original
+        own, whole = proposal.workload, self.forecast.teacher_workload
         ratios = (max(1, own.params) / max(1, whole.params), max(1, own.weight_bytes) / max(1, whole.weight_bytes))
         return round(proposal.inheritance, 9), *(-round(abs(math.log(ratio)), 9) for ratio in ratios)
 

@@ -40,10 +40,10 @@ CURE_MARGIN = 1.02
 """A suggested budget leaves this much room above what was measured."""
 MOST_WEIGHT_BYTES = 2**31 - 2**27
 """An ONNX file is one protobuf message, which holds 2 GiB at most."""
-HOPE = 1.5
-"""Kernels are staircases, so the smallest policy need not be the fastest: within this factor of the budget the search looks closer."""
-
-FASTEST = 6
+FEASIBILITY_SLACK = 1.5
+"""Latency is a step function of channels, so that the smallest policy need not be the fastest: within this factor of a limit a budget is
+not refused before the space was looked at."""
+MOST_PROBES = 6
 """Networks that are measured before a budget is refused that the last of them misses by less than predictions are off."""
 
 Tick = Callable[[str, int, int], None]
@@ -78,7 +78,7 @@ class Forecast:
     limits: Budget
     model: FittedLatencyModel
     networks: dict[Structure, tuple[Workload, float]] = field(default_factory=dict)
-    _foretold: dict[Structure, Prediction] = field(default_factory=dict)
+    _first_predictions: dict[Structure, Prediction] = field(default_factory=dict)
 
     @classmethod
     def start(cls, setting: Setting, space: Suggest, limits: Budget) -> Self:
@@ -93,10 +93,10 @@ class Forecast:
     @property
     def budget(self) -> Budget:
         """The limits, against what the original took lately, which predictions refer to as well."""
-        return self.limits.against(self._original_s)
+        return self.limits.against(self._recent_baseline_s)
 
     @functools.cached_property
-    def original(self) -> Workload:
+    def teacher_workload(self) -> Workload:
         """The unchanged model's workload."""
         return self.workload(Policy())
 
@@ -119,7 +119,7 @@ class Forecast:
         if workload.weight_bytes > MOST_WEIGHT_BYTES:
             return workload.weight_bytes / MOST_WEIGHT_BYTES - 1
         baseline = self.setting.baseline
-        overhead = baseline.size_bytes - self.original.weight_bytes
+        overhead = baseline.size_bytes - self.teacher_workload.weight_bytes
         p95 = latency_s * baseline.latency_s.p95 / baseline.latency_s.median
         return (budget or self.budget).violation(latency_s, workload.weight_bytes + max(0, overhead), p95)
 
@@ -139,7 +139,7 @@ class Forecast:
             graph = self._graph_of(policies[members[0]])
             own = [policies[index] for index in members]
             grown, kept = (graph.workloads(graph.population(own, grown=g)) for g in (True, False))
-            facts = zip(grown, self.model.values(grown).tolist(), inheritance(kept, self.original), capacity(grown), strict=True)
+            facts = zip(grown, self.model.values(grown).tolist(), inheritance(kept, self.teacher_workload), capacity(grown), strict=True)
             for index, (workload, latency_s, share, size) in zip(members, facts, strict=True):
                 known[index] = Proposal(policies[index], params[index], workload, latency_s, share, size)
         return [known[index] for index in range(len(policies))]
@@ -148,7 +148,7 @@ class Forecast:
     def latency_limit(self) -> float:
         """Seconds up to which policies are of interest: the budget, else the original's latency."""
         limits = [limit for limit in (self.budget.latency_s, self.budget.p95_s) if limit is not None]
-        return min([*limits, self._original_s])
+        return min([*limits, self._recent_baseline_s])
 
     def _graph_of(self, policy: Policy) -> Graph:
         try:
@@ -201,7 +201,7 @@ class Forecast:
             excess = self.violation(proposal.workload, proposal.latency_s, self.budget.of_size)
             return -max(0.0, excess), proposal.promise
 
-        return elites(pool, HOPE * self.latency_limit, merit)
+        return elites(pool, FEASIBILITY_SLACK * self.latency_limit, merit)
 
     def _draw(self, suggesters: Sequence[LevelSuggester | Variation]) -> list[Proposal]:
         policies = [self.suggest(suggester) for suggester in suggesters]
@@ -209,26 +209,30 @@ class Forecast:
             self._graph_of(policy).require_known(policy)
         return self.proposals(policies, [suggester.params for suggester in suggesters])
 
-    def again(self, pool: Sequence[Proposal], *, margin: float = 0.0) -> list[Proposal]:
+    def within_budget(self, pool: Sequence[Proposal], *, margin: float = 0.0) -> list[Proposal]:
         """The pool with latencies as predicted by now, without what is over the budget, or would be if it were slower by `margin`."""
         now = [replace(p, latency_s=self.latency_s(p)) for p in pool]
         return [p for p in now if self.violation(p.workload, self.upper((1 + margin) * p.latency_s)) <= 0]
 
-    def excess(self, proposal: Proposal, *, margin: float = 0.0, measuring: bool = True) -> float:
-        """Relative excess of a policy, were it slower by `margin`; where prediction leaves that open, its untrained network is measured.
-
-        That takes seconds, and training what turns out to be over the budget takes minutes. Not `measuring`: the least that it may be.
-        """
+    def least_excess(self, proposal: Proposal, *, margin: float = 0.0) -> float:
+        """Relative excess over the budget, were the policy slower by `margin`: as measured, or the least that prediction leaves open."""
         slower, known = 1 + margin, self._measured(proposal.policy)
         if known is not None:
             return self.violation(proposal.workload, self.upper(slower * known))
-        predicted = self.model.predict(proposal.workload)
-        least = self.violation(proposal.workload, slower * predicted.low)
-        if not measuring or least > 0 or self.violation(proposal.workload, slower * predicted.high) <= 0:
+        return self.violation(proposal.workload, slower * self.model.predict(proposal.workload).low)
+
+    def settled_excess(self, proposal: Proposal, *, margin: float = 0.0) -> float:
+        """The same; where prediction leaves open whether there is any, the untrained network is measured.
+
+        That takes seconds, and training what turns out to be over the budget takes minutes.
+        """
+        slower, least = 1 + margin, self.least_excess(proposal, margin=margin)
+        highest = self.model.predict(proposal.workload).high
+        if self._measured(proposal.policy) is not None or least > 0 or self.violation(proposal.workload, slower * highest) <= 0:
             return least
         found = self._measure_untrained(proposal.policy)
-        self.learn([])
-        return self._violation_of(found, self.limits, 1 / slower) if found is not None else least
+        self.refit()
+        return self._violation_of(found, self.limits, slower=slower) if found is not None else least
 
     def latency_s(self, proposal: Proposal) -> float:
         """Seconds as they were measured, else as they are predicted by now."""
@@ -237,10 +241,10 @@ class Forecast:
     def _measured(self, policy: Policy) -> float | None:
         """Seconds that the policy's network takes, where it has been measured: beside an original as fast as it was lately."""
         known = self.networks.get(self.structure(policy))
-        return known[1] * self._original_s if known is not None else None
+        return known[1] * self._recent_baseline_s if known is not None else None
 
     @property
-    def _original_s(self) -> float:
+    def _recent_baseline_s(self) -> float:
         """What the original took lately."""
         return self.setting.recent_baseline.median
 
@@ -250,16 +254,20 @@ class Forecast:
         """Fit the latency model to what has been measured of these, beside what it knew."""
         for outcome in outcomes:
             if outcome.latency_s is not None:
-                self._note(outcome.policy, outcome.latency_s.relative(self._original_s))
-        self.model.fit([(workload, originals * self._original_s) for workload, originals in self.networks.values()])
+                self._note(outcome.policy, outcome.latency_s.relative(self._recent_baseline_s))
+        self.refit()
 
-    def calibrate(self, seconds: float, seed: int, tick: Tick) -> None:
+    def refit(self) -> None:
+        """Fit the latency model to all that has been measured."""
+        self.model.fit([(workload, originals * self._recent_baseline_s) for workload, originals in self.networks.values()])
+
+    def profile_device(self, seconds: float, seed: int, tick: Tick) -> None:
         """Measure operators, then a few whole networks of the latencies of interest, without training."""
         until, generator = time.monotonic() + seconds, np.random.default_rng(seed)
         policies = [self.suggest(LevelSuggester(generator)) for _ in range(OPERATOR_DRAWS)]
         workloads = [self.workload(Policy()), *(self.workload(policy) for policy in policies)]
         with self.setting.ledger.spend("calibrate"):
-            self.model.table.calibrate(
+            self.model.table.measure(
                 self.setting.device, workloads, 0.5 * seconds, lambda done, total: tick("measuring operators", done, total)
             )
         by_latency = self._of_interest({self.structure(policy): policy for policy in policies}.values())
@@ -268,16 +276,16 @@ class Forecast:
             if time.monotonic() > until and done >= LEAST_NETWORKS:
                 break
             tick("measuring whole networks", done, len(chosen))
-            self._know_original(self._measure_untrained(policy))
+            self._add_to_baseline_history(self._measure_untrained(policy))
         self._note(Policy(), 1.0)
-        self.learn([])
+        self.refit()
 
     def _of_interest(self, policies: Iterable[Policy]) -> list[Policy]:
         """Fastest first, without those far over the limit, which take long to measure and are of no use; a few in any case.
 
         As predicted from operators alone, in units of what these predict for the original.
         """
-        limit = HOPE * self.latency_limit / self._original_s * self.predict(Policy()).value
+        limit = FEASIBILITY_SLACK * self.latency_limit / self._recent_baseline_s * self.predict(Policy()).value
         by_latency = sorted(policies, key=lambda policy: self.predict(policy).value)
         return [policy for rank, policy in enumerate(by_latency) if rank < WHOLE_NETWORKS or self.predict(policy).value <= limit]
 
@@ -285,12 +293,12 @@ class Forecast:
         """Keep what the policy's network took, in units of what the original took beside it."""
         structure = self.structure(policy)
         if structure not in self.networks and len(self.model.table):
-            self._foretold[structure] = self.predict(policy)
+            self._first_predictions[structure] = self.predict(policy)
         self.networks[structure] = (self.workload(policy), originals)
 
-    def foretell(self, policy: Policy) -> Prediction:
+    def first_prediction(self, policy: Policy) -> Prediction:
         """As it was predicted before its network was first measured: what prediction is judged by."""
-        return self._foretold.get(self.structure(policy)) or self.predict(policy)
+        return self._first_predictions.get(self.structure(policy)) or self.predict(policy)
 
     def _measure_untrained(self, policy: Policy) -> Untrained | None:
         """What the policy's structure takes; None when it cannot be built."""
@@ -298,29 +306,30 @@ class Forecast:
         with spend("measure"), tempfile.TemporaryDirectory(prefix=UNTRAINED, dir=models) as name:
             folder = Path(name)
             try:
-                manifest = self.setting.write(folder, untrained(self.setting, policy, calibration=FEWEST_EXAMPLES), policy)
-                paths = [*([self.setting.baseline.path] if self._original_s <= SLOW_ORIGINAL_S else []), folder / manifest.artifact]
+                manifest = self.setting.write(folder, untrained(self.setting, policy, calibration_inputs=FEWEST_EXAMPLES), policy)
+                paths = [*([self.setting.baseline.path] if self._recent_baseline_s <= SLOW_ORIGINAL_S else []), folder / manifest.artifact]
                 *beside, latency = self.setting.device.measure(paths, seconds_each=UNTRAINED_SECONDS_EACH)
             except Exception as error:
                 if not fails_policy(error):
                     raise
                 return None
         original = beside[0] if beside else None
-        self._note(policy, latency.median / (original.median if original is not None else self._original_s))
+        self._note(policy, latency.median / (original.median if original is not None else self._recent_baseline_s))
         return Untrained(policy, latency, manifest.size_bytes, original)
 
     def _usual(self, found: Untrained) -> Measurement:
         """What it takes beside an original as fast as that was lately."""
-        return found.latency_s.times(self._original_s / found.original.median) if found.original is not None else found.latency_s
+        return found.latency_s.times(self._recent_baseline_s / found.original.median) if found.original is not None else found.latency_s
 
-    def _violation_of(self, found: Untrained, limits: Budget, hope: float = 1.0) -> float:
-        """Relative excess over the limits, were it `hope` times as fast."""
-        latency = self._usual(found)
-        return limits.against(self._original_s).violation(latency.high / hope, found.size_bytes, latency.p95 / hope)
+    def _violation_of(self, found: Untrained, limits: Budget, *, slower: float = 1.0) -> float:
+        """Relative excess over the limits, were it so many times slower."""
+        latency = self._usual(found).times(slower)
+        return limits.against(self._recent_baseline_s).violation(latency.high, found.size_bytes, latency.p95)
 
-    def _know_original(self, found: Untrained | None) -> None:
-        """Count what the original took beside this among what it took lately. Not where many are measured at once, to choose between them:
-        the machine of these seconds would stand for that of the whole search.
+    def _add_to_baseline_history(self, found: Untrained | None) -> None:
+        """Count what the original took beside this network among what it took lately.
+
+        Not for the candidates of one choice: a few slow seconds would outvote all that is known of the machine.
         """
         if found is not None and found.original is not None:
             self.setting.baseline_history.append(found.original)
@@ -328,7 +337,7 @@ class Forecast:
     # -- whether the budget can be met -----------------------------------------------------------------------------
 
     def require_hope(self) -> None:
-        """Before anything is calibrated: raises InfeasibleBudget when the ends of the space are far over a limit. Takes seconds."""
+        """Before the device is profiled: raises InfeasibleBudget when the ends of the space are far over a limit. Takes seconds."""
         generator = np.random.default_rng(self.setting.seed)
         drawn = [self.suggest(LevelSuggester(generator)) for _ in range(DRAWS)]  # the ends are a guess from names: own spaces have others
         for limits, ends, cost in (
@@ -345,8 +354,8 @@ class Forecast:
         measured = list[Untrained]()
         for policy in {policy.digest: policy for policy in policies}.values():
             found = self._measure_untrained(policy)
-            self._know_original(found)
-            if found is None or self._violation_of(found, limits, HOPE) <= 0:
+            self._add_to_baseline_history(found)
+            if found is None or self._violation_of(found, limits, slower=1 / FEASIBILITY_SLACK) <= 0:
                 return
             measured.append(found)
         raise self._infeasible(limits, min(measured, key=lambda found: self._violation_of(found, limits)))
@@ -358,11 +367,12 @@ class Forecast:
         self._require_both([*waiting, self.proposal(smallest(self.suggest), {})])
 
     def _require_time(self, waiting: list[Proposal]) -> None:
-        """Where that is open by prediction, those that are predicted to be fastest are measured, up to FASTEST of them, until one is within
-        the limits or no other can be.
+        """Where that is open by prediction, up to MOST_PROBES of those that are predicted to be fastest are measured.
+
+        Until one is within the limits, or no other can be.
         """
         limits, budget, measured = self.limits.of_time, self.budget.of_time, list[Untrained]()
-        for _ in range(FASTEST):
+        for _ in range(MOST_PROBES):
             nearest = min(waiting, key=lambda p: self.model.predict(p.workload).value)
             predicted = self.model.predict(nearest.workload)
             if self.violation(nearest.workload, predicted.high, budget) <= 0:
@@ -373,8 +383,8 @@ class Forecast:
             if found is not None and self._violation_of(found, limits) <= 0:
                 return
             measured += [found] if found is not None else []
-            self.learn([])
-            waiting = [p for p in waiting if p.known != nearest.known]
+            self.refit()
+            waiting = [p for p in waiting if p.fingerprint != nearest.fingerprint]
             if not waiting:
                 break
         if measured:
@@ -385,7 +395,7 @@ class Forecast:
 
         By a wide margin, since those drawn so far are not all that there are.
         """
-        wide = self.budget.times(HOPE)
+        wide = self.budget.times(FEASIBILITY_SLACK)
         if wide.size_bytes is None or wide.of_time == Budget():
             return
 
@@ -394,12 +404,12 @@ class Forecast:
 
         nearest = min(waiting, key=miss)
         found = self._measure_untrained(nearest.policy) if miss(nearest) > 0 else None
-        if found is not None and self._violation_of(found, self.limits.times(HOPE)) > 0:
+        if found is not None and self._violation_of(found, self.limits.times(FEASIBILITY_SLACK)) > 0:
             raise self._infeasible(self.limits, found)
 
     def _infeasible(self, limits: Budget, found: Untrained) -> InfeasibleBudget:
         """With the smallest budgets that work, of the kinds that do not: a time, its 95th percentile, a size."""
-        budget, policy, latency, size_bytes = limits.against(self._original_s), found.policy, self._usual(found), found.size_bytes
+        budget, policy, latency, size_bytes = limits.against(self._recent_baseline_s), found.policy, self._usual(found), found.size_bytes
         cures, binds = [], ""
         if budget.latency_s is not None and latency.high > budget.latency_s:
             cures.append(format_duration(CURE_MARGIN * latency.high))

@@ -31,10 +31,10 @@ class Likeness:
 
     def __init__(self, setting: Setting) -> None:
         graph, data = setting.graphs[None], setting.data
-        n = min(EXAMPLES, setting.calibration, examples_for(graph))
+        n = min(EXAMPLES, setting.calibration_inputs, examples_for(graph))
         self.failures: list[str] = []
         """Why students were given 0 that could not be made or asked."""
-        self._setting, self._activations = setting, TeacherActivations(graph, torch.cat([*data.calibration(n, n)]))
+        self._setting, self._activations = setting, TeacherActivations(graph, torch.cat([*data.calibration_batches(n, n)]))
         self._held_out = [inputs for inputs, _ in data.batches(sample(data.val, min(HELD_OUT, 4 * n)), setting.batch_size)]
         self.wanted = self.answers(graph.module)
 

@@ -43,7 +43,7 @@ class Proposal:
     capacity: float
 
     @property
-    def known(self) -> tuple[float, ...]:
+    def fingerprint(self) -> tuple[float, ...]:
         """Numbers in which two different networks hardly ever agree."""
         return self.latency_s, self.inheritance, self.capacity, self.workload.weight_bytes
 
@@ -69,7 +69,7 @@ def elites(proposals: Sequence[Proposal], limit_s: float, merit: Callable[[Propo
     for proposal in proposals:
         if proposal.latency_s <= limit_s:
             cell = min(CELLS - 1, int(math.log(proposal.latency_s / fastest.latency_s) / step))
-            cells[cell].setdefault(proposal.known, proposal)
+            cells[cell].setdefault(proposal.fingerprint, proposal)
     found = [heapq.nlargest(KEPT_EACH, cells[cell].values(), key=merit) for cell in sorted(cells)]
     if fastest not in found[0]:
         found[0].append(fastest)

@@ -200,8 +200,8 @@ class Sensitivity:
             if solution is None:
                 return
             current = solution
-            if solution.known not in found:
-                found.add(solution.known)
+            if solution.fingerprint not in found:
+                found.add(solution.fingerprint)
                 yield solution
 
     def _solved(self, losses: Sequence[Array], start: Proposal, limit_s: float, until: float) -> Proposal | None:

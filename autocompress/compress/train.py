@@ -78,7 +78,7 @@ class TrainPlan:
         deadline: `time.monotonic()` value at which training must have ended; the schedule follows the clock if that is sooner.
         learning_rate: scale of all peaks: SGD runs at SGD_SHARE of it, Muon at MUON_SHARE.
         quant_fraction: share of the steps at the end that run through fake quantization.
-        calibration: inputs that int8 ranges are fitted to.
+        calibration_inputs: that int8 ranges are fitted to.
         to_learn: how far the student is from its teacher at the start, from 0 to 1 (`Teacher.distance`): the less it has to learn, the
             lower are rates, the more so where steps are few.
     """
@@ -88,7 +88,7 @@ class TrainPlan:
     learning_rate: float = 0.1
     batch_size: int = 128
     quant_fraction: float = 0.1
-    calibration: int = CALIBRATION_INPUTS
+    calibration_inputs: int = CALIBRATION_INPUTS
     seed: int = 0
     to_learn: float = 1.0
 
@@ -189,7 +189,7 @@ def _train_quantized(
     if not rounds:
         return student.eval()
     quantized = fake_quantize(student.eval(), quant)
-    calibrate(quantized, data.calibration(plan.calibration, CALIBRATION_BATCH))
+    calibrate(quantized, data.calibration_batches(plan.calibration_inputs, CALIBRATION_BATCH))
     if plan.steps:
         begun = steps.done
         _run(quantized, data, plan, steps, until=1.0, distillation=distillation, tick=tick)

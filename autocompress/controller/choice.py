@@ -9,8 +9,8 @@ from optuna.trial import Trial
 
 from autocompress.candidates.appraisals import Appraised
 from autocompress.candidates.proposals import Proposal, outclassed
-from autocompress.controller.content import feasible
 from autocompress.controller.findings import Findings
+from autocompress.controller.front_json import feasible
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.front import gain, measured
 from autocompress.graph import Structure
@@ -79,7 +79,7 @@ class Chooser:
     def promising(self, pool: list[Proposal], leading: list[Proposal], margin: float = 0.0) -> list[Proposal]:
         """Of the pool, with latencies as predicted by now: within the budget, not trained before and not outclassed."""
         forecast, known = self.findings.forecast, self._trained_structures()
-        within = forecast.again(pool, margin=margin)
+        within = forecast.within_budget(pool, margin=margin)
         return [p for p in within if forecast.structure(p.policy) not in known and outclassed(p, leading) <= 0]
 
     def _is_safe(self) -> bool:
@@ -101,7 +101,7 @@ class Chooser:
             leader = self._leader(pool, aim, without) or self._leader(pool, margin, without)
             if leader is None:
                 return None
-            excess = forecast.excess(leader.proposal, margin=margin)
+            excess = forecast.settled_excess(leader.proposal, margin=margin)
             if excess <= 0:
                 return leader
             missed.append((excess, leader))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,26 +15,32 @@ from autocompress.candidates.appraisals import Appraisals
 from autocompress.candidates.forecast import Forecast
 from autocompress.compress.arithmetic import training_hardware
 from autocompress.compress.train import Tick
-from autocompress.controller.content import entry, feasible, front_of, ladder_quality, prediction_quality, progress_point
+from autocompress.controller.belief import believed
+from autocompress.controller.front_json import (
+    baseline_entry,
+    entry,
+    feasible,
+    front_of,
+    ladder_quality,
+    layer_changes,
+    prediction_quality,
+    progress_point,
+)
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.export import is_intact, library_versions, now
-from autocompress.front import gain, measured
+from autocompress.front import measured
 from autocompress.objective import Baseline, Setting, failure_of
-from autocompress.policy import Policy, Record
+from autocompress.policy import Record
 from autocompress.progress import Progress
 from autocompress.records import Budget, Failure, Measurement, Outcome, Score
-from autocompress.report.view import format_score, is_share
-from autocompress.results import FailedTrial, LayerChange, Original, ProgressPoint, Results
+from autocompress.report.view import format_score
+from autocompress.results import FailedPolicy, ProgressPoint, Results
 from autocompress.run_folder import FRONT, write_atomically
 from autocompress.schedule import Clock
 from autocompress.study.journal import Journal
 from autocompress.task import Task
 from autocompress.units import format_duration, format_size
 
-Z = 2.0
-"""Standard errors by which two scores of one split differ by chance."""
-MOST_SEEN_LOSS = 0.05
-"""Share of right answers that longer training may lose on validation examples that the original has seen, and is still believed."""
 SCORES = ("train_score", "val_score", "test_score")
 """Of the original."""
 SLOW = 0.9
@@ -65,7 +69,7 @@ class Findings:
     forecast: Forecast
     clock: Clock
     progress: Progress
-    points: list[dict[str, Any]]
+    history: list[dict[str, Any]]
     best: Outcome | None = None
     per_example_s: float = 0.0
     """What the original's file takes to answer one example."""
@@ -108,34 +112,8 @@ class Findings:
         return max(MOST_DRIFT, float(np.quantile(medians, SLOW)) / statistics.median(medians) - 1)
 
     def outcomes(self) -> list[Outcome]:
-        """One outcome a policy: of its files within the budget, else of all, the most accurate; a failure where there is none."""
-        kept: dict[str, Outcome] = {}
-        for outcome in self.journal.outcomes:
-            before = kept.get(outcome.policy.digest)
-            if before is None or self._is_better(outcome, before):
-                kept[outcome.policy.digest] = outcome
-        return list(kept.values())
-
-    def _is_better(self, outcome: Outcome, before: Outcome) -> bool:
-        """Of two files of one policy. Longer training is believed unless validation contradicts it by more than chance explains.
-
-        A teacher that has seen the validation examples lets what has stayed closest to it look better than it is: then validation
-        contradicts only what has lost much.
-        """
-        is_within, was_within = feasible(outcome, self.limits), feasible(before, self.limits)
-        if is_within != was_within:
-            return is_within
-        if outcome.rung == "full" and before.rung == "short" and (outcome.steps or 0) >= (before.steps or 0) and self._has_seen_validation:
-            return gain(outcome) >= gain(before) - MOST_SEEN_LOSS
-        return gain(outcome) >= gain(before) - (_chance(outcome, before) if outcome.rung == "full" else 0.0)
-
-    @property
-    def _has_seen_validation(self) -> bool:
-        """Whether the original knows validation examples as well as those of training, as it does where it was trained on both."""
-        train, val = self.setting.baseline.train_score, self.setting.baseline.val_score
-        if train is None or val is None or not (_is_counted(train) and _is_counted(val)):
-            return False
-        return train.value - val.value <= _spread(train, val)
+        """One outcome a policy, see `believed`."""
+        return believed(self.journal.outcomes, self.limits, self.setting.baseline)
 
     @property
     def short_runs(self) -> list[Outcome]:
@@ -166,28 +144,23 @@ class Findings:
         baseline, outcomes, every = self.setting.baseline, self.outcomes(), self.journal.outcomes
         front = front_of(outcomes, self.limits, baseline)
         on_front = {o.id for o in front}
-        points = {o.id: entry(o, baseline, self.limits, self._layers(o.policy), dominated=o.id not in on_front) for o in measured(outcomes)}
-        original = Original(
-            train_score=baseline.train_score,
-            val_score=baseline.val_score,
-            test_score=baseline.test_score,
-            latency_s=baseline.latency_s,
-            size_bytes=baseline.size_bytes,
-            artifact=str(baseline.path.relative_to(self.run)),
-        )
+        points = {
+            o.id: entry(o, baseline, self.limits, layer_changes(self.forecast, o.policy), dominated=o.id not in on_front)
+            for o in measured(outcomes)
+        }
         return Results(
             task=self.task.model_dump(mode="json"),
             device=self.setting.device.name,
             environment=self._environment(),
             budget=self.budget,
-            baseline=original,
+            baseline=baseline_entry(baseline, self.run),
             front=tuple(points[o.id] for o in front),
             points=tuple(points.values()),
             best=front[-1].id if front else None,
-            progress=tuple(ProgressPoint.model_validate(point) for point in self.points),
+            progress=tuple(ProgressPoint.model_validate(point) for point in self.history),
             prediction=prediction_quality(every, self.forecast.structure) | {"held_out": self.forecast.model.held_out_error()},
             ladder=self.ladder(),
-            failures=tuple(FailedTrial(id=o.id, stage=o.failure.stage, reason=o.failure.reason) for o in every if o.failure is not None),
+            failures=tuple(FailedPolicy(id=o.id, stage=o.failure.stage, reason=o.failure.reason) for o in every if o.failure is not None),
             trials=self.journal.finished,
             elapsed_s=self.clock.elapsed,
             spent_s=self.setting.ledger.spent(),
@@ -205,31 +178,23 @@ class Findings:
         short, full = ([o for o in every if o.rung == rung] for rung in ("short", "full"))
         return appraised | ladder_quality(short, full, self.forecast.structure)
 
-    def _layers(self, policy: Policy) -> tuple[LayerChange, ...]:
-        """Every layer with its predicted seconds in the original and in the policy's student."""
-        forecast, layers = self.forecast, self.setting.graph_of(policy).describe(policy)
-        before, after = (_by_layer(forecast.model.explain(forecast.workload(p)), layers) for p in (Policy(), policy))
-        return tuple(
-            LayerChange(**layer, teacher_latency_s=before.get(layer["name"]), latency_s=after.get(layer["name"])) for layer in layers
-        )
-
     def keep(self, outcome: Outcome) -> None:
         """Record what became of a policy, learn from it, and tell of it."""
         self.journal.record(outcome)
-        self.follow_original()
+        self.adopt_drifted_baseline()
         self.best = self._best()
         self.forecast.learn([outcome])
-        self.points.append(progress_point(self.outcomes(), self.setting.baseline, self.limits, self.clock.elapsed, self.journal.finished))
-        self.journal.note("progress", self.points)
+        self.history.append(progress_point(self.outcomes(), self.setting.baseline, self.limits, self.clock.elapsed, self.journal.finished))
+        self.journal.note("progress", self.history)
         self.note_time()
         self.write_front()
         self.announce(outcome)
 
-    def follow_original(self) -> None:
+    def adopt_drifted_baseline(self) -> None:
         """Where the original is no longer what it was when the search began, what is predicted is held against what it takes now."""
         baseline, recent = self.setting.baseline, self.setting.recent_baseline
         if abs(recent.median / baseline.latency_s.median - 1) > MOST_DRIFT:
-            self.keep_original(replace(baseline, latency_s=recent))
+            self.record_baseline(replace(baseline, latency_s=recent))
 
     def note_time(self) -> None:
         """Keep how much time has passed, and on what: a resumed search goes on from there."""
@@ -280,7 +245,7 @@ class Findings:
             self.journal.record(left)
             self.announce(left)
 
-    def keep_original(self, baseline: Baseline) -> None:
+    def record_baseline(self, baseline: Baseline) -> None:
         """What is known of the original by now, for good: a resumed search begins with it."""
         self.setting = replace(self.setting, baseline=baseline)
         scores = {name: getattr(baseline, name) for name in SCORES}
@@ -303,7 +268,7 @@ class Findings:
         if known is not None:
             scores: dict[str, Any] = {name: Score.model_validate(known[name]) if known.get(name) is not None else None for name in SCORES}
             baseline = replace(baseline, latency_s=Measurement.model_validate(known["latency_s"]), **scores)
-        self.keep_original(baseline)
+        self.record_baseline(baseline)
         self.taken_over = TakenOver.model_validate(self.journal.noted(TAKEN_OVER) or {})
         self.best = self._best()
 
@@ -319,33 +284,8 @@ class Findings:
         if best is not None and best.val_score is not None and best.latency_s is not None:
             words = f"{format_score(best.val_score)} at {format_duration(best.latency_s.median)}"
         left = self.clock.until_end
-        self.progress.update(phase=phase, done=done, total=total, tried=len(self.points), best=words, seconds_left=left)
-
-
-def _by_layer(operators: Iterable[tuple[str, float]], layers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds of each layer, however often it is called; LAYER.0 and LAYER.1 stand for one that is factorised."""
-    names, seconds = {layer["name"] for layer in layers}, defaultdict[str, float](float)
-    for name, own in operators:
-        seconds[name if name in names else name.rpartition(".")[0]] += own
-    return seconds
+        self.progress.update(phase=phase, done=done, total=total, tried=len(self.history), best=words, seconds_left=left)
 
 
 def _json(record: Any) -> Any:
     return None if record is None else record.model_dump(mode="json")
-
-
-def _chance(*outcomes: Outcome) -> float:
-    """By how much the validation scores of these may differ by chance."""
-    scores = [o.val_score for o in outcomes if o.val_score is not None]
-    return _spread(*scores) if len(scores) == len(outcomes) else 0.0
-
-
-def _spread(*scores: Score) -> float:
-    """By how much two shares of right answers may differ by chance; 0 for other scores, whose spread is not known."""
-    variances = [score.value * (1 - score.value) / score.n for score in scores if _is_counted(score)]
-    return Z * math.sqrt(sum(variances)) if len(variances) == len(scores) else 0.0
-
-
-def _is_counted(score: Score) -> bool:
-    """Whether it is a share of a known number of examples."""
-    return is_share(score) and score.n > 0

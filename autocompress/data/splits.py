@@ -310,7 +310,7 @@ class Data:
             x = shifted(x, _offsets(len(self.train), self.shift, epoch, seed)[indices])
         return x
 
-    def calibration(self, n: int, size: int) -> Iterator[Tensor]:
+    def calibration_batches(self, n: int, size: int) -> Iterator[Tensor]:
         """`n` training inputs without augmentation, the same for every caller, in batches of `size`; fewer where they are huge."""
         generator = torch.Generator().manual_seed(SPLIT_SEED)
         index = torch.randperm(len(self.train), generator=generator)[: self.at_most(n, CALIBRATION_BYTES)]

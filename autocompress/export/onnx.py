@@ -20,6 +20,7 @@ from autocompress.compress.quantize import TINY, UINT8_MAX, ActivationQuantizer,
 from autocompress.errors import PolicyFailure, UsageError, one_line, root_cause
 from autocompress.export.fold import fold_norms, plain_weights
 from autocompress.policy import QuantSpec
+from autocompress.quick import quick_export
 from autocompress.quiet import quiet
 
 OPSET = 21
@@ -62,7 +63,7 @@ def onnx_bytes(student: fx.GraphModule, quant: QuantSpec, example: tuple[Tensor,
 
 def _export(module: fx.GraphModule, example: tuple[Tensor, ...]) -> onnx.ModelProto:
     names = [node.name for node in module.graph.nodes if node.op == "placeholder"]
-    with quiet("torch.onnx"):
+    with quiet("torch.onnx"), quick_export():
         try:
             program = torch.onnx.export(
                 module, example, dynamo=True, opset_version=OPSET, input_names=names[: len(example)], verbose=False, optimize=True

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from autocompress.graph.modules import COMPUTED, put_modules_back
 from autocompress.graph.nodes import RECURRENT, arguments, drop_unread, is_leaf, is_norm, name_of, slice_bounds, value_of
+from autocompress.quick import quick_trace
 from autocompress.quiet import quiet
 
 TORCH = Path(torch.__file__).parent
@@ -81,7 +82,8 @@ def _recorded(model: nn.Module, batches: tuple[Tensor, ...], *, any_number: bool
 
     free = tuple({0: torch.export.Dim.AUTO} if tensor.dim() and any_number else {} for tensor in batches)
     try:
-        return torch.export.export(model, batches, dynamic_shapes=free, strict=False), ""
+        with quick_trace():
+            return torch.export.export(model, batches, dynamic_shapes=free, strict=False), ""
     except GuardOnDataDependentSymNode as error:
         program = torch.export.draft_export(model, batches, dynamic_shapes=free, strict=False)
         gc.collect()  # of the files that it leaves open, while nobody listens

@@ -1,6 +1,6 @@
 """OperatorTable: measured seconds of single operators on one device, and an interpolation between them.
 
-The table is kept on disk for each device, processor and runtime version, and grows with every calibration.
+The table is kept on disk for each device, processor and runtime version, and grows with every search.
 """
 
 from __future__ import annotations
@@ -78,9 +78,7 @@ class OperatorTable:
         self._operators[key] = operator.model_copy(update={"name": ""})
         self._models, self._estimates = None, {}
 
-    def calibrate(
-        self, device: Device, workloads: Sequence[Workload], seconds: float, tick: Callable[[int, int], None] | None = None
-    ) -> int:
+    def measure(self, device: Device, workloads: Sequence[Workload], seconds: float, tick: Callable[[int, int], None] | None = None) -> int:
         """Measure operators of these workloads, the most useful first, for at most `seconds`; how many were measured."""
         wanted = self._wanted(workloads)
         end, done = time.monotonic() + seconds, 0

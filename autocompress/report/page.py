@@ -12,9 +12,10 @@ from typing import Any
 from autocompress.report.figures import Figure, layers_figure, pareto_figure, prediction_figure, progress_figure
 from autocompress.report.plots import pareto_png
 from autocompress.report.templates import filled
-from autocompress.report.view import caveats, format_score, headline, score_interval
+from autocompress.report.view import caveats, format_score, headline
 from autocompress.results import Entry, Results
 from autocompress.run_folder import PARETO, REPORT, write_atomically
+from autocompress.scores import score_interval
 from autocompress.units import format_duration, format_size
 
 LEAST_SHARE = 0.005

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 from autocompress.ranks import is_low
 from autocompress.records import Measurement, Parity, Score
-from autocompress.results import Original, Results
+from autocompress.results import BaselineEntry, Results
+from autocompress.scores import is_share, score_interval, validation_beats_test
 from autocompress.units import format_duration, format_size
 
 BEATEN = "Nothing that was measured is better than the original."
-SEEN_GAP = 0.01
-"""Least difference of validation and test accuracy that tells of a model that has seen the validation examples."""
 LEAST_PAIRS = 5
 """Runs from which on a low rank correlation is hardly an accident."""
-
-
-def is_share(score: Score) -> bool:
-    """Whether the score is a share of right answers, to be shown in percent."""
-    return score.name.startswith(("accuracy", "top")) and 0.0 <= score.value <= 1.0
 
 
 def format_score(score: Score | None) -> str:
@@ -26,16 +18,6 @@ def format_score(score: Score | None) -> str:
     if score is None:
         return "-"
     return f"{100 * score.value:.2f} %" if is_share(score) else f"{score.value:.4g}"
-
-
-def score_interval(score: Score) -> tuple[float, float] | None:
-    """95 % interval of a share of n answers (Wilson 1927, JASA 22, 209-212); None for other scores."""
-    if not is_share(score) or score.n < 1:
-        return None
-    z, p, n = 1.959964, score.value, score.n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def headline(results: Results) -> str:
@@ -94,12 +76,9 @@ def caveats(results: Results) -> list[str]:
     return [text for text in (_seen_validation(results.baseline), _noisy_front(results), _lying_ladder(results)) if text]
 
 
-def _seen_validation(original: Original) -> str:
+def _seen_validation(original: BaselineEntry) -> str:
     val, test = original.val_score, original.test_score
-    if val is None or test is None:
-        return ""
-    spread_val, spread_test = score_interval(val), score_interval(test)
-    if not spread_val or not spread_test or spread_val[0] <= spread_test[1] or val.value - test.value < SEEN_GAP:
+    if not validation_beats_test(val, test):
         return ""
     return (
         f"the original scores {format_score(val)} on validation but {format_score(test)} on test examples: it was probably trained on the "

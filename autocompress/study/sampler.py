@@ -229,7 +229,7 @@ class FrontSampler(BaseSampler):  # type: ignore[misc]  # Optuna has no types
     def _best(self, evidence: Evidence) -> Array:
         """The row of codes that promises most, of candidates that are not known."""
         known = {row.tobytes() for row in evidence.rows}
-        worth, leaders = self._worth(evidence)
+        score, leaders = self._acquisition(evidence)
         weight = min(MOST_POINTS, len(evidence.rows)) * len(self._space.owners)
         share = max(LEAST_SHARE, min(1.0, LIGHT / weight))
         drawn, bred = self._space.draw(int(share * RANDOM), self._generator), int(share * MUTANTS)
@@ -240,13 +240,13 @@ class FrontSampler(BaseSampler):  # type: ignore[misc]  # Optuna has no types
             if fresh:
                 known |= fresh.keys()
                 rows = np.array(list(fresh.values()))
-                best, gains = np.concatenate([best, rows]), np.concatenate([gains, worth(self._space.points(rows))])
+                best, gains = np.concatenate([best, rows]), np.concatenate([gains, score(self._space.points(rows))])
                 order = np.argsort(-gains)[:CLIMBERS]
                 best, gains = best[order], gains[order]
             candidates = self._space.mutants(best if len(best) else candidates, int(share * CHILDREN), self._generator)
         return best[0] if len(best) else candidates[0]
 
-    def _worth(self, evidence: Evidence) -> tuple[Callable[[Array], Array], Array]:
+    def _acquisition(self, evidence: Evidence) -> tuple[Callable[[Array], Array], Array]:
         """What points promise: expected hypervolume improvement times the chance to keep the constraints; and the rows of the front.
 
         While nothing keeps the constraints, the chance that they do, and the rows that are closest to it.
@@ -261,12 +261,12 @@ class FrontSampler(BaseSampler):  # type: ignore[misc]  # Optuna has no types
         first, second = (self._model(name, rows[kept], values[kept, k], fit=refit) for k, name in enumerate(("first", "second")))
         front = values[leading]
 
-        def worth(points: Array) -> Array:
+        def score(points: Array) -> Array:
             (mean_1, deviation_1), (mean_2, deviation_2) = first.predict(points), second.predict(points)
             improvement = expected_improvement(front, np.stack([mean_1, mean_2], 1), np.stack([deviation_1, deviation_2], 1))
             return improvement if limits is None else improvement * ndtr(_margin(limits, points))
 
-        return worth, rows[leading]
+        return score, rows[leading]
 
     def _limits(self, evidence: Evidence, *, fit: bool) -> GaussianProcess | None:
         """How far points violate the constraints, learnt from where it is close; None where nothing does."""
@@ -301,12 +301,12 @@ def expected_improvement(front: Array, mean: Array, deviation: Array) -> Array:
     front = front[np.argsort(front[:, 0])]
     edges = np.concatenate([[0.0], front[:, 0]])
     heights = np.concatenate([front[:, 1], [0.0]])
-    beyond = _excess(edges, mean[:, :1], deviation[:, :1])
+    beyond = _expected_excess(edges, mean[:, :1], deviation[:, :1])
     widths = beyond - np.concatenate([beyond[:, 1:], np.zeros((len(mean), 1))], axis=1)
-    return (widths * _excess(heights, mean[:, 1:], deviation[:, 1:])).sum(1)
+    return (widths * _expected_excess(heights, mean[:, 1:], deviation[:, 1:])).sum(1)
 
 
-def _excess(limit: Array, mean: Array, deviation: Array) -> Array:
+def _expected_excess(limit: Array, mean: Array, deviation: Array) -> Array:
     """Expectation of how far a normal lies above the limit, 0 where it lies below."""
     z = (mean - limit) / deviation
     return deviation * (z * ndtr(z) + np.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi))

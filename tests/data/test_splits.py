@@ -122,9 +122,9 @@ def test_batches_are_the_split_in_order():
 def test_calibration_inputs_are_the_same_for_every_caller():
     data = images(flip=True, shift=1)
     torch.manual_seed(5)
-    eight = torch.cat(list(data.calibration(8, 3)))
-    assert torch.equal(eight, torch.cat(list(data.calibration(8, 8))))
-    assert [len(batch) for batch in data.calibration(1000, 16)] == [16, 16, 8]
+    eight = torch.cat(list(data.calibration_batches(8, 3)))
+    assert torch.equal(eight, torch.cat(list(data.calibration_batches(8, 8))))
+    assert [len(batch) for batch in data.calibration_batches(1000, 16)] == [16, 16, 8]
 
 
 def test_of_huge_inputs_fewer_are_drawn(monkeypatch):
@@ -135,7 +135,7 @@ def test_of_huge_inputs_fewer_are_drawn(monkeypatch):
     assert huge.at_most(512, 1) == 1
     assert data.at_most(512, 2**30) == 512
     monkeypatch.setattr(module, "CALIBRATION_BYTES", 3 * 4 * 3 * 6 * 5)
-    assert [len(batch) for batch in data.calibration(8, 2)] == [2, 1]
+    assert [len(batch) for batch in data.calibration_batches(8, 2)] == [2, 1]
 
 
 def test_parts_of_a_split_are_views_of_one_array():
@@ -158,7 +158,7 @@ def test_floating_point_inputs_reach_the_model_in_float32(dtype):
     inputs = np.random.default_rng(0).random((12, 3)).astype(dtype)
     split = Split(inputs, np.arange(12) % 3)
     data = Data(split, split, split)
-    drawn = [data.example(2), data.view(torch.arange(4), 0), *data.calibration(5, 2), *(x for x, _ in data.batches(data.val, 5))]
+    drawn = [data.example(2), data.view(torch.arange(4), 0), *data.calibration_batches(5, 2), *(x for x, _ in data.batches(data.val, 5))]
     assert {x.dtype for x in drawn} == {torch.float32}
     assert torch.equal(data.example(2), torch.from_numpy(inputs[:2]).float())
 

@@ -46,7 +46,7 @@ def forecast(net, data, tmp_path_factory):
     setting = replace(setting, baseline=replace(setting.baseline, val_score=Score(value=0.9)))
     suggest = find_suggest("default", setting.graphs[None], setting.device.profile)
     found = Forecast(setting, suggest, Budget(), FittedLatencyModel(OperatorTable()))
-    found.calibrate(4.0, 0, lambda *_: None)
+    found.profile_device(4.0, 0, lambda *_: None)
     return found
 
 
@@ -58,5 +58,7 @@ def pool(forecast):
 @pytest.fixture
 def findings(forecast, tmp_path):
     journal = open_journal(tmp_path, TASK, resume=False)
-    own = replace(forecast, model=copy.copy(forecast.model), networks=dict(forecast.networks), _foretold=dict(forecast._foretold))
-    return Findings(TASK, tmp_path, journal, own, Clock.start(60.0), SilentProgress(), points=[])
+    own = replace(
+        forecast, model=copy.copy(forecast.model), networks=dict(forecast.networks), _first_predictions=dict(forecast._first_predictions)
+    )
+    return Findings(TASK, tmp_path, journal, own, Clock.start(60.0), SilentProgress(), history=[])

@@ -35,4 +35,4 @@ def short_runs_only(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("autocompress.schedule.SHORT_SHARE", 0.9)
     patch.setattr("autocompress.schedule.SHORT_RUNS", 100)
     patch.setattr("autocompress.controller.pace.Pace.overhead", lambda self: 0.2)
-    patch.setattr("autocompress.controller.search.Search.full_rung", lambda self: None)
+    patch.setattr("autocompress.controller.rungs.Rungs.full_rung", lambda self: None)

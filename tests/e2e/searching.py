@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from pathlib import Path
 
 import torch
 from tasks import SLOW_CALLS, blobs, trained_net
@@ -19,13 +18,9 @@ from autocompress.controller.pace import Pace
 from autocompress.study.journal import Journal
 from autocompress.testing.devices import FakeDevice
 
-sys.path.append(str(Path(__file__).parents[1]))
-from exporter import export_faster
-
 
 def main() -> int:
     torch.set_num_threads(1)
-    export_faster()
     data = blobs()
     net, run, record = trained_net(data), session.run_search, Journal.record
     full_after = int(os.environ.get("FULL_AFTER", "1000"))
@@ -44,7 +39,7 @@ def main() -> int:
     session.run_search, Journal.record = run_here, tell
     Pace.overhead = lambda self: 0.2
     schedule.APPRAISAL_SHARE, schedule.SHORT_SHARE, schedule.SHORT_RUNS, forecast.WHOLE_NETWORKS = 0.01, 0.8, 60, 2
-    schedule.CALIBRATION_SHARE, schedule.POOL_SHARE = 0.02, 0.005
+    schedule.PROFILING_SHARE, schedule.POOL_SHARE = 0.02, 0.005
     own = ["search", "--model", "own:net", "--data", "own:blobs", "--search-time", "180s", "--out", sys.argv[1], *sys.argv[2:]]
     return cli.main(own)
 

@@ -14,7 +14,7 @@ from autocompress.candidates.forecast import Untrained
 from autocompress.controller.choice import CLEAR, Choice, Chooser
 from autocompress.controller.findings import Findings
 from autocompress.controller.pace import Pace
-from autocompress.controller.search import APPRAISED_A_TRIAL, APPRAISED_FIRST, Search
+from autocompress.controller.rungs import APPRAISED_A_TRIAL, APPRAISED_FIRST, Rungs
 from autocompress.policy import DistillSpec, Policy, PruneSpec, QuantSpec
 from autocompress.progress import SilentProgress
 from autocompress.records import Budget, Failure, Outcome
@@ -70,7 +70,7 @@ def test_the_margin_is_kept_by_what_is_measured_as_by_what_is_predicted(findings
     findings.forecast.limits = Budget(latency_s=limit)
     appraised(findings, [slow, fast])
     findings.forecast._note(slow.policy, limit / 1.03 / findings.setting.baseline.latency_s.median)
-    assert findings.forecast.excess(slow) <= 0 < findings.forecast.excess(slow, margin=2 * CLEAR)
+    assert findings.forecast.settled_excess(slow) <= 0 < findings.forecast.settled_excess(slow, margin=2 * CLEAR)
     assert Chooser(findings)._new_structure(pool[:0]).policy == fast.policy
 
 
@@ -93,7 +93,7 @@ def test_where_networks_are_slower_than_predicted_the_next_to_be_measured_is_fas
     forecast.limits = Budget(latency_s=1.6 * 1.2 * known[0].latency_s)
     appraised(findings, known)
     choice = Chooser(findings)._new_structure(pool[:0])
-    assert forecast.excess(forecast.proposal(choice.policy, {})) <= 0
+    assert forecast.settled_excess(forecast.proposal(choice.policy, {})) <= 0
     assert len(tried) <= 4, "the first, one that is faster by as much, and what the margin asks for"
 
 
@@ -135,14 +135,14 @@ def test_structures_are_appraised_before_anything_is_trained(findings, pool, mon
     monkeypatch.setattr("autocompress.schedule.APPRAISAL_SHARE", 0.6)  # on a busy machine each may take seconds
     monkeypatch.setattr(Chooser, "leading", lambda self: [])
     findings.task, findings.run = findings.task.model_copy(update={"trials": 2}), findings.setting.models.parent
-    Search(findings).appraise(pool)
+    Rungs(findings).appraise(pool)
     found = findings.appraisals.within_budget()
     told = f"{findings.appraisals.seconds_each:.2f} s each, {findings.journal.finished} trials, {findings.clock.left:.0f} s left"
     assert len(found) > APPRAISED_FIRST, told
     assert all(0 <= appraised.worth <= 1 for appraised in found)
     assert [o.rung for o in findings.journal.outcomes] == ["unchanged"]
     assert findings.ladder()["appraised"] == len(found)
-    again = Findings(TASK, findings.run, findings.journal, findings.forecast, findings.clock, SilentProgress(), points=[])
+    again = Findings(TASK, findings.run, findings.journal, findings.forecast, findings.clock, SilentProgress(), history=[])
     kept = {a.policy.digest: a.worth for a in again.appraisals.within_budget()}
     assert kept == {a.policy.digest: a.worth for a in found}, "read from the journal"
 
@@ -154,7 +154,7 @@ def test_the_unchanged_network_in_int8_costs_nothing_where_it_is_over_the_budget
     findings.forecast.limits = Budget(latency_s=0.99 * (int8.value if known else int8.low))
     if known:
         findings.forecast._note(policy, int8.value / findings.setting.baseline.latency_s.median)
-    Search(findings)._evaluate_unchanged()
+    Rungs(findings)._evaluate_unchanged()
     assert not findings.journal.outcomes
 
 
@@ -162,14 +162,14 @@ def test_dimensions_are_appraised_alone_and_then_what_loses_least_by_them(findin
     monkeypatch.setattr(Appraisals, "_worth", lambda self, p: p.inheritance)
     findings.forecast.limits = Budget(latency_s=0.6 * findings.setting.baseline.latency_s.median)
     base, appraised = findings.appraisals.sensitivity.base, []
-    for proposal in Search(findings)._first(pool, [], time.monotonic() + 60.0, 1000):
+    for proposal in Rungs(findings)._first(pool, [], time.monotonic() + 60.0, 1000):
         appraised.append(findings.appraisals.appraise(proposal))
     changes = [sum(a.proposal.params[name] != value for name, value in base.params.items()) for a in appraised]
     alone = changes.index(next(n for n in changes if n != 1))
     assert alone == len([*findings.appraisals.sensitivity.levels]), "all of them: there was time"
     best = [a for a in appraised[alone:] if a.latency_s <= findings.budget.latency_s]
     assert len(best) == len(appraised) - alone > 3
-    rivals = [p for p in findings.forecast.again(pool) if p.latency_s <= best[0].latency_s]
+    rivals = [p for p in findings.forecast.within_budget(pool) if p.latency_s <= best[0].latency_s]
     assert best[0].worth >= 0.9 * max(p.inheritance for p in rivals)
     for proposal in pool[:10]:
         findings.appraisals.appraise(proposal)
@@ -178,7 +178,7 @@ def test_dimensions_are_appraised_alone_and_then_what_loses_least_by_them(findin
 
 @pytest.mark.parametrize(("seconds", "most"), [(-1.0, 1000), (60.0, 2)], ids=["no time", "few trials"])
 def test_where_too_few_dimensions_could_be_appraised_alone_what_promises_most_comes_first(findings, pool, seconds, most):
-    first = [*Search(findings)._first(pool, [], time.monotonic() + seconds, most)]
+    first = [*Rungs(findings)._first(pool, [], time.monotonic() + seconds, most)]
     promising = Chooser(findings).promising(pool, [])
     assert first == [promising[index] for index in cover([(p.promise, p.latency_s) for p in promising], APPRAISED_FIRST)]
 
@@ -186,7 +186,7 @@ def test_where_too_few_dimensions_could_be_appraised_alone_what_promises_most_co
 def test_appraisal_is_limited_where_few_policies_will_be_trained(findings, pool, monkeypatch):
     monkeypatch.setattr("autocompress.schedule.APPRAISAL_SHARE", 0.5)
     findings.task, findings.run = findings.task.model_copy(update={"trials": 1}), findings.setting.models.parent
-    Search(findings).appraise(pool)
+    Rungs(findings).appraise(pool)
     assert len(findings.appraisals) == APPRAISED_A_TRIAL
 
 
@@ -246,10 +246,10 @@ def test_what_choosing_a_policy_took_is_part_of_what_it_cost(findings, pool, mon
         asked.update(known)
         return Outcome(id=known["id"], policy=policy, rung="short", seconds=3.0)
 
-    monkeypatch.setattr("autocompress.controller.search.evaluate_policy", made)
+    monkeypatch.setattr("autocompress.controller.rungs.evaluate_policy", made)
     monkeypatch.setattr(Findings, "keep", lambda self, outcome: kept.append(outcome))
     findings.clock = Clock.start(60.0, already=30.0)
-    Search(findings)._train_shortly(Choice(pool[0].policy, 0.5), time.monotonic() - 2.0, Division(20.0, 4.0, 1.0))
+    Rungs(findings)._train_shortly(Choice(pool[0].policy, 0.5), time.monotonic() - 2.0, Division(20.0, 4.0, 1.0))
     assert kept[0].seconds == pytest.approx(5.0, abs=0.5)
     assert asked["seconds"] == 4.0
     assert asked["latest"] - time.monotonic() == pytest.approx(30.0 - Pace(findings).finishing(), abs=1.0)
@@ -259,16 +259,16 @@ def test_what_choosing_a_policy_took_is_part_of_what_it_cost(findings, pool, mon
 def test_after_a_handful_of_steps_what_was_worth_most_untrained_is_trained_to_the_end(findings, pool, monkeypatch, steps, climbs):
     """Seen where a short run of seven steps lost to one of 38: the search then trained the wrong policy for all of its time."""
     begun = []
-    monkeypatch.setattr("autocompress.controller.search.evaluate_policy", lambda *_, continues, **known: begun.append(continues))
+    monkeypatch.setattr("autocompress.controller.rungs.evaluate_policy", lambda *_, continues, **known: begun.append(continues))
     monkeypatch.setattr(Findings, "keep", lambda self, outcome: None)
-    monkeypatch.setattr("autocompress.controller.search.full_runs", lambda *_: 1)
+    monkeypatch.setattr("autocompress.controller.rungs.full_runs", lambda *_: 1)
     worth = {findings.forecast.structure(policy): value for policy, value in ((pool[0].policy, 0.9), (pool[1].policy, 0.4))}
     monkeypatch.setattr(Appraisals, "_worth", lambda self, p: worth[self.forecast.structure(p.policy)])
     for proposal in pool[:2]:
         findings.appraisals.appraise(proposal)
     trained(findings, pool[0].policy, 2e-3, score=0.55, steps=steps[0])
     trained(findings, pool[1].policy, 1e-3, score=0.61, id="00001", steps=steps[1])
-    Search(findings).full_rung()
+    Rungs(findings).full_rung()
     assert begun == [climbs]
 
 
@@ -276,18 +276,18 @@ def test_after_a_handful_of_steps_what_was_worth_most_untrained_is_trained_to_th
 def test_of_runs_that_differ_in_distillation_one_is_trained_to_the_end(findings, pool, monkeypatch, scores, climb):
     """Seen in a search of an hour, which trained one structure twice for twenty minutes."""
     begun = []
-    monkeypatch.setattr("autocompress.controller.search.evaluate_policy", lambda *_, continues, **known: begun.append(continues))
+    monkeypatch.setattr("autocompress.controller.rungs.evaluate_policy", lambda *_, continues, **known: begun.append(continues))
     monkeypatch.setattr(Findings, "keep", lambda self, outcome: None)
-    monkeypatch.setattr("autocompress.controller.search.full_runs", lambda left, each, candidates, trials: candidates)
+    monkeypatch.setattr("autocompress.controller.rungs.full_runs", lambda left, each, candidates, trials: candidates)
     other = pool[0].policy.model_copy(update={"distill": DistillSpec(temperature=2.0)})
     trained(findings, pool[0].policy, 2e-3, score=scores[0], steps=99)
     trained(findings, other, 2e-3, score=scores[1], id="00001", steps=99)
     trained(findings, pool[1].policy, 1e-3, score=0.6, id="00002", steps=99)
-    Search(findings).full_rung()
+    Rungs(findings).full_rung()
     assert sorted(begun) == climb
     trained(findings, {"00000": pool[0].policy, "00001": other}[climb[0]], 2e-3, id=f"{climb[0]}-full", rung="full")
     begun.clear()
-    Search(findings).full_rung()
+    Rungs(findings).full_rung()
     assert begun == ["00002"], "the structure has been trained to the end"
 
 
@@ -390,7 +390,7 @@ def test_what_a_space_draws_otherwise_by_now_is_left_out(findings, pool):
     space = findings.forecast.space
     findings.forecast.space = lambda trial: (trial.suggest_int("new", 0, 1), space(trial))[1]
     findings.forecast.space = own_suggest(findings.forecast.space, "own", findings.setting.device.profile, findings.setting.graphs[None])
-    again = Findings(TASK, findings.run, findings.journal, findings.forecast, findings.clock, SilentProgress(), points=[])
+    again = Findings(TASK, findings.run, findings.journal, findings.forecast, findings.clock, SilentProgress(), history=[])
     assert len(again.appraisals) == 0
 
 
@@ -414,9 +414,9 @@ def test_short_runs_have_about_as_many_steps_whatever_a_step_costs(findings, poo
 
     findings.run = findings.setting.models.parent
     monkeypatch.setattr(Pace, "step_cost", lambda self, policy: costs[policy.digest])
-    monkeypatch.setattr("autocompress.controller.search.evaluate_policy", made)
+    monkeypatch.setattr("autocompress.controller.rungs.evaluate_policy", made)
     for proposal in pool[:3]:
-        Search(findings)._train_shortly(Choice(proposal.policy, 0.5), time.monotonic(), Division(20.0, 10.0, 1.0))
+        Rungs(findings)._train_shortly(Choice(proposal.policy, 0.5), time.monotonic(), Division(20.0, 10.0, 1.0))
     assert asked == pytest.approx([10.0, 20.0, 2.5]), "a step has costs that no network is too small for"
 
 

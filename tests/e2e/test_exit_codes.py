@@ -29,7 +29,7 @@ def search(net, data, tmp_path, monkeypatch):
     monkeypatch.setattr("autocompress.schedule.SHORT_RUNS", 100)
     monkeypatch.setattr("autocompress.candidates.forecast.WHOLE_NETWORKS", 2)
     monkeypatch.setattr("autocompress.controller.pace.Pace.overhead", lambda self: 0.2)
-    monkeypatch.setattr("autocompress.controller.search.Search.full_rung", lambda self: None)
+    monkeypatch.setattr("autocompress.controller.rungs.Rungs.full_rung", lambda self: None)
 
     def run(device, *options):
         monkeypatch.setattr(session, "run_search", lambda *given, **named: run_search(*given, model=net, data=data, device=device, **named))

@@ -11,11 +11,11 @@ from running import TASK, measurement, trained
 from tasks import SLOW_CALLS, Diary
 
 from autocompress.candidates.forecast import Untrained
+from autocompress.controller.begin import know_baseline, profile_device
 from autocompress.controller.choice import Chooser
 from autocompress.controller.findings import Findings
-from autocompress.controller.initial import calibrate, know_original
 from autocompress.controller.pace import Pace
-from autocompress.controller.search import Search
+from autocompress.controller.rungs import Rungs
 from autocompress.data import SPLITS, Split
 from autocompress.errors import InfeasibleBudget, TooManyFailures
 from autocompress.policy import Policy, QuantSpec
@@ -46,8 +46,8 @@ def test_what_is_kept_for_the_end_trains_a_policy_while_there_is_no_front_to_mea
         found = {"val_score": Score(value=0.95), "latency_s": measurement(1e-6), "artifact": "models/00000/model.onnx", "size_bytes": 9}
         return Outcome(id=known["id"], policy=policy, rung="short", **found)
 
-    monkeypatch.setattr("autocompress.controller.search.evaluate_policy", realised)
-    Search(findings).short_rung(pool)
+    monkeypatch.setattr("autocompress.controller.rungs.evaluate_policy", realised)
+    Rungs(findings).short_rung(pool)
     assert len(seconds) == 1
 
 
@@ -89,9 +89,9 @@ def test_the_unchanged_network_is_trained_only_where_its_bits_cost_accuracy(find
         asked.append((known["id"], known["rung"]))
         return Outcome(id=known["id"], policy=policy, rung="full", failure=Failure(stage="train", reason="not here"))
 
-    monkeypatch.setattr("autocompress.controller.search.evaluate_policy", realised)
+    monkeypatch.setattr("autocompress.controller.rungs.evaluate_policy", realised)
     monkeypatch.setattr(findings, "keep", lambda outcome: None)
-    Search(findings).full_rung()
+    Rungs(findings).full_rung()
     assert asked == ([("int8-full", "full")] if climbs else [])
 
 
@@ -128,7 +128,7 @@ def test_an_original_that_was_measured_too_fast_is_known_better_before_a_policy_
     hasty = truth.model_copy(update={"median": 0.77 * truth.median, "high": 0.77 * truth.high})
     findings.setting = replace(findings.setting, baseline=replace(findings.setting.baseline, latency_s=hasty), baseline_history=[hasty])
     findings.forecast.limits = Budget(relative=0.5)
-    calibrate(findings)
+    profile_device(findings)
     assert findings.setting.baseline.latency_s.median == pytest.approx(truth.median)
     assert findings.budget.latency_s == pytest.approx(0.5 * truth.median)
     original = findings.forecast.structure(Policy())
@@ -171,8 +171,8 @@ def test_an_original_that_hardly_beats_guessing_is_asked_for_its_weights(finding
     data = findings.setting.data
     parts = {name: Split(part.inputs, part.targets % classes) for name in SPLITS for part in [getattr(data, name)]}
     findings.setting = replace(findings.setting, data=replace(data, classes=classes, **parts))
-    monkeypatch.setattr("autocompress.controller.initial.score_original", lambda setting, split: Score(value=score))
-    know_original(findings)
+    monkeypatch.setattr("autocompress.controller.begin.score_baseline", lambda setting, split: Score(value=score))
+    know_baseline(findings)
     assert any("hardly more than guessing" in message for message in diary.messages) == told
 
 
@@ -233,7 +233,7 @@ def test_longer_training_is_believed_unless_validation_contradicts_it_by_more_th
 def test_where_the_original_has_seen_validation_examples_they_contradict_no_longer_training(findings, pool, train, val, steps, kept):
     """Seen on CIFAR-10: after 148 steps 98.1 % of the validation images, after 927 more 96.9 %; of the test images 91.9 %, then 92.7 %."""
     scores = {"train_score": Score(value=train, n=1000), "val_score": Score(value=val, n=5000)}
-    findings.keep_original(replace(findings.setting.baseline, **scores))
+    findings.record_baseline(replace(findings.setting.baseline, **scores))
     trained(findings, pool[0].policy, 1e-3, val_score=Score(value=0.981, n=5000), steps=3)
     trained(findings, pool[0].policy, 1e-3, val_score=Score(value=0.9686, n=5000), id="00000-full", rung="full", steps=steps)
     assert [o.id for o in findings.outcomes()] == [kept]
@@ -241,9 +241,9 @@ def test_where_the_original_has_seen_validation_examples_they_contradict_no_long
 
 def test_a_resumed_search_knows_the_original_as_it_was_measured_beside_the_others(findings, forecast):
     found = {"latency_s": measurement(3.0), "train_score": Score(value=0.9), "val_score": Score(value=0.8), "test_score": Score(value=0.7)}
-    findings.keep_original(replace(findings.setting.baseline, **found))
+    findings.record_baseline(replace(findings.setting.baseline, **found))
     half = replace(forecast, limits=Budget(relative=0.5))
-    again = Findings(TASK, findings.run, findings.journal, half, findings.clock, SilentProgress(), points=[])
+    again = Findings(TASK, findings.run, findings.journal, half, findings.clock, SilentProgress(), history=[])
     again.recall()
     known = again.setting.baseline
     assert (known.latency_s.median, known.train_score.value, known.val_score.value, known.test_score.value) == (3.0, 0.9, 0.8, 0.7)
@@ -269,16 +269,16 @@ def test_a_policy_whose_prediction_straddles_the_budget_is_measured_before_it_is
     monkeypatch.setattr(found, "_measure_untrained", lambda policy: measured.append(policy) or Untrained(policy, measurement(truth), 9))
     for limit, over in ((0.9 * truth, True), (1.1 * truth, False)):
         found.limits = Budget(latency_s=limit)
-        assert (found.excess(leader) > 0) is over
+        assert (found.settled_excess(leader) > 0) is over
     assert measured == [leader.policy] * 2
     for limit in (0.1 * truth, 10 * truth):
         found.limits = Budget(latency_s=limit)
-        found.excess(leader)
+        found.settled_excess(leader)
     assert len(measured) == 2, "where the prediction is clear nothing is measured"
     found.networks[found.structure(leader.policy)] = (leader.workload, truth / findings.setting.baseline.latency_s.median)
     found.limits = Budget(latency_s=0.99 * truth)
-    assert found.excess(leader) > 0 and len(measured) == 2, "what was measured is not measured again"
-    assert leader.policy not in [p.policy for p in found.again(pool)]
+    assert found.settled_excess(leader) > 0 and len(measured) == 2, "what was measured is not measured again"
+    assert leader.policy not in [p.policy for p in found.within_budget(pool)]
 
 
 def replace_spread(model, spread):
@@ -291,7 +291,7 @@ def replace_spread(model, spread):
 def test_what_the_original_beats_is_not_on_the_front(findings, pool):
     """Where the budget allows the original itself, a file that is slower and no better is worth nothing."""
     original = findings.setting.baseline.latency_s.median
-    findings.keep_original(replace(findings.setting.baseline, val_score=Score(value=0.8)))
+    findings.record_baseline(replace(findings.setting.baseline, val_score=Score(value=0.8)))
     trained(findings, pool[0].policy, 1.2 * original, score=0.8, id="00000")
     assert findings.front() == []
     trained(findings, pool[1].policy, 1.1 * original, score=0.9, id="00001")
@@ -308,9 +308,9 @@ def test_a_prediction_is_judged_as_it_was_before_the_network_was_measured(findin
         findings.forecast._note(
             proposal.policy, 3.0 * findings.forecast.predict(proposal.policy).value / findings.setting.baseline.latency_s.median
         )
-    findings.forecast.learn([])
+    findings.forecast.refit()
     assert findings.forecast.predict(policy).value > 1.1 * before.value
-    assert findings.forecast.foretell(policy) == before
+    assert findings.forecast.first_prediction(policy) == before
 
 
 def test_what_the_original_beats_is_neither_best_nor_reaches_a_target(findings, pool):
@@ -320,8 +320,8 @@ def test_what_the_original_beats_is_neither_best_nor_reaches_a_target(findings, 
     trained(findings, pool[0].policy, 2 * original.latency_s.median, score=0.85)
     findings.recall()
     assert findings.best is None
-    assert not Search(findings)._is_over()
+    assert not Rungs(findings)._is_over()
     trained(findings, pool[1].policy, 0.5 * original.latency_s.median, score=0.85, id="00001")
     findings.recall()
     assert findings.best.id == "00001"
-    assert Search(findings)._is_over()
+    assert Rungs(findings)._is_over()

@@ -12,7 +12,7 @@ import torch
 from tasks import SLOW_CALLS, Diary, Net
 from torch import nn
 
-from autocompress.candidates.forecast import DRAWS, HOPE, Forecast
+from autocompress.candidates.forecast import DRAWS, FEASIBILITY_SLACK, Forecast
 from autocompress.candidates.proposals import CELLS, KEPT_EACH
 from autocompress.errors import InfeasibleBudget, UsageError
 from autocompress.latency import FittedLatencyModel, OperatorTable
@@ -55,7 +55,7 @@ def test_the_cure_of_a_budget_that_nothing_meets_is_of_its_kind_and_works(settin
 
 def test_a_budget_just_out_of_reach_is_refused_once_the_device_is_known(setting):
     found = forecast(setting)
-    found.calibrate(5.0, 0, lambda *_: None)
+    found.profile_device(5.0, 0, lambda *_: None)
     fastest = min(found.pool(0, 2.0), key=lambda p: p.latency_s)
     seconds = FakeDevice(SLOW_CALLS).seconds_of(fastest.workload)
     found.limits = Budget.parse(f"{0.8e6 * seconds:.4f}us")
@@ -71,13 +71,16 @@ def test_a_budget_just_out_of_reach_is_refused_once_the_device_is_known(setting)
 def test_a_size_and_a_time_that_no_policy_meets_together_are_refused_with_what_does(setting):
     """Storage of 4 bits is small and computed in float32; int8 is fast and twice as large."""
     found = forecast(setting, space="quantize")
-    found.calibrate(5.0, 0, lambda *_: None)
+    found.profile_device(5.0, 0, lambda *_: None)
     pool = found.pool(0, 2.0)
     small, fast = (min(pool, key=key) for key in (lambda p: p.workload.weight_bytes, lambda p: p.latency_s))
     overhead = setting.baseline.size_bytes - setting.graphs[None].workload(Policy()).weight_bytes
     assert fast.workload.weight_bytes > 1.1 * small.workload.weight_bytes and small.latency_s > 1.1 * fast.latency_s
-    size, seconds = 1.05 * (small.workload.weight_bytes + overhead) / HOPE, 1.2 * fast.latency_s / HOPE
-    for budget, refused in ((f"{1e6 * seconds:.3f}us,{size:.0f}B", True), (f"{1e6 * HOPE * seconds * 4:.3f}us,{HOPE * size:.0f}B", False)):
+    size, seconds = 1.05 * (small.workload.weight_bytes + overhead) / FEASIBILITY_SLACK, 1.2 * fast.latency_s / FEASIBILITY_SLACK
+    for budget, refused in (
+        (f"{1e6 * seconds:.3f}us,{size:.0f}B", True),
+        (f"{1e6 * FEASIBILITY_SLACK * seconds * 4:.3f}us,{FEASIBILITY_SLACK * size:.0f}B", False),
+    ):
         found.limits = Budget.parse(budget)
         try:
             found._require_both([*pool])
@@ -91,10 +94,10 @@ def test_whole_networks_that_are_measured_ahead_are_of_the_latencies_of_interest
     """A student that is wider than the teacher takes long to be made and measured, and says nothing of those within the budget."""
     found, measured = forecast(setting, "0.6x"), []
     monkeypatch.setattr(Forecast, "_measure_untrained", lambda self, policy: measured.append(policy))
-    found.calibrate(5.0, 0, lambda *_: None)
+    found.profile_device(5.0, 0, lambda *_: None)
     slowest = max(found.predict(policy).value for policy in measured)
     assert len(measured) > 1
-    assert slowest <= HOPE * found.latency_limit < found.setting.baseline.latency_s.median
+    assert slowest <= FEASIBILITY_SLACK * found.latency_limit < found.setting.baseline.latency_s.median
 
 
 class Moody(FakeDevice):
@@ -111,7 +114,7 @@ def test_a_machine_that_is_slower_now_and_then_changes_no_prediction(setting):
     policy = Policy(student=StudentSpec(width=0.5))
     for found in (steady, moody):
         found.setting.baseline_history.clear()
-        found.calibrate(5.0, 0, lambda *_: None)
+        found.profile_device(5.0, 0, lambda *_: None)
     assert moody.predict(policy).value == pytest.approx(steady.predict(policy).value)
     truth = steady._usual(steady._measure_untrained(policy)).median
     for _ in range(2):
@@ -122,7 +125,7 @@ def test_a_network_that_is_only_timed_is_hardly_calibrated(setting, monkeypatch)
     plans = []
     monkeypatch.setattr("autocompress.objective.train_quantized", lambda student, quant, data, plan: plans.append(plan) or student.eval())
     forecast(setting)._measure_untrained(Policy(student=StudentSpec(width=0.5)))
-    assert [plan.calibration for plan in plans] == [FEWEST_EXAMPLES]
+    assert [plan.calibration_inputs for plan in plans] == [FEWEST_EXAMPLES]
 
 
 @pytest.mark.parametrize(("spread", "counted"), [(1.0, 1.0), (1.03, 1.03), (1.4, 1.05)], ids=["exact", "wide", "noisy"])
@@ -134,7 +137,7 @@ def test_a_prediction_is_judged_by_the_upper_end_of_an_interval_as_wide_as_the_o
     proposal = found.proposal(Policy(), {})
     for limit, within in ((0.999, False), (1.001, True)):
         found.limits = Budget(latency_s=limit * counted * found.latency_s(proposal))
-        assert bool(found.again([proposal])) is within
+        assert bool(found.within_budget([proposal])) is within
 
 
 def test_what_binds_is_said_before_anything_was_measured(setting):
@@ -159,7 +162,7 @@ def test_a_space_whose_names_do_not_say_which_end_is_fast_is_not_refused(setting
         return Policy(prune=PruneSpec(ratios=dict.fromkeys(groups, share)), quant=QuantSpec(bits=8))
 
     slow, fast = (device.seconds_of(graph.workload(cut(share))) for share in (0.0, 0.9))
-    budget = 0.95 * slow / HOPE
+    budget = 0.95 * slow / FEASIBILITY_SLACK
     assert fast < 0.8 * budget
     forecast(setting, f"{1e6 * budget:.3f}us", suggest=lambda trial: cut(trial.suggest_float("cut", 0.0, 0.9))).require_hope()
 
@@ -172,7 +175,7 @@ def test_a_budget_that_only_float32_meets_is_not_refused_where_int8_is_slower(ne
     assert in_int8 > 3 * in_float
     found = forecast(setting, f"{1.05e6 * in_float:.3f}us")
     found.require_hope()
-    found.calibrate(2.0, 0, lambda *_: None)
+    found.profile_device(2.0, 0, lambda *_: None)
     found.require_feasible(found.pool(0, 1.0))
     with pytest.raises(InfeasibleBudget) as caught:
         forecast(setting, "1us").require_hope()
@@ -194,7 +197,7 @@ def drawn_and_bred(monkeypatch):
     monkeypatch.setattr("autocompress.candidates.forecast.GENERATIONS", 20)
 
     def make(found):
-        found.calibrate(5.0, 0, lambda *_: None)
+        found.profile_device(5.0, 0, lambda *_: None)
         seen = []
         monkeypatch.setattr(found, "_draw", lambda suggesters: seen.append(Forecast._draw(found, suggesters)) or seen[-1])
         pool = found.pool(0, 1e6)
@@ -208,12 +211,12 @@ def test_a_pool_is_better_than_its_draws_at_all_latencies(setting, drawn_and_bre
     drawn, pool = drawn_and_bred(found)
     fastest, limit = min(p.latency_s for p in pool), found.latency_limit
     assert fastest <= min(p.latency_s for p in drawn)
-    cell = (HOPE * limit / fastest) ** (1 / CELLS)
+    cell = (FEASIBILITY_SLACK * limit / fastest) ** (1 / CELLS)
     gains = [best_within(pool, cell * at) / max(1e-9, best_within(drawn, at)) for at in np.geomspace(fastest, limit, 9)]
     assert min(gains) >= 1
     assert np.median(gains) > 1.02
     assert len(pool) <= CELLS * KEPT_EACH + 1, "each costs time whenever the next policy is chosen"
-    assert all(p.latency_s <= limit for p in found.again(pool))
+    assert all(p.latency_s <= limit for p in found.within_budget(pool))
 
 
 def test_a_pool_holds_what_a_limit_on_size_allows(setting, drawn_and_bred):
@@ -221,8 +224,8 @@ def test_a_pool_holds_what_a_limit_on_size_allows(setting, drawn_and_bred):
     weights = forecast(setting).original.weight_bytes
     found = forecast(setting, f"{setting.baseline.size_bytes - 0.6 * weights:.0f}B", space="prune")
     drawn, pool = drawn_and_bred(found)
-    small = found.again(pool)
-    assert max(p.promise for p in small) >= max(p.promise for p in found.again(drawn))
+    small = found.within_budget(pool)
+    assert max(p.promise for p in small) >= max(p.promise for p in found.within_budget(drawn))
     assert max(p.promise for p in small) < max(p.promise for p in pool), "the limit binds"
 
 
@@ -299,7 +302,7 @@ def test_a_network_that_cannot_be_traced_is_searched_all_the_same(data, tmp_path
 def test_a_budget_that_the_interval_of_a_prediction_straddles_is_decided_by_measuring(setting):
     """Else a search would train for an hour what cannot meet its budget."""
     found = forecast(setting)
-    found.calibrate(5.0, 0, lambda *_: None)
+    found.profile_device(5.0, 0, lambda *_: None)
     pool = found.pool(0, 2.0)
     known = [*(found.proposal(policy, {}) for policy in fastest(found.suggest)), *pool]
     least = min(FakeDevice(SLOW_CALLS).seconds_of(proposal.workload) for proposal in known)

@@ -56,7 +56,7 @@ def test_a_task_file_with_a_model_and_photos_of_ones_own(place, capsys, monkeypa
     import onnxruntime
 
     monkeypatch.setattr("autocompress.schedule.SHORT_RUNS", 30)
-    monkeypatch.setattr("autocompress.controller.search.Search.full_rung", lambda self: None)
+    monkeypatch.setattr("autocompress.controller.rungs.Rungs.full_rung", lambda self: None)
     monkeypatch.setattr("autocompress.candidates.forecast.WHOLE_NETWORKS", 2)
     run, out = place / "run", place / "shipped"
     assert main(["search", str(place / "task.toml"), "--quiet", "--out", str(run)]) == 0
@@ -77,7 +77,7 @@ def test_students_of_another_architecture_are_searched_and_made_again(net, data,
     monkeypatch.setattr("autocompress.schedule.SHORT_RUNS", 30)
     monkeypatch.setattr("autocompress.candidates.forecast.WHOLE_NETWORKS", 2)
     monkeypatch.setattr("autocompress.controller.pace.Pace.overhead", lambda self: 0.2)
-    monkeypatch.setattr("autocompress.controller.search.Search.full_rung", lambda self: None)
+    monkeypatch.setattr("autocompress.controller.rungs.Rungs.full_rung", lambda self: None)
     (tmp_path / "other.py").write_text(OTHER)
     reference = f"{tmp_path / 'other.py'}:build"
     task = Task(model="own:net", data="own:blobs", student=reference, search_time="90s", trials=1)

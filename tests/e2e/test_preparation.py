@@ -21,7 +21,7 @@ from autocompress.deploy import recreate
 from autocompress.errors import DeviceUnavailable, PolicyFailure, UsageError
 from autocompress.objective import FLOAT_WEIGHTS, PROBED_STEPS, evaluate_policy, training_step_seconds
 from autocompress.policy import LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
-from autocompress.preparation import limit_validation, load, prepare, score_original, train_demo_teacher
+from autocompress.preparation import limit_validation, load, prepare, score_baseline, train_demo_teacher
 from autocompress.search_space import with_exact_int8
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
@@ -68,7 +68,7 @@ def test_weights_that_are_not_numbers_are_the_models_fault(net, data, tmp_path):
     broken = copy.deepcopy(net)
     nn.init.constant_(broken.head.weight, float("nan"))
     with pytest.raises(UsageError, match=r"own:net must run on the device as it is.*finite"):
-        score_original(ready(broken, data, tmp_path / "run"), data.val)
+        score_baseline(ready(broken, data, tmp_path / "run"), data.val)
 
 
 def test_a_device_that_cannot_run_the_original_says_so(net, data, tmp_path):
@@ -170,7 +170,7 @@ def test_a_student_is_reconstructed_once_and_only_where_something_was_cut(net, d
 
     assert made(INT8, "int8") == 0, "the teacher itself"
     assert made(narrow, "00000") == 1
-    assert reconstructed == [min(setting.calibration, len(data.train))]
+    assert reconstructed == [min(setting.calibration_inputs, len(data.train))]
     assert made(narrow, "00000-full", "full", "00000") == 1, "what it has learnt is kept"
     assert made(narrow, "00001-full", "full", "00001") == 2, "the checkpoint is lost"
 

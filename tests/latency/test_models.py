@@ -51,7 +51,7 @@ def workloads(graph):
 
 def calibrated(device, workloads, path=None):
     table = OperatorTable(path)
-    table.calibrate(device, workloads, seconds=60)
+    table.measure(device, workloads, seconds=60)
     return table
 
 
@@ -184,7 +184,7 @@ def test_the_table_survives_on_disk(workloads, tmp_path):
     for workload in workloads[:6]:
         for operator in workload.operators:
             assert again.estimate(operator) == pytest.approx(table.estimate(operator))
-    assert again.calibrate(FakeDevice(), workloads[:3], seconds=60) == 0, "nothing is measured twice"
+    assert again.measure(FakeDevice(), workloads[:3], seconds=60) == 0, "nothing is measured twice"
 
 
 def test_a_table_that_cannot_be_kept_is_measured_all_the_same(workloads, tmp_path):
@@ -201,7 +201,7 @@ def test_a_damaged_table_is_measured_again(workloads, tmp_path, content):
     path.write_text(content)
     table = OperatorTable(path)
     assert len(table) == 0 and table.call_overhead == 0.0
-    assert table.calibrate(FakeDevice(), workloads[:1], seconds=60) > 0
+    assert table.measure(FakeDevice(), workloads[:1], seconds=60) > 0
     assert json.loads(path.read_text())["entries"]
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from autocompress.report.figures import layers_figure, pareto_figure, prediction_figure, progress_figure
 from autocompress.report.page import write_report
-from autocompress.report.view import score_interval
 from autocompress.results import Results
+from autocompress.scores import score_interval
 
 
 def traces(figure):

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from autocompress.records import Score
 from autocompress.report.axes import Axis, time_ticks
 from autocompress.report.tables import FRAME_COLUMNS, frame, front_table, layer_table, note, summary
-from autocompress.report.view import caveats, details, format_score, headline, score_interval
+from autocompress.report.view import caveats, details, format_score, headline
 from autocompress.results import LayerChange, Results
+from autocompress.scores import score_interval
 from autocompress.terminal import rendered
 
 

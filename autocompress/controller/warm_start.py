@@ -58,11 +58,11 @@ def _may_be_wanted(findings: Findings, outcome: Outcome) -> bool:
         return False
     if for_device(policy, profile) != policy or (8 in (policy.quant.bits, *policy.quant.layers.values()) and 8 not in profile.bits):
         return False
-    return forecast.excess(forecast.proposal(policy, {}), measuring=False) <= 0
+    return forecast.least_excess(forecast.proposal(policy, {})) <= 0
 
 
 def _take_over_file(findings: Findings, outcome: Outcome, run: Path) -> None:
-    bundle, predicted = (run / (outcome.artifact or "")).parent, findings.forecast.foretell(outcome.policy)
+    bundle, predicted = (run / (outcome.artifact or "")).parent, findings.forecast.first_prediction(outcome.policy)
     if not is_intact(bundle):
         findings.progress.message(f"policy {outcome.id} of {run} is left out: its files are no longer what they were")
         return

@@ -9,8 +9,8 @@ from autocompress.candidates.proposals import Proposal
 from autocompress.controller.findings import Findings
 from autocompress.data import sample
 from autocompress.front import measured
-from autocompress.preparation import limit_validation, score_original
-from autocompress.schedule import calibration_seconds, pool_seconds, reserve_seconds, teacher_seconds, validation_seconds
+from autocompress.preparation import limit_validation, score_baseline
+from autocompress.schedule import pool_seconds, profiling_seconds, reserve_seconds, teacher_seconds, validation_seconds
 
 MOST_OF_TRAIN = 1000
 """Training examples that the original is scored on, at most: enough to tell whether it knows validation examples less well."""
@@ -18,10 +18,10 @@ GUESSING = 0.05
 """Share of the way from guessing to no error: an original that has not gone so far looks untrained, which is told."""
 
 
-def calibrate(findings: Findings) -> None:
+def profile_device(findings: Findings) -> None:
     """Learn to predict latency, for a share of the time, and from what a resumed search had measured."""
-    findings.forecast.calibrate(calibration_seconds(findings.clock), findings.task.seed, findings.show)
-    findings.follow_original()
+    findings.forecast.profile_device(profiling_seconds(findings.clock), findings.task.seed, findings.show)
+    findings.adopt_drifted_baseline()
     findings.forecast.learn(measured(findings.journal.outcomes))
 
 
@@ -34,7 +34,7 @@ def propose(findings: Findings) -> list[Proposal]:
     return pool
 
 
-def know_original(findings: Findings) -> None:
+def know_baseline(findings: Findings) -> None:
     """The original's validation score; how many examples validate a policy, and how much time the end of the search needs."""
     whole = len(findings.setting.data.val)
     findings.setting = limit_validation(findings.setting, validation_seconds(findings.clock), findings.journal.noted("val_examples"))
@@ -44,10 +44,10 @@ def know_original(findings: Findings) -> None:
         findings.progress.message(f"validating on {len(data.val)} of {whole} examples: all would take too much of the search's time")
     findings.show("scoring the original")
     started = time.monotonic()
-    score = score_original(findings.setting, data.val)
+    score = score_baseline(findings.setting, data.val)
     findings.per_example_s = (time.monotonic() - started) / len(data.val)
-    of_train = score_original(findings.setting, sample(data.train, min(len(data.val), MOST_OF_TRAIN)))
-    findings.keep_original(replace(findings.setting.baseline, val_score=score, train_score=of_train))
+    of_train = score_baseline(findings.setting, sample(data.train, min(len(data.val), MOST_OF_TRAIN)))
+    findings.record_baseline(replace(findings.setting.baseline, val_score=score, train_score=of_train))
     guess = 1 / data.classes if data.classes else 0.0
     if data.score is None and score.value < guess + GUESSING * (1 - guess):
         cure = (

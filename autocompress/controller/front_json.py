@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from autocompress.candidates.forecast import Forecast
 from autocompress.front import gain, hypervolume, measured, pareto_front
 from autocompress.graph import Structure
 from autocompress.objective import Baseline
 from autocompress.policy import Policy
 from autocompress.ranks import partial_rank_correlation, rank_correlation
 from autocompress.records import Budget, Outcome
-from autocompress.results import Entry, LayerChange
+from autocompress.results import BaselineEntry, Entry, LayerChange
 
 
 def feasible(outcome: Outcome, limits: Budget, *, margin: float = 0.0) -> bool:
@@ -39,6 +42,33 @@ def entry(outcome: Outcome, baseline: Baseline, limits: Budget, layers: tuple[La
         dominated=dominated,
         layers=layers,
     )
+
+
+def baseline_entry(baseline: Baseline, run: Path) -> BaselineEntry:
+    """The original as front.json shows it."""
+    return BaselineEntry(
+        train_score=baseline.train_score,
+        val_score=baseline.val_score,
+        test_score=baseline.test_score,
+        latency_s=baseline.latency_s,
+        size_bytes=baseline.size_bytes,
+        artifact=str(baseline.path.relative_to(run)),
+    )
+
+
+def layer_changes(forecast: Forecast, policy: Policy) -> tuple[LayerChange, ...]:
+    """Every layer with its predicted seconds in the original and in the policy's student."""
+    layers = forecast.setting.graph_of(policy).describe(policy)
+    before, after = (_by_layer(forecast.model.explain(forecast.workload(p)), layers) for p in (Policy(), policy))
+    return tuple(LayerChange(**layer, teacher_latency_s=before.get(layer["name"]), latency_s=after.get(layer["name"])) for layer in layers)
+
+
+def _by_layer(operators: Iterable[tuple[str, float]], layers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of each layer, however often it is called; LAYER.0 and LAYER.1 stand for one that is factorised."""
+    names, seconds = {layer["name"] for layer in layers}, defaultdict[str, float](float)
+    for name, own in operators:
+        seconds[name if name in names else name.rpartition(".")[0]] += own
+    return seconds
 
 
 def prediction_quality(outcomes: Sequence[Outcome], structure: Callable[[Policy], Structure]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Appraisal (structures that Optuna suggests, reconstructed and compared with the teacher; the forecast rules out) -> short rung (the best of
 these, spread over the latencies, then other ways to distil them) -> full rung (policies that lead, spread over the latencies). What comes
-before them is in `initial`, what follows in `final`.
+before them is in `begin`, what follows in `conclude`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 from autocompress.candidates.proposals import Proposal
 from autocompress.controller.choice import Choice, Chooser
-from autocompress.controller.content import feasible
 from autocompress.controller.findings import Findings
+from autocompress.controller.front_json import feasible
 from autocompress.controller.pace import Pace
 from autocompress.errors import TooManyFailures
 from autocompress.front import gain, measured
@@ -47,7 +47,7 @@ WORTH_TRAINING = 0.005
 """Share of the original's score: where int8 alone costs more, the unchanged network is trained through its bits, like the others."""
 
 
-class Search:
+class Rungs:
     """A running search: each rung chooses among what the one below it has found."""
 
     def __init__(self, findings: Findings) -> None:
@@ -92,10 +92,10 @@ class Search:
         if 8 not in profile.bits or findings.clock.left <= 0 or any(o.rung == "unchanged" for o in findings.journal.outcomes):
             return
         policy = for_device(Policy(quant=QuantSpec(bits=8)), profile)
-        if forecast.excess(forecast.proposal(policy, {}), measuring=False) > 0:
+        if forecast.least_excess(forecast.proposal(policy, {})) > 0:
             return
         findings.show("the unchanged network in int8")
-        findings.keep(self._evaluated(policy, id="int8", rung="unchanged", seconds=0.0, predicted=forecast.foretell(policy)))
+        findings.keep(self._evaluated(policy, id="int8", rung="unchanged", seconds=0.0, predicted=forecast.first_prediction(policy)))
 
     def _first(self, pool: list[Proposal], leading: list[Proposal], until: float, most_with_singles: int) -> Iterator[Proposal]:
         """What is appraised before Optuna suggests: the dimensions alone, then what loses least by them; in short, what promises most."""
@@ -150,7 +150,7 @@ class Search:
             rung="short",
             seconds=max(LEAST_TRAINING_S, pace.relative_cost(choice.policy) * division.training),
             latest=time.monotonic() + max(LEAST_TRAINING_S, left),
-            predicted=findings.forecast.foretell(choice.policy),
+            predicted=findings.forecast.first_prediction(choice.policy),
             worth=choice.worth,
             tick=findings.percent(f"short training, policy {len(findings.short_runs) + 1}"),
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from autocompress.controller.content import entry, feasible, front_of, ladder_quality, prediction_quality, progress_point
+from autocompress.controller.front_json import entry, feasible, front_of, ladder_quality, prediction_quality, progress_point
 from autocompress.objective import Baseline
 from autocompress.policy import DistillSpec, Policy, QuantSpec, StudentSpec
 from autocompress.records import Budget, Measurement, Outcome, Prediction, Score

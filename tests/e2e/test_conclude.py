@@ -7,7 +7,7 @@ from dataclasses import replace
 from running import measurement, trained
 from tasks import Diary
 
-from autocompress.controller.final import conclude, measure_front, score_test
+from autocompress.controller.conclude import conclude, measure_front, score_test
 from autocompress.errors import PolicyFailure
 from autocompress.objective import untrained
 from autocompress.records import Score
@@ -86,7 +86,7 @@ def test_what_comes_onto_the_front_for_a_file_that_fails_on_the_test_split_is_me
             raise PolicyFailure("the outputs of a model must be finite, but some are NaN or infinite")
         return Score(value=0.9, n=9)
 
-    monkeypatch.setattr("autocompress.controller.final.score_artifact", score)
+    monkeypatch.setattr("autocompress.controller.conclude.score_artifact", score)
     on_front(findings, pool, 2)
     trained(findings, pool[2].policy, 2.5e-3, score=0.915, id="00002", artifact="models/00002/model.onnx")
 
@@ -210,7 +210,7 @@ def test_a_test_split_that_cannot_be_scored_costs_the_test_scores_only(findings,
     def fail(*_):
         raise PolicyFailure("the outputs of a model must be finite, but some are NaN or infinite")
 
-    monkeypatch.setattr("autocompress.controller.final.score_artifact", fail)
+    monkeypatch.setattr("autocompress.controller.conclude.score_artifact", fail)
     score_test(findings)
     assert any("the test split cannot be scored" in message and "finite" in message for message in diary.messages)
     assert findings.front()

@@ -49,7 +49,7 @@ def measure_front(findings: Findings, known: set[str]) -> bool:
         findings.show("measuring the front", 0, len(front))
         baseline, again = _measured_again(findings, front)
         if baseline is not None and not known:
-            findings.keep_original(replace(findings.setting.baseline, latency_s=baseline))
+            findings.record_baseline(replace(findings.setting.baseline, latency_s=baseline))
         for outcome, latency in again:
             first = outcome.search_latency_s or outcome.latency_s
             findings.journal.record(outcome.model_copy(update={"latency_s": latency, "search_latency_s": first}))
@@ -113,7 +113,7 @@ def score_test(findings: Findings) -> None:
                 raise
             findings.progress.message(f"the test split cannot be scored, so there are no test scores: {one_line(error)}")
             return
-        findings.keep_original(replace(setting.baseline, test_score=score))
+        findings.record_baseline(replace(setting.baseline, test_score=score))
     for done, outcome in enumerate(front):
         findings.show("scoring the test set", done + 1, len(front) + 1)
         if outcome.test_score is None:

@@ -75,8 +75,8 @@ def _counting(scored):
 def test_on_the_same_device_nothing_is_scored_again_and_a_resumed_search_takes_nothing_over_twice(first, net, data, tmp_path, monkeypatch):
     short_runs_only(monkeypatch)
     monkeypatch.setattr("autocompress.objective.check_artifact", lambda *_: pytest.fail("known"))
-    monkeypatch.setattr("autocompress.controller.search.Search.appraise", lambda self, pool: None)
-    monkeypatch.setattr("autocompress.controller.search.Search.short_rung", lambda self, pool: None)
+    monkeypatch.setattr("autocompress.controller.rungs.Rungs.appraise", lambda self, pool: None)
+    monkeypatch.setattr("autocompress.controller.rungs.Rungs.short_rung", lambda self, pool: None)
     wanted, run = task(from_run=str(first)), tmp_path / "run"
     run_search(wanted, run, model=net, data=data, device=FakeDevice(SLOW_CALLS))
     known, found = ({o.id: o for o in journal_of(folder).outcomes if o.rung == "short"} for folder in (first, run))
@@ -117,11 +117,11 @@ def test_what_does_not_work_here_or_is_damaged_is_left_out_and_said(first, net, 
         raise PolicyFailure("the device has no such kernel")
 
     for phase in ("appraise", "short_rung", "full_rung"):
-        monkeypatch.setattr(f"autocompress.controller.search.Search.{phase}", lambda self, *_: None)
+        monkeypatch.setattr(f"autocompress.controller.rungs.Rungs.{phase}", lambda self, *_: None)
     copy, diary = tmp_path / "copy", Diary()
     shutil.copytree(first, copy)
     (copy / "models" / "00000" / "model.onnx").write_bytes(b"damaged")
-    monkeypatch.setattr("autocompress.controller.learned.evaluate_again", fails)
+    monkeypatch.setattr("autocompress.controller.warm_start.evaluate_again", fails)
     with pytest.raises(InfeasibleBudget, match="before any policy could be measured"):
         run_search(task(from_run=str(copy)), tmp_path / "run", model=net, data=data, device=FakeDevice(SLOW_CALLS), progress=diary)
     assert any("policy 00000" in message and "no longer what they were" in message for message in diary.messages)
