@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from autocompress.cli import main
+from autocompress.controller.conclude import LEAST_TEST
 from autocompress.data.sources import load_data
 from autocompress.deploy import recreate
 from autocompress.devices import open_device
@@ -22,7 +23,7 @@ from autocompress.units import parse_duration
 
 BUNDLE = {"model.onnx", "student.safetensors", "policy.json", "manifest.json"}
 BUDGET_S = 10e-3
-SEARCH_TIME, GOOD_ENOUGH = "240s", "0.9"
+SEARCH_TIME, GOOD_ENOUGH = "150s", "0.9"
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +67,7 @@ def test_the_demonstration_finds_something_within_its_budget(demo):
     best = next(entry for entry in content["front"] if entry["id"] == content["best"])
     assert best["latency_s"]["high"] <= BUDGET_S < content["baseline"]["latency_s"]["median"], "the budget binds"
     assert best["val_score"]["value"] >= float(GOOD_ENOUGH)
-    assert best["test_score"]["n"] > 300
+    assert best["test_score"]["n"] >= LEAST_TEST
     assert content["elapsed_s"] <= 1.05 * parse_duration(SEARCH_TIME) + 5
     assert content["prediction"]["n"] >= 1
 
