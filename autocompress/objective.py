@@ -12,7 +12,9 @@ import itertools
 import math
 import shutil
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,7 +41,7 @@ from autocompress.graph import Graph, Structure
 from autocompress.graph.nodes import follows_batch
 from autocompress.ledger import Ledger
 from autocompress.policy import Policy
-from autocompress.records import Failure, Measurement, Outcome, Parity, Prediction, Rung, Score
+from autocompress.records import Failure, Measurement, Outcome, Parity, Prediction, Rung, Score, Stage
 from autocompress.run_folder import write_atomically, writing
 from autocompress.schedule import FEWEST_EXAMPLES
 
@@ -57,8 +59,33 @@ RECENT = 7
 """Of the baseline's measurements: what it takes now is their median."""
 PROBED_STEPS = 3
 """Of training, before the first policy tells what a step takes; the first loads kernels."""
+FAILURES = "failures.log"
+"""Of a run folder."""
 UNTRAINED = "untrained-"
 """How the folders of networks begin that are only measured, and removed at once."""
+
+
+@contextmanager
+def policy_errors(log: Path | None = None) -> Iterator[None]:
+    """Raises PolicyFailure for whatever goes wrong with one policy; its traceback is added to the file `log`.
+
+    torch, onnx, the runtime and the user's own loss and score each raise their own kinds. Errors of ours and of the file system pass: they
+    are about the task or the machine.
+    """
+    try:
+        yield
+    except (AutocompressError, OSError):
+        raise
+    except Exception as error:
+        if log is not None:
+            note_error(log)
+        raise PolicyFailure(one_line(error)) from error
+
+
+def note_error(log: Path) -> None:
+    """Add the traceback of the error that is being handled: what a search goes on after may be a bug of ours all the same."""
+    with suppress(OSError), log.open("a", encoding="utf-8") as file:
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{traceback.format_exc()}\n")
 
 
 @dataclass(frozen=True)
@@ -102,6 +129,11 @@ class Setting:
     @property
     def batch(self) -> int:
         return len(self.example)
+
+    @property
+    def log(self) -> Path:
+        """For tracebacks of what a search went on after."""
+        return self.models.parent / FAILURES
 
     @property
     def calibration_inputs(self) -> int:
@@ -162,14 +194,10 @@ def training_step_seconds(setting: Setting, until: float) -> float:
     moments = [time.monotonic()]
     graph, plan = setting.graphs[None], TrainPlan(PROBED_STEPS, deadline=until, batch_size=setting.batch_size, seed=setting.seed)
     distillation = Distillation(setting.teacher, Policy().distill, _features(setting, Policy()))
-    try:
-        with setting.ledger.spend("train"):
-            student = build_student(graph, Policy())
-            moments = [time.monotonic()]
-            train(student, setting.data, plan, distillation=distillation, tick=lambda _: moments.append(time.monotonic()))
-    except Exception as error:
-        if not fails_policy(error):
-            raise
+    with suppress(PolicyFailure), policy_errors(setting.log), setting.ledger.spend("train"):
+        student = build_student(graph, Policy())
+        moments = [time.monotonic()]
+        train(student, setting.data, plan, distillation=distillation, tick=lambda _: moments.append(time.monotonic()))
     return min((after - before for before, after in itertools.pairwise(moments)), default=0.0)
 
 
@@ -202,7 +230,8 @@ def evaluate_policy(
     """
     started = time.monotonic()
     known = {"id": id, "policy": policy, "rung": rung, "predicted_latency_s": predicted, "worth": worth}
-    stage, training_s, steps = "compress", 0.0, 0
+    stage: Stage = "compress"
+    training_s, steps = 0.0, 0
 
     def count(progress: float) -> None:
         nonlocal steps
@@ -212,26 +241,26 @@ def evaluate_policy(
 
     shutil.rmtree(setting.models / id, ignore_errors=True)  # of a run that was interrupted, perhaps of another policy
     try:
-        student = build_student(setting.graph_of(policy), policy)
-        stage = "train"
-        _begin(setting, student, policy, continues, until=min(latest, started + max(LEAST_RECONSTRUCTION_S, seconds)))
-        begun = time.monotonic()
-        with setting.ledger.spend("train"):
-            student = _trained(setting, student, policy, id, rung, min(latest, begun + seconds), count)
-        trained = time.monotonic()
-        training_s = trained - begun
-        stage = "export"
-        manifest = setting.write(setting.models / id, student, policy)
-        path = setting.models / id / manifest.artifact
-        stage = "check"
-        outputs, parity = check_artifact(setting, student, path, policy)
-        score = score_outputs(outputs, setting.data.val.targets, setting.data)
-        stage = "measure"
-        _, latency = measure_beside_baseline(setting, [path])
-    except Exception as error:  # torch, onnx, the runtime and the user's own loss and score each raise their own kinds
-        if not fails_policy(error):
-            raise
-        return Outcome(**known, failure=failure_of(error, stage), seconds=time.monotonic() - started, training_s=training_s)
+        with policy_errors(setting.log):
+            student = build_student(setting.graph_of(policy), policy)
+            stage = "train"
+            _begin(setting, student, policy, continues, until=min(latest, started + max(LEAST_RECONSTRUCTION_S, seconds)))
+            begun = time.monotonic()
+            with setting.ledger.spend("train"):
+                student = _trained(setting, student, policy, id, rung, min(latest, begun + seconds), count)
+            trained = time.monotonic()
+            training_s = trained - begun
+            stage = "export"
+            manifest = setting.write(setting.models / id, student, policy)
+            path = setting.models / id / manifest.artifact
+            stage = "check"
+            outputs, parity = check_artifact(setting, student, path, policy)
+            score = score_outputs(outputs, setting.data.val.targets, setting.data)
+            stage = "measure"
+            _, latency = measure_beside_baseline(setting, [path])
+    except PolicyFailure as error:
+        failure = Failure(stage=stage, reason=error.message)
+        return Outcome(**known, failure=failure, seconds=time.monotonic() - started, training_s=training_s)
     return Outcome(
         **known,
         val_score=score,
@@ -252,7 +281,7 @@ def evaluate_again(setting: Setting, outcome: Outcome, bundle: Path, *, predicte
     Args:
         bundle: the folder of that search which holds the file, intact; it is copied, what its training goes on from included.
 
-    Raises what `fails_policy`, where the file does not work here.
+    Raises PolicyFailure where the file does not work here, UsageError where it is no sound ONNX file.
     """
     folder = setting.models / outcome.id
     shutil.rmtree(folder, ignore_errors=True)
@@ -261,7 +290,8 @@ def evaluate_again(setting: Setting, outcome: Outcome, bundle: Path, *, predicte
     path = folder / read_manifest(folder).artifact
     try:
         check_onnx(path)  # somebody else may have made it
-        score, latency = _scored_again(setting, outcome, path), measure_beside_baseline(setting, [path])[1]
+        with policy_errors(setting.log):
+            score, latency = _scored_again(setting, outcome, path), measure_beside_baseline(setting, [path])[1]
     except Exception:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -342,6 +372,7 @@ def _reconstruct(setting: Setting, student: fx.GraphModule, policy: Policy, unti
         with setting.ledger.spend("reconstruct"):
             reconstruct(student, setting.teacher_activations, policy, until=until)
     except RuntimeError:  # out of memory, or equations without a solution: the student can be trained all the same
+        note_error(setting.log)
         student.load_state_dict(inherited)
 
 
@@ -392,13 +423,3 @@ def _some_answers(student: fx.GraphModule, setting: Setting) -> tuple[Tensor, Te
         return torch.arange(len(data.val)), model_answers(student, data, data.val, setting.batch)
     rows = sampled(len(data.val), COMPARED)
     return rows, torch.cat([student(inputs).float() for inputs, _ in data.batches(data.val[rows], setting.batch_size)])
-
-
-def fails_policy(error: Exception) -> bool:
-    """Whether an error is about one policy; other errors of ours and of the file system are about the task or the machine."""
-    return isinstance(error, PolicyFailure) or not isinstance(error, (AutocompressError, OSError))
-
-
-def failure_of(error: Exception, stage: str) -> Failure:
-    """What a search keeps of an error that `fails_policy`."""
-    return Failure.model_validate({"stage": stage, "reason": one_line(error)})

@@ -28,7 +28,7 @@ from autocompress.export import check_parity, weights_bytes, write_bundle
 from autocompress.graph import Graph
 from autocompress.graph.plain import own_copy
 from autocompress.models import answer_with_one_tensor, load_model, load_weights
-from autocompress.objective import UNTRAINED, Baseline, Setting, fails_policy
+from autocompress.objective import UNTRAINED, Baseline, Setting, policy_errors
 from autocompress.policy import Policy, QuantSpec
 from autocompress.records import Measurement, Score
 from autocompress.references import draws_itself
@@ -251,12 +251,11 @@ def _require_same(expected: Tensor, actual: Tensor) -> None:
 def _about_the_model(reference: str) -> Iterator[None]:
     """What fails one policy fails the task where the policy is the unchanged model."""
     try:
-        yield
-    except Exception as error:
-        if not fails_policy(error):
-            raise
+        with policy_errors():
+            yield
+    except PolicyFailure as error:
         raise UsageError(
-            f"{reference} must run on the device as it is, before anything is compressed, but: {one_line(error)}",
+            f"{reference} must run on the device as it is, before anything is compressed, but: {error.message}",
             hint="look at what `autocompress inspect` says of it; weights that are NaN and operators that ONNX lacks are the usual reasons",
         ) from None
 

@@ -256,10 +256,14 @@ class Budget(Record):
         return ", ".join(limits) or "none"
 
 
+Stage = Literal["compress", "train", "export", "check", "measure", "test"]
+"""Of what a policy goes through, in order."""
+
+
 class Failure(Record):
     """Why a policy did not become an artifact, or lost it."""
 
-    stage: Literal["compress", "train", "export", "check", "measure", "test"]
+    stage: Stage
     reason: str
 
 

@@ -16,10 +16,10 @@ import numpy as np
 
 from autocompress.candidates.proposals import Proposal, capacity, elites, inheritance
 from autocompress.devices.timing import MOST_DRIFT
-from autocompress.errors import InfeasibleBudget, UsageError
+from autocompress.errors import InfeasibleBudget, PolicyFailure, UsageError
 from autocompress.graph import Graph, Structure
 from autocompress.latency import FittedLatencyModel, OperatorTable
-from autocompress.objective import UNTRAINED, Setting, fails_policy, untrained
+from autocompress.objective import UNTRAINED, Setting, policy_errors, untrained
 from autocompress.policy import Policy
 from autocompress.records import Budget, Measurement, Outcome, Prediction, Workload
 from autocompress.schedule import FEWEST_EXAMPLES
@@ -306,12 +306,12 @@ class Forecast:
         with spend("measure"), tempfile.TemporaryDirectory(prefix=UNTRAINED, dir=models) as name:
             folder = Path(name)
             try:
-                manifest = self.setting.write(folder, untrained(self.setting, policy, calibration_inputs=FEWEST_EXAMPLES), policy)
-                paths = [*([self.setting.baseline.path] if self._recent_baseline_s <= SLOW_ORIGINAL_S else []), folder / manifest.artifact]
-                *beside, latency = self.setting.device.measure(paths, seconds_each=UNTRAINED_SECONDS_EACH)
-            except Exception as error:
-                if not fails_policy(error):
-                    raise
+                with policy_errors(self.setting.log):
+                    manifest = self.setting.write(folder, untrained(self.setting, policy, calibration_inputs=FEWEST_EXAMPLES), policy)
+                    beside_it = [self.setting.baseline.path] if self._recent_baseline_s <= SLOW_ORIGINAL_S else []
+                    paths = [*beside_it, folder / manifest.artifact]
+                    *beside, latency = self.setting.device.measure(paths, seconds_each=UNTRAINED_SECONDS_EACH)
+            except PolicyFailure:
                 return None
         original = beside[0] if beside else None
         self._note(policy, latency.median / (original.median if original is not None else self._recent_baseline_s))

@@ -16,8 +16,8 @@ from autocompress.compress.reconstruct import TeacherActivations, examples_for, 
 from autocompress.compress.student import build_student
 from autocompress.compress.train import CALIBRATION_BATCH, quantizes
 from autocompress.data import sample
-from autocompress.errors import one_line
-from autocompress.objective import Setting, changes_shape, fails_policy
+from autocompress.errors import PolicyFailure
+from autocompress.objective import Setting, changes_shape, policy_errors
 from autocompress.policy import Policy
 
 EXAMPLES = 128
@@ -46,11 +46,10 @@ class Likeness:
         bounded: one confident error in a thousand answers does not decide. Of other networks 1 / (1 + squared difference / variance).
         """
         try:
-            answers = self.answers(self.student(policy))
-        except Exception as error:  # out of memory, equations without a solution, whatever a module of the user's raises
-            if not fails_policy(error):
-                raise
-            self.failures.append(one_line(error))
+            with policy_errors(self._setting.log):  # out of memory, equations without a solution, whatever a module of the user's raises
+                answers = self.answers(self.student(policy))
+        except PolicyFailure as error:
+            self.failures.append(error.message)
             return 0.0
         if self._setting.data.classes is not None:
             shared = torch.minimum(answers.softmax(1), self.wanted.softmax(1)).sum(1).mean()

@@ -6,13 +6,14 @@ import contextlib
 import functools
 import time
 from dataclasses import replace
+from pathlib import Path
 
 from autocompress.controller.findings import Findings
 from autocompress.data import Split, sample
 from autocompress.errors import PolicyFailure, one_line
 from autocompress.evaluate import score_artifact
-from autocompress.objective import fails_policy, measure_beside_baseline
-from autocompress.records import Measurement, Outcome
+from autocompress.objective import Setting, measure_beside_baseline, policy_errors
+from autocompress.records import Measurement, Outcome, Score
 from autocompress.schedule import FEWEST_EXAMPLES
 
 FINAL_SECONDS_EACH, LEAST_FINAL_SECONDS_EACH = 1.5, 0.3
@@ -106,12 +107,9 @@ def score_test(findings: Findings) -> None:
     findings.show("scoring the test set", 0, len(front) + 1)
     if setting.baseline.test_score is None:
         try:
-            with setting.ledger.spend("score"):
-                score = score_artifact(setting.device, setting.baseline.path, setting.data, test, setting.batch)
-        except Exception as error:  # the original has answered the validation split: something is wrong with these examples
-            if not fails_policy(error):
-                raise
-            findings.progress.message(f"the test split cannot be scored, so there are no test scores: {one_line(error)}")
+            score = _score(setting, setting.baseline.path, test)
+        except PolicyFailure as error:  # the original has answered the validation split: something is wrong with these examples
+            findings.progress.message(f"the test split cannot be scored, so there are no test scores: {error.message}")
             return
         findings.record_baseline(replace(setting.baseline, test_score=score))
     for done, outcome in enumerate(front):
@@ -122,12 +120,14 @@ def score_test(findings: Findings) -> None:
 
 def _score_test_of(findings: Findings, outcome: Outcome, test: Split) -> None:
     try:
-        setting = findings.setting
-        with setting.ledger.spend("score"):
-            score = score_artifact(setting.device, findings.run / (outcome.artifact or ""), setting.data, test, setting.batch)
-    except Exception as error:
-        if not fails_policy(error):
-            raise
+        score = _score(findings.setting, findings.run / (outcome.artifact or ""), test)
+    except PolicyFailure as error:
         findings.lose(outcome, error, "test")
         return
     findings.journal.record(outcome.model_copy(update={"test_score": score}))
+
+
+def _score(setting: Setting, path: Path, test: Split) -> Score:
+    """Of a file on the test split. Raises PolicyFailure where that fails."""
+    with policy_errors(setting.log), setting.ledger.spend("score"):
+        return score_artifact(setting.device, path, setting.data, test, setting.batch)

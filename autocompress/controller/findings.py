@@ -27,12 +27,13 @@ from autocompress.controller.front_json import (
     progress_point,
 )
 from autocompress.devices.timing import MOST_DRIFT
+from autocompress.errors import PolicyFailure
 from autocompress.export import is_intact, library_versions, now
 from autocompress.front import measured
-from autocompress.objective import Baseline, Setting, failure_of
+from autocompress.objective import Baseline, Setting
 from autocompress.policy import Record
 from autocompress.progress import Progress
-from autocompress.records import Budget, Failure, Measurement, Outcome, Score
+from autocompress.records import Budget, Failure, Measurement, Outcome, Score, Stage
 from autocompress.report.view import format_score
 from autocompress.results import FailedPolicy, ProgressPoint, Results
 from autocompress.run_folder import FRONT, write_atomically
@@ -215,9 +216,9 @@ class Findings:
                 f"{format_duration(outcome.latency_s.median)}, {format_size(outcome.size_bytes)} ({outcome.policy.in_words()})"
             )
 
-    def lose(self, outcome: Outcome, error: Exception, stage: str) -> None:
+    def lose(self, outcome: Outcome, error: PolicyFailure, stage: Stage) -> None:
         """Its file no longer works: it was damaged or taken away, or the runtime fails on it now."""
-        lost = outcome.model_copy(update={"failure": failure_of(error, stage)})
+        lost = outcome.model_copy(update={"failure": Failure(stage=stage, reason=error.message)})
         self.journal.record(lost)
         self.announce(lost)
 

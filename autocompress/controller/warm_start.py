@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 from autocompress.controller.findings import Findings
-from autocompress.errors import UsageError, one_line
+from autocompress.errors import PolicyFailure, UsageError
 from autocompress.export import is_intact
 from autocompress.front import gain, measured
-from autocompress.objective import evaluate_again, fails_policy
+from autocompress.objective import evaluate_again
 from autocompress.records import Outcome
 from autocompress.schedule import cover
 from autocompress.search_space import for_device
@@ -68,10 +68,8 @@ def _take_over_file(findings: Findings, outcome: Outcome, run: Path) -> None:
         return
     try:
         taken = evaluate_again(findings.setting, outcome, bundle, predicted=predicted)
-    except Exception as error:
-        if not (fails_policy(error) or isinstance(error, UsageError)):
-            raise
-        findings.progress.message(f"policy {outcome.id} of {run} is left out: {one_line(error)}")
+    except (PolicyFailure, UsageError) as error:
+        findings.progress.message(f"policy {outcome.id} of {run} is left out: {error.message}")
         return
     known = findings.taken_over
     findings.note_taken_over(known.model_copy(update={"ids": tuple(sorted({*known.ids, outcome.id}))}))

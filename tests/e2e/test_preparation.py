@@ -19,7 +19,7 @@ from autocompress.data import Data, Split
 from autocompress.demo import TEACHER_EPOCHS
 from autocompress.deploy import recreate
 from autocompress.errors import DeviceUnavailable, PolicyFailure, UsageError
-from autocompress.objective import FLOAT_WEIGHTS, PROBED_STEPS, evaluate_policy, training_step_seconds
+from autocompress.objective import FAILURES, FLOAT_WEIGHTS, PROBED_STEPS, evaluate_policy, training_step_seconds
 from autocompress.policy import LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import limit_validation, load, prepare, score_baseline, train_demo_teacher
 from autocompress.search_space import with_exact_int8
@@ -91,6 +91,8 @@ def test_the_demonstrations_teacher_is_trained_whatever_the_batch_of_students(ne
 def test_whatever_one_policy_raises_is_its_failure(net, data, tmp_path, error):
     outcome = realised(ready(net, data, tmp_path / "run", FakeDevice(SLOW_CALLS, failures={1: error})))
     assert (outcome.failure.stage, outcome.failure.reason.split(":")[0]) == ("measure", type(error).__name__)
+    told = (tmp_path / "run" / FAILURES).read_text()
+    assert "Traceback" in told and type(error).__name__ in told, "it may be a bug of ours all the same"
 
 
 def test_a_score_of_ones_own_that_raises_is_a_failure_too(net, data, tmp_path):
