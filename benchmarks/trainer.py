@@ -65,9 +65,9 @@ class Way:
 
 def cosine(progress: float) -> float:
     """The usual rise, then half a cosine instead of a line."""
-    if progress < training.RISE:
-        return max(training.FLOOR, progress / training.RISE)
-    return max(training.FLOOR, 0.5 * (1 + math.cos(math.pi * (progress - training.RISE) / (1 - training.RISE))))
+    if progress < training.WARM_UP_SHARE:
+        return max(training.LEAST_RATE, progress / training.WARM_UP_SHARE)
+    return max(training.LEAST_RATE, 0.5 * (1 + math.cos(math.pi * (progress - training.WARM_UP_SHARE) / (1 - training.WARM_UP_SHARE))))
 
 
 WAYS = {

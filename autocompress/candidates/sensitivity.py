@@ -30,13 +30,13 @@ LEVELS = 2
 """Values of a dimension that are tried alone, at most: its far end and the middle; between them losses are interpolated."""
 FASTEST_SHARE = 0.3
 """Of the budget's latency: the least that is solved for."""
-DENSER = 1.5
+BUDGET_SPACING_POWER = 1.5
 """Budgets lie at this power of equal steps of their logarithm: the closer together, the nearer they are to the one asked for."""
-STEPS = 8
+MOST_LINEARISATIONS = 8
 """Solutions of one budget, each around the one before."""
 BITS_LOSS = 0.02
 """Of a change of bits, where none was tried."""
-TIE = 1e-6
+TIE_BREAK_LOSS = 1e-6
 """What any change loses at least: what neither costs nor gains stays as it is."""
 LEAST_WORTH = 1e-3
 SAME = 1e-6
@@ -169,7 +169,7 @@ class Sensitivity:
             return float(np.interp(single.lost, lost, values)) + own * max(0.0, single.lost - lost[-1])
 
         name = singles[0].dimension
-        return np.array([loss(single) + TIE * (single.value != self.base.params.get(name)) for single in singles])
+        return np.array([loss(single) + TIE_BREAK_LOSS * (single.value != self.base.params.get(name)) for single in singles])
 
     def foreseen(self, proposals: Sequence[Proposal]) -> Array:
         """What policies of the space are worth as far as the losses of their dimensions tell; thousands at once take milliseconds."""
@@ -194,7 +194,7 @@ class Sensitivity:
         Ends at `until` (`time.monotonic()`), or with a budget that nothing keeps.
         """
         losses, current, found = self.losses(), self.base, set[tuple[float, ...]]()
-        for place in np.linspace(0, 1, n) ** DENSER if losses else ():
+        for place in np.linspace(0, 1, n) ** BUDGET_SPACING_POWER if losses else ():
             share = FASTEST_SHARE**place / (1 + MOST_DRIFT)
             solution = self._solved(losses, current, share * self._most_latency_s, until)
             if solution is None:
@@ -210,7 +210,7 @@ class Sensitivity:
         Each differs from the one before in at most half as many dimensions (a trust region), since sums hold near by only.
         """
         current, best, least, changes = start, None, math.inf, len(losses)
-        for _ in range(STEPS):
+        for _ in range(MOST_LINEARISATIONS):
             if time.monotonic() > until:
                 break
             knapsack, limits, here = self._linearised(losses, current, limit_s)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from autocompress.compress.arithmetic import bf16_is_faster
 
-STEPS = 4
+NEWTON_SCHULZ_STEPS = 4
 MOST_TOGETHER = 2**24
 """Elements of the matrices that are taken together: calls cost time where matrices are small, memory where they are large."""
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -68,7 +68,7 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
-    for _ in range(STEPS):
+    for _ in range(NEWTON_SCHULZ_STEPS):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=cubic, alpha=quintic), x, beta=linear)
     return (x.mT if tall else x).to(matrices.dtype)

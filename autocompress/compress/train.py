@@ -35,8 +35,8 @@ from autocompress.data import Data
 from autocompress.errors import PolicyFailure
 from autocompress.policy import DistillSpec, QuantSpec
 
-RISE = 0.15
-FLOOR = 0.01
+WARM_UP_SHARE = 0.15
+LEAST_RATE = 0.01
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 SGD_SHARE = 0.5
@@ -55,7 +55,7 @@ reconstructed."""
 GENTLE, MUON_FULL = 0.5, 0.4
 """Share of Muon's full rate that teaches students most that know most of what their teacher knows, and the share of their answers that must
 differ for the full one (`benchmarks/trainer.py`): who begins from scratch has further to go."""
-CAUTION = 3
+SGD_RATE_POWER = 3
 """Power of what there is to learn that SGD's rates keep where steps are few: all from scratch, a fortieth where 0.3 of answers differ."""
 SLOWER, MOST_RESTARTS = 4.0, 3
 """By how much rates fall each time that training diverges and begins again, and how often it may: networks without norms need it."""
@@ -95,9 +95,9 @@ class TrainPlan:
 
 def one_cycle(progress: float) -> float:
     """Fraction of the peak learning rate at `progress` in [0, 1]."""
-    if progress < RISE:
-        return max(FLOOR, progress / RISE)
-    return max(FLOOR, (1 - progress) / (1 - RISE))
+    if progress < WARM_UP_SHARE:
+        return max(LEAST_RATE, progress / WARM_UP_SHARE)
+    return max(LEAST_RATE, (1 - progress) / (1 - WARM_UP_SHARE))
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class _Steps:
 
     def __init__(self, plan: TrainPlan) -> None:
         self.total = plan.steps
-        self._least = Rates(plan.to_learn**CAUTION, min(1.0, plan.to_learn / MUCH_TO_LEARN))
+        self._least = Rates(plan.to_learn**SGD_RATE_POWER, min(1.0, plan.to_learn / MUCH_TO_LEARN))
         self._highest = Rates(1.0, min(1.0, max(GENTLE, plan.to_learn / MUON_FULL)))
         self.done = 0
         self._started = time.monotonic()

@@ -23,7 +23,7 @@ VARIANT_SHARE = 1 / 4
 """Share of the short runs that distil a known structure in another way, instead of training a new one."""
 VARIED = 3
 """Leading policies whose distillation is varied, at most."""
-CLEAR = MOST_DRIFT
+INTERVAL_HEADROOM = MOST_DRIFT
 """Share of the budget that structures leave unused beside that for drift, until one is safely within it: for an interval's upper half."""
 MOST_MEASURED = 4
 """Untrained networks that are measured, at most, to find one within the budget for the next short run."""
@@ -63,7 +63,7 @@ class Chooser:
 
         Until the search is safe, one that is within the budget by a margin where there is one.
         """
-        margins = (0.0,) if self._is_safe() else (self.findings.drift + CLEAR, 0.0)
+        margins = (0.0,) if self._is_safe() else (self.findings.drift + INTERVAL_HEADROOM, 0.0)
         leaders = (self._measured_leader(pool, margin) for margin in margins)
         leader = next((leader for leader in leaders if leader is not None), None) or self._least_over_budget(pool)
         return Choice(leader.policy, leader.worth) if leader is not None else None

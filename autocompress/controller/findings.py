@@ -44,7 +44,7 @@ from autocompress.units import format_duration, format_size
 
 SCORES = ("train_score", "val_score", "test_score")
 """Of the original."""
-SLOW = 0.9
+SLOW_BASELINE_QUANTILE = 0.9
 """Quantile of what the original took that stands for a slow moment: the slowest of all may be an accident."""
 MADE_BY = ("autocompress", "torch", "optuna", "onnx")
 """Libraries that networks are made with."""
@@ -110,7 +110,7 @@ class Findings:
         medians = [latency.median for latency in self.setting.baseline_history]
         if not medians or (self.limits.latency_s is None and self.limits.p95_s is None):
             return MOST_DRIFT
-        return max(MOST_DRIFT, float(np.quantile(medians, SLOW)) / statistics.median(medians) - 1)
+        return max(MOST_DRIFT, float(np.quantile(medians, SLOW_BASELINE_QUANTILE)) / statistics.median(medians) - 1)
 
     def outcomes(self) -> list[Outcome]:
         """One outcome a policy, see `believed`."""

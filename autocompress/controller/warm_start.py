@@ -19,13 +19,13 @@ from autocompress.schedule import cover
 from autocompress.search_space import for_device
 from autocompress.study.journal import Journal
 
-SHARE = 0.3
+WARM_START_SHARE = 0.3
 """Of the time that is left, at most, for measuring what another search has trained, and as much again for its appraisals."""
 
 
 def take_over(findings: Findings, known: Journal, run: Path) -> None:
     """Take over what the journal of another search, in the folder `run`, knows; once, however often this search is resumed."""
-    seconds = SHARE * findings.clock.left
+    seconds = WARM_START_SHARE * findings.clock.left
     if seconds <= 0:
         return
     missed = _take_over_files(findings, known, run, time.monotonic() + seconds)

@@ -9,8 +9,8 @@ from pathlib import Path
 from autocompress.run_folder import write_atomically
 
 MODULES = (
-    "errors", "references", "devices.agent", "devices.child", "devices.frames", "devices.processes", "devices.processor", "devices.running",
-    "devices.runtime", "devices.sessions", "devices.wire",
+    "errors", "references", "devices.access", "devices.agent", "devices.blobs", "devices.child", "devices.frames", "devices.processes",
+    "devices.processor", "devices.protocol", "devices.running", "devices.runtime", "devices.server", "devices.sessions", "devices.wire",
 )  # fmt: skip
 MAIN = """import sys
 

@@ -19,9 +19,10 @@ from urllib.parse import urlencode
 
 import numpy as np
 
-from autocompress.devices.agent import HEARTBEAT_S, MOST_REQUEST, PROTOCOL, token_of
+from autocompress.devices.access import token_of
 from autocompress.devices.base import MOST_A_FILE_S, Device, measurements, profile_of
 from autocompress.devices.frames import read_array, write_array
+from autocompress.devices.protocol import HEARTBEAT_S, MOST_REQUEST, PROTOCOL, raise_failure
 from autocompress.devices.runtime import Runtime
 from autocompress.devices.timing import FEWEST_ROUNDS
 from autocompress.devices.wire import refers_elsewhere
@@ -55,7 +56,7 @@ class RemoteCpu(Device):
         self._sent: set[str] = set()
         query = urlencode({"runtime": runtime.name, "threads": runtime.threads})
         facts, _ = self._patiently(lambda: self._exchange("GET", f"/facts?{query}"), pauses_s=())
-        _raise_failure(facts)
+        raise_failure(facts)
         if facts.get("protocol") != PROTOCOL:
             raise DeviceUnavailable(
                 f"{self._place} speaks version {facts.get('protocol')}, not {PROTOCOL}",
@@ -125,7 +126,7 @@ class RemoteCpu(Device):
             raise DeviceUnavailable(f"{self._place} does not keep what it is sent", hint="give it more room, or start it again")
 
         answer, array = self._patiently(attempt, PAUSES_S)
-        _raise_failure(answer, names)
+        raise_failure(answer, names)
         return answer, array
 
     def _patiently(self, attempt: Callable[[], T], pauses_s: Sequence[float]) -> T:
@@ -133,7 +134,7 @@ class RemoteCpu(Device):
         for pause in (*pauses_s, None):
             try:
                 return attempt()
-            except (OSError, http.client.HTTPException, ValueError) as error:
+            except (OSError, http.client.HTTPException) as error:
                 if pause is None:
                     raise DeviceUnavailable(
                         f"{self._place} does not answer: {one_line(error)}",
@@ -153,9 +154,7 @@ class RemoteCpu(Device):
             content = io.BytesIO(response.read())
         finally:
             connection.close()
-        answer = json.loads(content.readline())
-        if not isinstance(answer, dict):
-            raise http.client.HTTPException("it is no agent")
+        answer = _parsed(content.readline())
         if response.status == HTTPStatus.UNAUTHORIZED:
             raise UsageError(f"{self._place} refuses the token", hint="copy its token file again, and name it in AUTOCOMPRESS_TOKEN_FILE")
         if response.status >= HTTPStatus.BAD_REQUEST:
@@ -173,19 +172,6 @@ def _require_sound(model: bytes, name: str) -> None:
         raise PolicyFailure(f"{name} is no sound ONNX model: {one_line(error)}") from None
     if refers_elsewhere(model):
         raise PolicyFailure(f"{name} must hold its weights itself to be sent to another device, but refers to other files")
-
-
-def _raise_failure(answer: dict[str, Any], names: dict[str, str] | None = None) -> None:
-    """What the agent says that went wrong, with the names that files have here."""
-    kind, message, hint = answer.get("failed"), str(answer.get("message", "")), str(answer.get("hint", ""))
-    for digest, name in (names or {}).items():
-        message = message.replace(digest, name)
-    if kind == "policy":
-        raise PolicyFailure(message)
-    if kind == "usage":
-        raise UsageError(message, hint=hint)
-    if kind is not None:
-        raise DeviceUnavailable(message or "the agent failed", hint=hint)
 
 
 def _array(rest: io.BytesIO) -> np.ndarray:
@@ -216,6 +202,17 @@ def _grouped(parts: Iterable[bytes]) -> Iterator[list[bytes]]:
         group.append(part)
     if group:
         yield group
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """Raises HTTPException for what no agent says, as where a connection breaks in the middle."""
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise http.client.HTTPException("it is no agent, or its answer was cut short")
+    return answer
 
 
 def _digest(content: bytes) -> str:

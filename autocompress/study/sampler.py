@@ -40,7 +40,7 @@ REFIT_GROWTH = 1.02
 RANDOM, MUTANTS = 300, 700
 CLIMBS, CLIMBERS, CHILDREN = 3, 10, 150
 """Rounds in which the best so many candidates are varied into so many children."""
-LIGHT, LEAST_SHARE = 30_000, 0.35
+FULL_CANDIDATE_COST, LEAST_SHARE = 30_000, 0.35
 """Points times coordinates up to which there are so many candidates; of heavier models they are fewer, down to this share."""
 CROSSED = 0.15
 """Share of dimensions that a mutant takes from a second parent."""
@@ -231,7 +231,7 @@ class FrontSampler(BaseSampler):  # type: ignore[misc]  # Optuna has no types
         known = {row.tobytes() for row in evidence.rows}
         score, leaders = self._acquisition(evidence)
         weight = min(MOST_POINTS, len(evidence.rows)) * len(self._space.owners)
-        share = max(LEAST_SHARE, min(1.0, LIGHT / weight))
+        share = max(LEAST_SHARE, min(1.0, FULL_CANDIDATE_COST / weight))
         drawn, bred = self._space.draw(int(share * RANDOM), self._generator), int(share * MUTANTS)
         candidates = np.concatenate([drawn, self._space.mutants(leaders, bred, self._generator)])
         best, gains = candidates[:0], np.zeros(0)

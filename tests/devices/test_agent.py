@@ -19,6 +19,9 @@ from onnx import TensorProto, external_data_helper, helper, numpy_helper
 from autocompress import cli
 from autocompress.devices import agent as service
 from autocompress.devices import open_device, remote
+from autocompress.devices import server as http_side
+from autocompress.devices.access import token_of
+from autocompress.devices.blobs import Blobs, Missing
 from autocompress.devices.local import LocalCpu
 from autocompress.devices.pack import pack
 from autocompress.devices.runtime import Runtime
@@ -128,12 +131,12 @@ def test_a_token_comes_from_a_file_too_and_only_the_agent_makes_one(tmp_path, mo
     monkeypatch.delenv("AUTOCOMPRESS_TOKEN")
     file = tmp_path / "token"
     with pytest.raises(UsageError, match="demands a token"):
-        service.token_of(None)
+        token_of(None)
     with pytest.raises(UsageError, match="cannot be read"):
-        service.token_of(file)
-    made = service.token_of(file, make=True)
+        token_of(file)
+    made = token_of(file, make=True)
     assert len(made) >= 32 and file.stat().st_mode & 0o777 == 0o600
-    assert service.token_of(file) == service.token_of(file, make=True) == made
+    assert token_of(file) == token_of(file, make=True) == made
 
 
 def ask(port, method, path, body=None, headers=None, token=TOKEN):
@@ -310,9 +313,12 @@ def test_a_connection_that_has_died_silently_is_noticed(monkeypatch):
 def served(work):
     """An agent in this process, whose measuring is `work`."""
     servers, ready = [], threading.Event()
-    thread = threading.Thread(
-        target=lambda: service.serve("127.0.0.1", 0, TOKEN.encode(), ready=lambda server: servers.append(server) or ready.set())
-    )
+
+    def told(server):
+        servers.append(server)
+        ready.set()
+
+    thread = threading.Thread(target=lambda: service.serve("127.0.0.1", 0, TOKEN.encode(), service.Limits(), ready=told))
     thread.start()
     ready.wait(10.0)
     servers[0].agent.measure = work
@@ -325,7 +331,7 @@ def served(work):
 
 def test_signs_of_life_keep_a_long_measurement_alive(tiny, monkeypatch):
     monkeypatch.setattr(remote, "SILENCE_S", 2.0)
-    monkeypatch.setattr(service, "HEARTBEAT_S", 0.2)
+    monkeypatch.setattr(http_side, "HEARTBEAT_S", 0.2)
     rounds = {"rounds": [[[1e-3] * 5] * 12], "firsts": [1e-3], "environment": {}}
     with served(lambda request: time.sleep(5.0) or rounds) as port:
         assert open_device(f"agent://127.0.0.1:{port}").measure([tiny])[0].median == 1e-3
@@ -339,7 +345,7 @@ def test_an_agent_of_another_version_is_told(monkeypatch):
 
 
 def test_more_connections_than_are_good_for_it_are_dropped(monkeypatch):
-    monkeypatch.setattr(service, "MOST_CONNECTIONS", 2)
+    monkeypatch.setattr(http_side, "MOST_CONNECTIONS", 2)
     with served(None) as port, contextlib.ExitStack() as stack:
         idle = [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5.0)) for _ in range(2)]
         assert eventually(lambda: not opens(port))
@@ -363,7 +369,7 @@ def eventually(condition, seconds=20.0):
 
 
 def test_a_stranger_who_keeps_talking_is_cut_off(monkeypatch):
-    monkeypatch.setattr(service, "STRANGER_S", 1.0)
+    monkeypatch.setattr(http_side, "STRANGER_S", 1.0)
     with served(None) as port, socket.create_connection(("127.0.0.1", port), timeout=5.0) as connection:
         started = time.monotonic()
         with contextlib.suppress(OSError):
@@ -376,12 +382,12 @@ def test_a_stranger_who_keeps_talking_is_cut_off(monkeypatch):
 def test_a_file_may_take_longer_to_send_than_a_connection_may_be_silent(tmp_path, monkeypatch):
     """Over a slow line: what counts is that something moves."""
     monkeypatch.setattr(remote, "SILENCE_S", 4.0)
-    keep = service.Blobs.keep
+    keep = Blobs.keep
 
     def slowly(self, digest, pieces):
         return keep(self, digest, (time.sleep(0.02) or piece for piece in pieces))
 
-    monkeypatch.setattr(service.Blobs, "keep", slowly)
+    monkeypatch.setattr(Blobs, "keep", slowly)
     large = tmp_path / "large.onnx"
     onnx.save(linear_model(3072), large)
     rounds = {"rounds": [[[1e-3] * 5] * 12], "firsts": [1e-3], "environment": {}}
@@ -412,8 +418,8 @@ def test_a_token_file_that_others_can_read_is_refused_by_the_agent(tmp_path, mon
     file.write_text("a token that is long enough")
     file.chmod(0o644)
     with pytest.raises(UsageError, match="yours alone"):
-        service.token_of(file, make=True)
-    assert service.token_of(file) == b"a token that is long enough", "a copy is its owner's business"
+        token_of(file, make=True)
+    assert token_of(file) == b"a token that is long enough", "a copy is its owner's business"
 
 
 def test_an_agent_that_is_told_to_stop_leaves_nothing_behind(packed, tmp_path, tiny, monkeypatch):
@@ -426,15 +432,23 @@ def test_an_agent_that_is_told_to_stop_leaves_nothing_behind(packed, tmp_path, t
     assert not list(tmp_path.glob("autocompress-agent-*"))
 
 
+def test_an_agent_that_was_killed_is_cleaned_up_after_by_the_next(tmp_path):
+    gone, alive, other = (tmp_path / f"{service.FOLDER}{name}-x" for name in (2**22 + 1, os.getpid(), "notes"))
+    for folder in (gone, alive, other):
+        (folder / "blobs").mkdir(parents=True)
+    service._sweep(tmp_path)
+    assert (gone.exists(), alive.exists(), other.exists()) == (False, True, True)
+
+
 def test_what_was_not_used_for_longest_makes_room(tmp_path):
-    blobs, contents = service.Blobs(tmp_path, most_bytes=25), [bytes([n]) * 10 for n in range(3)]
+    blobs, contents = Blobs(tmp_path, most_bytes=25), [bytes([n]) * 10 for n in range(3)]
     digests = [hashlib.sha256(content).hexdigest() for content in contents]
     for age, (digest, content) in enumerate(zip(digests[:2], contents, strict=False)):
         assert blobs.keep(digest, iter([content]))
         os.utime(tmp_path / digest, (1000 + age, 1000 + age))
     assert blobs.path(digests[0]).read_bytes() == contents[0]
     assert blobs.keep(digests[2], iter([contents[2][:3], contents[2][3:]]))
-    with pytest.raises(service.Missing) as missing:
+    with pytest.raises(Missing) as missing:
         blobs.paths(digests)
     assert missing.value.args == (digests[1],)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([digests[0], digests[2]])

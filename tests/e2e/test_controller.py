@@ -11,7 +11,7 @@ from running import TASK, measurement, trained
 
 from autocompress.candidates.appraisals import Appraisals
 from autocompress.candidates.forecast import Untrained
-from autocompress.controller.choice import CLEAR, Choice, Chooser
+from autocompress.controller.choice import INTERVAL_HEADROOM, Choice, Chooser
 from autocompress.controller.findings import Findings
 from autocompress.controller.pace import Pace
 from autocompress.controller.rungs import APPRAISED_A_TRIAL, APPRAISED_FIRST, Rungs
@@ -70,7 +70,7 @@ def test_the_margin_is_kept_by_what_is_measured_as_by_what_is_predicted(findings
     findings.forecast.limits = Budget(latency_s=limit)
     appraised(findings, [slow, fast])
     findings.forecast._note(slow.policy, limit / 1.03 / findings.setting.baseline.latency_s.median)
-    assert findings.forecast.settled_excess(slow) <= 0 < findings.forecast.settled_excess(slow, margin=2 * CLEAR)
+    assert findings.forecast.settled_excess(slow) <= 0 < findings.forecast.settled_excess(slow, margin=2 * INTERVAL_HEADROOM)
     assert Chooser(findings)._new_structure(pool[:0]).policy == fast.policy
 
 
@@ -124,7 +124,7 @@ def test_where_a_policy_was_trained_in_vain_the_next_is_elsewhere(findings, pool
 
 def test_what_is_not_appraised_is_chosen_by_its_promise_spread_over_the_latencies(findings, pool):
     first = Chooser(findings)._new_structure(pool)
-    promising = Chooser(findings).promising(pool, [], 2 * CLEAR)
+    promising = Chooser(findings).promising(pool, [], 2 * INTERVAL_HEADROOM)
     assert findings.appraisals.of(first.policy).proposal.promise == pytest.approx(max(p.promise for p in promising))
     trained(findings, first.policy, 1e-3, predicted_latency_s=findings.forecast.predict(first.policy))
     second = Chooser(findings)._new_structure(pool)
