@@ -7,7 +7,6 @@ failure; it never ends the search.
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import math
 import shutil
@@ -108,6 +107,7 @@ class Setting:
         graphs: traced networks by `StudentSpec.reference`; None is the teacher's own.
         example: one batch of inputs at the deployment batch, as the model takes it.
         models: folder of the bundles, one folder an id.
+        calibration_inputs: that int8 ranges are fitted to.
         baseline_history: what the baseline took, first alone and then beside others; grows as the search measures.
         ledger: what the search has spent its time on; grows too.
     """
@@ -123,8 +123,11 @@ class Setting:
     learning_rate: float = 0.1
     batch_size: int = 128
     seed: int = 0
+    calibration_inputs: int = CALIBRATION_INPUTS
     baseline_history: list[Measurement] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
+    activations: list[TeacherActivations] = field(default_factory=list)
+    """One, once it was asked for; shared by all that are made of this setting by `replace`."""
 
     @property
     def batch(self) -> int:
@@ -134,12 +137,6 @@ class Setting:
     def log(self) -> Path:
         """For tracebacks of what a search went on after."""
         return self.models.parent / FAILURES
-
-    @property
-    def calibration_inputs(self) -> int:
-        """Inputs that int8 ranges are fitted to: fewer of a slow model, since every int8 network runs them."""
-        affordable = int(MOST_CALIBRATION_S * self.batch / self.baseline.latency_s.median)
-        return min(CALIBRATION_INPUTS, max(FEWEST_EXAMPLES, affordable))
 
     @property
     def one_architecture(self) -> bool:
@@ -152,12 +149,14 @@ class Setting:
         last = self.baseline_history[-RECENT:] or [self.baseline.latency_s]
         return sorted(last, key=lambda measurement: measurement.median)[(len(last) - 1) // 2]
 
-    @functools.cached_property
+    @property
     def teacher_activations(self) -> TeacherActivations:
         """What students that are made of the teacher are reconstructed with."""
-        graph = self.graphs[None]
-        n = min(self.calibration_inputs, examples_for(graph))
-        return TeacherActivations(graph, torch.cat([*self.data.calibration_batches(n, n)]))
+        if not self.activations:
+            graph = self.graphs[None]
+            n = min(self.calibration_inputs, examples_for(graph))
+            self.activations.append(TeacherActivations(graph, torch.cat([*self.data.calibration_batches(n, n)])))
+        return self.activations[0]
 
     def graph_of(self, policy: Policy) -> Graph:
         return self.graphs[policy.student.reference]
@@ -172,6 +171,11 @@ class Setting:
                 folder, student, policy, (self.example,), model=self.model_reference, classes=self.data.classes, seed=self.seed,
                 normalisation=self.data.normalisation,
             )  # fmt: skip
+
+
+def affordable_calibration(batch: int, latency_s: float) -> int:
+    """Inputs that int8 ranges are fitted to, where a call with `batch` of them takes so long: every int8 network runs them."""
+    return min(CALIBRATION_INPUTS, max(FEWEST_EXAMPLES, int(MOST_CALIBRATION_S * batch / latency_s)))
 
 
 def untrained(setting: Setting, policy: Policy, *, reconstructed: bool = False, calibration_inputs: int | None = None) -> fx.GraphModule:

@@ -28,7 +28,7 @@ from autocompress.export import check_parity, weights_bytes, write_bundle
 from autocompress.graph import Graph
 from autocompress.graph.plain import own_copy
 from autocompress.models import answer_with_one_tensor, load_model, load_weights
-from autocompress.objective import UNTRAINED, Baseline, Setting, policy_errors
+from autocompress.objective import UNTRAINED, Baseline, Setting, affordable_calibration, policy_errors
 from autocompress.policy import Policy, QuantSpec
 from autocompress.records import Measurement, Score
 from autocompress.references import draws_itself
@@ -134,6 +134,7 @@ def prepare(task: Task, run: Path, loaded: Loaded) -> Setting:
         graphs=loaded.graphs,
         device=loaded.device,
         baseline=baseline,
+        calibration_inputs=affordable_calibration(task.batch, baseline.latency_s.median),
         baseline_history=[baseline.latency_s],
         example=loaded.example,
         models=models,
@@ -302,4 +303,5 @@ def train_demo_teacher(setting: Setting, run: Path, seconds: float, tick: Tick) 
         teacher=Teacher(model.to(best_training_device()), data, classifier=graph.classifier, seed=setting.seed),
         graphs={**setting.graphs, None: graph},
         baseline=baseline,
+        activations=[],
     )

@@ -337,9 +337,12 @@ class Forecast:
     # -- whether the budget can be met -----------------------------------------------------------------------------
 
     def require_hope(self) -> None:
-        """Before the device is profiled: raises InfeasibleBudget when the ends of the space are far over a limit. Takes seconds."""
+        """Before the device is profiled: raises InfeasibleBudget when the ends of the space are far over a limit. Takes seconds.
+
+        Over one of bytes at all, where they are the ends: an own space may have other names for what these are guessed from.
+        """
         generator = np.random.default_rng(self.setting.seed)
-        drawn = [self.suggest(LevelSuggester(generator)) for _ in range(DRAWS)]  # the ends are a guess from names: own spaces have others
+        drawn = [self.suggest(LevelSuggester(generator)) for _ in range(DRAWS)]
         for limits, ends, cost in (
             (self.limits.of_time, fastest(self.suggest), _arithmetic),
             (self.limits.of_size, [smallest(self.suggest)], _weight_bytes),
@@ -347,15 +350,16 @@ class Forecast:
             if limits == Budget():
                 continue
             least = min([*ends, *drawn], key=lambda policy: cost(self.workload(policy)))
-            self._require_one_within(limits, [least, *ends])
+            is_certain = limits.of_time == Budget() and least in ends  # bytes follow from the shape, seconds do not
+            self._require_one_within(limits, limits if is_certain else limits.times(FEASIBILITY_SLACK), [least, *ends])
 
-    def _require_one_within(self, limits: Budget, policies: Sequence[Policy]) -> None:
-        """Raises InfeasibleBudget when all of these are far over the limits, with the nearest of them."""
+    def _require_one_within(self, limits: Budget, wide: Budget, policies: Sequence[Policy]) -> None:
+        """Raises InfeasibleBudget for the limits when all of these are over the `wide` ones, with the nearest of them."""
         measured = list[Untrained]()
         for policy in {policy.digest: policy for policy in policies}.values():
             found = self._measure_untrained(policy)
             self._add_to_baseline_history(found)
-            if found is None or self._violation_of(found, limits, slower=1 / FEASIBILITY_SLACK) <= 0:
+            if found is None or self._violation_of(found, wide) <= 0:
                 return
             measured.append(found)
         raise self._infeasible(limits, min(measured, key=lambda found: self._violation_of(found, limits)))

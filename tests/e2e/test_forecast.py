@@ -164,7 +164,16 @@ def test_a_space_whose_names_do_not_say_which_end_is_fast_is_not_refused(setting
     slow, fast = (device.seconds_of(graph.workload(cut(share))) for share in (0.0, 0.9))
     budget = 0.95 * slow / FEASIBILITY_SLACK
     assert fast < 0.8 * budget
-    forecast(setting, f"{1e6 * budget:.3f}us", suggest=lambda trial: cut(trial.suggest_float("cut", 0.0, 0.9))).require_hope()
+
+    def space(trial):
+        return cut(trial.suggest_float("cut", 0.0, 0.9))
+
+    forecast(setting, f"{1e6 * budget:.3f}us", suggest=space).require_hope()
+    overhead = setting.baseline.size_bytes - graph.workload(Policy()).weight_bytes
+    smallest = graph.workload(cut(0.9)).weight_bytes + overhead
+    forecast(setting, f"{smallest / 1.2 / 1e3:.2f}kB", suggest=space).require_hope()
+    with pytest.raises(InfeasibleBudget):
+        forecast(setting, f"{smallest / 2 / 1e3:.2f}kB", suggest=space).require_hope()
 
 
 def test_a_budget_that_only_float32_meets_is_not_refused_where_int8_is_slower(net, data, tmp_path):
