@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType
@@ -216,45 +216,59 @@ def run_search(
     task, clock = task.absolute(), Clock.start(task.search_seconds)
     if task.from_run is not None and Path(task.from_run) == run.absolute():
         raise UsageError(f"a search cannot learn from itself: {str(run)!r}", hint="choose another --out, or go on with --resume")
-    progress = progress or SilentProgress()
     require_own(run, resume=resume)
     fresh = not run.exists()
     with locked(run), stopped_by_signals() as stop, recording(run):
-        progress = Attentive(progress, stop)
+        told = Attentive(progress or SilentProgress(), stop)
         journal = open_journal(run, task, resume=resume, sampler=sampler)
-        progress.message(f"searching in {run}")
+        told.message(f"searching in {run}")
         if not resume:
             _forget_teacher(run)
         elapsed_s, spent_s = _taken_before(task, run, journal)
         clock = Clock.start(task.search_seconds, already=clock.elapsed + elapsed_s)
-        try:
+        with _leaving_nothing(run, fresh=fresh):
             if not resume:
                 _keep_task(task, run)
-            known = _known_before(task, journal, run, progress)
-            ledger = Ledger(spent_s)
-            with ledger.spend("prepare"):
-                loaded = load(task, model=model, data=data, device=device, weights=kept_teacher(task, run))
-                if loaded.output:
-                    progress.message(f"{task.model} has several outputs: {loaded.output!r} is what is compressed")
-                found = contents(task, loaded)
-                require_same_contents(journal, run, found)
-                if known is not None:
-                    require_same_subject(known, Path(task.from_run or ""), found)
-                setting = replace(prepare(task, run, loaded), ledger=ledger)
-        except BaseException:
-            if fresh:
-                shutil.rmtree(run, ignore_errors=True)
-            raise
+            known = _known_before(task, journal, run, told)
+            setting = _prepared(task, run, journal, known, Ledger(spent_s), told, model=model, data=data, device=device)
         if resume:  # only now: a resume that is refused changes nothing
             _keep_task(task, run)
-        if tight := require_space(run, setting.baseline.size_bytes):
-            progress.message(tight)
-        findings = _assemble(task, run, setting, journal, clock, progress, suggest)
+        findings = _assemble(task, run, setting, journal, clock, told, suggest)
         try:
             _phases(findings, known)
         finally:
             _finish(findings)
     return _result(findings)
+
+
+@contextmanager
+def _leaving_nothing(run: Path, *, fresh: bool) -> Iterator[None]:
+    """A search that cannot begin leaves no folder behind where there was none."""
+    try:
+        yield
+    except BaseException:
+        if fresh:
+            shutil.rmtree(run, ignore_errors=True)
+        raise
+
+
+def _prepared(task: Task, run: Path, journal: Journal, known: Journal | None, ledger: Ledger, progress: Progress, **given: Any) -> Setting:
+    """What the task names, or is `given`, loaded, exported and measured.
+
+    Raises UsageError where that is something else than what the search that is resumed, or the one that is learned from, had.
+    """
+    with ledger.spend("prepare"):
+        loaded = load(task, weights=kept_teacher(task, run), **given)
+        if loaded.output:
+            progress.message(f"{task.model} has several outputs: {loaded.output!r} is what is compressed")
+        found = contents(task, loaded)
+        require_same_contents(journal, run, found)
+        if known is not None:
+            require_same_subject(known, Path(task.from_run or ""), found)
+        setting = replace(prepare(task, run, loaded), ledger=ledger)
+    if tight := require_space(run, setting.baseline.size_bytes):
+        progress.message(tight)
+    return setting
 
 
 def _keep_task(task: Task, run: Path) -> None:

@@ -78,9 +78,10 @@ def test_wider_student_starts_as_the_same_function(traced):
     assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_input_model_stays_as_it_is(traced):
-    model = copy.deepcopy(traced[0]).train()
-    inputs = traced[1]
+@pytest.mark.parametrize("name", ["tiny_resnet", "mobilenet", "shufflenet", "vit", "gates", "recurrent"])
+def test_input_model_stays_as_it_is(name):
+    model, inputs = network(name)
+    model.train()
     next(model.parameters()).requires_grad_(False)
     model.register_forward_hook(lambda *_: None)
     state = copy.deepcopy(model.state_dict())
