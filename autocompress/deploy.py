@@ -45,7 +45,7 @@ from autocompress.records import Measurement
 from autocompress.references import DEFAULT_DEVICE, MODEL_LIBRARIES, names_function, require_formats
 from autocompress.results import Entry, Results
 from autocompress.run_folder import writing
-from autocompress.task import DEMO_MODEL, OBJECT
+from autocompress.task import OBJECT
 
 BUNDLE = (MODEL, STUDENT, POLICY, MANIFEST)
 OTHER_FORMATS = ("model.xml", "model.bin", "model.pt2")
@@ -265,5 +265,5 @@ def require_harmless(reference: str, option: str) -> None:
     if reference.startswith(OBJECT):
         cure = "give it: autocompress.recreate(folder, model), or result.export(out, formats=['torch'], model=model)"
         raise UsageError(f"the model was an object of Python ({reference.removeprefix(OBJECT)}), which no file names", hint=cure)
-    if names_function(reference, MODEL_LIBRARIES) and reference != DEMO_MODEL:
+    if names_function(reference, MODEL_LIBRARIES):
         raise UsageError(f"the model {reference!r} is code that this command does not run by itself", hint=f"name it: {option} {reference}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ DATA_ROOT = "data"
 """Where `torchvision:NAME` data lies unless its `root` says otherwise."""
 MODEL_LIBRARIES, DATA_READERS = ("torchvision:", "timm:"), ("torchvision:", "imagefolder:")
 """Begin references to models and to data that name no function."""
+OURS = re.compile(r"autocompress(\.\w+)+:\w+")
+"""Functions of this package, such as the network of the demonstration."""
 USERS_ERRORS = (Exception, SystemExit)
 """What a user's code may raise; a script of theirs may also exit."""
 
@@ -43,8 +46,10 @@ def parse_reference(reference: str) -> tuple[str, dict[str, str]]:
 
 
 def names_function(reference: str, readers: tuple[str, ...] = ()) -> bool:
-    """Whether it is `file.py:function` or `package.module:function`, and not for one of these readers."""
-    return ":" in reference and not reference.startswith(readers)
+    """Whether it is `file.py:function` or `package.module:function` of the user's, and not for one of these readers."""
+    where = reference.rpartition(":")[0]
+    is_ours = OURS.fullmatch(reference) is not None and not where.endswith(".py")
+    return bool(where) and not is_ours and not reference.startswith(readers)
 
 
 def draws_itself(space: str) -> bool:

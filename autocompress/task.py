@@ -106,7 +106,7 @@ class Task(Record):
     def demands_trust(self) -> dict[str, str]:
         """By field, what runs somebody's code when it is loaded, and devices elsewhere, which are sent the model, inputs and a token."""
         functions = {
-            "model": not self.is_demo and names_function(self.model, (*MODEL_LIBRARIES, OBJECT)),
+            "model": names_function(self.model, (*MODEL_LIBRARIES, OBJECT)),
             "data": names_function(self.data, (*DATA_READERS, OBJECT)),
             "space": draws_itself(self.space),
             "student": self.student is not None and names_function(self.student, MODEL_LIBRARIES),

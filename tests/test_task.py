@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autocompress.errors import UsageError
+from autocompress.references import names_function
 from autocompress.run_folder import remember_own
 from autocompress.task import DATA_VARIABLE, DEMO_MODEL, Task, load_kept_task, load_task
 
@@ -172,6 +173,12 @@ def test_what_a_folder_of_somebody_else_names_is_not_run(tmp_path, field):
     write(tmp_path, path.read_text() + "seed = 7\n")
     with pytest.raises(UsageError, match="no search of yours"):
         load_kept_task(tmp_path, {})
+
+
+def test_only_functions_of_this_package_are_ours():
+    assert not names_function("autocompress.demo:teacher") and not names_function("autocompress.testing.models:resnet20")
+    for reference in ("autocompress.payload.py:f", "autocompress./payload:f", "../autocompress.payload:f", "autocompress:payload"):
+        assert names_function(reference), reference
 
 
 def test_what_names_no_code_needs_no_trust(tmp_path):

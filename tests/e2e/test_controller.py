@@ -102,7 +102,7 @@ def test_what_measuring_has_ruled_out_is_not_trained_where_something_else_may_do
     near = min(pool, key=lambda p: p.latency_s)
     monkeypatch.setattr(Appraisals, "_worth", lambda self, p: 0.9)
     forecast.limits = Budget(latency_s=1.01 * slow.latency_s)
-    monkeypatch.setattr(forecast, "excess", lambda proposal, margin=0.0: forecast._note(proposal.policy, 9.0) or 9.0)
+    monkeypatch.setattr(forecast, "settled_excess", lambda proposal, margin=0.0: forecast._note(proposal.policy, 9.0) or 9.0)
     appraised(findings, [slow])
     assert Chooser(findings)._new_structure([near]).policy == near.policy, "the other was ruled out"
     trained(findings, near.policy, 0.5 * slow.latency_s)
@@ -262,12 +262,8 @@ def test_after_a_handful_of_steps_what_was_worth_most_untrained_is_trained_to_th
     monkeypatch.setattr("autocompress.controller.rungs.evaluate_policy", lambda *_, continues, **known: begun.append(continues))
     monkeypatch.setattr(Findings, "keep", lambda self, outcome: None)
     monkeypatch.setattr("autocompress.controller.rungs.full_runs", lambda *_: 1)
-    worth = {findings.forecast.structure(policy): value for policy, value in ((pool[0].policy, 0.9), (pool[1].policy, 0.4))}
-    monkeypatch.setattr(Appraisals, "_worth", lambda self, p: worth[self.forecast.structure(p.policy)])
-    for proposal in pool[:2]:
-        findings.appraisals.appraise(proposal)
-    trained(findings, pool[0].policy, 2e-3, score=0.55, steps=steps[0])
-    trained(findings, pool[1].policy, 1e-3, score=0.61, id="00001", steps=steps[1])
+    trained(findings, pool[0].policy, 2e-3, score=0.55, steps=steps[0], worth=0.9)
+    trained(findings, pool[1].policy, 1e-3, score=0.61, id="00001", steps=steps[1], worth=0.4)
     Rungs(findings).full_rung()
     assert begun == [climbs]
 

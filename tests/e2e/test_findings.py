@@ -52,11 +52,12 @@ def test_what_is_kept_for_the_end_trains_a_policy_while_there_is_no_front_to_mea
 
 
 def test_what_a_search_is_killed_over_is_left_once_it_was_so_twice(findings, pool):
-    narrow = pool[0].policy
+    narrow, killed = pool[0].policy, []
     for _ in range(MOST_KILLS):
         findings.leave_killers()
         assert findings.journal.outcomes == []
-        findings.journal.at_work(narrow, "00000", "short").__enter__()
+        killed.append(findings.journal.at_work(narrow, "00000", "short"))
+        killed[-1].__enter__()
     findings.leave_killers()
     (left,) = findings.journal.outcomes
     assert (left.policy, left.rung, left.failure.stage) == (narrow, "short", "train")

@@ -169,8 +169,7 @@ def test_a_space_whose_names_do_not_say_which_end_is_fast_is_not_refused(setting
         return cut(trial.suggest_float("cut", 0.0, 0.9))
 
     forecast(setting, f"{1e6 * budget:.3f}us", suggest=space).require_hope()
-    overhead = setting.baseline.size_bytes - graph.workload(Policy()).weight_bytes
-    smallest = graph.workload(cut(0.9)).weight_bytes + overhead
+    smallest = forecast(setting)._measure_untrained(cut(0.9)).size_bytes
     forecast(setting, f"{smallest / 1.2 / 1e3:.2f}kB", suggest=space).require_hope()
     with pytest.raises(InfeasibleBudget):
         forecast(setting, f"{smallest / 2 / 1e3:.2f}kB", suggest=space).require_hope()
@@ -230,7 +229,7 @@ def test_a_pool_is_better_than_its_draws_at_all_latencies(setting, drawn_and_bre
 
 def test_a_pool_holds_what_a_limit_on_size_allows(setting, drawn_and_bred):
     """What promises most is large: at each latency what is too large is for where nothing else is."""
-    weights = forecast(setting).original.weight_bytes
+    weights = forecast(setting).teacher_workload.weight_bytes
     found = forecast(setting, f"{setting.baseline.size_bytes - 0.6 * weights:.0f}B", space="prune")
     drawn, pool = drawn_and_bred(found)
     small = found.within_budget(pool)

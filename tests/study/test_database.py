@@ -60,10 +60,12 @@ def test_what_a_search_is_killed_over_again_and_again_is_known(journal, tmp_path
     with pytest.raises(KeyboardInterrupt), journal.at_work(other, "00000", "short"):
         raise KeyboardInterrupt
     assert again(tmp_path).killers() == [], "what ended by itself, or by its user, was not killed"
+    killed = []
     for id in ("00000", "00001"):
         resumed = again(tmp_path)
         assert resumed.killers() == []
-        resumed.at_work(INT8, id, "short").__enter__()
+        killed.append(resumed.at_work(INT8, id, "short"))
+        killed[-1].__enter__()
     assert MOST_KILLS == 2
     for _ in range(2):
         resumed = again(tmp_path)
