@@ -349,7 +349,8 @@ class Forecast:
         ):
             if limits == Budget():
                 continue
-            least = min([*ends, *drawn], key=lambda policy: cost(self.workload(policy)))
+            known = self.proposals([*ends, *drawn], [{}] * (len(ends) + len(drawn)))
+            least = min(known, key=lambda proposal: cost(proposal.workload)).policy
             is_certain = limits.of_time == Budget() and least in ends  # bytes follow from the shape, seconds do not
             self._require_one_within(limits, limits if is_certain else limits.times(FEASIBILITY_SLACK), [least, *ends])
 
