@@ -1,17 +1,15 @@
-"""How a search divides its time, and which policies climb to the upper rung."""
+"""How a search divides its time."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from autocompress.front import cost, gain, hypervolume, measured
 from autocompress.ranks import is_low
-from autocompress.records import Outcome
 
 FEWEST_EXAMPLES = 32
 """Validation or test examples at least, however slow a model is: fewer say nothing of it."""
@@ -51,16 +49,10 @@ TELLING_MARGIN = 1.25
 MOST_FULL_RUNS = 6
 TRIALS_A_FULL_RUN = 4
 """Where `--trials` limits the short runs, one full run for each so many."""
-OUTLIER = 8.0
-"""Times the distance of the median from the best score: scores further off are accidents, not the end of a range."""
 LEAST_COST = 0.25
 """Share of the dearest step that the cheapest is taken to cost: a step has costs that no network is too small for."""
 MOST_COST = 2.0
 """Times the usual length that a short run gets at most, whatever its steps cost."""
-WORST_MARGIN, WORST_SLOWNESS = 0.02, 1.02
-"""How far beyond the worst score, and at how many times the slowest latency, the reference point of a hypervolume lies."""
-Point = tuple[float, float]
-"""Gain (more is better) and latency in seconds."""
 
 
 @dataclass(frozen=True)
@@ -170,57 +162,3 @@ def full_seconds(left: float, costs: Sequence[float], each: float, trials: int |
     weights = np.maximum(costs, LEAST_COST * max(costs))
     share = left * float(weights[0] / weights.sum())
     return share if trials is None else min(share, each)
-
-
-def halfway(scores: Sequence[float]) -> float:
-    """Between the best and the worst: what scores below it comes after all else. Unlike a median it does not move to where many are.
-
-    A score that is worse than the best by more than OUTLIER times as much as the median is counts as just so bad.
-    """
-    best = max(scores)
-    worst = max(min(scores), best - OUTLIER * (best - float(np.median(scores))))
-    return 0.5 * (best + worst)
-
-
-def cover(points: Sequence[Point], n: int, taken: Sequence[Point] = ()) -> list[int]:
-    """Indices of the `n` points (gain, latency in seconds) that together dominate most, beside those that are `taken`.
-
-    First the best of all, unless one that is taken is as good: it is what a search under a budget is after.
-    Then greedy hypervolume subset selection (Guerreiro, Fonseca & Paquete 2016, Evolutionary Computation 24(3)) over gain and logarithm of
-    latency: what lies close to a point that is already there adds little, so the chosen spread over the front by themselves.
-    The reference is halfway between the best and the worst gain first: whoever has a budget wants accuracy within it, and networks
-    that are tiny and bad would dominate a large area of a plot that nobody looks at. They come last, spread by the whole area.
-    """
-    if not points:
-        return []
-    known, gains = [(gain, math.log(latency)) for gain, latency in points], [gain for gain, _ in points]
-    beside = [(gain, math.log(latency)) for gain, latency in taken]
-    slowest = max(log for _, log in (*known, *beside)) + math.log(WORST_SLOWNESS)
-    references = (halfway(gains), slowest), (min(gains) - WORST_MARGIN, slowest)
-    best = max(range(len(points)), key=lambda index: (gains[index], -known[index][1]))
-    chosen = [best] if n > 0 and all(gain < gains[best] for gain, _ in beside) else []
-
-    def area(index: int) -> tuple[float, ...]:
-        front = np.array([*beside, *(known[i] for i in chosen), known[index]])
-        return tuple(hypervolume(front, reference) for reference in references)
-
-    rest = set(range(len(points))) - set(chosen)
-    while rest and len(chosen) < n:
-        chosen.append(max(sorted(rest), key=area))
-        rest.remove(chosen[-1])
-    return chosen
-
-
-def promoted(
-    outcomes: Sequence[Outcome], n: int, settled: Sequence[Outcome] = (), merit: Callable[[Outcome], float] = gain
-) -> list[Outcome]:
-    """The `n` outcomes that cover most, beside those that are `settled` (trained to the end, or in no need of it).
-
-    merit: what is covered beside cost; the score where nothing else is said.
-    """
-
-    def points(known: Sequence[Outcome]) -> list[Point]:
-        return [(merit(o), cost(o)) for o in known]
-
-    candidates = measured(outcomes)
-    return [candidates[index] for index in cover(points(candidates), n, points(measured(settled)))]

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from autocompress.candidates.feasibility import Feasibility
 from autocompress.candidates.forecast import Forecast
 from autocompress.controller.begin import ask_teacher, know_baseline, profile_device, propose
 from autocompress.controller.conclude import conclude
@@ -353,7 +354,7 @@ def _recall(findings: Findings) -> None:
         findings.progress.message(f"{failed} failed policies may be tried again")
     findings.leave_killers()
     if findings.best is None:
-        findings.forecast.require_hope()
+        Feasibility(findings.forecast).require_hope()
 
 
 def _train_demo_teacher(findings: Findings) -> None:

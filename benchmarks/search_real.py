@@ -42,7 +42,7 @@ from autocompress.front import hypervolume
 from autocompress.graph import Structure
 from autocompress.policy import Policy
 from autocompress.preparation import load, prepare
-from autocompress.schedule import cover
+from autocompress.promotion import cover
 from autocompress.search_space import find_suggest
 from autocompress.study.database import open_journal
 from autocompress.study.sampler import FrontSampler

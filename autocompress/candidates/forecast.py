@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import heapq
 import itertools
 import tempfile
 import time
@@ -16,16 +15,15 @@ import numpy as np
 
 from autocompress.candidates.proposals import Proposal, capacity, elites, inheritance
 from autocompress.devices.timing import MOST_DRIFT
-from autocompress.errors import InfeasibleBudget, PolicyFailure, UsageError
+from autocompress.errors import PolicyFailure, UsageError
 from autocompress.graph import Graph, Structure
 from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.objective import UNTRAINED, Setting, policy_errors, untrained
 from autocompress.policy import Policy
 from autocompress.records import Budget, Measurement, Outcome, Prediction, Workload
 from autocompress.schedule import FEWEST_EXAMPLES
-from autocompress.search_space import Suggest, fastest, smallest, with_default_distillation
+from autocompress.search_space import Suggest, with_default_distillation
 from autocompress.suggesters import LevelSuggester, Variation
-from autocompress.units import format_duration, format_size
 
 DRAWS, MOST_DRAWS = 64, 4096
 GENERATIONS, CHILDREN = 100, 4
@@ -36,15 +34,11 @@ UNTRAINED_SECONDS_EACH = 0.3
 """Of measuring a network that is only timed."""
 SLOW_ORIGINAL_S = 0.25
 """An original that takes longer is not measured beside networks that are only timed: its rounds would take as long as their training."""
-CURE_MARGIN = 1.02
-"""A suggested budget leaves this much room above what was measured."""
 MOST_WEIGHT_BYTES = 2**31 - 2**27
 """An ONNX file is one protobuf message, which holds 2 GiB at most."""
 FEASIBILITY_SLACK = 1.5
 """Latency is a step function of channels, so that the smallest policy need not be the fastest: within this factor of a limit a budget is
 not refused before the space was looked at."""
-MOST_PROBES = 6
-"""Networks that are measured before a budget is refused that the last of them misses by less than predictions are off."""
 
 Tick = Callable[[str, int, int], None]
 """Called with a phase, and how much of it is done out of how much."""
@@ -93,7 +87,7 @@ class Forecast:
     @property
     def budget(self) -> Budget:
         """The limits, against what the original took lately, which predictions refer to as well."""
-        return self.limits.against(self._recent_baseline_s)
+        return self.limits.against(self.recent_baseline_s)
 
     @functools.cached_property
     def teacher_workload(self) -> Workload:
@@ -148,7 +142,7 @@ class Forecast:
     def latency_limit(self) -> float:
         """Seconds up to which policies are of interest: the budget, else the original's latency."""
         limits = [limit for limit in (self.budget.latency_s, self.budget.p95_s) if limit is not None]
-        return min([*limits, self._recent_baseline_s])
+        return min([*limits, self.recent_baseline_s])
 
     def _graph_of(self, policy: Policy) -> Graph:
         try:
@@ -230,9 +224,9 @@ class Forecast:
         highest = self.model.predict(proposal.workload).high
         if self._measured(proposal.policy) is not None or least > 0 or self.violation(proposal.workload, slower * highest) <= 0:
             return least
-        found = self._measure_untrained(proposal.policy)
+        found = self.measure_untrained(proposal.policy)
         self.refit()
-        return self._violation_of(found, self.limits, slower=slower) if found is not None else least
+        return self.violation_of(found, self.limits, slower=slower) if found is not None else least
 
     def latency_s(self, proposal: Proposal) -> float:
         """Seconds as they were measured, else as they are predicted by now."""
@@ -241,10 +235,10 @@ class Forecast:
     def _measured(self, policy: Policy) -> float | None:
         """Seconds that the policy's network takes, where it has been measured: beside an original as fast as it was lately."""
         known = self.networks.get(self.structure(policy))
-        return known[1] * self._recent_baseline_s if known is not None else None
+        return known[1] * self.recent_baseline_s if known is not None else None
 
     @property
-    def _recent_baseline_s(self) -> float:
+    def recent_baseline_s(self) -> float:
         """What the original took lately."""
         return self.setting.recent_baseline.median
 
@@ -254,12 +248,12 @@ class Forecast:
         """Fit the latency model to what has been measured of these, beside what it knew."""
         for outcome in outcomes:
             if outcome.latency_s is not None:
-                self._note(outcome.policy, outcome.latency_s.relative(self._recent_baseline_s))
+                self._note(outcome.policy, outcome.latency_s.relative(self.recent_baseline_s))
         self.refit()
 
     def refit(self) -> None:
         """Fit the latency model to all that has been measured."""
-        self.model.fit([(workload, originals * self._recent_baseline_s) for workload, originals in self.networks.values()])
+        self.model.fit([(workload, originals * self.recent_baseline_s) for workload, originals in self.networks.values()])
 
     def profile_device(self, seconds: float, seed: int, tick: Tick) -> None:
         """Measure operators, then a few whole networks of the latencies of interest, without training."""
@@ -276,7 +270,7 @@ class Forecast:
             if time.monotonic() > until and done >= LEAST_NETWORKS:
                 break
             tick("measuring whole networks", done, len(chosen))
-            self._add_to_baseline_history(self._measure_untrained(policy))
+            self.add_to_baseline_history(self.measure_untrained(policy))
         self._note(Policy(), 1.0)
         self.refit()
 
@@ -285,7 +279,7 @@ class Forecast:
 
         As predicted from operators alone, in units of what these predict for the original.
         """
-        limit = FEASIBILITY_SLACK * self.latency_limit / self._recent_baseline_s * self.predict(Policy()).value
+        limit = FEASIBILITY_SLACK * self.latency_limit / self.recent_baseline_s * self.predict(Policy()).value
         by_latency = sorted(policies, key=lambda policy: self.predict(policy).value)
         return [policy for rank, policy in enumerate(by_latency) if rank < WHOLE_NETWORKS or self.predict(policy).value <= limit]
 
@@ -300,7 +294,7 @@ class Forecast:
         """As it was predicted before its network was first measured: what prediction is judged by."""
         return self._first_predictions.get(self.structure(policy)) or self.predict(policy)
 
-    def _measure_untrained(self, policy: Policy) -> Untrained | None:
+    def measure_untrained(self, policy: Policy) -> Untrained | None:
         """What the policy's structure takes; None when it cannot be built."""
         models, spend = self.setting.models, self.setting.ledger.spend
         with spend("measure"), tempfile.TemporaryDirectory(prefix=UNTRAINED, dir=models) as name:
@@ -308,145 +302,28 @@ class Forecast:
             try:
                 with policy_errors(self.setting.log):
                     manifest = self.setting.write(folder, untrained(self.setting, policy, calibration_inputs=FEWEST_EXAMPLES), policy)
-                    beside_it = [self.setting.baseline.path] if self._recent_baseline_s <= SLOW_ORIGINAL_S else []
+                    beside_it = [self.setting.baseline.path] if self.recent_baseline_s <= SLOW_ORIGINAL_S else []
                     paths = [*beside_it, folder / manifest.artifact]
                     *beside, latency = self.setting.device.measure(paths, seconds_each=UNTRAINED_SECONDS_EACH)
             except PolicyFailure:
                 return None
         original = beside[0] if beside else None
-        self._note(policy, latency.median / (original.median if original is not None else self._recent_baseline_s))
+        self._note(policy, latency.median / (original.median if original is not None else self.recent_baseline_s))
         return Untrained(policy, latency, manifest.size_bytes, original)
 
-    def _usual(self, found: Untrained) -> Measurement:
+    def usual(self, found: Untrained) -> Measurement:
         """What it takes beside an original as fast as that was lately."""
-        return found.latency_s.times(self._recent_baseline_s / found.original.median) if found.original is not None else found.latency_s
+        return found.latency_s.times(self.recent_baseline_s / found.original.median) if found.original is not None else found.latency_s
 
-    def _violation_of(self, found: Untrained, limits: Budget, *, slower: float = 1.0) -> float:
+    def violation_of(self, found: Untrained, limits: Budget, *, slower: float = 1.0) -> float:
         """Relative excess over the limits, were it so many times slower."""
-        latency = self._usual(found).times(slower)
-        return limits.against(self._recent_baseline_s).violation(latency.high, found.size_bytes, latency.p95)
+        latency = self.usual(found).times(slower)
+        return limits.against(self.recent_baseline_s).violation(latency.high, found.size_bytes, latency.p95)
 
-    def _add_to_baseline_history(self, found: Untrained | None) -> None:
+    def add_to_baseline_history(self, found: Untrained | None) -> None:
         """Count what the original took beside this network among what it took lately.
 
         Not for the candidates of one choice: a few slow seconds would outvote all that is known of the machine.
         """
         if found is not None and found.original is not None:
             self.setting.baseline_history.append(found.original)
-
-    # -- whether the budget can be met -----------------------------------------------------------------------------
-
-    def require_hope(self) -> None:
-        """Before the device is profiled: raises InfeasibleBudget when the ends of the space are far over a limit. Takes seconds.
-
-        Over one of bytes at all, where they are the ends: an own space may have other names for what these are guessed from.
-        """
-        generator = np.random.default_rng(self.setting.seed)
-        drawn = [self.suggest(LevelSuggester(generator)) for _ in range(DRAWS)]
-        for limits, ends, cost in (
-            (self.limits.of_time, fastest(self.suggest), _arithmetic),
-            (self.limits.of_size, [smallest(self.suggest)], _weight_bytes),
-        ):
-            if limits == Budget():
-                continue
-            known = self.proposals([*ends, *drawn], [{}] * (len(ends) + len(drawn)))
-            least = min(known, key=lambda proposal: cost(proposal.workload)).policy
-            is_certain = limits.of_time == Budget() and least in ends  # bytes follow from the shape, seconds do not
-            self._require_one_within(limits, limits if is_certain else limits.times(FEASIBILITY_SLACK), [least, *ends])
-
-    def _require_one_within(self, limits: Budget, wide: Budget, policies: Sequence[Policy]) -> None:
-        """Raises InfeasibleBudget for the limits when all of these are over the `wide` ones, with the nearest of them."""
-        measured = list[Untrained]()
-        for policy in {policy.digest: policy for policy in policies}.values():
-            found = self._measure_untrained(policy)
-            self._add_to_baseline_history(found)
-            if found is None or self._violation_of(found, wide) <= 0:
-                return
-            measured.append(found)
-        raise self._infeasible(limits, min(measured, key=lambda found: self._violation_of(found, limits)))
-
-    def require_feasible(self, pool: Sequence[Proposal]) -> None:
-        """Raises InfeasibleBudget unless some policy can meet the limits: on time, and where size is limited too both together."""
-        waiting = [*(self.proposal(policy, {}) for policy in fastest(self.suggest)), *pool]
-        self._require_time(waiting)
-        self._require_both([*waiting, self.proposal(smallest(self.suggest), {})])
-
-    def _require_time(self, waiting: list[Proposal]) -> None:
-        """Where that is open by prediction, up to MOST_PROBES of those that are predicted to be fastest are measured.
-
-        Until one is within the limits, or no other can be.
-        """
-        limits, budget, measured = self.limits.of_time, self.budget.of_time, list[Untrained]()
-        for _ in range(MOST_PROBES):
-            nearest = min(waiting, key=lambda p: self.model.predict(p.workload).value)
-            predicted = self.model.predict(nearest.workload)
-            if self.violation(nearest.workload, predicted.high, budget) <= 0:
-                return
-            if measured and self.violation(nearest.workload, predicted.low, budget) > 0:
-                break
-            found = self._measure_untrained(nearest.policy)
-            if found is not None and self._violation_of(found, limits) <= 0:
-                return
-            measured += [found] if found is not None else []
-            self.refit()
-            waiting = [p for p in waiting if p.fingerprint != nearest.fingerprint]
-            if not waiting:
-                break
-        if measured:
-            raise self._infeasible(limits, min(measured, key=lambda found: self._violation_of(found, limits)))
-
-    def _require_both(self, waiting: Sequence[Proposal]) -> None:
-        """What is small enough may be far too slow, and what is fast enough far too large: bits that have no kernel are small, not fast.
-
-        By a wide margin, since those drawn so far are not all that there are.
-        """
-        wide = self.budget.times(FEASIBILITY_SLACK)
-        if wide.size_bytes is None or wide.of_time == Budget():
-            return
-
-        def miss(proposal: Proposal) -> float:
-            return self.violation(proposal.workload, self.model.predict(proposal.workload).low, wide)
-
-        nearest = min(waiting, key=miss)
-        found = self._measure_untrained(nearest.policy) if miss(nearest) > 0 else None
-        if found is not None and self._violation_of(found, self.limits.times(FEASIBILITY_SLACK)) > 0:
-            raise self._infeasible(self.limits, found)
-
-    def _infeasible(self, limits: Budget, found: Untrained) -> InfeasibleBudget:
-        """With the smallest budgets that work, of the kinds that do not: a time, its 95th percentile, a size."""
-        budget, policy, latency, size_bytes = limits.against(self._recent_baseline_s), found.policy, self._usual(found), found.size_bytes
-        cures, binds = [], ""
-        if budget.latency_s is not None and latency.high > budget.latency_s:
-            cures.append(format_duration(CURE_MARGIN * latency.high))
-        if budget.p95_s is not None and latency.p95 > budget.p95_s:
-            cures.append(f"p95={format_duration(CURE_MARGIN * latency.p95)}")
-        if cures:
-            binds = self._binds(self.workload(policy))
-        if budget.size_bytes is not None and size_bytes > budget.size_bytes:
-            cures.append(format_size(CURE_MARGIN * size_bytes))
-        which = "nearest" if limits.of_time != Budget() != limits.of_size else "fastest" if budget.size_bytes is None else "smallest"
-        reason = f"; the time goes to {binds}" if binds else ""
-        told = " ".join(f"--budget {cure.replace(' ', '')}" for cure in cures)
-        return InfeasibleBudget(
-            f"no policy of the space meets the budget ({self.budget.in_words()}): the {which} "
-            f"takes {format_duration(latency.high)} and {format_size(size_bytes)} ({policy.in_words()})",
-            hint=f"the smallest budget that works here is about {told}{reason}; or use a wider space",
-            smallest_latency_s=latency.high,
-            binds=binds,
-        )
-
-    def _binds(self, workload: Workload) -> str:
-        """What takes most of the time: with seconds where operators have been measured, else by arithmetic."""
-        if len(self.model.table):
-            parts = heapq.nlargest(3, self.model.explain(workload), key=lambda part: part[1])
-            return ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in parts)
-        return ", ".join(operator.name for operator in heapq.nlargest(3, workload.operators, key=lambda operator: operator.macs))
-
-
-def _arithmetic(workload: Workload) -> int:
-    """Bits multiplied: what a network takes as far as its arithmetic tells."""
-    return sum(operator.macs * operator.bits for operator in workload.operators)
-
-
-def _weight_bytes(workload: Workload) -> int:
-    return workload.weight_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+from autocompress.candidates.feasibility import Feasibility
 from autocompress.candidates.proposals import Proposal
 from autocompress.controller.findings import Findings
 from autocompress.data import sample
@@ -30,7 +31,7 @@ def propose(findings: Findings) -> list[Proposal]:
     findings.show("choosing first policies")
     pool = findings.forecast.pool(findings.task.seed + findings.journal.asked, pool_seconds(findings.clock))
     if findings.best is None:
-        findings.forecast.require_feasible(pool)
+        Feasibility(findings.forecast).require_feasible(pool)
     return pool
 
 

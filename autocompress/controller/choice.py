@@ -15,8 +15,8 @@ from autocompress.devices.timing import MOST_DRIFT
 from autocompress.front import gain, measured
 from autocompress.graph import Structure
 from autocompress.policy import Policy
+from autocompress.promotion import cover, promoted
 from autocompress.records import Outcome
-from autocompress.schedule import cover, promoted
 from autocompress.suggesters import PartiallyFixed
 
 VARIANT_SHARE = 1 / 4

@@ -21,16 +21,9 @@ from autocompress.errors import TooManyFailures
 from autocompress.front import gain, measured
 from autocompress.objective import evaluate_policy
 from autocompress.policy import Policy, QuantSpec
+from autocompress.promotion import cover, promoted
 from autocompress.records import Outcome, Rung
-from autocompress.schedule import (
-    Division,
-    appraisal_seconds,
-    cover,
-    extended,
-    full_runs,
-    full_seconds,
-    promoted,
-)
+from autocompress.schedule import Division, appraisal_seconds, extended, full_runs, full_seconds
 from autocompress.search_space import for_device
 
 APPRAISED_FIRST, MOST_APPRAISED, APPRAISED_A_TRIAL = 12, 1000, 12

@@ -14,8 +14,8 @@ from autocompress.errors import PolicyFailure, UsageError
 from autocompress.export import is_intact
 from autocompress.front import gain, measured
 from autocompress.objective import evaluate_again
+from autocompress.promotion import cover
 from autocompress.records import Outcome
-from autocompress.schedule import cover
 from autocompress.search_space import for_device
 from autocompress.study.journal import Journal
 

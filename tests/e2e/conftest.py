@@ -27,6 +27,8 @@ def lean(tmp_path_factory):
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr("autocompress.candidates.forecast.WHOLE_NETWORKS", 2)
         patch.setattr("autocompress.schedule.APPRAISAL_SHARE", 0.03)
+        patch.setattr("autocompress.schedule.PROFILING_SHARE", 0.03)
+        patch.setattr("autocompress.schedule.POOL_SHARE", 0.01)
         yield
 
 
@@ -46,13 +48,13 @@ def forecast(net, data, tmp_path_factory):
     setting = replace(setting, baseline=replace(setting.baseline, val_score=Score(value=0.9)))
     suggest = find_suggest("default", setting.graphs[None], setting.device.profile)
     found = Forecast(setting, suggest, Budget(), FittedLatencyModel(OperatorTable()))
-    found.profile_device(4.0, 0, lambda *_: None)
+    found.profile_device(2.0, 0, lambda *_: None)
     return found
 
 
 @pytest.fixture(scope="module")
 def pool(forecast):
-    return forecast.pool(0, 4.0)
+    return forecast.pool(0, 1.5)
 
 
 @pytest.fixture

@@ -17,8 +17,9 @@ from autocompress.controller.pace import Pace
 from autocompress.controller.rungs import APPRAISED_A_TRIAL, APPRAISED_FIRST, Rungs
 from autocompress.policy import DistillSpec, Policy, PruneSpec, QuantSpec
 from autocompress.progress import SilentProgress
+from autocompress.promotion import cover
 from autocompress.records import Budget, Failure, Outcome
-from autocompress.schedule import Clock, Division, cover
+from autocompress.schedule import Clock, Division
 from autocompress.search_space import for_device, own_suggest
 
 PATIENCE = 5.0
@@ -89,7 +90,7 @@ def test_where_networks_are_slower_than_predicted_the_next_to_be_measured_is_fas
     monkeypatch.setattr("autocompress.latency.fitted.LEAST_SPREAD", 1.0)
     monkeypatch.setattr(forecast.model, "_spread", 1.0)
     monkeypatch.setattr(Appraisals, "_worth", lambda self, p: p.latency_s / known[-1].latency_s)
-    monkeypatch.setattr(forecast, "_measure_untrained", measured)
+    monkeypatch.setattr(forecast, "measure_untrained", measured)
     forecast.limits = Budget(latency_s=1.6 * 1.2 * known[0].latency_s)
     appraised(findings, known)
     choice = Chooser(findings)._new_structure(pool[:0])

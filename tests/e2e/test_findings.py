@@ -267,7 +267,7 @@ def test_a_policy_whose_prediction_straddles_the_budget_is_measured_before_it_is
     leader = max(pool, key=lambda p: p.latency_s)
     truth = device.seconds_of(leader.workload)
     measured = []
-    monkeypatch.setattr(found, "_measure_untrained", lambda policy: measured.append(policy) or Untrained(policy, measurement(truth), 9))
+    monkeypatch.setattr(found, "measure_untrained", lambda policy: measured.append(policy) or Untrained(policy, measurement(truth), 9))
     for limit, over in ((0.9 * truth, True), (1.1 * truth, False)):
         found.limits = Budget(latency_s=limit)
         assert (found.settled_excess(leader) > 0) is over

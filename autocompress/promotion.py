@@ -1,0 +1,72 @@
+"""Which of many policies are worth more time: those that together dominate most, the best first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from autocompress.front import cost, gain, hypervolume, measured
+from autocompress.records import Outcome
+
+OUTLIER = 8.0
+"""Times the distance of the median from the best score: scores further off are accidents, not the end of a range."""
+WORST_MARGIN, WORST_SLOWNESS = 0.02, 1.02
+"""How far beyond the worst score, and at how many times the slowest latency, the reference point of a hypervolume lies."""
+Point = tuple[float, float]
+"""Gain (more is better) and latency in seconds."""
+
+
+def halfway(scores: Sequence[float]) -> float:
+    """Between the best and the worst: what scores below it comes after all else. Unlike a median it does not move to where many are.
+
+    A score that is worse than the best by more than OUTLIER times as much as the median is counts as just so bad.
+    """
+    best = max(scores)
+    worst = max(min(scores), best - OUTLIER * (best - float(np.median(scores))))
+    return 0.5 * (best + worst)
+
+
+def cover(points: Sequence[Point], n: int, taken: Sequence[Point] = ()) -> list[int]:
+    """Indices of the `n` points (gain, latency in seconds) that together dominate most, beside those that are `taken`.
+
+    First the best of all, unless one that is taken is as good: it is what a search under a budget is after.
+    Then greedy hypervolume subset selection (Guerreiro, Fonseca & Paquete 2016, Evolutionary Computation 24(3)) over gain and logarithm of
+    latency: what lies close to a point that is already there adds little, so the chosen spread over the front by themselves.
+    The reference is halfway between the best and the worst gain first: whoever has a budget wants accuracy within it, and networks
+    that are tiny and bad would dominate a large area of a plot that nobody looks at. They come last, spread by the whole area.
+    """
+    if not points:
+        return []
+    known, gains = [(gain, math.log(latency)) for gain, latency in points], [gain for gain, _ in points]
+    beside = [(gain, math.log(latency)) for gain, latency in taken]
+    slowest = max(log for _, log in (*known, *beside)) + math.log(WORST_SLOWNESS)
+    references = (halfway(gains), slowest), (min(gains) - WORST_MARGIN, slowest)
+    best = max(range(len(points)), key=lambda index: (gains[index], -known[index][1]))
+    chosen = [best] if n > 0 and all(gain < gains[best] for gain, _ in beside) else []
+
+    def area(index: int) -> tuple[float, ...]:
+        front = np.array([*beside, *(known[i] for i in chosen), known[index]])
+        return tuple(hypervolume(front, reference) for reference in references)
+
+    rest = set(range(len(points))) - set(chosen)
+    while rest and len(chosen) < n:
+        chosen.append(max(sorted(rest), key=area))
+        rest.remove(chosen[-1])
+    return chosen
+
+
+def promoted(
+    outcomes: Sequence[Outcome], n: int, settled: Sequence[Outcome] = (), merit: Callable[[Outcome], float] = gain
+) -> list[Outcome]:
+    """The `n` outcomes that cover most, beside those that are `settled` (trained to the end, or in no need of it).
+
+    merit: what is covered beside cost; the score where nothing else is said.
+    """
+
+    def points(known: Sequence[Outcome]) -> list[Point]:
+        return [(merit(o), cost(o)) for o in known]
+
+    candidates = measured(outcomes)
+    return [candidates[index] for index in cover(points(candidates), n, points(measured(settled)))]
