@@ -168,6 +168,7 @@ def export(
     format_: options.Formats = "onnx",
     model: options.Teacher = None,
     student: options.StudentSource = None,
+    device: options.ExportDevice = None,
     json: options.Json = False,
 ) -> None:
     """Write one policy as the files that ship, checked and measured again."""
@@ -175,7 +176,7 @@ def export(
     require_formats(formats)
     from autocompress.deploy import export_run  # torch takes seconds, wrong formats are told at once
 
-    exported = export_run(run, pick=pick, formats=formats, out=out, model=model, student=student)
+    exported = export_run(run, pick=pick, formats=formats, out=out, model=model, student=student, device=device)
     written = sorted(str(path) for path in exported.folder.iterdir() if path.is_file())
     if json:
         emit_json({"folder": str(exported.folder), "files": written, "within_budget": exported.within_budget,

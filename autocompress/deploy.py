@@ -24,10 +24,9 @@ from autocompress.devices import open_device
 from autocompress.devices.runtime import CURES
 from autocompress.errors import AutocompressError, RunFolderError, UsageError, refused
 from autocompress.export import (
-    MANIFEST,
+    BUNDLE,
     MODEL,
     POLICY,
-    STUDENT,
     Manifest,
     check_onnx,
     load_student,
@@ -42,12 +41,11 @@ from autocompress.models import answer_with_one_tensor, load_model
 from autocompress.policy import Policy
 from autocompress.preparation import TEACHER_WEIGHTS
 from autocompress.records import Measurement
-from autocompress.references import DEFAULT_DEVICE, MODEL_LIBRARIES, names_function, require_formats
+from autocompress.references import AGENT, DEFAULT_DEVICE, MODEL_LIBRARIES, names_function, require_formats
 from autocompress.results import Entry, Results
-from autocompress.run_folder import writing
-from autocompress.task import OBJECT
+from autocompress.run_folder import is_own_file, writing
+from autocompress.task import OBJECT, TASK_FILE, load_task, same_device
 
-BUNDLE = (MODEL, STUDENT, POLICY, MANIFEST)
 OTHER_FORMATS = ("model.xml", "model.bin", "model.pt2")
 UNFINISHED, ABANDONED_S = ".export-", 3600.0
 EXPORT_MEASURE_S = 2.0
@@ -69,7 +67,7 @@ class Exported:
 
 def export_run(
     run: Path, *, pick: str = "best", formats: Sequence[str] = ("onnx",), out: Path, model: nn.Module | str | None = None,
-    student: str | None = None,
+    student: str | None = None, device: str | None = None,
 ) -> Exported:  # fmt: skip
     """Copy the bundle of one policy to `out`, measure its file again beside the baseline's, and say both in the manifest.
 
@@ -77,8 +75,10 @@ def export_run(
         pick: `best`, an id, or the first digits of a digest.
         formats: any of `onnx` (always written), `openvino` (IR; needs openvino) and `torch` (a torch.export program).
         model, student: the teacher and the architecture of students, for `torch` when the run's own is a user's function.
+        device: to measure on; that of the search where nothing else is said.
 
-    Raises UsageError for an unknown policy or format, RunFolderError when the bundle was damaged or deleted.
+    Raises UsageError for an unknown policy or format, and for a device elsewhere that only a folder of somebody else names; RunFolderError
+    when the bundle was damaged or deleted.
     """
     require_formats(formats)
     results = Results.load(run)
@@ -88,6 +88,7 @@ def export_run(
     baseline = _baseline_file(run, results)
     for path in (source / MODEL, baseline):  # somebody else may have written the run folder
         check_onnx(path)
+    measured_on = device or _device_of(run, results)
     if out.resolve().is_relative_to((run / "models").resolve()):
         raise UsageError(f"--out {str(out)!r} lies among the models of the run", hint="choose a folder elsewhere")
     require_free(out)
@@ -98,8 +99,8 @@ def export_run(
             _write_openvino(made)
         if "torch" in formats:
             _write_torch(made, model, student, _teacher_weights(run, results))
-        with refused(f"policy {entry.id} cannot be measured on {results.device}"):
-            before, after = open_device(results.device).measure([baseline, made / MODEL], seconds_each=EXPORT_MEASURE_S)
+        with refused(f"policy {entry.id} cannot be measured on {measured_on}"):
+            before, after = open_device(measured_on).measure([baseline, made / MODEL], seconds_each=EXPORT_MEASURE_S)
         after = after.beside(before)
         manifest = update_manifest(made, _facts(results, entry, before, after))
     return Exported(out, manifest, results.limits.allows(after, manifest.size_bytes))
@@ -127,6 +128,18 @@ def whole_folder(out: Path) -> Iterator[Path]:
         if fresh:
             shutil.rmtree(out, ignore_errors=True)
         raise
+
+
+def _device_of(run: Path, results: Results) -> str:
+    """The device of a search. Raises UsageError for one elsewhere unless this user has searched there: it is sent the files and a token."""
+    task = run / TASK_FILE
+    is_ours = task.is_file() and is_own_file(task) and same_device(load_task(task, {}).device, results.device)
+    if results.device.startswith(AGENT) and not is_ours:
+        raise UsageError(
+            f"the device {results.device!r} is named by {str(run)!r}, which no search of yours on this machine has written",
+            hint=f"where you trust it, name it yourself: --device {results.device!r}; or measure here: --device {DEFAULT_DEVICE!r}",
+        )
+    return results.device
 
 
 def _bundle_folder(run: Path, entry: Entry) -> Path:

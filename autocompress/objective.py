@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import os
 import shutil
 import time
 import traceback
@@ -35,7 +36,7 @@ from autocompress.devices.runtime import TITLES
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import AutocompressError, PolicyFailure, one_line
 from autocompress.evaluate import model_answers, run_artifact, score_outputs
-from autocompress.export import Manifest, check_onnx, check_parity, load_student, read_manifest, weights_bytes, write_bundle
+from autocompress.export import BUNDLE, Manifest, check_onnx, check_parity, load_student, read_manifest, weights_bytes, write_bundle
 from autocompress.graph import Graph, Structure
 from autocompress.graph.nodes import follows_batch
 from autocompress.ledger import Ledger
@@ -73,6 +74,10 @@ def policy_errors(log: Path | None = None) -> Iterator[None]:
     """
     try:
         yield
+    except PolicyFailure as failure:
+        if log is not None and failure.__cause__ is not None:
+            note_error(log)
+        raise
     except (AutocompressError, OSError):
         raise
     except Exception as error:
@@ -83,7 +88,8 @@ def policy_errors(log: Path | None = None) -> Iterator[None]:
 
 def note_error(log: Path) -> None:
     """Add the traceback of the error that is being handled: what a search goes on after may be a bug of ours all the same."""
-    with suppress(OSError), log.open("a", encoding="utf-8") as file:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # a link in a folder of somebody else's leads elsewhere
+    with suppress(OSError), os.fdopen(os.open(log, flags, 0o644), "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{traceback.format_exc()}\n")
 
 
@@ -290,7 +296,10 @@ def evaluate_again(setting: Setting, outcome: Outcome, bundle: Path, *, predicte
     folder = setting.models / outcome.id
     shutil.rmtree(folder, ignore_errors=True)
     with writing(folder):
-        shutil.copytree(bundle, folder)
+        folder.mkdir(parents=True)
+        for name in (*BUNDLE, FLOAT_WEIGHTS):  # and nothing else that somebody may have put there
+            if (bundle / name).is_file():
+                shutil.copyfile(bundle / name, folder / name)
     path = folder / read_manifest(folder).artifact
     try:
         check_onnx(path)  # somebody else may have made it

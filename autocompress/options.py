@@ -121,6 +121,7 @@ Teacher = Annotated[
 StudentSource = Annotated[
     str | None, typer.Option("--student", metavar="REF", help="The architecture of students, where it is a function of yours.")
 ]
+ExportDevice = Annotated[str | None, typer.Option("--device", help="What to measure the file on. Default: that of the search.")]
 PolicyFile = Annotated[str, typer.Option("--policy", metavar="FILE|random:SEED", help="A policy file, or one drawn from the space.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error. May stand anywhere.")]
 

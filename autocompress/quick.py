@@ -10,22 +10,28 @@ import contextlib
 import copy
 import functools
 import gc
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+
+_turn = threading.RLock()
+"""What two threads patched in turns would stay patched."""
 
 
 @contextlib.contextmanager
 def quick_trace() -> Iterator[None]:
     """For torch.export: operators are looked up once a process, and nothing is collected meanwhile."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        with _patched(_looking_up_once):
-            yield
-    finally:
-        if was_enabled:
-            gc.enable()
+    with _turn:
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            with _patched(_looking_up_once):
+                yield
+        finally:
+            if was_enabled:
+                gc.enable()
 
 
 @contextlib.contextmanager
@@ -64,11 +70,17 @@ def _looking_up_once() -> tuple[Any, str, Any]:
 def _registering_once() -> tuple[Any, str, Any]:
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-    made = functools.cache(ONNXRegistry.from_torchlib)
+    make = ONNXRegistry.from_torchlib
+
+    @functools.cache
+    def made(_: bool, *arguments: Any, **options: Any) -> Any:
+        return make(*arguments, **options)
 
     def from_torchlib(*arguments: Any, **options: Any) -> Any:
-        registry = copy.copy(made(*arguments, **options))  # an export may add to its own
-        vars(registry).update({name: copy.copy(value) for name, value in vars(registry).items() if isinstance(value, dict)})
+        registry = copy.copy(made("torchvision" in sys.modules, *arguments, **options))  # whose operators have translations too
+        for name, value in vars(registry).items():
+            if isinstance(value, dict):  # of lists, to which an export may add
+                setattr(registry, name, {key: copy.copy(known) for key, known in value.items()})
         return registry
 
     return ONNXRegistry, "from_torchlib", staticmethod(from_torchlib)  # it is called on the class and on instances

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -274,22 +274,19 @@ class Parity(Record):
         difference: largest absolute difference; infinite where the file's outputs are not finite.
         largest: magnitude of the largest expected output.
         differing: number of decisions of a classifier that differ; None for outputs that are no decisions.
+        undecided: of these, how many the student itself has hardly decided.
     """
 
     difference: float = Field(allow_inf_nan=True)
     largest: float
     differing: int | None
+    undecided: int = 0
     n: int
 
     @property
     def relative(self) -> float:
         """The largest difference as a share of the largest expected output."""
         return self.difference / max(self.largest, SMALLEST)
-
-    @property
-    def top1_agreement(self) -> float | None:
-        """Share of equal decisions."""
-        return 1.0 - self.differing / self.n if self.differing is not None else None
 
 
 class Outcome(Record):
@@ -302,7 +299,7 @@ class Outcome(Record):
     measured again together with the front. `parity` says how its outputs differ from the student's.
     """
 
-    id: str
+    id: Annotated[str, Field(pattern=r"^[\w-]{1,64}$")]
     policy: Policy
     rung: Rung
     val_score: Score | None = None

@@ -29,8 +29,8 @@ DATA_ROOT = "data"
 """Where `torchvision:NAME` data lies unless its `root` says otherwise."""
 MODEL_LIBRARIES, DATA_READERS = ("torchvision:", "timm:"), ("torchvision:", "imagefolder:")
 """Begin references to models and to data that name no function."""
-OURS = re.compile(r"autocompress(\.\w+)+:\w+")
-"""Functions of this package, such as the network of the demonstration."""
+OURS = re.compile(r"autocompress\.(demo|testing\.models):\w+")
+"""Functions of this package that build networks."""
 USERS_ERRORS = (Exception, SystemExit)
 """What a user's code may raise; a script of theirs may also exit."""
 
@@ -47,9 +47,7 @@ def parse_reference(reference: str) -> tuple[str, dict[str, str]]:
 
 def names_function(reference: str, readers: tuple[str, ...] = ()) -> bool:
     """Whether it is `file.py:function` or `package.module:function` of the user's, and not for one of these readers."""
-    where = reference.rpartition(":")[0]
-    is_ours = OURS.fullmatch(reference) is not None and not where.endswith(".py")
-    return bool(where) and not is_ours and not reference.startswith(readers)
+    return ":" in reference and OURS.fullmatch(reference) is None and not reference.startswith(readers)
 
 
 def draws_itself(space: str) -> bool:
@@ -149,7 +147,8 @@ def _importable(folder: Path) -> None:
 
 def _import_module(name: str) -> Any:
     try:
-        _importable(Path.cwd())
+        if not name.startswith("autocompress."):
+            _importable(Path.cwd())
         return importlib.import_module(name)
     except USERS_ERRORS as error:  # whatever the module's own code raises
         raise UsageError(f"the module {name!r} does not import: {one_line(error)}", hint="use file.py:function for a file") from error

@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from autocompress.cache import cache_folder
 from autocompress.errors import RunFolderError, UsageError
 from autocompress.units import format_size
 
@@ -60,19 +59,26 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 def remember_own(path: Path) -> None:
     """Let `is_own_file` know a file that this search has written, by its content: a folder may be copied, and come back changed."""
-    with suppress(OSError):  # without a cache a resumed search asks for what this one was told
-        place = _own_files() / _digest(path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.touch()
+    with suppress(OSError, RuntimeError):  # without a home a resumed search asks for what this one was told
+        folder = _own_files()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (folder / _digest(path)).touch()
 
 
 def is_own_file(path: Path) -> bool:
     """Whether a search of this user on this machine has written a file of this content."""
-    return (_own_files() / _digest(path)).is_file()
+    with suppress(OSError, RuntimeError):
+        folder = _own_files()
+        known = folder.stat()
+        is_private = known.st_uid == os.getuid() and not known.st_mode & 0o022
+        return is_private and (folder / _digest(path)).is_file()
+    return False
 
 
 def _own_files() -> Path:
-    return cache_folder() / "own"
+    """By the XDG base directories; raises RuntimeError for a user without a home."""
+    state = os.environ.get("XDG_STATE_HOME")
+    return (Path(state) if state else Path.home() / ".local" / "state") / "autocompress" / "own"
 
 
 def _digest(path: Path) -> str:
@@ -87,7 +93,8 @@ def locked(run: Path) -> Iterator[None]:
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
-        file = (run / LOCK).open("a+")
+        # not through a link, which in a folder of somebody else's leads elsewhere
+        file = os.fdopen(os.open(run / LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644), "a+")
     except OSError as error:
         raise UsageError(f"the run folder {str(run)!r} cannot be written: {error.strerror}", hint="choose another --out") from None
     with file:
@@ -114,14 +121,16 @@ def _sweep(run: Path) -> None:
             left.unlink(missing_ok=True)
 
 
-def require_space(run: Path, model_bytes: int) -> str:
+def require_space(run: Path, model_bytes: int, *, begun: bool = False) -> str:
     """What to tell where the disk has room for fewer than MANY_POLICIES; raises RunFolderError where there is none for even one.
+
+    But not of a search that has `begun`: it may have hardly anything left to write.
 
     Args:
         model_bytes: of the original's file. What is kept of a policy takes at most POLICY_FILES times as much.
     """
     free, each = shutil.disk_usage(run).free, POLICY_FILES * model_bytes
-    if free < each:
+    if free < each and not begun:
         raise RunFolderError(
             f"a policy of this model may need {format_size(each)}, but only {format_size(free)} are free in {str(run)!r}",
             hint="free space or choose another --out",

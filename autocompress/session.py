@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 
     from autocompress.deploy import Exported
 
+CALIBRATION_INPUTS = "calibration_inputs"
+"""What the journal calls the number of inputs that int8 ranges are fitted to: the same for all policies of a search."""
 DEMO_TEACHER_SHARE = 0.4
 """Of the time that is left, at most: a quick machine trains it to the end in less, and all else is worthless on a slow
 one where it has not learned."""
@@ -107,11 +109,12 @@ class SearchResult:
         formats: Sequence[str] = ("onnx",),
         model: nn.Module | str | None = None,
         student: str | None = None,
+        device: str | None = None,
     ) -> Exported:
         """Write the bundle of one policy and measure it again: see `autocompress export`."""
         from autocompress.deploy import export_run
 
-        return export_run(self.run, pick=pick, formats=formats, out=Path(out), model=model, student=student)
+        return export_run(self.run, pick=pick, formats=formats, out=Path(out), model=model, student=student, device=device)
 
 
 def search(
@@ -267,9 +270,11 @@ def _prepared(task: Task, run: Path, journal: Journal, known: Journal | None, le
         if known is not None:
             require_same_subject(known, Path(task.from_run or ""), found)
         setting = replace(prepare(task, run, loaded), ledger=ledger)
-    if tight := require_space(run, setting.baseline.size_bytes):
+    if (told := journal.noted(CALIBRATION_INPUTS)) is None:
+        journal.note(CALIBRATION_INPUTS, setting.calibration_inputs)
+    if tight := require_space(run, setting.baseline.size_bytes, begun=told is not None):
         progress.message(tight)
-    return setting
+    return replace(setting, calibration_inputs=told or setting.calibration_inputs)
 
 
 def _keep_task(task: Task, run: Path) -> None:

@@ -208,7 +208,8 @@ class SmallEnd(DimensionSuggester):
 
     def choose(self, dimension: Dimension) -> Any:
         if dimension.choices is None:
-            return dimension.high if dimension.name.startswith("prune") else dimension.low
+            is_ratio = dimension.name.startswith("prune") and not dimension.whole
+            return dimension.high if is_ratio else dimension.low
         if self.bits in dimension.choices:
             return self.bits
         numbers = [choice for choice in dimension.choices if isinstance(choice, (int, float))]

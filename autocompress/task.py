@@ -121,7 +121,7 @@ class Task(Record):
         """
         if self.limits != other.limits:
             return "budget"
-        if _device_of(self) != _device_of(other):
+        if not same_device(self.device, other.device):
             return "device"
         return self._differs(other, [name for name in Task.model_fields if name not in (*CHANGEABLE, "budget", "device")])
 
@@ -173,9 +173,14 @@ class Task(Record):
         return task
 
 
-def _device_of(task: Task) -> tuple[str, dict[str, str]]:
+def same_device(one: str, other: str) -> bool:
+    """Whether two references name one device, whatever they leave to be as usual."""
+    return _device_of(one) == _device_of(other)
+
+
+def _device_of(reference: str) -> tuple[str, dict[str, str]]:
     """The device's name, and its options with those that are usual."""
-    name, options = parse_reference(task.device)
+    name, options = parse_reference(reference)
     if name.startswith(AGENT) and ":" not in name.removeprefix(AGENT):
         name = f"{name}:{AGENT_PORT}"
     return name, {"threads": "1", "runtime": "onnxruntime"} | options
@@ -209,11 +214,13 @@ def load_kept_task(run: Path, overrides: Mapping[str, object]) -> Task:
         raise UsageError(f"there is no search in {str(run)!r}", hint="give the run folder of a search")
     task = load_task(path, overrides)
     unnamed = {field: value for field, value in task.demands_trust.items() if overrides.get(field) is None}
-    if unnamed and not is_own_file(path):
+    from_within = Path.cwd().resolve().is_relative_to(run.resolve())  # where relative names would be looked for in it
+    if unnamed and (from_within or not is_own_file(path)):
         named = " ".join(f"--{field} {shlex.quote(value)}" for field, value in unnamed.items())
         what, value = next(iter(unnamed.items()))
         raise UsageError(
-            f"the {what} {value!r} is named by {str(path)!r}, which no search of yours on this machine has written",
+            f"the {what} {value!r} is named by {str(path)!r}, which "
+            + ("lies around this folder" if from_within and is_own_file(path) else "no search of yours on this machine has written"),
             hint=f"where you trust it, name it yourself: {named}",
         )
     return task

@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/first_run.py
 
 Runs the commands of the section "Start" in an empty folder, on a clone of this repository, in an environment of its own; then the Python
-of that section in another environment, which holds numpy and onnxruntime alone. Writes benchmarks/results/first_run.json.
+of that section in another environment, which holds numpy and onnxruntime alone; and measures the front again. Writes
+benchmarks/results/first_run.json.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from autocompress.devices import open_device
+from autocompress.records import Budget
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "first_run.json"
+ROUNDS = 5
 STEPS = re.compile(r"(?<=[^&])&&(?=[^&])")
 """The commands of one line that are timed one by one."""
 
@@ -52,6 +55,18 @@ def numbers(entry: dict[str, Any]) -> dict[str, float]:
     return {"ms": 1000 * entry["latency_s"]["median"], "test_accuracy": entry["test_score"]["value"], "bytes": entry["size_bytes"]}
 
 
+def over_again(run: Path, found: dict[str, Any]) -> int:
+    """How often files of the front are over the budget when they are measured again, ROUNDS times, each time by a fresh process."""
+    device, budget = open_device(found["device"]), Budget.parse(tuple(found["task"]["budget"]))
+    paths = [run / found["baseline"]["artifact"], *(run / entry["artifact"] for entry in found["front"])]
+    over = 0
+    for _ in range(ROUNDS):
+        original, *others = device.measure(paths, seconds_each=2.0)
+        sizes = [entry["size_bytes"] for entry in found["front"]]
+        over += sum(not budget.allows(m.beside(original), size) for m, size in zip(others, sizes, strict=True))
+    return over
+
+
 def main() -> None:
     """Follow the README, run what it shipped, and write down what happened."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
@@ -60,6 +75,7 @@ def main() -> None:
         home = Path(name)
         rows = follow("\n".join(blocks("bash")).replace("REPOSITORY", str(ROOT)), home)
         found = json.loads((home / "autocompress" / "run" / "front.json").read_text(encoding="utf-8"))
+        over = over_again(home / "autocompress" / "run", found)
         plain = home / "plain"
         subprocess.run([sys.executable, "-m", "venv", str(plain)], check=True)
         subprocess.run([plain / "bin" / "pip", "install", "-q", "numpy", "onnxruntime"], check=True)
@@ -73,7 +89,8 @@ def main() -> None:
         "machine": open_device("onnxruntime:cpu?threads=1").environment(),
         "steps": rows,
         "original": numbers(found["baseline"]),
-        "best": numbers(best),
+        "best": numbers(best) | {"noisy": best["latency_s"]["noisy"], "test_examples": best["test_score"]["n"]},
+        "measured_again": {"files": len(found["front"]), "rounds": ROUNDS, "over_the_budget": over},
         "runs_in_plain_onnxruntime": True,
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")

@@ -34,7 +34,7 @@ import cifar10
 
 from autocompress.candidates.forecast import Forecast
 from autocompress.candidates.likeness import Likeness
-from autocompress.candidates.proposals import LevelSuggester, Proposal
+from autocompress.candidates.proposals import Proposal
 from autocompress.compress.compared import compared_features
 from autocompress.compress.distill import soft_loss
 from autocompress.compress.reconstruct import TeacherActivations, reconstruct
@@ -48,6 +48,7 @@ from autocompress.policy import Policy, QuantSpec
 from autocompress.preparation import load, prepare
 from autocompress.ranks import rank_correlation
 from autocompress.search_space import find_suggest
+from autocompress.suggesters import LevelSuggester
 from autocompress.task import load_task
 
 RESULTS = Path(__file__).parent / "results"

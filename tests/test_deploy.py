@@ -22,7 +22,8 @@ from autocompress.graph import Graph
 from autocompress.measure import measure_reference
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import load, prepare
-from autocompress.task import Task
+from autocompress.run_folder import remember_own
+from autocompress.task import TASK_FILE, Task
 from autocompress.testing.devices import FakeDevice
 
 MODEL = "autocompress.testing.models:tiny_resnet"
@@ -414,3 +415,21 @@ def test_paths_may_be_text(run, tmp_path):
         autocompress.inspect_model(MODEL, weights=str(tmp_path / "absent.pt"))
     with pytest.raises(UsageError, match="cannot be read"):
         autocompress.apply_policy(MODEL, policy=tmp_path / "absent.json", out=str(tmp_path / "out"))
+
+
+def test_a_device_elsewhere_is_not_asked_because_a_folder_of_somebody_else_names_it(run, tmp_path):
+    """It would be sent the token."""
+    content = json.loads((run / "front.json").read_text()) | {"device": "agent://elsewhere:7878?runtime=onnxruntime&threads=1"}
+    (run / "front.json").write_text(json.dumps(content))
+    task = Task(device="agent://elsewhere")
+    (run / TASK_FILE).write_text(task.to_toml())
+    with pytest.raises(UsageError, match="no search of yours on this machine") as caught:
+        export_run(run, out=tmp_path / "out")
+    assert "--device" in caught.value.hint
+    assert not (tmp_path / "out").exists()
+    assert export_run(run, out=tmp_path / "out", device="onnxruntime:cpu").manifest.latency_s is not None
+    remember_own(run / TASK_FILE)
+    assert export_run(run, out=tmp_path / "out").manifest.latency_s is not None
+    (run / "front.json").write_text(json.dumps(content | {"device": "agent://somewhere:7878"}))
+    with pytest.raises(UsageError, match="agent://somewhere"):
+        export_run(run, out=tmp_path / "out")

@@ -57,8 +57,12 @@ def test_what_one_export_adds_to_the_registry_is_not_there_for_the_next():
     with quick_export():
         first, second = ONNXRegistry.from_torchlib(), ONNXRegistry.from_torchlib()
         assert first.functions == second.functions
-        first.functions.clear()
-        assert second.functions and ONNXRegistry.from_torchlib().functions
+        known = next(iter(first.functions))
+        before = len(second.functions[known])
+        first.functions[known].append("mine")
+        first.functions["new"] = []
+        for registry in (second, ONNXRegistry.from_torchlib()):
+            assert len(registry.functions[known]) == before and "new" not in registry.functions
 
 
 def test_a_torch_that_has_these_no_longer_exports_all_the_same(monkeypatch):

@@ -10,7 +10,16 @@ from types import SimpleNamespace
 import pytest
 
 from autocompress.errors import RunFolderError, UsageError
-from autocompress.run_folder import MANY_POLICIES, POLICY_FILES, locked, read_front, require_space, write_atomically
+from autocompress.run_folder import (
+    MANY_POLICIES,
+    POLICY_FILES,
+    is_own_file,
+    locked,
+    read_front,
+    remember_own,
+    require_space,
+    write_atomically,
+)
 
 
 @pytest.mark.parametrize("content", ["", "text ü\n", b"\x00\xff" * 1000])
@@ -31,6 +40,7 @@ def test_a_disk_without_room_for_one_policy_is_refused_and_one_for_a_few_is_told
     with pytest.raises(RunFolderError, match=r"may need 3 MB, but only 2 MB are free") as caught:
         told(2 * 10**6)
     assert "--out" in caught.value.hint
+    assert "only 2 MB are free" in require_space(tmp_path, 10**6, begun=True), "there may be hardly anything left to write"
     assert "only 3 MB are free" in told(POLICY_FILES * 10**6)
     assert told(POLICY_FILES * MANY_POLICIES * 10**6) == ""
 
@@ -151,7 +161,30 @@ def test_a_missing_damaged_or_foreign_front_json(tmp_path, content, error):
         read_front(tmp_path)
 
 
-def test_a_lock_that_cannot_be_written_is_no_bug(tmp_path):
-    (tmp_path / ".lock").symlink_to("/dev/full")
+def test_a_lock_that_cannot_be_written_is_no_bug(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fdopen", lambda descriptor, mode: os.close(descriptor) or Path("/dev/full").open(mode))  # noqa: SIM115
     with pytest.raises(RunFolderError, match="cannot be written"), locked(tmp_path):
         pytest.fail("it was locked")
+
+
+def test_the_lock_is_no_link_that_leads_elsewhere(tmp_path):
+    (tmp_path / "keys").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "keys")
+    with pytest.raises(UsageError, match="cannot be written"), locked(tmp_path / "run"):
+        pass
+    assert (tmp_path / "keys").read_text() == "precious"
+
+
+def test_what_is_ones_own_is_remembered_where_nobody_else_can_write(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    file = tmp_path / "task.toml"
+    file.write_text("seed = 1")
+    assert not is_own_file(file)
+    remember_own(file)
+    assert is_own_file(file)
+    file.write_text("seed = 2")
+    assert not is_own_file(file)
+    file.write_text("seed = 1")
+    (tmp_path / "state" / "autocompress" / "own").chmod(0o777)
+    assert not is_own_file(file), "anybody may have put it there"

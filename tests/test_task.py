@@ -158,7 +158,7 @@ STRANGE = {
 
 
 @pytest.mark.parametrize("field", STRANGE)
-def test_what_a_folder_of_somebody_else_names_is_not_run(tmp_path, field):
+def test_what_a_folder_of_somebody_else_names_is_not_run(tmp_path, field, monkeypatch):
     """A run folder is something that people send to each other."""
     harmless = {"model": "torchvision:resnet18", "data": "imagefolder:photos"}
     path = write(tmp_path, "".join(f'{key} = "{value}"\n' for key, value in (harmless | {field: STRANGE[field]}).items()))
@@ -170,6 +170,10 @@ def test_what_a_folder_of_somebody_else_names_is_not_run(tmp_path, field):
     assert getattr(named, field) == STRANGE[field], "whoever names it wants it"
     remember_own(path)
     assert getattr(load_kept_task(tmp_path, {}), field) == STRANGE[field].replace("${HERE}", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="lies around this folder"):
+        load_kept_task(tmp_path, {})
+    monkeypatch.undo()
     write(tmp_path, path.read_text() + "seed = 7\n")
     with pytest.raises(UsageError, match="no search of yours"):
         load_kept_task(tmp_path, {})

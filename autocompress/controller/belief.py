@@ -41,6 +41,6 @@ def _forgiven(outcome: Outcome, before: Outcome, baseline: Baseline) -> float:
     if outcome.rung != "full":
         return 0.0
     longer = before.rung == "short" and (outcome.steps or 0) >= (before.steps or 0)
-    if longer and knows_validation_like_training(baseline.train_score, baseline.val_score):
-        return MOST_SEEN_LOSS
-    return by_chance(outcome.val_score, before.val_score)
+    chance = by_chance(outcome.val_score, before.val_score)
+    seen = longer and knows_validation_like_training(baseline.train_score, baseline.val_score)
+    return max(chance, MOST_SEEN_LOSS) if seen else chance

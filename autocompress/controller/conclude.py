@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +64,12 @@ def _measured_again(findings: Findings, front: list[Outcome]) -> tuple[Measureme
     """
     setting, left = findings.setting, max(0.0, findings.clock.until_end)
     seconds = max(LEAST_FINAL_SECONDS_EACH, min(FINAL_SECONDS_EACH, FINAL_SHARE * left / (len(front) + 1)))
-    measure = functools.partial(measure_beside_baseline, setting, seconds_each=seconds, until=time.monotonic() + FINAL_SHARE * left)
+    until = time.monotonic() + FINAL_SHARE * left
+
+    def measure(paths: list[Path]) -> list[Measurement]:
+        with policy_errors(setting.log):
+            return measure_beside_baseline(setting, paths, seconds_each=seconds, until=until)
+
     paths = {o.id: findings.run / (o.artifact or "") for o in front}
     with contextlib.suppress(PolicyFailure):
         baseline, *others = measure([*paths.values()])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,9 @@ from autocompress.errors import PolicyFailure
 from autocompress.export import is_intact, library_versions, now
 from autocompress.front import measured
 from autocompress.objective import Baseline, Setting
-from autocompress.policy import Record
+from autocompress.policy import Policy, Record
 from autocompress.progress import Progress
-from autocompress.records import Budget, Failure, Measurement, Outcome, Score, Stage
+from autocompress.records import Budget, Failure, Measurement, Outcome, Rung, Score, Stage
 from autocompress.report.view import format_score
 from autocompress.results import FailedPolicy, ProgressPoint, Results
 from autocompress.run_folder import FRONT, write_atomically
@@ -224,7 +225,8 @@ class Findings:
 
     def retry_failures(self) -> int:
         """What made policies fail may be mended by now; a file that was lost but is intact comes back. How many there were."""
-        failed = [o for o in self.journal.outcomes if o.failure is not None]
+        kills = {(o.policy.digest, o.rung) for o in self.journal.count_kills(self._how)}
+        failed = [o for o in self.journal.outcomes if o.failure is not None and (o.policy.digest, o.rung) not in kills]
         for outcome in failed:
             if outcome.artifact is not None and is_intact((self.run / outcome.artifact).parent):
                 self.journal.record(outcome.model_copy(update={"failure": None}))
@@ -234,11 +236,20 @@ class Findings:
                 self.note_taken_over(self.taken_over.model_copy(update={"ids": ids}))
         return len(failed)
 
+    def at_work(self, policy: Policy, id: str, rung: Rung) -> AbstractContextManager[None]:
+        """While a policy is worked on: should that kill the search, a resumed one knows."""
+        return self.journal.at_work(policy, id, rung, self._how)
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        """What decides how much memory training takes, and may be another in a resumed search."""
+        return {"batch_size": self.setting.batch_size}
+
     def leave_killers(self) -> None:
         """Let what this search was killed over, time and again, have failed: it would be killed over it once more."""
-        done = {(o.policy.digest, o.rung) for o in self.journal.outcomes}
-        for killer in self.journal.killers():
-            if (killer.policy.digest, killer.rung) in done:
+        done, taken = {(o.policy.digest, o.rung) for o in self.journal.outcomes}, {o.id for o in self.journal.outcomes}
+        for killer in self.journal.count_kills(self._how):
+            if (killer.policy.digest, killer.rung) in done or (killer.rung != "short" and killer.id in taken):
                 continue
             failure = Failure(stage="train", reason="the search was killed each time that it worked on this: perhaps memory ran out")
             id = self.journal.next_id() if killer.rung == "short" else killer.id

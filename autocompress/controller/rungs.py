@@ -221,7 +221,7 @@ class Rungs:
 
     def _evaluated(self, policy: Policy, *, id: str, rung: Rung, **how: Any) -> Outcome:
         """What becomes of a policy, noted while it is worked on; see `evaluate_policy`."""
-        with self.findings.journal.at_work(policy, id, rung):
+        with self.findings.at_work(policy, id, rung):
             return evaluate_policy(self.findings.setting, policy, id=id, rung=rung, **how)
 
     # -- when it ends --------------------------------------------------------------------------------------------------

@@ -62,12 +62,13 @@ def _may_be_wanted(findings: Findings, outcome: Outcome) -> bool:
 
 
 def _take_over_file(findings: Findings, outcome: Outcome, run: Path) -> None:
-    bundle, predicted = (run / (outcome.artifact or "")).parent, findings.forecast.first_prediction(outcome.policy)
-    if not is_intact(bundle):
+    bundle, predicted = (run / (outcome.artifact or "")).resolve().parent, findings.forecast.first_prediction(outcome.policy)
+    if not bundle.is_relative_to(run.resolve()) or not is_intact(bundle):
         findings.progress.message(f"policy {outcome.id} of {run} is left out: its files are no longer what they were")
         return
     try:
-        taken = evaluate_again(findings.setting, outcome, bundle, predicted=predicted)
+        with findings.at_work(outcome.policy, outcome.id, outcome.rung):
+            taken = evaluate_again(findings.setting, outcome, bundle, predicted=predicted)
     except (PolicyFailure, UsageError) as error:
         findings.progress.message(f"policy {outcome.id} of {run} is left out: {error.message}")
         return

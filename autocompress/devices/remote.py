@@ -134,7 +134,7 @@ class RemoteCpu(Device):
         for pause in (*pauses_s, None):
             try:
                 return attempt()
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, http.client.HTTPException, UnicodeError) as error:  # the last for names that no host can have
                 if pause is None:
                     raise DeviceUnavailable(
                         f"{self._place} does not answer: {one_line(error)}",

@@ -1,6 +1,7 @@
 """Write a student as a file, check that the file computes the same, and keep what belongs to it together."""
 
 from autocompress.export.bundle import (
+    BUNDLE,
     MANIFEST,
     MODEL,
     POLICY,
@@ -20,6 +21,7 @@ from autocompress.export.parity import check_parity, compare, require_parity
 from autocompress.export.weights import weights_bytes
 
 __all__ = [
+    "BUNDLE",
     "MANIFEST",
     "MODEL",
     "POLICY",

@@ -23,6 +23,7 @@ from autocompress.records import Measurement, Normalisation, Parity, Prediction,
 from autocompress.run_folder import write_atomically, writing
 
 MODEL, STUDENT, POLICY, MANIFEST = "model.onnx", "student.safetensors", "policy.json", "manifest.json"
+BUNDLE = (MODEL, STUDENT, POLICY, MANIFEST)
 LIBRARIES = ("autocompress", "torch", "onnx", "onnxruntime", "numpy", "optuna")
 
 

@@ -16,6 +16,9 @@ FLOAT_TOLERANCE = 1e-4
 """Largest difference of float32 outputs; of outputs that are all smaller than 1, this share of the largest."""
 FLOAT_ROUNDING = 1e-5
 """What rounding in another order does to the outputs of a deep float32 network, as a share of the largest."""
+NEAR_TIE = 0.02
+"""Share of a row's range of outputs. Where two values of a network round to the same integer by a hair, float and integer arithmetic part
+ways, and what becomes of that moves outputs by about a percent (ResNet-18 on photos: 0.8 % on average); who leads by less has not won."""
 INPUTS_A_DIFFERENCE = 200
 """Of so many inputs one decision may differ: 0.5 %."""
 ROUNDED_TOLERANCE = 0.05
@@ -33,23 +36,31 @@ def compare(expected: Tensor, actual: Tensor, *, decisions: bool = True) -> Pari
     """Compare the student's outputs (n x ...) with the file's; `decisions`: whether a row's largest output is its answer."""
     if expected.shape != actual.shape:
         raise PolicyFailure(f"the file's outputs must have shape {tuple(expected.shape)}, but have {tuple(actual.shape)}")
-    differing = None
+    differing, undecided = None, 0
     if decisions and expected.dim() == 2 and expected.shape[1] > 1:
-        differing = int((expected.argmax(1) != actual.argmax(1)).sum())
+        changed = expected.argmax(1) != actual.argmax(1)
+        differing, undecided = int(changed.sum()), int((changed & _is_undecided(expected)).sum())
     difference = float((expected - actual).abs().max()) if torch.isfinite(actual).all() else float("inf")
-    return Parity(difference=difference, largest=float(expected.abs().max()), differing=differing, n=len(expected))
+    return Parity(difference=difference, largest=float(expected.abs().max()), differing=differing, undecided=undecided, n=len(expected))
+
+
+def _is_undecided(outputs: Tensor) -> Tensor:
+    """Of each row whether its largest output is hardly larger than the next."""
+    best, second = outputs.topk(2, dim=1).values.unbind(1)
+    return best - second < NEAR_TIE * (outputs.amax(1) - outputs.amin(1))
 
 
 def require_parity(parity: Parity, bits: Collection[int]) -> None:
     """Raises PolicyFailure unless a file whose layers have these bits computes what its student does.
 
     Where all are 32, outputs agree to 1e-4. A file rounds weights after the batch norms are folded into them, a student before: with fewer
-    bits, in storage too, decisions agree on 99.5 % of the inputs (one may always differ), and outputs that are no decisions to 5 %.
+    bits, in storage too, decisions agree on 99.5 % of the inputs (one may always differ), near ties left out, and outputs that are no
+    decisions to 5 %.
     """
     if all(width == FLOAT_BITS for width in bits):
         _require_same_floats(parity)
     elif parity.differing is not None:
-        _require_same_decisions(parity, parity.differing)
+        _require_same_decisions(parity, parity.differing - parity.undecided)
     elif not parity.relative <= ROUNDED_TOLERANCE:
         raise PolicyFailure(
             f"export mismatch: rounded outputs must agree to {100 * ROUNDED_TOLERANCE:.0f} %, but differ by {100 * parity.relative:.2g} %"
@@ -66,6 +77,7 @@ def _require_same_decisions(parity: Parity, differing: int) -> None:
     allowed = max(1, parity.n // INPUTS_A_DIFFERENCE)
     if not (differing <= allowed and parity.relative < float("inf")):
         raise PolicyFailure(
-            f"export mismatch: decisions must be the same on all but {allowed} of {parity.n} inputs, but differ on {differing}"
+            f"export mismatch: decisions must be equal on all but {allowed} of {parity.n} inputs, but differ on {differing}"
+            + (f", {parity.undecided} near ties aside" if parity.undecided else "")
             + ("" if parity.relative < float("inf") else ", and some outputs are not finite")
         )

@@ -53,7 +53,8 @@ def agreement(parity: Parity) -> str:
     """How far a file does what the network that it was exported from does."""
     if parity.differing is None:
         return f"differs from the network that it was exported from by {100 * parity.relative:.2g} % at most ({parity.n} inputs)"
-    return f"decides as the network that it was exported from on {parity.n - parity.differing} of {parity.n} inputs"
+    ties = f" ({parity.undecided} of the others are near ties)" if parity.undecided else ""
+    return f"decides as the network that it was exported from on {parity.n - parity.differing} of {parity.n} inputs{ties}"
 
 
 def latency_line(latency: Measurement) -> str:

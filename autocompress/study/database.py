@@ -72,7 +72,8 @@ def open_journal(run: Path, task: Task, *, resume: bool, sampler: BaseSampler | 
         study.set_metric_names(OBJECTIVES)
         distillations.set_metric_names([DISTILLATION_OBJECTIVE])
     study.sampler = OrRandom(sampler or FrontSampler(seed=_seed(task, study)), seed=_seed(task, study))
-    distillations.sampler = TPESampler(seed=_seed(task, distillations), multivariate=True)
+    tpe = TPESampler(seed=_seed(task, distillations), multivariate=True)
+    distillations.sampler = OrRandom(tpe, seed=_seed(task, distillations))
     return Journal(study, distillations)
 
 

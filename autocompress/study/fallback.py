@@ -41,7 +41,14 @@ class OrRandom(BaseSampler):  # type: ignore[misc]
         self._tried(lambda: self.sampler.before_trial(study, trial), lambda: None)
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
-        self.sampler.after_trial(study, trial, state, values)  # some end the study here, which is no failure
+        try:
+            self.sampler.after_trial(study, trial, state, values)
+        except StorageInternalError:
+            raise
+        except Exception as error:
+            if isinstance(error, RuntimeError) and "Study.stop" in str(error):  # some end the study here, which is no failure
+                raise
+            self.failure = self.failure or one_line(error)
 
     def reseed_rng(self) -> None:
         self.sampler.reseed_rng()

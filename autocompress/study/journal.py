@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -93,16 +93,16 @@ class Journal:
         del self._outcomes[outcome.id]
 
     @contextmanager
-    def at_work(self, policy: Policy, id: str, rung: Rung) -> Iterator[None]:
-        """Keep what is worked on while it is: nothing else can tell afterwards what a search was killed over."""
-        self.note(AT_WORK, _plain(Outcome(id=id, policy=policy, rung=rung)))
+    def at_work(self, policy: Policy, id: str, rung: Rung, how: Mapping[str, Any]) -> Iterator[None]:
+        """Keep what is worked on, and how, while it is: nothing else can tell afterwards what a search was killed over."""
+        self.note(AT_WORK, {"how": dict(how), "outcome": _plain(Outcome(id=id, policy=policy, rung=rung))})
         try:
             yield
         finally:
             self.note(AT_WORK, None)
 
-    def killers(self) -> list[Outcome]:
-        """What this search was killed over, MOST_KILLS times by now: outcomes without a score."""
+    def count_kills(self, how: Mapping[str, Any]) -> list[Outcome]:
+        """What this search was killed over MOST_KILLS times by now, working in this way: outcomes without a score."""
         killed = self.noted(KILLED) or []
         if (last := self.noted(AT_WORK)) is not None:
             killed = [*killed, last]
@@ -110,8 +110,9 @@ class Journal:
             self.note(AT_WORK, None)
         times = defaultdict[tuple[str, str], list[Outcome]](list)
         for kept in killed:
-            outcome = Outcome.model_validate_json(json.dumps(kept))
-            times[outcome.policy.digest, outcome.rung].append(outcome)
+            outcome = Outcome.model_validate_json(json.dumps(kept["outcome"]))
+            if kept["how"] == dict(how):
+                times[outcome.policy.digest, outcome.rung].append(outcome)
         return [outcomes[-1] for outcomes in times.values() if len(outcomes) >= MOST_KILLS]
 
     def note(self, key: str, value: Any) -> None:

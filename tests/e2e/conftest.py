@@ -21,10 +21,15 @@ from autocompress.study.database import open_journal
 from autocompress.testing.devices import FakeDevice
 
 
-@pytest.fixture(autouse=True, scope="session")
-def lean(tmp_path_factory):
+@pytest.fixture(scope="session")
+def own_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def lean(own_cache):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(own_cache))
         patch.setattr("autocompress.candidates.forecast.WHOLE_NETWORKS", 2)
         patch.setattr("autocompress.schedule.APPRAISAL_SHARE", 0.03)
         patch.setattr("autocompress.schedule.PROFILING_SHARE", 0.03)

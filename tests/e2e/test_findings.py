@@ -56,7 +56,7 @@ def test_what_a_search_is_killed_over_is_left_once_it_was_so_twice(findings, poo
     for _ in range(MOST_KILLS):
         findings.leave_killers()
         assert findings.journal.outcomes == []
-        killed.append(findings.journal.at_work(narrow, "00000", "short"))
+        killed.append(findings.at_work(narrow, "00000", "short"))
         killed[-1].__enter__()
     findings.leave_killers()
     (left,) = findings.journal.outcomes
@@ -222,21 +222,24 @@ def test_longer_training_is_believed_unless_validation_contradicts_it_by_more_th
 
 
 @pytest.mark.parametrize(
-    ("train", "val", "steps", "kept"),
+    ("train", "val", "steps", "score", "kept"),
     [
-        (0.999, 0.9994, 9, "00000-full"),
-        (1.0, 1.0, 9, "00000-full"),
-        (0.999, 0.935, 9, "00000"),
-        (0.999, 0.9994, 2, "00000"),
+        (0.999, 0.9994, 9, 0.9686, "00000-full"),
+        (1.0, 1.0, 9, 0.9686, "00000-full"),
+        (0.999, 0.935, 9, 0.9686, "00000"),
+        (0.999, 0.9994, 2, 0.9686, "00000"),
+        (0.999, 0.9994, 9, 0.92, "00000"),
     ],
-    ids=["seen", "without an error", "fresh", "hardly trained again"],
+    ids=["seen", "without an error", "fresh", "hardly trained again", "ruined"],
 )
-def test_where_the_original_has_seen_validation_examples_they_contradict_no_longer_training(findings, pool, train, val, steps, kept):
+def test_where_the_original_has_seen_validation_examples_they_contradict_only_what_lost_much(
+    findings, pool, train, val, steps, score, kept
+):
     """Seen on CIFAR-10: after 148 steps 98.1 % of the validation images, after 927 more 96.9 %; of the test images 91.9 %, then 92.7 %."""
     scores = {"train_score": Score(value=train, n=1000), "val_score": Score(value=val, n=5000)}
     findings.record_baseline(replace(findings.setting.baseline, **scores))
     trained(findings, pool[0].policy, 1e-3, val_score=Score(value=0.981, n=5000), steps=3)
-    trained(findings, pool[0].policy, 1e-3, val_score=Score(value=0.9686, n=5000), id="00000-full", rung="full", steps=steps)
+    trained(findings, pool[0].policy, 1e-3, val_score=Score(value=score, n=5000), id="00000-full", rung="full", steps=steps)
     assert [o.id for o in findings.outcomes()] == [kept]
 
 

@@ -117,9 +117,9 @@ def test_a_machine_that_is_slower_now_and_then_changes_no_prediction(setting):
         found.setting.baseline_history.clear()
         found.profile_device(2.0, 0, lambda *_: None)
     assert moody.predict(policy).value == pytest.approx(steady.predict(policy).value)
-    truth = steady._usual(steady.measure_untrained(policy)).median
+    truth = steady.usual(steady.measure_untrained(policy)).median
     for _ in range(2):
-        assert moody._usual(moody.measure_untrained(policy)).median == pytest.approx(truth)
+        assert moody.usual(moody.measure_untrained(policy)).median == pytest.approx(truth)
 
 
 def test_a_network_that_is_only_timed_is_hardly_calibrated(setting, monkeypatch):

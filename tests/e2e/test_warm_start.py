@@ -7,11 +7,14 @@ import shutil
 
 import onnx
 import pytest
+from pydantic import ValidationError
 from running import journal_of, short_runs_only
 from tasks import SLOW_CALLS, Diary, Net, blobs
 
 from autocompress.cli import main
 from autocompress.errors import InfeasibleBudget, PolicyFailure, UsageError
+from autocompress.policy import Policy
+from autocompress.records import Outcome
 from autocompress.session import run_search
 from autocompress.task import Task
 from autocompress.testing.devices import Costs, FakeDevice
@@ -60,6 +63,29 @@ def test_another_device_and_budget_train_only_what_the_new_front_lacks(first, ne
     assert not {policy.digest for policy in trained} & {o.policy.digest for o in known.values()}
     assert result.content["ladder"]["appraised"] >= appraised(first) > 0
     assert (first / "study.db").read_bytes() == before, "a search only reads what another has learned"
+
+
+@pytest.mark.parametrize("id", ["../../elsewhere", "/elsewhere", ""])
+def test_an_id_is_no_path(id):
+    """It names a folder that is written, and one that is removed."""
+    with pytest.raises(ValidationError):
+        Outcome(id=id, policy=Policy(), rung="short")
+
+
+def test_nothing_but_the_files_of_a_bundle_is_taken_over_and_only_from_within_the_run(first, net, data, tmp_path, monkeypatch):
+    for phase in ("appraise", "short_rung", "full_rung"):
+        monkeypatch.setattr(f"autocompress.controller.rungs.Rungs.{phase}", lambda self, *_: None)
+    sent = tmp_path / "sent"
+    shutil.copytree(first, sent)
+    (sent / "models" / "00000" / "payload.py").write_text("")
+    shutil.move(sent / "models" / "00001", tmp_path / "00001")
+    (sent / "models" / "00001").symlink_to(tmp_path / "00001")
+    diary = Diary()
+    run_search(task(from_run=str(sent)), tmp_path / "run", model=net, data=data, device=FakeDevice(SLOW_CALLS), progress=diary)
+    assert (tmp_path / "run" / "models" / "00000" / "model.onnx").is_file()
+    assert not list((tmp_path / "run").rglob("payload.py"))
+    assert not (tmp_path / "run" / "models" / "00001").exists()
+    assert any("00001" in message and "left out" in message for message in diary.messages)
 
 
 def _counting(scored):

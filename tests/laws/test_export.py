@@ -106,10 +106,9 @@ def test_int8_file_decides_as_the_student(name, reduced_range):
     graph, inputs = images(name)
     student, payload = exported(graph, inputs, Policy(quant=QuantSpec(bits=8, reduced_range=reduced_range)))
     expected = answers(student, inputs)
-    best, second = expected.topk(2, dim=1).values.unbind(1)
-    clear = best - second > 0.01 * (expected.amax(1) - expected.amin(1))  # random weights decide some images by less than int8 can tell
-    assert clear.float().mean() > 0.4
-    require_parity(compare(expected[clear], run(payload, inputs)[clear]), {8})
+    parity = compare(expected, run(payload, inputs))
+    require_parity(parity, {8})
+    assert parity.undecided < 0.2 * len(inputs), "random weights decide some images by less than int8 can tell"
     quantizers = [node for node in student.graph.nodes if node.meta.get("quantizer") == node.target]
     assert count(payload, "QuantizeLinear") == len(quantizers) > 0
     weights = [t for t in onnx.load_from_string(payload).graph.initializer if t.data_type == onnx.TensorProto.INT8]
@@ -197,7 +196,7 @@ def test_file_runs_without_torch(tmp_path):
     """
     done = subprocess.run([sys.executable, "-I", "-c", textwrap.dedent(script)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert compare(answers(student, inputs[:1]), torch.from_numpy(np.load(tmp_path / "y.npy"))).top1_agreement == 1.0
+    assert compare(answers(student, inputs[:1]), torch.from_numpy(np.load(tmp_path / "y.npy"))).differing == 0
 
 
 class SharedLayer(nn.Module):
@@ -381,7 +380,11 @@ def test_every_changed_decision_counts_and_shapes_must_match():
     outputs = torch.tensor([[5.0, 4.99, -5.0], [5.0, 4.0, -5.0]])
     changed = outputs.clone()
     changed[0] = torch.tensor([4.99, 5.0, -5.0])
-    assert compare(outputs, changed).top1_agreement == 0.5
+    parity = compare(outputs, changed)
+    assert (parity.differing, parity.undecided, parity.n) == (1, 1, 2), "it was a near tie"
+    changed[1] = torch.tensor([4.0, 5.0, -5.0])
+    parity = compare(outputs, changed)
+    assert (parity.differing, parity.undecided) == (2, 1), "a tenth of the range is none"
     with pytest.raises(PolicyFailure, match="shape"):
         compare(outputs, outputs[:1])
 
@@ -389,7 +392,7 @@ def test_every_changed_decision_counts_and_shapes_must_match():
 @pytest.mark.parametrize(("n", "differing", "agrees"), [(50, 1, True), (50, 2, False), (399, 1, True), (400, 2, True), (400, 3, False)])
 @pytest.mark.parametrize("bits", [{8, 32}, {4}, {16, 32}], ids=str)
 def test_few_decisions_of_rounded_layers_may_differ_and_one_always(n, differing, agrees, bits):
-    parity = Parity(difference=0.5, largest=10.0, differing=differing, n=n)
+    parity = Parity(difference=0.5, largest=10.0, differing=differing + 7, undecided=7, n=n)
     if agrees:
         require_parity(parity, bits)
     else:

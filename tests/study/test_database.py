@@ -19,6 +19,7 @@ from autocompress.task import Task
 TASK = Task(model="own:net", data="own:data", budget=("10ms",))
 LATENCY = Measurement(median=0.008, low=0.0079, high=0.009, p95=0.012, n=100)
 INT8 = Policy(quant=QuantSpec(bits=8))
+HOW = {"batch_size": 128}
 
 
 def outcome(id, **changes):
@@ -55,22 +56,23 @@ def test_outcomes_come_back_as_they_were_in_another_process(journal, tmp_path):
 def test_what_a_search_is_killed_over_again_and_again_is_known(journal, tmp_path):
     """A policy that takes more memory than there is would otherwise be the first thing that every resumed search tries."""
     other = Policy(quant=QuantSpec(bits=4))
-    with journal.at_work(other, "00000", "short"):
+    with journal.at_work(other, "00000", "short", HOW):
         pass
-    with pytest.raises(KeyboardInterrupt), journal.at_work(other, "00000", "short"):
+    with pytest.raises(KeyboardInterrupt), journal.at_work(other, "00000", "short", HOW):
         raise KeyboardInterrupt
-    assert again(tmp_path).killers() == [], "what ended by itself, or by its user, was not killed"
+    assert again(tmp_path).count_kills(HOW) == [], "what ended by itself, or by its user, was not killed"
     killed = []
     for id in ("00000", "00001"):
         resumed = again(tmp_path)
-        assert resumed.killers() == []
-        killed.append(resumed.at_work(INT8, id, "short"))
+        assert resumed.count_kills(HOW) == []
+        killed.append(resumed.at_work(INT8, id, "short", HOW))
         killed[-1].__enter__()
     assert MOST_KILLS == 2
     for _ in range(2):
         resumed = again(tmp_path)
-        assert [(o.id, o.policy, o.rung) for o in resumed.killers()] == [("00001", INT8, "short")]
+        assert [(o.id, o.policy, o.rung) for o in resumed.count_kills(HOW)] == [("00001", INT8, "short")]
         assert resumed.noted(AT_WORK) is None
+        assert resumed.count_kills({"batch_size": 16}) == [], "which may need less"
 
 
 def test_a_dashboard_is_told_what_the_objectives_are(journal, tmp_path):

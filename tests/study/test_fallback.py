@@ -35,7 +35,7 @@ def drawn(journal, n=20):
     return found
 
 
-@pytest.mark.parametrize("at", ["before_trial", "infer_relative_search_space", "sample_relative", "sample_independent"])
+@pytest.mark.parametrize("at", ["before_trial", "infer_relative_search_space", "sample_relative", "sample_independent", "after_trial"])
 def test_whatever_it_fails_at_values_are_drawn_all_the_same(tmp_path, at):
     journal = open_journal(tmp_path, TASK, resume=False, sampler=Failing(at, FloatingPointError("singular matrix")))
     assert journal.sampler_failure is None
