@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from autocompress.errors import UsageError
+from autocompress.units import counted
 
 KERNEL_BITS = (8, 32)
 STORAGE_BITS = (2, 3, 4, 5, 6, 7, 16)
@@ -212,19 +213,19 @@ class Policy(Record):
         if self.student.reference:
             parts.append(f"student {self.student.reference}")
         if self.student.drop:
-            parts.append(f"{len(self.student.drop)} blocks dropped")
+            parts.append(f"{counted(len(self.student.drop), 'block')} dropped")
         widths = list(self.student.widths.values()) or [1.0]
         if self.student.width != 1.0 or set(widths) != {1.0}:
             low, high = self.student.width * min(widths), self.student.width * max(widths)
             parts.append(f"width {low:.2f}" if low == high else f"width {low:.2f}-{high:.2f}")
         ratios = [ratio for ratio in self.prune.ratios.values() if ratio]
         if ratios:
-            parts.append(f"{len(ratios)} groups pruned by {100 * sum(ratios) / len(ratios):.0f} % on average")
+            parts.append(f"{counted(len(ratios), 'group')} pruned by {100 * sum(ratios) / len(ratios):.0f} % on average")
         kept = list(self.factorised.values())
         if kept:
-            parts.append(f"{len(kept)} layers of low rank with {100 * sum(kept) / len(kept):.0f} % of their multiplications")
+            parts.append(f"{counted(len(kept), 'layer')} of low rank with {100 * sum(kept) / len(kept):.0f} % of their multiplications")
         others = Counter(bits for bits in self.quant.layers.values() if bits != self.quant.bits)
-        exceptions = ", ".join(f"{count} layers {bits_name(bits)}" for bits, count in sorted(others.items()))
+        exceptions = ", ".join(f"{counted(count, 'layer')} {bits_name(bits)}" for bits, count in sorted(others.items()))
         parts.append(bits_name(self.quant.bits) + (f" ({exceptions})" if exceptions else ""))
         distill = self.distill
         kind = ("" if distill.answers == "kl" else f"{distill.answers} ") + ("standardized " if distill.standardized else "")

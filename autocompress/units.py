@@ -70,3 +70,8 @@ def _three_digits(value: float, scale: tuple[tuple[float, str], ...]) -> str:
     """In the largest unit of which it is one or more after rounding, else in the last: 0.9999 s is 1 s, not 1e+03 ms."""
     factor, unit = next((step for step in scale if float(f"{value / step[0]:.3g}") >= 1), scale[-1])
     return f"{value / factor:.3g} {unit}"
+
+
+def counted(n: int, what: str) -> str:
+    """`"1 layer"`, `"2 layers"`."""
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"

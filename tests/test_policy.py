@@ -120,5 +120,5 @@ def test_words_name_what_changed():
         prune=PruneSpec(ratios={"g": 0.5, "h": 0.0}),
         quant=QuantSpec(bits=8, layers={"l": 32}),
     ).in_words()
-    changed = "2 blocks dropped; width 0.50; 1 groups pruned by 50 % on average; int8 (1 layers float32)"
+    changed = "2 blocks dropped; width 0.50; 1 group pruned by 50 % on average; int8 (1 layer float32)"
     assert words == f"{changed}; T=4, alpha=0.9, features=0.8"
