@@ -71,6 +71,7 @@ def main() -> None:
     """Follow the README, run what it shipped, and write down what happened."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     began = datetime.datetime.now(datetime.UTC)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True)
     with tempfile.TemporaryDirectory(prefix="first-run-") as name:
         home = Path(name)
         rows = follow("\n".join(blocks("bash")).replace("REPOSITORY", str(ROOT)), home)
@@ -81,7 +82,6 @@ def main() -> None:
         subprocess.run([plain / "bin" / "pip", "install", "-q", "numpy", "onnxruntime"], check=True)
         for code in blocks("python"):
             subprocess.run([plain / "bin" / "python", "-c", code], cwd=home / "autocompress", check=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True)
     best = next(entry for entry in found["front"] if entry["id"] == found["best"])
     result = {
         "date": began.isoformat(timespec="minutes"),
