@@ -343,7 +343,7 @@ def test_a_result_exports_what_the_command_line_exports(monkeypatch, tmp_path):
     asked = {}
     monkeypatch.setattr("autocompress.deploy.export_run", lambda run, **options: asked.update(options))
     SearchResult(tmp_path, {}).export("out", pick="00001", formats=("torch",), model="m.py:f", student="s.py:f")
-    assert asked == {"pick": "00001", "formats": ("torch",), "out": Path("out"), "model": "m.py:f", "student": "s.py:f"}
+    assert asked == {"pick": "00001", "formats": ("torch",), "out": Path("out"), "model": "m.py:f", "student": "s.py:f", "device": None}
 
 
 def test_nothing_to_resume(net, data, tmp_path):
