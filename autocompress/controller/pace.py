@@ -26,8 +26,8 @@ WITHOUT_FRONT = 0.8
 """Share of the time until the end that short runs may use while nothing within the budget was found: the end has little to measure then."""
 PROBE_SHARE = 0.01
 """Share of the time for the steps of training that tell what a step takes."""
-UNKNOWN_OVERHEAD_S = 5.0
-"""Seconds that a policy costs beside training, until one has told."""
+LEAST_OVERHEAD_S = 5.0
+"""Seconds that a policy is taken to cost beside training, at least, until one has told."""
 
 
 @dataclass(eq=False)
@@ -47,12 +47,18 @@ class Pace:
         if short := [o.seconds - o.training_s for o in outcomes if o.rung == "short"]:
             return statistics.median_low(short)
         unchanged = [o.seconds - o.training_s for o in outcomes if o.rung == "unchanged"]
-        return statistics.median_low(unchanged or [UNKNOWN_OVERHEAD_S]) + self.findings.appraisals.seconds_each
+        return statistics.median_low(unchanged or [self._guessed()]) + self.findings.appraisals.seconds_each
 
     def finishing(self) -> float:
         """Seconds that any run costs after its training."""
         known = [o.finishing_s for o in measured(self.findings.own_outcomes) if o.finishing_s]
-        return statistics.median_low(known or [UNKNOWN_OVERHEAD_S])
+        return statistics.median_low(known or [self._guessed()])
+
+    def _guessed(self) -> float:
+        """Seconds for exporting, scoring and measuring a policy before one has told: as the networks took that were measured untrained."""
+        findings, spent = self.findings, self.findings.setting.ledger.spent()
+        each = (spent.get("export", 0.0) + spent.get("measure", 0.0)) / max(1, len(findings.forecast.networks))
+        return max(LEAST_OVERHEAD_S, each + findings.per_example_s * len(findings.setting.data.val))
 
     def step_seconds(self) -> float:
         """What a step of training took, as a rule; before the first, what one of a network just within the budget is likely to take."""

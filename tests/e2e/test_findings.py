@@ -14,7 +14,7 @@ from autocompress.candidates.forecast import Untrained
 from autocompress.controller.begin import know_baseline, profile_device
 from autocompress.controller.choice import Chooser
 from autocompress.controller.findings import Findings
-from autocompress.controller.pace import Pace
+from autocompress.controller.pace import LEAST_OVERHEAD_S, Pace
 from autocompress.controller.rungs import Rungs
 from autocompress.data import SPLITS, Split
 from autocompress.errors import InfeasibleBudget, TooManyFailures
@@ -35,6 +35,17 @@ def test_the_end_of_a_search_keeps_little_time_while_there_is_no_front_to_measur
     assert Pace(findings).room_for_short(time.monotonic() - 1.0, Division(5.0, 1.0, 1.0))
     trained(findings, pool[0].policy, 1e-6)
     assert Pace(findings).left_for_short() == 0.0
+
+
+def test_until_a_policy_has_told_what_it_costs_untrained_networks_do(findings, pool, monkeypatch):
+    """On a slow machine the last policy of a short search was exported, scored and measured when the search should have ended."""
+    networks, val = len(findings.forecast.networks), len(findings.setting.data.val)
+    for spent, expected in ({}, LEAST_OVERHEAD_S), ({"export": 20.0 * networks, "measure": 10.0 * networks}, 30.0 + 0.01 * val):
+        monkeypatch.setattr(findings.setting.ledger, "spent", lambda spent=spent: spent)
+        findings.per_example_s = 0.01 if spent else 0.0
+        assert Pace(findings).finishing() == pytest.approx(expected)
+    trained(findings, pool[0].policy, 1e-3, finishing_s=3.0)
+    assert Pace(findings).finishing() == 3.0
 
 
 def test_what_is_kept_for_the_end_trains_a_policy_while_there_is_no_front_to_measure(findings, pool, monkeypatch):
