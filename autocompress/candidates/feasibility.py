@@ -113,12 +113,8 @@ class Feasibility:
     def _infeasible(self, limits: Budget, found: Untrained) -> InfeasibleBudget:
         """With the smallest budgets that work, of the kinds that do not: a time, its 95th percentile, a size."""
         forecast = self.forecast
-        budget, policy, latency, size_bytes = (
-            limits.against(forecast.recent_baseline_s),
-            found.policy,
-            forecast.usual(found),
-            found.size_bytes,
-        )
+        budget, latency = limits.against(forecast.recent_baseline_s), forecast.usual(found)
+        policy, size_bytes = found.policy, found.size_bytes
         cures, binds = [], ""
         if budget.latency_s is not None and latency.high > budget.latency_s:
             cures.append(format_duration(CURE_MARGIN * latency.high))

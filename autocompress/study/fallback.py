@@ -16,7 +16,12 @@ from autocompress.errors import one_line
 T = TypeVar("T")
 
 
-class OrRandom(BaseSampler):  # type: ignore[misc]
+def ends_study(error: Exception) -> bool:
+    """Whether a sampler has asked for the end of its study, as those that walk a grid do; Optuna allows that where it runs it itself."""
+    return isinstance(error, RuntimeError) and "Study.stop" in str(error)
+
+
+class OrRandom(BaseSampler):  # type: ignore[misc]  # Optuna has no types
     """Another sampler, or RandomSampler in its place wherever it raises; each draw is asked of the other one first.
 
     failure: what it raised first, in words. Errors of the storage pass: there is nothing to draw for without one.
@@ -41,14 +46,7 @@ class OrRandom(BaseSampler):  # type: ignore[misc]
         self._tried(lambda: self.sampler.before_trial(study, trial), lambda: None)
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
-        try:
-            self.sampler.after_trial(study, trial, state, values)
-        except StorageInternalError:
-            raise
-        except Exception as error:
-            if isinstance(error, RuntimeError) and "Study.stop" in str(error):  # some end the study here, which is no failure
-                raise
-            self.failure = self.failure or one_line(error)
+        self._tried(lambda: self.sampler.after_trial(study, trial, state, values), lambda: None)
 
     def reseed_rng(self) -> None:
         self.sampler.reseed_rng()
@@ -59,5 +57,7 @@ class OrRandom(BaseSampler):  # type: ignore[misc]
         except StorageInternalError:
             raise
         except Exception as error:  # whatever a sampler of the user's raises, or the numbers of a model
+            if ends_study(error):
+                raise
             self.failure = self.failure or one_line(error)
             return instead()

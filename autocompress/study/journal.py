@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from autocompress.policy import Policy
 from autocompress.records import Outcome, Rung
-from autocompress.study.fallback import OrRandom
+from autocompress.study.fallback import OrRandom, ends_study
 
 OUTCOME = "outcome:"
 MAX_RETRIES = 2
@@ -158,7 +158,7 @@ class Journal:
         try:
             self.study.tell(trial, values)
         except RuntimeError as error:  # the trial is told by then
-            if "Study.stop" not in str(error):  # which Optuna allows only where it runs the study itself
+            if not ends_study(error):
                 raise
             self.is_exhausted = True
 
