@@ -9,24 +9,28 @@ if TYPE_CHECKING:
     from autocompress.apply import apply_policy
     from autocompress.data import Data, Split
     from autocompress.deploy import recreate
+    from autocompress.errors import AutocompressError, InfeasibleBudget, UsageError
     from autocompress.inspect import inspect_model
     from autocompress.measure import measure_file
     from autocompress.policy import DistillSpec, LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
-    from autocompress.records import Budget, Measurement, Outcome, Score
+    from autocompress.records import Budget, Measurement, Score
+    from autocompress.results import Entry
     from autocompress.session import SearchResult, search
     from autocompress.study.sampler import FrontSampler
 
 _HOMES = {
-    "Budget": "records", "Data": "data", "DistillSpec": "policy", "FrontSampler": "study.sampler", "LowRankSpec": "policy",
-    "Measurement": "records", "Outcome": "records", "Policy": "policy", "PruneSpec": "policy", "QuantSpec": "policy", "Score": "records",
-    "SearchResult": "session", "Split": "data", "StudentSpec": "policy", "apply_policy": "apply", "inspect_model": "inspect",
-    "measure_file": "measure", "recreate": "deploy", "search": "session",
+    "AutocompressError": "errors", "Budget": "records", "Data": "data", "DistillSpec": "policy", "Entry": "results",
+    "FrontSampler": "study.sampler", "InfeasibleBudget": "errors", "LowRankSpec": "policy", "Measurement": "records", "Policy": "policy",
+    "PruneSpec": "policy", "QuantSpec": "policy", "Score": "records", "SearchResult": "session", "Split": "data", "StudentSpec": "policy",
+    "UsageError": "errors", "apply_policy": "apply", "inspect_model": "inspect", "measure_file": "measure", "recreate": "deploy",
+    "search": "session",
 }  # fmt: skip
 
 __version__ = metadata.version("autocompress")
 __all__ = [
-    "Budget", "Data", "DistillSpec", "FrontSampler", "LowRankSpec", "Measurement", "Outcome", "Policy", "PruneSpec", "QuantSpec", "Score",
-    "SearchResult", "Split", "StudentSpec", "apply_policy", "inspect_model", "measure_file", "recreate", "search",
+    "AutocompressError", "Budget", "Data", "DistillSpec", "Entry", "FrontSampler", "InfeasibleBudget", "LowRankSpec", "Measurement",
+    "Policy", "PruneSpec", "QuantSpec", "Score", "SearchResult", "Split", "StudentSpec", "UsageError", "apply_policy", "inspect_model",
+    "measure_file", "recreate", "search",
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from autocompress.beginning import untrained
 from autocompress.data import Data, Split
 from autocompress.data.sources import load_data
 from autocompress.deploy import require_free, require_harmless, whole_folder
@@ -17,12 +18,13 @@ from autocompress.errors import UsageError, refused
 from autocompress.evaluate import score_outputs
 from autocompress.export import now, update_manifest
 from autocompress.models import example_for, load_model
-from autocompress.objective import Setting, check_artifact, untrained
+from autocompress.objective import check_artifact
 from autocompress.policy import Policy
 from autocompress.preparation import load, prepare
 from autocompress.references import DEFAULT_DEVICE
 from autocompress.report.view import agreement, format_score
 from autocompress.search_space import find_suggest, with_default_distillation, with_exact_int8
+from autocompress.setting import Setting
 from autocompress.suggesters import LevelSuggester
 from autocompress.task import Task
 from autocompress.units import format_duration, format_size
@@ -48,7 +50,7 @@ def apply_policy(
 
     Returns what was built and measured, for people. Raises UsageError, also when the policy cannot become an artifact.
     """
-    policy, out, weights = str(policy), Path(out), Path(weights) if weights is not None else None
+    policy, out, weights = str(policy), Path(out).absolute(), Path(weights) if weights is not None else None
     require_free(out)
     given = Policy.from_json(_read(policy)) if not policy.startswith(RANDOM) else None
     if given is not None and given.student.reference not in (None, model, student):
@@ -71,7 +73,8 @@ def apply_policy(
         update_manifest(
             made,
             {
-                "device": device,
+                "device": setting.device.name,
+                "scored_on": setting.device.name if score is not None else None,
                 "latency_s": after.beside(before),
                 "baseline_latency_s": before,
                 "measured_at": now(),

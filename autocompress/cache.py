@@ -1,4 +1,4 @@
-"""The folder for what can be made again: latencies of operators, decoded images, which searches were this user's own."""
+"""The folder for what can be made again: latencies of operators, and decoded images."""
 
 from __future__ import annotations
 

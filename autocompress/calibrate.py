@@ -12,6 +12,9 @@ from autocompress.progress import Progress
 from autocompress.search_space import find_suggest
 from autocompress.task import Task
 
+NETWORKS = 32
+"""Whole networks at most: a search has time for a few, who calibrates wants to know what predictions are worth."""
+
 
 def calibrate(task: Task, seconds: float, progress: Progress) -> dict[str, Any]:
     """Measure operators for half of `seconds`, then whole untrained networks; the table stays in the user's cache.
@@ -22,9 +25,11 @@ def calibrate(task: Task, seconds: float, progress: Progress) -> dict[str, Any]:
     def tick(phase: str, done: int, total: int) -> None:
         progress.update(phase=phase, done=done, total=total, tried=0, best="", seconds_left=None)
 
+    task = task.absolute()
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
         setting = prepare(task, Path(folder) / "run", load(task))
         suggest = find_suggest(task.space, setting.graphs[task.student], setting.device.profile, reference=task.student)
         forecast = Forecast.start(setting, suggest, task.limits)
-        forecast.profile_device(seconds, task.seed, tick)
-    return {"device": setting.device.name, "networks": len(forecast.networks), "held_out": forecast.model.held_out_error()}
+        forecast.profile_device(seconds, task.seed, tick, networks=NETWORKS)
+    held_out = forecast.model.held_out_error().model_dump(mode="json")
+    return {"device": setting.device.name, "networks": len(forecast.networks), "held_out": held_out}

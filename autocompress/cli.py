@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import typer
 
 from autocompress import options
-from autocompress.errors import AutocompressError, InfeasibleBudget, RunFolderError, UsageError, one_line
+from autocompress.errors import AutocompressError, InfeasibleBudget, RunFolderError, Terminated, UsageError, one_line
 from autocompress.references import AGENT_FILE_MB, AGENT_MEMORY_MB, AGENT_PORT, DEFAULT_DEVICE, require_formats
 from autocompress.run_folder import FRONT, PARETO, REPORT, new_run, read_front, write_atomically
-from autocompress.terminal import complain, emit, emit_json, emit_record, report_error, terminal_width
+from autocompress.terminal import aside, complain, emit, emit_json, emit_record, report_error, terminal_width
 
 if TYPE_CHECKING:
     from autocompress.task import Task
@@ -70,7 +70,7 @@ def search(
     json: options.Json = False,
 ) -> None:
     """Search compressed models that meet a budget; without arguments, the embedded demonstration."""
-    from autocompress.task import TASK_FILE, load_kept_task, load_task
+    from autocompress.task import find_task
 
     overrides: dict[str, object] = {
         "budget": tuple(budget or ()), "model": model, "weights": str(weights) if weights else None, "data": data,
@@ -78,14 +78,7 @@ def search(
         "batch_size": batch_size, "search_time": search_time, "trials": trials, "target_accuracy": target_accuracy, "seed": seed,
         "from_run": str(from_run) if from_run else None,
     }  # fmt: skip
-    if resume and out is None:
-        raise UsageError("--resume needs the folder of the search to continue", hint="add --out RUN")
-    if task_file is None and resume and out is not None and (out / TASK_FILE).is_file():
-        task = load_kept_task(out, overrides)
-    elif task_file is None and from_run is not None:
-        task = load_kept_task(from_run, overrides)
-    else:
-        task = load_task(task_file, overrides)
+    task = find_task(task_file, overrides, out=out, from_run=from_run, resume=resume)
     if dry_run:
         _dry_run(task, json)
     else:
@@ -95,7 +88,8 @@ def search(
 def _dry_run(task: Task, json: bool) -> None:
     from autocompress.session import plan
 
-    content = plan(task)
+    with aside():
+        content = plan(task)
     emit_json(content) if json else emit_record(content)
 
 
@@ -103,25 +97,29 @@ def _search(task: Task, run: Path, *, resume: bool, quiet: bool, json: bool) -> 
     from autocompress.progress import make_progress
     from autocompress.session import run_search
 
+    folder = run.absolute()  # the user's code may change to another one
     try:
-        with make_progress(quiet) as progress:
-            run_search(task, run, resume=resume, progress=progress)
+        with aside(), make_progress(quiet) as progress:
+            run_search(task, folder, resume=resume, progress=progress)
     except InfeasibleBudget:
-        if not json and (run / FRONT).is_file():
-            _show(run, json=False)
+        if not json and (folder / FRONT).is_file():
+            _show(folder, json=False)
         raise
     except KeyboardInterrupt:
-        complain("interrupted", _how_to_resume(run))
+        complain("interrupted", _how_to_resume(run, folder))
         raise
-    _show(run, json=json)
+    except Terminated as ended:
+        raise Terminated(ended.message, hint=_how_to_resume(run, folder)) from None
+    _show(folder, json=json)
     if not json:
         emit(f"\nreport  {run / REPORT}\nexport  autocompress export {shlex.quote(str(run))} --out DIR")
 
 
-def _how_to_resume(run: Path) -> str:
+def _how_to_resume(run: Path, folder: Path) -> str:
+    """folder: where the run is, whatever the current one is by now."""
     from autocompress.task import TASK_FILE
 
-    if not (run / TASK_FILE).is_file():
+    if not (folder / TASK_FILE).is_file():
         return ""
     return f"what is finished is kept; continue with: autocompress search --resume --out {shlex.quote(str(run))}"
 
@@ -176,7 +174,8 @@ def export(
     require_formats(formats)
     from autocompress.deploy import export_run  # torch takes seconds, wrong formats are told at once
 
-    exported = export_run(run, pick=pick, formats=formats, out=out, model=model, student=student, device=device)
+    with aside():
+        exported = export_run(run, pick=pick, formats=formats, out=out, model=model, student=student, device=device)
     written = sorted(str(path) for path in exported.folder.iterdir() if path.is_file())
     if json:
         emit_json({"folder": str(exported.folder), "files": written, "within_budget": exported.within_budget,
@@ -189,7 +188,7 @@ def export(
         emit(f"latency {latency_line(exported.manifest.latency_s)}, measured on this file")
     if not exported.within_budget:
         complain(
-            "warning: this time the file was measured over the budget",
+            f"warning: this time the file was measured over the budget, on {exported.manifest.device}",
             "hint: measure again when the machine is quiet, or pick a faster policy",
         )
 
@@ -219,7 +218,8 @@ def measure(
     else:
         from autocompress.measure import measure_reference
 
-        found = measure_reference(what, devices=devices, weights=weights, data=data, input=input, batch=batch or 1)
+        with aside():
+            found = measure_reference(what, devices=devices, weights=weights, data=data, input=input, batch=batch or 1)
     measured = [{"device": name, "latency_s": latency.model_dump(mode="json")} for name, latency in zip(devices, found, strict=True)]
     if json:
         emit_json({"what": what} | (measured[0] if len(measured) == 1 else {"devices": measured}))
@@ -254,7 +254,7 @@ def calibrate(
     from autocompress.calibrate import calibrate as measure_operators
     from autocompress.progress import make_progress
 
-    with make_progress(quiet) as progress:
+    with aside(), make_progress(quiet) as progress:
         content = measure_operators(task, seconds, progress)
     emit_json(content) if json else emit_record(content)
 
@@ -271,15 +271,17 @@ def inspect(
     json: options.Json = False,
 ) -> None:
     """Show layers, channel groups and blocks of a model, what they cost, what cannot be compressed, and why."""
-    if html is not None and not html.absolute().parent.is_dir():
+    page = html.absolute() if html is not None else None  # the user's code may change to another folder
+    if page is not None and not page.parent.is_dir():
         raise UsageError(f"the folder of {str(html)!r} does not exist", hint="make it, or give --html another place")
     from autocompress.inspect import inspect_model
 
-    content = inspect_model(model, weights=weights, data=data, input=input, device=device)
-    if html is not None:
+    with aside():
+        content = inspect_model(model, weights=weights, data=data, input=input, device=device)
+    if page is not None:
         from autocompress.report.network import network_page
 
-        write_atomically(html, network_page(content))
+        write_atomically(page, network_page(content))
     emit_json(content) if json else emit_record({key: value for key, value in content.items() if key != "steps"})
     if html is not None:
         complain(f"picture {html}")
@@ -317,9 +319,10 @@ def apply(
     """Apply one policy without a search: compress, export, check."""
     from autocompress.apply import apply_policy
 
-    content = apply_policy(
-        model, policy=policy, weights=weights, data=data, input=input, batch=batch, device=device, out=out, student=student
-    )
+    with aside():
+        content = apply_policy(
+            model, policy=policy, weights=weights, data=data, input=input, batch=batch, device=device, out=out, student=student
+        )
     emit_json(content) if json else emit_record(content)
 
 

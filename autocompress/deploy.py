@@ -26,25 +26,24 @@ from autocompress.errors import AutocompressError, RunFolderError, UsageError, r
 from autocompress.export import (
     BUNDLE,
     MODEL,
-    POLICY,
     Manifest,
     check_onnx,
     load_student,
     now,
     read_manifest,
+    read_policy,
     update_manifest,
     verify_bundle,
 )
 from autocompress.graph import Graph
 from autocompress.graph.plain import own_copy
 from autocompress.models import answer_with_one_tensor, load_model
-from autocompress.policy import Policy
-from autocompress.preparation import TEACHER_WEIGHTS
+from autocompress.preparation import TEACHER_WEIGHTS, UNFINISHED_TEACHER
 from autocompress.records import Measurement
-from autocompress.references import AGENT, DEFAULT_DEVICE, MODEL_LIBRARIES, names_function, require_formats
+from autocompress.references import AGENT, DEFAULT_DEVICE, MODEL_LIBRARIES, OBJECT, names_function, require_formats
 from autocompress.results import Entry, Results
 from autocompress.run_folder import is_own_file, writing
-from autocompress.task import OBJECT, TASK_FILE, load_task, same_device
+from autocompress.task import TASK_FILE, load_task, same_device
 
 OTHER_FORMATS = ("model.xml", "model.bin", "model.pt2")
 UNFINISHED, ABANDONED_S = ".export-", 3600.0
@@ -81,6 +80,7 @@ def export_run(
     when the bundle was damaged or deleted.
     """
     require_formats(formats)
+    run, out = run.absolute(), out.absolute()  # whatever folder the user's code changes to
     results = Results.load(run)
     entry = results.pick(pick)
     source = _bundle_folder(run, entry)
@@ -92,6 +92,7 @@ def export_run(
     if out.resolve().is_relative_to((run / "models").resolve()):
         raise UsageError(f"--out {str(out)!r} lies among the models of the run", hint="choose a folder elsewhere")
     require_free(out)
+    target = open_device(measured_on)
     with whole_folder(out) as made:
         for name in BUNDLE:
             shutil.copyfile(source / name, made / name)
@@ -99,10 +100,10 @@ def export_run(
             _write_openvino(made)
         if "torch" in formats:
             _write_torch(made, model, student, _teacher_weights(run, results))
-        with refused(f"policy {entry.id} cannot be measured on {measured_on}"):
-            before, after = open_device(measured_on).measure([baseline, made / MODEL], seconds_each=EXPORT_MEASURE_S)
+        with refused(f"policy {entry.id} cannot be measured on {target.name}"):
+            before, after = target.measure([baseline, made / MODEL], seconds_each=EXPORT_MEASURE_S)
         after = after.beside(before)
-        manifest = update_manifest(made, _facts(results, entry, before, after))
+        manifest = update_manifest(made, _facts(results, entry, target.name, before, after))
     return Exported(out, manifest, results.limits.allows(after, manifest.size_bytes))
 
 
@@ -191,11 +192,12 @@ def _is_export(folder: Path) -> bool:
     return True
 
 
-def _facts(results: Results, entry: Entry, before: Measurement, after: Measurement) -> dict[str, Any]:
+def _facts(results: Results, entry: Entry, device: str, before: Measurement, after: Measurement) -> dict[str, Any]:
+    """device: where it was measured; scores, parity and what was predicted are of the search's."""
     return {
-        "device": results.device, "latency_s": after, "baseline_latency_s": before, "measured_at": now(),
-        "predicted_latency_s": entry.predicted_latency_s, "val_score": entry.val_score, "test_score": entry.test_score,
-        "parity": entry.parity,
+        "device": device, "latency_s": after, "baseline_latency_s": before, "measured_at": now(),
+        "predicted_latency_s": entry.predicted_latency_s if results.device and same_device(device, results.device) else None,
+        "scored_on": results.device, "val_score": entry.val_score, "test_score": entry.test_score, "parity": entry.parity,
     }  # fmt: skip
 
 
@@ -210,7 +212,7 @@ def _write_openvino(out: Path) -> None:
 def _teacher_weights(run: Path, results: Results) -> Path | None:
     """The weights that the search's teacher had, where they are in a file that is still there."""
     named = results.task.get("weights")
-    known = [run / TEACHER_WEIGHTS, *([Path(str(named))] if named else [])]
+    known = [run / TEACHER_WEIGHTS, run / UNFINISHED_TEACHER, *([Path(str(named))] if named else [])]
     return next((path for path in known if path.is_file()), None)
 
 
@@ -254,9 +256,8 @@ def recreate(
     Raises UsageError where the student answers otherwise than the file, as one of another teacher does, RunFolderError for a damaged
     bundle.
     """
-    bundle = Path(bundle)
-    manifest = read_manifest(bundle)
-    policy = Policy.from_json((bundle / POLICY).read_bytes())
+    bundle = Path(bundle).absolute()
+    manifest, policy = read_manifest(bundle), read_policy(bundle)
     other = policy.student.reference
     reference = other or model or manifest.model
     if isinstance(reference, str):

@@ -4,7 +4,7 @@ AutocompressError                 1   a bug in autocompress, or a base for the o
 ├── UsageError                    2   a flag, file, key, unit, model or data set is not what the rule asks for
 ├── InfeasibleBudget              3   the search ended and nothing meets the budget
 ├── DeviceUnavailable             4   the device cannot be reached or cannot measure
-├── TooManyFailures               5   the same failure stopped policy after policy
+├── TooManyFailures               5   policies kept failing for one reason, or none became a file that works
 ├── RunFolderError                6   the run folder is locked, damaged or cannot be written, or a disk is full
 ├── Terminated                  143   SIGTERM or SIGHUP ended the search
 └── PolicyFailure                 -   one policy failed; an Outcome, never the end of a search
@@ -80,7 +80,7 @@ class DeviceUnavailable(AutocompressError):
 
 
 class TooManyFailures(AutocompressError):
-    """Several policies in a row failed for the same reason, so the reason is not the policy."""
+    """Policies kept failing for one reason, which is not theirs then; or no policy became a file that works."""
 
     exit_code = 5
 

@@ -147,6 +147,10 @@ def _take(_: nn.Module, __: object, outputs: Any, *, name: str) -> Any:
     return outputs[name] if isinstance(outputs, Mapping) else outputs
 
 
+STATES = ("state_dict", "model_state_dict", "model")
+"""Names that training scripts give the state dict in a checkpoint."""
+WRAPPERS = ("module.", "_orig_mod.")
+"""What `DataParallel` and `torch.compile` put in front of the names of a state dict."""
 USUAL_SHAPES = ((3, 224, 224), (3, 299, 299), (3, 32, 32), (1, 28, 28), (1, 8, 8), (3, 16, 112, 112))
 """Inputs that a model is tried with when nothing says what it takes: images, and a video."""
 SHAPE = re.compile(r"(\d+(?:x\d+)*)(?::(\w+))?")
@@ -187,10 +191,11 @@ def _of_shape(shape: str, batch: int) -> Tensor:
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Copy a file of weights into the model. Raises UsageError unless every name and shape fits."""
-    state = read_state(path)
     own = model.state_dict()
+    state = _unwrapped(read_state(path), own)
     missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    optional = {key for key in missing if key.endswith("num_batches_tracked")}
+    known = {(value.data_ptr(), value.shape) for key, value in own.items() if key in state}  # a file may name once what several share
+    optional = {key for key in missing if key.endswith("num_batches_tracked") or (own[key].data_ptr(), own[key].shape) in known}
     if unexpected or set(missing) - optional:
         key = (unexpected or [k for k in missing if k not in optional])[0]
         verb = "has" if unexpected else "lacks"
@@ -205,6 +210,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
                 hint="these are the weights of another model, or for another number of classes: give that model, or its own --weights",
             )
     model.load_state_dict(state, strict=False)
+
+
+def _unwrapped(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state by the model's names: data parallelism and `torch.compile` put a word in front of all of them."""
+    for prefix in 2 * WRAPPERS:
+        if state and all(key.startswith(prefix) for key in state) and not all(key.startswith(prefix) for key in own):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -222,11 +235,12 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise UsageError(
             f"the weights {str(path)!r} ({path.stat().st_size} bytes) cannot be read: {type(error).__name__}", hint=hint
         ) from None
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
+    inside = next((key for key in STATES if isinstance(state, dict) and isinstance(state.get(key), dict)), None)
+    state = state[inside] if inside is not None else state
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        keys = f" with the keys {', '.join(map(repr, [*state][:6]))}" if isinstance(state, dict) else ""
         raise UsageError(
-            f"the weights {str(path)!r} must hold a state dict of tensors, but got {type(state).__name__}",
+            f"the weights {str(path)!r} must hold a state dict of tensors, but got {type(state).__name__}{keys}",
             hint="save model.state_dict(); for a whole model use --model file.py:function",
         )
     return state

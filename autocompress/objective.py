@@ -1,219 +1,50 @@
 """One policy, from recipe to measured artifact: compress, train, export, check, score, measure.
 
-The only place where compression, export, evaluation and devices meet. A policy that cannot become an artifact gives an Outcome with a
-failure; it never ends the search.
+A policy that cannot become an artifact gives an Outcome with a failure; it never ends the search.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
-import os
 import shutil
 import time
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, fx
 
+from autocompress.beginning import FLOAT_WEIGHTS, begin, interrupted_weights, keep_interrupted
 from autocompress.compress.compared import compared_features
 from autocompress.compress.distill import ComparedFeatures
 from autocompress.compress.quantize import fake_quantize
-from autocompress.compress.reconstruct import TeacherActivations, examples_for, reconstruct
 from autocompress.compress.student import build_student
-from autocompress.compress.teacher import Teacher
-from autocompress.compress.train import CALIBRATION_INPUTS, Distillation, Tick, TrainPlan, quantizes, train, train_quantized
-from autocompress.data import Data, sampled
-from autocompress.devices.base import Device
+from autocompress.compress.train import Distillation, Tick, TrainPlan, quantizes, train, train_quantized
+from autocompress.data import sampled
 from autocompress.devices.runtime import TITLES
 from autocompress.devices.timing import MOST_DRIFT
-from autocompress.errors import AutocompressError, PolicyFailure, one_line
+from autocompress.errors import PolicyFailure
 from autocompress.evaluate import model_answers, run_artifact, score_outputs
-from autocompress.export import BUNDLE, Manifest, check_onnx, check_parity, load_student, read_manifest, weights_bytes, write_bundle
-from autocompress.graph import Graph, Structure
+from autocompress.export import BUNDLE, check_onnx, check_parity, load_student, read_manifest, weights_bytes
+from autocompress.failures import policy_errors
 from autocompress.graph.nodes import follows_batch
-from autocompress.ledger import Ledger
 from autocompress.policy import Policy
 from autocompress.records import Failure, Measurement, Outcome, Parity, Prediction, Rung, Score, Stage
 from autocompress.run_folder import write_atomically, writing
-from autocompress.schedule import FEWEST_EXAMPLES
+from autocompress.setting import Setting
 
-MOST_CALIBRATION_S = 20.0
 LEAST_RECONSTRUCTION_S = 10.0
 """A student's reconstruction may take as long as its training, and so long in any case: half reconstructed it would be worth little."""
-FLOAT_WEIGHTS = "float.safetensors"
 COMPARED = 1000
 """Inputs for which a file must answer as its student: enough to tell 0.5 %; all of them take as long as a tenth of the training."""
 SECONDS_EACH = 0.5
 """Of measuring a file in a search: half of what a figure deserves, since the front is measured again, for longer, at the end."""
 DRIFT_RETRIES = 3
 DRIFT_PAUSE_S = 1.0
-RECENT = 7
-"""Of the baseline's measurements: what it takes now is their median."""
 PROBED_STEPS = 3
 """Of training, before the first policy tells what a step takes; the first loads kernels."""
-FAILURES = "failures.log"
-"""Of a run folder."""
-UNTRAINED = "untrained-"
-"""How the folders of networks begin that are only measured, and removed at once."""
-
-
-@contextmanager
-def policy_errors(log: Path | None = None) -> Iterator[None]:
-    """Raises PolicyFailure for whatever goes wrong with one policy; its traceback is added to the file `log`.
-
-    torch, onnx, the runtime and the user's own loss and score each raise their own kinds. Errors of ours and of the file system pass: they
-    are about the task or the machine.
-    """
-    try:
-        yield
-    except PolicyFailure as failure:
-        if log is not None and failure.__cause__ is not None:
-            note_error(log)
-        raise
-    except (AutocompressError, OSError):
-        raise
-    except Exception as error:
-        if log is not None:
-            note_error(log)
-        raise PolicyFailure(one_line(error)) from error
-
-
-def note_error(log: Path) -> None:
-    """Add the traceback of the error that is being handled: what a search goes on after may be a bug of ours all the same."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # a link in a folder of somebody else's leads elsewhere
-    with suppress(OSError), os.fdopen(os.open(log, flags, 0o644), "a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{traceback.format_exc()}\n")
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """The user's own model, exported in float32 and measured. `train_score`: of training examples, about as many as validate."""
-
-    path: Path
-    latency_s: Measurement
-    size_bytes: int
-    train_score: Score | None = None
-    val_score: Score | None = None
-    test_score: Score | None = None
-
-
-@dataclass(frozen=True)
-class Setting:
-    """All that is the same for every policy of one search.
-
-    Args:
-        graphs: traced networks by `StudentSpec.reference`; None is the teacher's own.
-        example: one batch of inputs at the deployment batch, as the model takes it.
-        models: folder of the bundles, one folder an id.
-        calibration_inputs: that int8 ranges are fitted to.
-        baseline_history: what the baseline took, first alone and then beside others; grows as the search measures.
-        ledger: what the search has spent its time on; grows too.
-    """
-
-    data: Data
-    teacher: Teacher
-    graphs: dict[str | None, Graph]
-    device: Device
-    baseline: Baseline
-    example: Tensor
-    models: Path
-    model_reference: str
-    learning_rate: float = 0.1
-    batch_size: int = 128
-    seed: int = 0
-    calibration_inputs: int = CALIBRATION_INPUTS
-    baseline_history: list[Measurement] = field(default_factory=list)
-    ledger: Ledger = field(default_factory=Ledger)
-    activations: list[TeacherActivations] = field(default_factory=list)
-    """One, once it was asked for; shared by all that are made of this setting by `replace`."""
-
-    @property
-    def batch(self) -> int:
-        return len(self.example)
-
-    @property
-    def log(self) -> Path:
-        """For tracebacks of what a search went on after."""
-        return self.models.parent / FAILURES
-
-    @property
-    def one_architecture(self) -> bool:
-        """Whether all students are made of the teacher: others have nothing of it before they are trained."""
-        return len(self.graphs) == 1
-
-    @property
-    def recent_baseline(self) -> Measurement:
-        """What the baseline took lately: the median, so that one odd measurement is outvoted."""
-        last = self.baseline_history[-RECENT:] or [self.baseline.latency_s]
-        return sorted(last, key=lambda measurement: measurement.median)[(len(last) - 1) // 2]
-
-    @property
-    def teacher_activations(self) -> TeacherActivations:
-        """What students that are made of the teacher are reconstructed with."""
-        if not self.activations:
-            graph = self.graphs[None]
-            n = min(self.calibration_inputs, examples_for(graph))
-            self.activations.append(TeacherActivations(graph, torch.cat([*self.data.calibration_batches(n, n)])))
-        return self.activations[0]
-
-    def graph_of(self, policy: Policy) -> Graph:
-        return self.graphs[policy.student.reference]
-
-    def structure(self, policy: Policy) -> Structure:
-        return self.graph_of(policy).structure(policy)
-
-    def write(self, folder: Path, student: fx.GraphModule, policy: Policy) -> Manifest:
-        """Export a student of this search as a bundle."""
-        with self.ledger.spend("export"):
-            return write_bundle(
-                folder, student, policy, (self.example,), model=self.model_reference, classes=self.data.classes, seed=self.seed,
-                normalisation=self.data.normalisation,
-            )  # fmt: skip
-
-
-def affordable_calibration(batch: int, latency_s: float) -> int:
-    """Inputs that int8 ranges are fitted to, where a call with `batch` of them takes so long: every int8 network runs them."""
-    return min(CALIBRATION_INPUTS, max(FEWEST_EXAMPLES, int(MOST_CALIBRATION_S * batch / latency_s)))
-
-
-def untrained(setting: Setting, policy: Policy, *, reconstructed: bool = False, calibration_inputs: int | None = None) -> fx.GraphModule:
-    """The student's structure with calibrated quantizers: as fast as the trained one, without its accuracy.
-
-    `reconstructed`, it has some of that. A few `calibration_inputs` are enough where only its latency is asked for.
-    """
-    student = build_student(setting.graph_of(policy), policy)
-    if reconstructed and changes_shape(setting, policy):
-        _reconstruct(setting, student, policy, until=math.inf)
-    plan = TrainPlan(steps=0, calibration_inputs=calibration_inputs or setting.calibration_inputs)
-    return train_quantized(student, policy.quant, setting.data, plan)
-
-
-def training_step_seconds(setting: Setting, until: float) -> float:
-    """What a step of training takes the unchanged network in float32, from a few; 0 where it cannot be trained.
-
-    until: `time.monotonic()` after which no other step begins, however slow the first one was.
-    """
-    moments = [time.monotonic()]
-    graph, plan = setting.graphs[None], TrainPlan(PROBED_STEPS, deadline=until, batch_size=setting.batch_size, seed=setting.seed)
-    distillation = Distillation(setting.teacher, Policy().distill, _features(setting, Policy()))
-    with suppress(PolicyFailure), policy_errors(setting.log), setting.ledger.spend("train"):
-        student = build_student(graph, Policy())
-        moments = [time.monotonic()]
-        train(student, setting.data, plan, distillation=distillation, tick=lambda _: moments.append(time.monotonic()))
-    return min((after - before for before, after in itertools.pairwise(moments)), default=0.0)
-
-
-def changes_shape(setting: Setting, policy: Policy) -> bool:
-    """Whether the student is anything but the teacher itself, in whatever number of bits."""
-    return setting.structure(policy).shape != setting.graphs[None].structure(Policy()).shape
 
 
 def evaluate_policy(
@@ -254,12 +85,13 @@ def evaluate_policy(
         with policy_errors(setting.log):
             student = build_student(setting.graph_of(policy), policy)
             stage = "train"
-            _begin(setting, student, policy, continues, until=min(latest, started + max(LEAST_RECONSTRUCTION_S, seconds)))
+            begin(setting, student, policy, continues, until=min(latest, started + max(LEAST_RECONSTRUCTION_S, seconds)))
             begun = time.monotonic()
             with setting.ledger.spend("train"):
                 student = _trained(setting, student, policy, id, rung, min(latest, begun + seconds), count)
             trained = time.monotonic()
             training_s = trained - begun
+            interrupted_weights(setting, policy).unlink(missing_ok=True)
             stage = "export"
             manifest = setting.write(setting.models / id, student, policy)
             path = setting.models / id / manifest.artifact
@@ -269,6 +101,7 @@ def evaluate_policy(
             stage = "measure"
             _, latency = measure_beside_baseline(setting, [path])
     except PolicyFailure as error:
+        interrupted_weights(setting, policy).unlink(missing_ok=True)
         failure = Failure(stage=stage, reason=error.message)
         return Outcome(**known, failure=failure, seconds=time.monotonic() - started, training_s=training_s)
     return Outcome(
@@ -331,17 +164,24 @@ def _is_of_this_device(setting: Setting, outcome: Outcome) -> bool:
     return outcome.latency_s is not None and facts(outcome.latency_s.environment) == facts(setting.device.environment())
 
 
-def _begin(setting: Setting, student: fx.GraphModule, policy: Policy, continues: str | None, until: float) -> None:
-    """Let a student begin with the weights of the lower rung that it continues, or reconstructed where it has another shape."""
-    if continues is not None and _continue_from(student, setting.models / continues / FLOAT_WEIGHTS):
-        return
-    if changes_shape(setting, policy):
-        _reconstruct(setting, student, policy, until)
+def training_step_seconds(setting: Setting, until: float) -> float:
+    """What a step of training takes the unchanged network in float32, from a few; 0 where it cannot be trained.
+
+    until: `time.monotonic()` after which no other step begins, however slow the first one was.
+    """
+    moments = [time.monotonic()]
+    graph, plan = setting.graphs[None], TrainPlan(PROBED_STEPS, deadline=until, batch_size=setting.batch_size, seed=setting.seed)
+    distillation = Distillation(setting.teacher, Policy().distill, _features(setting, Policy()))
+    with suppress(PolicyFailure), policy_errors(setting.log), setting.ledger.spend("train"):
+        student = build_student(graph, Policy())
+        moments = [time.monotonic()]
+        train(student, setting.data, plan, distillation=distillation, tick=lambda _: moments.append(time.monotonic()))
+    return min((after - before for before, after in itertools.pairwise(moments)), default=0.0)
 
 
 def _trained(setting: Setting, student: fx.GraphModule, policy: Policy, id: str, rung: Rung, deadline: float, tick: Tick) -> fx.GraphModule:
     """Train a student of another shape; the teacher in fewer bits is calibrated first, and trained through them on the full rung."""
-    reshaped = changes_shape(setting, policy)
+    reshaped = setting.changes_shape(policy)
     needs_training = reshaped or (rung == "full" and quantizes(policy.quant))
     plan = TrainPlan(
         steps=10**9 if needs_training else 0,
@@ -351,10 +191,17 @@ def _trained(setting: Setting, student: fx.GraphModule, policy: Policy, id: str,
         seed=setting.seed,
         calibration_inputs=setting.calibration_inputs,
         quant_fraction=TrainPlan.quant_fraction if reshaped else 1.0,
-        to_learn=setting.teacher.distance(student, setting.calibration_inputs) if needs_training else 0.0,
+        to_learn=setting.teacher.distance(student, min(setting.calibration_inputs, setting.most_answers)) if needs_training else 0.0,
     )
     distillation = Distillation(setting.teacher, policy.distill, _features(setting, policy))
-    trained = train_quantized(student, policy.quant, setting.data, plan, distillation=distillation, tick=tick)
+    try:
+        trained = train_quantized(student, policy.quant, setting.data, plan, distillation=distillation, tick=tick)
+    except Exception:
+        raise
+    except BaseException:  # a signal that ends the search: who resumes it goes on from here
+        if needs_training:
+            keep_interrupted(setting, student, policy)
+        raise
     if needs_training:
         folder = setting.models / id
         folder.mkdir(parents=True, exist_ok=True)
@@ -365,28 +212,6 @@ def _trained(setting: Setting, student: fx.GraphModule, policy: Policy, id: str,
 def _features(setting: Setting, policy: Policy) -> ComparedFeatures | None:
     """A loss of one's own has a unit of its own, beside which features have no known weight."""
     return compared_features(setting.graph_of(policy), policy, setting.graphs[None]) if setting.data.loss is None else None
-
-
-def _continue_from(student: fx.GraphModule, path: Path) -> bool:
-    """Whether the weights of a lower rung are there: a missing or damaged checkpoint costs training time, not the policy."""
-    try:
-        student.load_state_dict(load_file(path))
-    except (OSError, SafetensorError):
-        return False
-    return True
-
-
-def _reconstruct(setting: Setting, student: fx.GraphModule, policy: Policy, until: float) -> None:
-    """Let a student that was made of its teacher begin with what it can do of the teacher's work."""
-    if policy.student.reference is not None:
-        return
-    inherited = copy.deepcopy(student.state_dict())
-    try:
-        with setting.ledger.spend("reconstruct"):
-            reconstruct(student, setting.teacher_activations, policy, until=until)
-    except RuntimeError:  # out of memory, or equations without a solution: the student can be trained all the same
-        note_error(setting.log)
-        student.load_state_dict(inherited)
 
 
 def check_artifact(setting: Setting, student: fx.GraphModule, path: Path, policy: Policy) -> tuple[Tensor, Parity]:
@@ -434,5 +259,5 @@ def _some_answers(student: fx.GraphModule, setting: Setting) -> tuple[Tensor, Te
     data = setting.data
     if any(follows_batch(module) for module in student.modules()):  # then the file's batches give other answers than larger ones
         return torch.arange(len(data.val)), model_answers(student, data, data.val, setting.batch)
-    rows = sampled(len(data.val), COMPARED)
+    rows = sampled(len(data.val), min(COMPARED, setting.most_answers))
     return rows, torch.cat([student(inputs).float() for inputs, _ in data.batches(data.val[rows], setting.batch_size)])

@@ -85,7 +85,7 @@ Trials = Annotated[
         "--trials",
         min=1,
         rich_help_panel=LIMITS,
-        help="Train this many policies shortly at most; the best still train to the end.",
+        help="Train this many policies briefly at most; the best still train to the end.",
     ),
 ]
 TargetAccuracy = Annotated[

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from autocompress.beginning import UNTRAINED
 from autocompress.compress.arithmetic import best_training_device
 from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
@@ -25,20 +26,22 @@ from autocompress.devices.base import Device
 from autocompress.errors import PolicyFailure, UsageError, one_line
 from autocompress.evaluate import model_answers, run_artifact, score_artifact
 from autocompress.export import check_parity, weights_bytes, write_bundle
+from autocompress.failures import policy_errors
 from autocompress.graph import Graph
 from autocompress.graph.plain import own_copy
 from autocompress.models import answer_with_one_tensor, load_model, load_weights
-from autocompress.objective import UNTRAINED, Baseline, Setting, affordable_calibration, policy_errors
 from autocompress.policy import Policy, QuantSpec
 from autocompress.records import Measurement, Score
-from autocompress.references import draws_itself
+from autocompress.references import draws_itself, require_name
 from autocompress.run_folder import write_atomically
 from autocompress.schedule import FEWEST_EXAMPLES
 from autocompress.search_space import load_space
-from autocompress.task import OBJECT, Task
+from autocompress.setting import Baseline, Setting, affordable_calibration
+from autocompress.task import Task
 
 BASELINE = "baseline"
-TEACHER_WEIGHTS = "teacher.safetensors"
+TEACHER_WEIGHTS, UNFINISHED_TEACHER = "teacher.safetensors", "teacher.unfinished.safetensors"
+"""Of the demonstration; the second of one that the clock cut short, which is that of all that was made of it."""
 PARITY_EXAMPLES = 16
 """Validation examples on which the original's file is compared with the model."""
 LEAST_VALIDATION, MOST_SHARE = 256, 5.0
@@ -70,11 +73,8 @@ def load(
         weights: see `kept_teacher`.
     """
     for given, reference in ((model, task.model), (data, task.data)):
-        if given is None and reference.startswith(OBJECT):
-            raise UsageError(
-                f"the search was started from Python, with the object {reference.removeprefix(OBJECT)}, which no name stands for",
-                hint="go on from there: autocompress.search(model, data, ..., out=RUN, resume=True)",
-            )
+        if given is None:
+            require_name(reference)
     device = device or open_device(task.device)
     data = data or load_data(task.data)
     _require_target(task, data)
@@ -96,10 +96,13 @@ def load(
     return Loaded(device, data, teacher, graphs, example, output)
 
 
-def kept_teacher(task: Task, run: Path) -> Path | None:
-    """The weights of the demonstration's teacher, where an interrupted search has trained it."""
-    weights = run / TEACHER_WEIGHTS
-    return weights if task.is_demo and weights.is_file() else None
+def kept_teacher(task: Task, run: Path, *, begun: bool) -> Path | None:
+    """The weights of the demonstration's teacher, where an interrupted search has trained it.
+
+    begun: whether that search has made anything of it. Who resumes one that has not gets a better one where the clock cut it short.
+    """
+    kept = [run / name for name in (TEACHER_WEIGHTS, *([UNFINISHED_TEACHER] if begun else []))] if task.is_demo else []
+    return next((path for path in kept if path.is_file()), None)
 
 
 def contents(task: Task, loaded: Loaded) -> dict[str, str]:
@@ -161,13 +164,16 @@ def _own(model: nn.Module, task: Task) -> nn.Module:
 
 
 def _require_float(model: nn.Module, reference: str) -> None:
-    """Raises UsageError for a network that was quantized already: its weights are packed, and cannot be trained."""
+    """Raises UsageError for a network in half precision, or one that was quantized already: its weights are packed, and not trained."""
     packed = next((name for name, module in model.named_modules() if "quantized" in type(module).__module__.split(".")), None)
     if packed is not None:
         raise UsageError(
             f"a model must be in floating point, but {packed or 'all'} of {reference} is quantized",
             hint="give the model as it was before: the search quantizes it",
         )
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+    if kinds:
+        raise UsageError(f"the weights of a model must be float32, but some of {reference} are {kinds.pop()}", hint="give model.float()")
 
 
 def _loaded(task: Task, data: Data) -> nn.Module:
@@ -202,8 +208,6 @@ def _outputs(model: nn.Module, inputs: Tensor, reference: str, hint: str) -> Ten
     try:
         outputs = model.eval()(inputs.clone())  # which it may change in place
     except Exception as error:  # whatever the user's own code raises
-        kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
-        hint = f"its weights are {kinds.pop()}: give model.float()" if kinds else hint
         rule = f"{reference} must take inputs of shape {tuple(inputs.shape)}, but raised {one_line(error)}"
         raise UsageError(rule, hint=hint) from None
     finally:
@@ -275,17 +279,12 @@ def limit_validation(setting: Setting, seconds: float, examples: int | None = No
     if examples is None:
         affordable = seconds * setting.batch / setting.baseline.latency_s.median
         examples = max(FEWEST_EXAMPLES, int(affordable), min(LEAST_VALIDATION, int(MOST_SHARE * affordable)))
+        examples = min(examples, setting.most_answers)
     return replace(setting, data=replace(setting.data, val=sample(setting.data.val, examples)))
 
 
 def train_demo_teacher(setting: Setting, run: Path, seconds: float, tick: Tick) -> Setting:
-    """Train the demonstration's network, unless an interrupted search has done so; the setting with the trained teacher.
-
-    One that the clock cut short serves this search only: who resumes it with more time gets a better one.
-    """
-    weights = run / TEACHER_WEIGHTS
-    if weights.is_file():
-        return setting
+    """Train the demonstration's network for so long at most, and keep it; the setting with the trained teacher."""
     model, data = setting.teacher.model, setting.data
     steps = TEACHER_EPOCHS * (len(data.train) // BATCH_SIZE)
     deadline = time.monotonic() + seconds
@@ -293,8 +292,7 @@ def train_demo_teacher(setting: Setting, run: Path, seconds: float, tick: Tick) 
     plan = TrainPlan(steps, deadline, LEARNING_RATE, BATCH_SIZE, seed=setting.seed)
     with setting.ledger.spend("train"):
         train(model, data, plan, tick=tick)
-    if time.monotonic() < deadline:
-        write_atomically(weights, weights_bytes(model))
+    write_atomically(run / (TEACHER_WEIGHTS if time.monotonic() < deadline else UNFINISHED_TEACHER), weights_bytes(model))
     graph = Graph.trace(model.cpu(), (setting.example,))
     known = setting.baseline.latency_s  # of the same network with other weights
     baseline = _baseline(graph, model, data, setting.device, setting.models, setting.example, setting.model_reference, known)

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from autocompress.errors import UsageError
 from autocompress.policy import Policy, Record
-from autocompress.units import format_duration, format_size, is_size, parse_duration, parse_size
+from autocompress.units import format_duration, format_size, is_size, parse_latency, parse_size
 
 Shape = tuple[int, ...]
 Signature = tuple[object, ...]
@@ -103,6 +103,14 @@ class Prediction(Record):
     high: float
 
 
+class PredictionQuality(Record):
+    """How well `n` latencies were predicted: median relative error, and Spearman's rank correlation; None of too few."""
+
+    n: int = 0
+    median_error: float | None = None
+    spearman: float | None = None
+
+
 class Measurement(Record):
     """Latency of one artifact on one device, in seconds. [low, high] is the 95 % interval of the median.
 
@@ -159,10 +167,10 @@ class Score(Record):
 
 def _budget_duration(text: str) -> float:
     try:
-        return parse_duration(text)
+        return parse_latency(text)
     except UsageError as error:
         raise UsageError(
-            error.message.replace("duration", "budget"), hint="write 10ms, 500us, 0.5x (of the baseline), 4MB or p95=10ms"
+            error.message.replace("latency", "budget"), hint="write 10ms, 500us, 0.5x (of the baseline), 4MB or p95=10ms"
         ) from None
 
 

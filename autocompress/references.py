@@ -27,6 +27,8 @@ FORMATS = ("onnx", "openvino", "torch")
 """What an export can write."""
 DATA_ROOT = "data"
 """Where `torchvision:NAME` data lies unless its `root` says otherwise."""
+OBJECT = "python:"
+"""Begins the name of what was given as an object of Python: nothing can load it."""
 MODEL_LIBRARIES, DATA_READERS = ("torchvision:", "timm:"), ("torchvision:", "imagefolder:")
 """Begin references to models and to data that name no function."""
 OURS = re.compile(r"autocompress\.(demo|testing\.models):\w+")
@@ -55,6 +57,15 @@ def draws_itself(space: str) -> bool:
     return names_function(space) and not space.endswith(".toml")
 
 
+def require_name(reference: str) -> None:
+    """Raises UsageError for what was an object of Python, given where a reference is to be loaded."""
+    if reference.startswith(OBJECT):
+        raise UsageError(
+            f"the search was started from Python, with the object {reference.removeprefix(OBJECT)}, which no name stands for",
+            hint="go on from there, and give the same objects: autocompress.search(model, data, ..., out=RUN, resume=True)",
+        )
+
+
 def absolute_path(path: str) -> str:
     """The path from the root of the disk, so that it means the same in every folder."""
     return str(Path(path).expanduser().absolute())
@@ -81,7 +92,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """`"did you mean x?"` for a mistyped name, or the first known names."""
     known = list(known)
     if not known:
-        return "there is none here that could be named"
+        return "there is none to name"
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if close:
         return f"did you mean {' or '.join(close)}?"

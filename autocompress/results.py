@@ -91,6 +91,29 @@ class ProgressPoint(_Read):
     best_val: float | None = None
 
 
+class Predictions(_Read):
+    """How well latencies were predicted of networks before they were measured, and, `held_out`, by the latency model as it is in the end.
+
+    See `records.PredictionQuality`.
+    """
+
+    n: int = 0
+    median_error: float | None = None
+    spearman: float | None = None
+    held_out: Predictions | None = None
+
+
+class Ladder(_Read):
+    """How many policies stood on each rung, and whether each ranked them as the one below it: rank correlations, None of too few."""
+
+    appraised: int = 0
+    foreseen_appraised_spearman: float | None = None
+    short_runs: int = 0
+    full_runs: int = 0
+    appraised_short_spearman: float | None = None
+    short_full_spearman: float | None = None
+
+
 class FailedPolicy(_Read):
     """A policy that did not become an artifact."""
 
@@ -103,7 +126,7 @@ class Results(_Read):
     """Everything that a finished or interrupted search says of itself.
 
     budget: as it was asked for, but for a relative latency, which is given in seconds. front: fastest first. best: id of its most accurate.
-    prediction: how well latencies were predicted. ladder: how well each rung ranked policies. spent_s: seconds by what they went to.
+    spent_s: seconds by what they went to.
     """
 
     schema_version: int = Field(1, alias="schema")
@@ -116,8 +139,8 @@ class Results(_Read):
     points: tuple[Entry, ...] = ()
     best: str | None = None
     progress: tuple[ProgressPoint, ...] = ()
-    prediction: dict[str, Any] = {}
-    ladder: dict[str, Any] = {}
+    prediction: Predictions = Predictions()
+    ladder: Ladder = Ladder()
     failures: tuple[FailedPolicy, ...] = ()
     trials: int = 0
     elapsed_s: float = 0.0

@@ -100,11 +100,16 @@ def locked(run: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             raise RunFolderError(
                 f"the run folder {str(run)!r} is in use by {file.read().strip() or 'another process'}",
                 hint="wait for it, or choose another --out",
+            ) from None
+        except OSError as error:
+            raise RunFolderError(
+                f"the run folder {str(run)!r} cannot be locked: {error.strerror}",
+                hint="file systems over a network may have no locks: choose an --out on a disk of this machine",
             ) from None
         with writing(run):
             _sweep(run)
@@ -135,7 +140,7 @@ def require_space(run: Path, model_bytes: int, *, begun: bool = False) -> str:
             f"a policy of this model may need {format_size(each)}, but only {format_size(free)} are free in {str(run)!r}",
             hint="free space or choose another --out",
         )
-    return f"only {format_size(free)} are free in {run}, which this search may fill" if free < MANY_POLICIES * each else ""
+    return f"only {format_size(free)} are free in {run}: this search may fill the disk" if free < MANY_POLICIES * each else ""
 
 
 def new_run() -> Path:

@@ -35,7 +35,7 @@ from autocompress.policy import (
     StudentSpec,
     explain,
 )
-from autocompress.references import call_function, draws_itself, nearest
+from autocompress.references import call_function, draws_itself, nearest, require_name
 from autocompress.suggesters import DefaultDistillation, SmallEnd, Suggester
 
 Suggest = Callable[[Suggester], Policy]
@@ -328,6 +328,7 @@ def spread(total: int, keep: int) -> list[int]:
 
 def find_suggest(space: str, graph: Graph, profile: DeviceProfile, *, reference: str | None = None) -> Suggest:
     """How policies are drawn: from a shipped or own TOML space, or by the function that `file.py:function` returns; cut to the device."""
+    require_name(space)
     if draws_itself(space):
         function = call_function(space)
         if not callable(function):

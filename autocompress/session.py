@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from autocompress.beginning import forget_interrupted
 from autocompress.candidates.feasibility import Feasibility
 from autocompress.candidates.forecast import Forecast
 from autocompress.controller.begin import ask_teacher, know_baseline, profile_device, propose
@@ -28,25 +29,25 @@ from autocompress.devices.base import Device
 from autocompress.errors import AutocompressError, InfeasibleBudget, TooManyFailures, UsageError
 from autocompress.front import measured
 from autocompress.ledger import Ledger
-from autocompress.objective import Setting
 from autocompress.policy import Policy
-from autocompress.preparation import TEACHER_WEIGHTS, contents, kept_teacher, load, prepare, train_demo_teacher
+from autocompress.preparation import TEACHER_WEIGHTS, UNFINISHED_TEACHER, contents, kept_teacher, load, prepare, train_demo_teacher
 from autocompress.progress import Progress, SilentProgress, make_progress
 from autocompress.records import Budget, Outcome
-from autocompress.references import DEFAULT_DEVICE
+from autocompress.references import OBJECT, require_name
 from autocompress.report.figures import in_colour
 from autocompress.report.page import figures, write_report
 from autocompress.report.tables import frame
-from autocompress.results import Results
+from autocompress.results import Entry, ProgressPoint, Results
 from autocompress.run_folder import PARETO, locked, new_run, read_front, remember_own, require_space, write_atomically
 from autocompress.schedule import Clock
 from autocompress.search_space import find_suggest, own_suggest, with_default_distillation
+from autocompress.setting import Setting
 from autocompress.signals import Attentive, stopped_by_signals
 from autocompress.study.database import open_journal, read_journal, recording, require_own, require_same_contents, require_same_subject
 from autocompress.study.journal import Journal
 from autocompress.suggesters import LevelSuggester
-from autocompress.task import OBJECT, TASK_FILE, Task, load_task
-from autocompress.units import format_duration, format_size
+from autocompress.task import TASK_FILE, Task, find_task, load_task
+from autocompress.units import counted, format_duration, format_size
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -82,6 +83,11 @@ class SearchResult:
     def front(self) -> list[Policy]:
         """The policies of the Pareto front, fastest first."""
         return [Policy.model_validate(entry["policy"]) for entry in self.content["front"]]
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The same policies, with what was measured of each."""
+        return Results.read(self.content).front
 
     def frame(self) -> pd.DataFrame:
         """One row a measured policy."""
@@ -123,24 +129,28 @@ def search(
     *,
     budget: str | Sequence[str] = (),
     out: Path | str | None = None,
-    device: str = DEFAULT_DEVICE,
+    device: str | None = None,
     batch: int | None = None,
     search_time: str | None = None,
     trials: int | None = None,
     target_accuracy: float | None = None,
-    space: str = "default",
+    space: str | None = None,
     suggest: Callable[..., Policy] | None = None,
     student: str | None = None,
     weights: Path | str | None = None,
-    learning_rate: float = 0.1,
-    batch_size: int = 128,
-    seed: int = 0,
+    learning_rate: float | None = None,
+    batch_size: int | None = None,
+    seed: int | None = None,
+    task_file: Path | str | None = None,
     from_run: Path | str | None = None,
     resume: bool = False,
     sampler: BaseSampler | None = None,
     quiet: bool = False,
 ) -> SearchResult:
     """Search the compressed models of `model` that meet `budget`, as `autocompress search` does; without a model, of the demonstration.
+
+    What is not given is as in the task file, or as in the search that is resumed or learned from, else as usual (see `autocompress search
+    --help`).
 
     Args:
         model: a module (never changed) or a reference such as `"torchvision:resnet18"`.
@@ -149,10 +159,14 @@ def search(
         batch: inputs a call of the deployed model; 1, of the demonstration 32.
         search_time: how long all of it may take; `"30m"`, of the demonstration `"4m"`.
         out: the run folder; by default a new one, named by the time.
-        suggest: draws a policy from an Optuna trial, instead of a named space: `suggest(trial)`, or `suggest(trial, graph)` with the
-            groups, blocks and layers of the model (`Graph.groups`, `.blocks`, `.layers`).
+        suggest: draws a policy instead of a named space: `suggest(trial)`, or `suggest(trial, graph)` with the groups, blocks and layers of
+            the model (`Graph.groups`, `.blocks`, `.layers`). Of an Optuna trial only `suggest_int`, `suggest_float` and
+            `suggest_categorical` may be used: most draws are not trials of the study. A search that began with a function is resumed with
+            one of the same name.
         sampler: any Optuna sampler that handles two objectives.
+        task_file: a TOML file that says what is not said here.
         from_run: folder of another search of the same model and data, to begin with what it has learned.
+        resume: go on with the search in `out`; what it had as an object of Python must be given again.
         quiet: show no progress on stderr.
 
     Raises the errors of `autocompress.errors`; InfeasibleBudget when nothing meets the budget.
@@ -160,7 +174,9 @@ def search(
     _require(model, (nn.Module, str, NoneType), "a model must be a torch.nn.Module or a reference", "give model(), or file.py:function")
     _require(budget, (str, tuple, list), "a budget must be text, or several", 'for example budget="10ms"; leave it out for the whole front')
     _require(student, (str, NoneType), "a student must be a reference", 'student="file.py:function", so that its policies name it')
-    _require(space, str, "a space must be a name or a TOML file", "give a function that draws policies as suggest=")
+    _require(space, (str, NoneType), "a space must be a name or a TOML file", "give a function that draws policies as suggest=")
+    if space is not None and suggest is not None:
+        raise UsageError(f"policies are drawn from a space or by a function, but got both {space!r} and suggest", hint="leave one out")
     if data is not None and not isinstance(data, str):
         data = as_data(data, "data")
     values = {
@@ -173,14 +189,15 @@ def search(
         "search_time": search_time,
         "trials": trials,
         "target_accuracy": target_accuracy,
-        "space": space,
+        "space": space if suggest is None else _named(suggest),
         "student": student,
         "learning_rate": learning_rate,
         "batch_size": batch_size,
         "seed": seed,
         "from_run": str(from_run) if from_run is not None else None,
     }
-    task, run = load_task(None, values), Path(out) if out is not None else new_run()
+    folders = {"out": Path(out) if out is not None else None, "from_run": Path(from_run) if from_run is not None else None}
+    task, run = find_task(Path(task_file) if task_file is not None else None, values, **folders, resume=resume), folders["out"] or new_run()
     with make_progress(quiet) as progress:
         return run_search(
             task,
@@ -194,9 +211,11 @@ def search(
         )
 
 
-def _named(given: nn.Module | Data | str | None) -> str | None:
-    """How a task file names what was given: a reference by itself, an object of Python by its class."""
-    return given if given is None or isinstance(given, str) else f"{OBJECT}{type(given).__name__}"
+def _named(given: nn.Module | Data | Callable[..., Policy] | str | None) -> str | None:
+    """How a task file names what was given: a reference by itself, a function of Python by its name, another object by its class."""
+    if given is None or isinstance(given, str):
+        return given
+    return f"{OBJECT}{getattr(given, '__name__', type(given).__name__)}"
 
 
 def _require(given: object, kinds: type | tuple[type, ...], what: str, hint: str) -> None:
@@ -217,9 +236,11 @@ def run_search(
     suggest: Callable[..., Policy] | None = None,
 ) -> SearchResult:
     """Run one search in the folder `run` and return what it found; what is finished survives any interruption."""
-    task, clock = task.absolute(), Clock.start(task.search_seconds)
-    if task.from_run is not None and Path(task.from_run) == run.absolute():
+    clock, task, run = Clock.start(task.search_seconds), task.absolute(), run.absolute()  # whatever folder the user's code changes to
+    if task.from_run is not None and Path(task.from_run) == run:
         raise UsageError(f"a search cannot learn from itself: {str(run)!r}", hint="choose another --out, or go on with --resume")
+    if suggest is None:
+        require_name(task.space)
     require_own(run, resume=resume)
     fresh = not run.exists()
     with locked(run), stopped_by_signals() as stop, recording(run):
@@ -262,7 +283,7 @@ def _prepared(task: Task, run: Path, journal: Journal, known: Journal | None, le
     Raises UsageError where that is something else than what the search that is resumed, or the one that is learned from, had.
     """
     with ledger.spend("prepare"):
-        loaded = load(task, weights=kept_teacher(task, run), **given)
+        loaded = load(task, weights=kept_teacher(task, run, begun=journal.has_begun), **given)
         if loaded.output:
             progress.message(f"{task.model} has several outputs: {loaded.output!r} is what is compressed")
         found = contents(task, loaded)
@@ -288,7 +309,7 @@ def _taken_before(task: Task, run: Path, journal: Journal) -> tuple[float, dict[
 
     That begins again when the search is resumed, and in the time that is left it would not learn enough to be worth compressing.
     """
-    began_only = task.is_demo and kept_teacher(task, run) is None and not journal.outcomes
+    began_only = task.is_demo and kept_teacher(task, run, begun=journal.has_begun) is None and not journal.has_begun
     return (0.0, {}) if began_only else (journal.noted("elapsed_s") or 0.0, journal.noted("spent_s") or {})
 
 
@@ -297,7 +318,8 @@ def _forget_teacher(run: Path) -> None:
     begun = run / TASK_FILE
     with suppress(AutocompressError):
         if begun.is_file() and load_task(begun, {}).is_demo:
-            (run / TEACHER_WEIGHTS).unlink(missing_ok=True)
+            for name in (TEACHER_WEIGHTS, UNFINISHED_TEACHER):
+                (run / name).unlink(missing_ok=True)
 
 
 def _known_before(task: Task, journal: Journal, run: Path, progress: Progress) -> Journal | None:
@@ -328,7 +350,8 @@ def _assemble(
     else:
         named = find_suggest(task.space, graph, profile, reference=task.student)
     forecast = Forecast.start(setting, named, task.limits)
-    return Findings(task, run, journal, forecast, clock, progress, history=list(journal.noted("progress") or []))
+    history = [ProgressPoint.model_validate(point) for point in journal.noted("progress") or []]
+    return Findings(task, run, journal, forecast, clock, progress, history)
 
 
 def _phases(findings: Findings, known: Journal | None) -> None:
@@ -347,6 +370,7 @@ def _phases(findings: Findings, known: Journal | None) -> None:
     rungs.short_rung(pool)
     rungs.full_rung()
     conclude(findings)
+    forget_interrupted(findings.setting)
 
 
 def _recall(findings: Findings) -> None:
@@ -354,9 +378,9 @@ def _recall(findings: Findings) -> None:
     findings.recall()
     lost = findings.journal.retire_lost_trials()
     if lost:
-        findings.progress.message(f"{lost} interrupted trial(s) will be repeated")
+        findings.progress.message(f"{counted(lost, 'interrupted trial')} will be repeated")
     if failed := findings.retry_failures():
-        findings.progress.message(f"{failed} failed policies may be tried again")
+        findings.progress.message(f"what made {counted(failed, 'policy', 'policies')} fail may be tried again")
     findings.leave_killers()
     if findings.best is None:
         Feasibility(findings.forecast).require_hope()
@@ -364,6 +388,8 @@ def _recall(findings: Findings) -> None:
 
 def _train_demo_teacher(findings: Findings) -> None:
     """The demonstration's original learns only now, when the budget is known to be within reach."""
+    if kept_teacher(findings.task, findings.run, begun=findings.journal.has_begun) is not None:
+        return
     tick = findings.percent("training the demonstration teacher")
     seconds = DEMO_TEACHER_SHARE * findings.clock.left
     findings.setting = train_demo_teacher(findings.setting, findings.run, seconds, tick)
@@ -384,7 +410,7 @@ def _result(findings: Findings) -> SearchResult:
     if failures and not points:
         raise TooManyFailures(
             f"no policy became a file that works; the first failed to {failures[0]['stage']}: {failures[0]['reason']}",
-            hint="mend that, then --resume (it may have another --batch-size or --learning-rate)",
+            hint="fix that, then --resume (another --batch-size or --learning-rate may be given)",
         )
     run = shlex.quote(str(findings.run))
     if not points and not findings.task.budget:
@@ -422,9 +448,9 @@ def _nearest(findings: Findings) -> str:
 
 def plan(task: Task) -> dict[str, Any]:
     """What a search would do, without doing it: sizes of the space, budget, time, three policies in words."""
-    loaded = load(task)
+    loaded = load(task.absolute())
     graph, data = loaded.graphs[task.student], loaded.data
-    suggest = find_suggest(task.space, graph, loaded.device.profile, reference=task.student)
+    suggest = find_suggest(task.absolute().space, graph, loaded.device.profile, reference=task.student)
     generator = np.random.default_rng(task.seed)
     drawn = LevelSuggester(generator)
     suggest(drawn)

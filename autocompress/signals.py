@@ -54,7 +54,7 @@ def stopped_by_signals() -> Iterator[Stop]:
     try:
         yield stop
     except _Signalled as signalled:
-        raise Terminated(f"the search was terminated by {signalled}", hint="continue it with --resume") from None
+        raise Terminated(f"the search was terminated by {signalled}", hint="what is finished is kept: resume it") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

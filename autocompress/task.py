@@ -21,6 +21,7 @@ from autocompress.references import (
     DATA_READERS,
     DEFAULT_DEVICE,
     MODEL_LIBRARIES,
+    OBJECT,
     absolute_data,
     absolute_function,
     absolute_path,
@@ -35,12 +36,12 @@ from autocompress.units import parse_duration
 DEMO_MODEL = "autocompress.demo:teacher"
 DEMO_DATA = "digits"
 DATA_VARIABLE = "AUTOCOMPRESS_DATA"
-OBJECT = "python:"
-"""Begins the name of a model or data that was given as an object of Python: nothing can load it."""
 TASK_FILE = "task.toml"
 """What a search was asked for, in its run folder."""
 CHANGEABLE = ("search_time", "trials", "target_accuracy", "batch_size", "learning_rate")
 """What a resumed search may have otherwise."""
+MOVABLE = ("model", "weights", "data")
+"""Names that may be others when a search is resumed: files are moved, and what they hold is compared by content."""
 
 
 class Task(Record):
@@ -108,7 +109,7 @@ class Task(Record):
         functions = {
             "model": names_function(self.model, (*MODEL_LIBRARIES, OBJECT)),
             "data": names_function(self.data, (*DATA_READERS, OBJECT)),
-            "space": draws_itself(self.space),
+            "space": draws_itself(self.space) and not self.space.startswith(OBJECT),
             "student": self.student is not None and names_function(self.student, MODEL_LIBRARIES),
             "device": self.device.startswith(AGENT),
         }
@@ -117,13 +118,16 @@ class Task(Record):
     def difference(self, other: Task) -> str | None:
         """The first field in which another task differs, so that their policies cannot share a run folder.
 
-        How long to search and how to train is free; a budget and a device are the same in other words.
+        How long to search and how to train is free; a budget and a device are the same in other words. What the model and the data are
+        named is free too, since their contents are compared once they are loaded.
         """
+        if self.is_demo != other.is_demo:
+            return "model"
         if self.limits != other.limits:
             return "budget"
         if not same_device(self.device, other.device):
             return "device"
-        return self._differs(other, [name for name in Task.model_fields if name not in (*CHANGEABLE, "budget", "device")])
+        return self._differs(other, [name for name in Task.model_fields if name not in (*CHANGEABLE, *MOVABLE, "budget", "device")])
 
     def other_subject(self, other: Task) -> str | None:
         """The first field in which another task differs, so that what it has learned of policies says nothing of them here.
@@ -224,6 +228,22 @@ def load_kept_task(run: Path, overrides: Mapping[str, object]) -> Task:
             hint=f"where you trust it, name it yourself: {named}",
         )
     return task
+
+
+def find_task(
+    path: Path | None, overrides: Mapping[str, object], *, out: Path | None, from_run: Path | None = None, resume: bool = False
+) -> Task:
+    """What a search is asked for: by a task file, else by the search that is resumed or learned from, with `overrides` on top.
+
+    Raises UsageError where there is nothing to resume.
+    """
+    if resume and out is None:
+        raise UsageError("--resume needs the folder of the search to continue", hint="add --out RUN")
+    if path is None and resume and out is not None and (out / TASK_FILE).is_file():
+        return load_kept_task(out, overrides)
+    if path is None and from_run is not None:
+        return load_kept_task(from_run, overrides)
+    return load_task(path, overrides)
 
 
 def _read(path: Path) -> dict[str, Any]:

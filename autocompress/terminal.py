@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -33,6 +34,11 @@ def emit(content: str | RenderableType) -> None:
         # Else the interpreter's own flush at exit would complain once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+
+
+def aside() -> contextlib.AbstractContextManager[object]:
+    """While a user's own code may run: what it prints is no result of ours."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def emit_json(content: Mapping[str, Any]) -> None:

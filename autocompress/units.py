@@ -7,7 +7,8 @@ import re
 
 from autocompress.errors import UsageError
 
-_DURATION_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_LATENCY_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
+_DURATION_S = _LATENCY_S | {"m": 60.0, "min": 60.0, "h": 3600.0}
 _SIZE_BYTES = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _QUANTITY = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-zµ]*)\s*")
 
@@ -32,6 +33,11 @@ def _parse(text: str, units: dict[str, float] | dict[str, int], what: str, examp
 def parse_duration(text: str) -> float:
     """`"10ms"` -> 0.01 seconds. Raises UsageError unless positive, finite and with a unit."""
     return _parse(text, _DURATION_S, "duration", "10ms")
+
+
+def parse_latency(text: str) -> float:
+    """The same of one call of a model, which takes no minutes: `"10m"` is `"10ms"` mistyped, and would allow everything."""
+    return _parse(text, _LATENCY_S, "latency", "10ms")
 
 
 def parse_size(text: str) -> int:
@@ -72,6 +78,6 @@ def _three_digits(value: float, scale: tuple[tuple[float, str], ...]) -> str:
     return f"{value / factor:.3g} {unit}"
 
 
-def counted(n: int, what: str) -> str:
-    """`"1 layer"`, `"2 layers"`."""
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+def counted(n: int, what: str, several: str = "") -> str:
+    """`"1 layer"`, `"2 layers"`; `several` where an s does not make the plural."""
+    return f"{n} {what}" if n == 1 else f"{n} {several or what + 's'}"

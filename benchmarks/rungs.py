@@ -43,11 +43,11 @@ from autocompress.compress.train import Distillation, TrainPlan, train
 from autocompress.data import Data, sample
 from autocompress.devices import open_device
 from autocompress.evaluate import score_model
-from autocompress.objective import Setting
 from autocompress.policy import Policy, QuantSpec
 from autocompress.preparation import load, prepare
 from autocompress.ranks import rank_correlation
 from autocompress.search_space import find_suggest
+from autocompress.setting import Setting
 from autocompress.suggesters import LevelSuggester
 from autocompress.task import load_task
 

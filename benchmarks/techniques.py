@@ -29,13 +29,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
+from autocompress.beginning import untrained
 from autocompress.compress.teacher import Teacher
 from autocompress.evaluate import score_artifact
 from autocompress.graph import Graph
-from autocompress.objective import Setting, evaluate_policy, untrained
+from autocompress.objective import evaluate_policy
 from autocompress.policy import DistillSpec, LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import load, prepare
 from autocompress.search_space import for_device
+from autocompress.setting import Setting
 from autocompress.task import Task
 
 HERE = Path(__file__).parent

@@ -1,14 +1,18 @@
-"""The scripts of benchmarks/ are run by hand, and break unseen when what they use is renamed."""
+"""The scripts of benchmarks/ are run by hand, and break unseen when what they use is renamed; their results are quoted elsewhere."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import re
 from pathlib import Path
 
 import pytest
 
-SCRIPTS = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
+ROW = re.compile(r"\| .* \| \d+\.\d+ % \| \d.*x.* \| \d+ kB \|")
+"""Of a table of the README: what a model is, test accuracy, speed-up, size."""
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -20,3 +24,12 @@ def test_what_a_benchmark_imports_of_ours_is_there(script):
             for alias in node.names:
                 if not hasattr(module, alias.name):
                     importlib.import_module(f"{node.module}.{alias.name}")
+
+
+def test_the_tables_of_the_readme_are_what_was_measured():
+    measured = [line for path in (ROOT / "benchmarks" / "results").glob("cifar10_*.md") for line in path.read_text().splitlines()]
+    quoted = [line.strip("| ").split(" | ") for line in (ROOT / "README.md").read_text().splitlines() if ROW.fullmatch(line)]
+    assert len(quoted) > 5
+    for name, accuracy, speed, size in quoted:
+        parts = f"| {accuracy} |", f"| {speed.partition(',')[0].removesuffix(' noisy')}", f"| {size} |"
+        assert any(all(part in line for part in parts) for line in measured), name

@@ -57,6 +57,14 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_what_the_users_own_code_prints_is_no_data(place, capsys):
+    Path("loud.py").write_text(f"print('importing')\n{SOURCE}\ndef loud():\n    print('building')\n    return ten()\n")
+    assert main(["search", "--model", "loud.py:loud", "--data", "digits", "--dry-run", "--json"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["ok"]
+    assert "importing" in told.err and "building" in told.err
+
+
 OWN = "search --data digits --model own.py:ten --dry-run"
 USAGE = [
     ("search --model torchvision:resnet19 --data digits --dry-run", "unknown model torchvision:resnet19", "did you mean"),
@@ -72,7 +80,7 @@ USAGE = [
     (f"{OWN} --space own.py:no_policy", "own.py:no_policy must draw a Policy, but drew int", "Policy"),
     ("search --model own.py:ten --data digit --dry-run", "unknown data 'digit'", "digits"),
     ("search --model own.py:ten --data imagefolder:absent --dry-run", "does not exist", "imagefolder:DIR"),
-    ("search --model own.py:ten --data torchvision:CIFAR10?root=absent --dry-run", "CIFAR10 cannot be read from 'absent'", "root=DIR"),
+    ("search --model own.py:ten --data torchvision:CIFAR10?root=absent --dry-run", "CIFAR10 cannot be read from", "root=DIR"),
     ("search --device tpu --dry-run", "unknown device 'tpu'", "onnxruntime:cpu"),
     ("search --device onnxruntime:cpu?threads=0 --dry-run", "threads must lie in", "processors"),
     ("search --device onnxruntime:cpu?thread=1 --dry-run", "unknown option 'thread'", "threads"),
@@ -195,7 +203,7 @@ def run(place):
 @pytest.mark.parametrize(
     ("options", "message", "hint"),
     [
-        ("--resume --seed 2", "another task: seed was 1, now 2", "--from run"),
+        ("--resume --seed 2", "another task: seed was 1, now 2", "--from /"),
         ("--resume --seed 1 --batch 8", "another task: batch was 1, now 8", "--out"),
         ("--seed 1", "already holds a search", "--resume"),
     ],

@@ -89,6 +89,27 @@ def test_an_export_holds_the_bundle_and_fresh_measurements(run, tmp_path):
     assert not read_manifest(run / "models" / "00000").latency_s, "the run's own bundle stays as it was"
 
 
+def test_what_was_predicted_of_another_device_is_not_said_of_this_one(run, tmp_path, monkeypatch):
+    change(run, predicted_latency_s={"value": 1.0, "low": 0.5, "high": 2.0})
+    assert export_run(run, out=tmp_path / "out").manifest.predicted_latency_s.value == 1.0
+
+    def named(name):
+        device = FakeDevice()
+        device.name = name
+        return device
+
+    monkeypatch.setattr("autocompress.deploy.open_device", named)
+    exported = export_run(run, out=tmp_path / "out", device="fake-2").manifest
+    assert (exported.device, exported.scored_on, exported.predicted_latency_s) == ("fake-2", "fake", None)
+
+
+def test_a_bundle_that_lacks_a_file_is_refused(run, tmp_path):
+    out = export_run(run, out=tmp_path / "out").folder
+    (out / "policy.json").unlink()
+    with pytest.raises(RunFolderError, match=r"policy\.json.* is missing"):
+        recreate(out, MODEL)
+
+
 def test_a_policy_is_picked_by_the_first_digits_of_its_digest(run, tmp_path):
     digest = json.loads((run / "front.json").read_text())["points"][0]["digest"]
     assert export_run(run, pick=digest[:8], out=tmp_path / "out").manifest.policy_digest == digest
@@ -427,7 +448,9 @@ def test_a_device_elsewhere_is_not_asked_because_a_folder_of_somebody_else_names
         export_run(run, out=tmp_path / "out")
     assert "--device" in caught.value.hint
     assert not (tmp_path / "out").exists()
-    assert export_run(run, out=tmp_path / "out", device="onnxruntime:cpu").manifest.latency_s is not None
+    elsewhere = export_run(run, out=tmp_path / "out", device="onnxruntime:cpu").manifest
+    assert elsewhere.latency_s is not None
+    assert (elsewhere.device, elsewhere.scored_on) == (FakeDevice().name, content["device"])
     remember_own(run / TASK_FILE)
     assert export_run(run, out=tmp_path / "out").manifest.latency_s is not None
     (run / "front.json").write_text(json.dumps(content | {"device": "agent://somewhere:7878"}))

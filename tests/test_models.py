@@ -40,6 +40,48 @@ def test_a_checkpoint_may_hold_the_state_dict(tmp_path):
     assert set(read_state(write(tmp_path / "c.pt", {"epoch": 3, "state_dict": state()}))) == set(state())
 
 
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_a_checkpoint_of_a_training_script_is_read(tmp_path, key, prefix):
+    """Of data parallelism and `torch.compile` too, which name all weights otherwise."""
+    model = net()
+    load_weights(model, write(tmp_path / "c.pt", {"epoch": 3, key: {prefix + name: value for name, value in state().items()}}))
+    assert torch.equal(model[0].weight, net()[0].weight + 1)
+
+
+def test_a_model_may_have_a_part_that_is_called_as_what_wraps_others(tmp_path):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = net()
+
+    model = Wrapped()
+    load_weights(model, write(tmp_path / "w.pt", {f"module.{name}": value for name, value in state().items()}))
+    assert torch.equal(model.module[0].weight, net()[0].weight + 1)
+
+
+def test_what_a_checkpoint_holds_is_told_where_it_is_no_state_dict(tmp_path):
+    with pytest.raises(UsageError, match="with the keys 'epoch', 'weights'"):
+        read_state(write(tmp_path / "c.pt", {"epoch": 3, "weights": state()}))
+
+
+def test_weights_that_several_parts_share_are_named_once(tmp_path):
+    """As `safetensors.torch.save_model` does."""
+
+    def tied():
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+        model[1].weight = model[0].weight
+        return model
+
+    model, saved = tied(), {name: value + 1 for name, value in tied().state_dict().items()}
+    del saved["1.weight"]
+    load_weights(model, write(tmp_path / "w.safetensors", saved))
+    assert torch.equal(model[1].weight, saved["0.weight"])
+    del saved["2.weight"]
+    with pytest.raises(UsageError, match=r"lacks '2\.weight'"):
+        load_weights(tied(), write(tmp_path / "w.safetensors", saved))
+
+
 def test_the_counter_of_batch_norm_may_be_missing(tmp_path):
     content = {key: value for key, value in state().items() if "num_batches" not in key}
     load_weights(net(), write(tmp_path / "w.safetensors", content))

@@ -71,7 +71,7 @@ def test_nearest_names():
     assert nearest("resnet19", ["resnet18", "vgg11"]) == "did you mean resnet18?"
     assert nearest("q", ["a", "b"]) == "known: a, b"
     assert nearest("q", [str(i) for i in range(20)]).endswith(", ...")
-    assert nearest("q", []) == "there is none here that could be named"
+    assert nearest("q", []) == "there is none to name"
 
 
 def test_a_function_of_a_file_is_called(tmp_path):

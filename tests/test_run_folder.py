@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -165,6 +166,15 @@ def test_a_lock_that_cannot_be_written_is_no_bug(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fdopen", lambda descriptor, mode: os.close(descriptor) or Path("/dev/full").open(mode))  # noqa: SIM115
     with pytest.raises(RunFolderError, match="cannot be written"), locked(tmp_path):
         pytest.fail("it was locked")
+
+
+def test_a_file_system_without_locks_is_not_one_that_is_in_use(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(RunFolderError, match="cannot be locked: No locks available"), locked(tmp_path):
+        pass
 
 
 def test_the_lock_is_no_link_that_leads_elsewhere(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +11,7 @@ from torch import nn
 
 from autocompress import session
 from autocompress.errors import UsageError
-from autocompress.preparation import TEACHER_WEIGHTS
+from autocompress.preparation import TEACHER_WEIGHTS, UNFINISHED_TEACHER, kept_teacher
 from autocompress.task import DEMO_MODEL, TASK_FILE, Task, load_task
 
 
@@ -38,6 +40,7 @@ def test_only_the_demonstrations_weights_are_forgotten(tmp_path, begun, kept):
         ({"budget": None}, "a budget must be text, or several, but got NoneType"),
         ({"space": lambda trial: None}, "a space must be a name or a TOML file, but got function"),
         ({"student": nn.Linear(2, 2)}, "a student must be a reference, but got Linear"),
+        ({"space": "tiny", "suggest": lambda trial: None}, "from a space or by a function, but got both 'tiny' and suggest"),
     ],
 )
 def test_what_python_gives_is_checked_before_anything_is_done(tmp_path, monkeypatch, given, says):
@@ -45,6 +48,71 @@ def test_what_python_gives_is_checked_before_anything_is_done(tmp_path, monkeypa
     with pytest.raises(UsageError, match=says):
         session.search(**{"model": nn.Flatten(), "data": "digits", **given})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The tasks that `search` was to run."""
+    tasks = []
+    monkeypatch.setattr(session, "run_search", lambda task, run, **_: tasks.append(task))
+    return tasks
+
+
+def test_python_resumes_what_was_asked_for(tmp_path, asked):
+    """What is not said again is as it was, and not as usual."""
+    run = tmp_path / "run"
+    run.mkdir()
+    model, longer = nn.Flatten(), {"search_time": "2h", "batch_size": 64, "trials": 9, "budget": "5ms", "seed": 3, "space": "tiny"}
+    session.search(model, "digits", out=run, **longer)
+    (run / TASK_FILE).write_text(asked[0].to_toml())
+    session.search(model, out=run, resume=True)
+    assert asked[1] == asked[0]
+    session.search(model, out=run, resume=True, search_time="3h")
+    assert asked[2] == asked[0].model_copy(update={"search_time": "3h"})
+    session.search(out=tmp_path / "next", from_run=run, budget="1ms")
+    assert asked[3] == asked[0].model_copy(update={"budget": ("1ms",), "from_run": str(run)})
+
+
+def test_python_reads_a_task_file(tmp_path, asked):
+    path = tmp_path / "own.toml"
+    path.write_text('model = "torchvision:resnet18"\ndata = "digits"\nbudget = "5ms"\nseed = 3')
+    session.search(task_file=path, seed=4)
+    assert asked == [Task(model="torchvision:resnet18", data="digits", budget=("5ms",), seed=4)]
+
+
+def test_a_function_that_draws_policies_is_part_of_what_was_asked_for(tmp_path, asked, monkeypatch):
+    """Resumed without it, a search would draw other policies into the same study."""
+
+    def draw(trial):
+        raise AssertionError
+
+    session.search(nn.Flatten(), "digits", out=tmp_path, suggest=draw)
+    assert asked[0].space == "python:draw"
+    assert "space" not in asked[0].demands_trust, "nothing can load it"
+    assert asked[0].absolute() == asked[0]
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match="with the object draw, which no name stands for"):
+        session.run_search(asked[0], tmp_path / "run", model=nn.Flatten())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_the_same_name_elsewhere_is_left_alone(tmp_path, monkeypatch):
+    """The user's own code may change to another folder while it is loaded."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    (there / "run").mkdir(parents=True)
+    here.mkdir()
+    (there / "run" / "front.json").write_text("of another search")
+    monkeypatch.chdir(here)
+
+    def load(task, **_):
+        os.chdir(there)
+        raise UsageError("the data do not load", hint="")
+
+    monkeypatch.setattr(session, "load", load)
+    with pytest.raises(UsageError, match="do not load"):
+        session.run_search(Task(model="torchvision:resnet18", data="digits"), Path("run"))
+    assert (there / "run" / "front.json").read_text() == "of another search"
+    assert not (here / "run").exists()
 
 
 def test_a_search_that_is_killed_while_it_loads_can_be_resumed_without_its_task(tmp_path, monkeypatch):
@@ -60,6 +128,18 @@ def test_a_search_that_is_killed_while_it_loads_can_be_resumed_without_its_task(
         session.run_search(Task(model="torchvision:resnet18", data="digits"), tmp_path / "run")
 
 
+def test_a_teacher_that_the_clock_cut_short_is_that_of_what_was_made_of_it(tmp_path):
+    demo, other = Task(), Task(model="torchvision:resnet18", data="digits")
+    unfinished, finished = tmp_path / UNFINISHED_TEACHER, tmp_path / TEACHER_WEIGHTS
+    assert kept_teacher(demo, tmp_path, begun=True) is None
+    unfinished.write_bytes(b"weights")
+    assert kept_teacher(demo, tmp_path, begun=True) == unfinished
+    assert kept_teacher(demo, tmp_path, begun=False) is None, "who resumes gets a better one"
+    finished.write_bytes(b"weights")
+    assert kept_teacher(demo, tmp_path, begun=True) == kept_teacher(demo, tmp_path, begun=False) == finished
+    assert kept_teacher(other, tmp_path, begun=True) is None
+
+
 @pytest.mark.parametrize(("model", "trained", "outcomes", "spent"), [
     (DEMO_MODEL, False, [], 0.0),
     (DEMO_MODEL, True, [], 90.0),
@@ -70,6 +150,6 @@ def test_a_demonstration_that_had_not_trained_its_teacher_begins_again_with_all_
     """In what is left of it the teacher would not learn enough to be worth compressing."""
     if trained:
         (tmp_path / TEACHER_WEIGHTS).write_bytes(b"weights")
-    journal = SimpleNamespace(outcomes=outcomes, noted={"elapsed_s": 90.0, "spent_s": {"train": 60.0}}.get)
+    journal = SimpleNamespace(has_begun=bool(outcomes), noted={"elapsed_s": 90.0, "spent_s": {"train": 60.0}}.get)
     taken = session._taken_before(Task(model=model, data="digits"), tmp_path, journal)
     assert taken == (spent, {"train": 60.0} if spent else {})

@@ -115,12 +115,19 @@ def test_the_folder_of_data_comes_from_the_environment(tmp_path, monkeypatch):
         ({"batch_size": 32, "learning_rate": 0.01}, True),
         ({"seed": 1}, False),
         ({"budget": ("1ms",)}, False),
-        ({"data": "other"}, False),
+        ({"model": "own.py:net", "data": "other"}, False),
         ({"batch": 2}, False),
     ],
 )
 def test_a_search_may_be_resumed_for_longer_but_not_with_another_task(changed, same):
     assert (Task(**changed).difference(Task()) is None) is same
+
+
+def test_files_may_have_been_moved_when_a_search_is_resumed():
+    """What they hold is compared once they are loaded."""
+    before = Task(model="net.py:build", weights="w.pt", data="imagefolder:photos")
+    moved = Task(model="/new/net.py:build", weights="/new/w.pt", data="imagefolder:/new/photos")
+    assert before.difference(moved) is None
 
 
 def test_a_budget_in_other_words_is_the_same_task():

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autocompress.errors import UsageError
-from autocompress.units import format_count, format_duration, format_size, is_size, parse_duration, parse_size
+from autocompress.units import format_count, format_duration, format_size, is_size, parse_duration, parse_latency, parse_size
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,14 @@ def test_what_is_no_duration_is_refused_with_a_cure(text):
     with pytest.raises(UsageError) as caught:
         parse_duration(text)
     assert "10ms" in caught.value.hint
+
+
+def test_a_latency_is_no_minutes():
+    assert parse_latency("10ms") == pytest.approx(0.01)
+    for text in ("10m", "1min", "1h"):
+        with pytest.raises(UsageError, match="unknown unit") as caught:
+            parse_latency(text)
+        assert "10ms" in caught.value.hint
 
 
 @pytest.mark.parametrize("text", ["4", "-4MB", "0B", "4mb", "4Mb", "1e400GB", "10ms"])

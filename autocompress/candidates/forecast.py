@@ -13,16 +13,18 @@ from typing import Any, Self
 
 import numpy as np
 
+from autocompress.beginning import UNTRAINED, untrained
 from autocompress.candidates.proposals import Proposal, capacity, elites, inheritance
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import PolicyFailure, UsageError
+from autocompress.failures import policy_errors
 from autocompress.graph import Graph, Structure
 from autocompress.latency import FittedLatencyModel, OperatorTable
-from autocompress.objective import UNTRAINED, Setting, policy_errors, untrained
 from autocompress.policy import Policy
 from autocompress.records import Budget, Measurement, Outcome, Prediction, Workload
 from autocompress.schedule import FEWEST_EXAMPLES
 from autocompress.search_space import Suggest, with_default_distillation
+from autocompress.setting import Setting
 from autocompress.suggesters import LevelSuggester, Variation
 
 DRAWS, MOST_DRAWS = 64, 4096
@@ -255,8 +257,11 @@ class Forecast:
         """Fit the latency model to all that has been measured."""
         self.model.fit([(workload, originals * self.recent_baseline_s) for workload, originals in self.networks.values()])
 
-    def profile_device(self, seconds: float, seed: int, tick: Tick) -> None:
-        """Measure operators, then a few whole networks of the latencies of interest, without training."""
+    def profile_device(self, seconds: float, seed: int, tick: Tick, *, networks: int | None = None) -> None:
+        """Measure operators for half of the time, then whole networks of the latencies of interest, without training.
+
+        networks: how many at most; None: the few that a search can afford.
+        """
         until, generator = time.monotonic() + seconds, np.random.default_rng(seed)
         policies = [self.suggest(LevelSuggester(generator)) for _ in range(OPERATOR_DRAWS)]
         workloads = [self.workload(Policy()), *(self.workload(policy) for policy in policies)]
@@ -265,12 +270,12 @@ class Forecast:
                 self.setting.device, workloads, 0.5 * seconds, lambda done, total: tick("measuring operators", done, total)
             )
         by_latency = self._of_interest({self.structure(policy): policy for policy in policies}.values())
-        chosen = [by_latency[round(i)] for i in np.linspace(0, len(by_latency) - 1, WHOLE_NETWORKS)]
-        for done, policy in enumerate(chosen):
+        spread = np.unique(np.linspace(0, len(by_latency) - 1, networks or WHOLE_NETWORKS).round().astype(int))
+        for done, index in enumerate(generator.permutation(spread)):  # where time is short, not the fastest only
             if time.monotonic() > until and done >= LEAST_NETWORKS:
                 break
-            tick("measuring whole networks", done, len(chosen))
-            self.add_to_baseline_history(self.measure_untrained(policy))
+            tick("measuring whole networks", done, len(spread))
+            self.add_to_baseline_history(self.measure_untrained(by_latency[index]))
         self._note(Policy(), 1.0)
         self.refit()
 

@@ -17,8 +17,9 @@ from autocompress.compress.student import build_student
 from autocompress.compress.train import CALIBRATION_BATCH, quantizes
 from autocompress.data import sample
 from autocompress.errors import PolicyFailure
-from autocompress.objective import Setting, changes_shape, policy_errors
+from autocompress.failures import policy_errors
 from autocompress.policy import Policy
+from autocompress.setting import Setting
 
 EXAMPLES = 128
 """Inputs that a student is reconstructed on, at most: more take longer, and flatter small students (`benchmarks/rungs.py`)."""
@@ -32,10 +33,11 @@ class Likeness:
     def __init__(self, setting: Setting) -> None:
         graph, data = setting.graphs[None], setting.data
         n = min(EXAMPLES, setting.calibration_inputs, examples_for(graph))
+        held_out = min(HELD_OUT, 4 * n, setting.most_answers)
         self.failures: list[str] = []
         """Why students were given 0 that could not be made or asked."""
         self._setting, self._activations = setting, TeacherActivations(graph, torch.cat([*data.calibration_batches(n, n)]))
-        self._held_out = [inputs for inputs, _ in data.batches(sample(data.val, min(HELD_OUT, 4 * n)), setting.batch_size)]
+        self._held_out = [inputs for inputs, _ in data.batches(sample(data.val, held_out), setting.batch_size)]
         self.wanted = self.answers(graph.module)
 
     @torch.no_grad()
@@ -62,7 +64,7 @@ class Likeness:
         """The policy's student as it is compared: reconstructed, and rounded to its bits."""
         graph = self._setting.graph_of(policy)
         student = build_student(graph, policy)
-        if changes_shape(self._setting, policy):
+        if self._setting.changes_shape(policy):
             reconstruct(student, self._activations, policy)
         if quantizes(policy.quant):
             student = fake_quantize(student.eval(), policy.quant)

@@ -6,6 +6,7 @@ import math
 import time
 from contextlib import AbstractContextManager
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,6 +19,13 @@ _bf16_faster: dict[str, bool] = {}
 def best_training_device() -> torch.device:
     """CUDA when it is there, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take there."""
+    if device.type == "cuda":  # what torch holds but does not use is free as well
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(psutil.virtual_memory().available)
 
 
 def training_hardware() -> str:

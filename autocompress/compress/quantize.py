@@ -74,6 +74,15 @@ class _Rounded(nn.Module):
     def rounded(self) -> Tensor:
         return _straight_through(self.weight, self.bits, self.reduced_range)
 
+    def __getattr__(self, name: str) -> Any:
+        """Sizes and the like are the layer's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "plain" not in self.__dict__:
+                raise
+            return getattr(self.plain.layer, name)
+
 
 class RoundedConv(_Rounded):
     """A convolution with rounded weights."""
@@ -242,6 +251,15 @@ class QuantizedInput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(self.quantizer(x))
+
+    def __getattr__(self, name: str) -> Any:
+        """The network's own code may ask the layer for its sizes or its type."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "layer":
+                raise
+            return getattr(self.layer, name)
 
 
 def _quantize_opaque(module: fx.GraphModule, quant: QuantSpec) -> None:

@@ -46,7 +46,8 @@ TINY = 1e-6
 
 def examples_for(graph: Graph) -> int:
     """How many inputs a reconstruction looks at: fewer where maps are large."""
-    shapes = [node.meta["shape"] for node in graph.module.graph.nodes if "shape" in node.meta]
+    maps = [node for node in graph.module.graph.nodes if "shape" in node.meta and node.op != "get_attr"]  # a table of words is none
+    shapes = [node.meta["shape"] for node in maps]
     largest = max(math.prod(shape) for shape in shapes) / len(graph.example[0])
     return max(1, min(MOST_EXAMPLES, int(MAP_BYTES / (4 * largest))))
 

@@ -49,22 +49,37 @@ def build_student(graph: Graph, policy: Policy) -> fx.GraphModule:
     return student.eval()
 
 
-def _resize_module(node: fx.Node, student: fx.GraphModule, graph: Graph, selection: Selection, generator: torch.Generator) -> None:
+def origins(node: fx.Node, student: fx.GraphModule, graph: Graph, selection: Selection) -> tuple[Roots | None, ...]:
+    """For each axis of a node's weight the teacher's entries that the student's come from (NEW: added); None: all of them, in order.
+
+    Of a layer the axes of its outputs and of its inputs, all of these where filters look at a group of them each. Empty for what has no
+    weight that follows channels.
+    """
+    if node.op == "get_attr":
+        return tuple(graph.index(node.name, axis, selection) for axis in range(max(graph.roots(node.name), default=-1) + 1))
     module = module_of(node, student)
     if isinstance(module, nn.LayerNorm):
-        axes = normalized_axes(node, student)
-        student.set_submodule(str(node.target), _layer_norm(module, [graph.index(node.name, axis, selection) for axis in axes]))
+        return tuple(graph.index(node.name, axis, selection) for axis in normalized_axes(node, student))
     if not isinstance(module, (Weighted, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
+        return ()
+    axis, source = channel_axis(node, student), node.all_input_nodes[0].name
+    rows = graph.index(node.name, axis, selection)
+    return (rows, graph.index(source, axis, selection)) if isinstance(module, Weighted) else (rows,)
+
+
+def _resize_module(node: fx.Node, student: fx.GraphModule, graph: Graph, selection: Selection, generator: torch.Generator) -> None:
+    module, indices = module_of(node, student), origins(node, student, graph, selection)
+    if all(index is None for index in indices):
         return
-    axis = channel_axis(node, student)
-    rows, columns = (graph.index(name, axis, selection) for name in (node.name, node.all_input_nodes[0].name))
-    if rows is None and columns is None:
-        return
-    if isinstance(module, Weighted):
-        resized: nn.Module = _layer(module, rows, columns, generator)
+    if isinstance(module, nn.LayerNorm):
+        resized: nn.Module = _layer_norm(module, indices)
+    elif isinstance(module, Weighted):
+        rows, columns = indices
+        resized = _layer(module, rows, columns, generator)
     else:
-        assert rows is not None  # what a norm makes has the channels that it reads
-        resized = _group_norm(module, rows) if isinstance(module, nn.GroupNorm) else _norm(cast(nn.BatchNorm2d, module), rows)
+        (kept,) = indices
+        assert kept is not None
+        resized = _group_norm(module, kept) if isinstance(module, nn.GroupNorm) else _norm(cast(nn.BatchNorm2d, module), kept)
     student.set_submodule(str(node.target), resized)
 
 
@@ -94,8 +109,6 @@ def _group_norm(old: nn.GroupNorm, index: Roots) -> nn.GroupNorm:
 @torch.no_grad()
 def _layer_norm(old: nn.LayerNorm, indices: Sequence[Roots | None]) -> nn.LayerNorm:
     """indices: of each axis that is normalised."""
-    if all(index is None for index in indices):
-        return old
     shape = [len(index) if index is not None else size for index, size in zip(indices, old.normalized_shape, strict=True)]
     dtype = old.weight.dtype if old.elementwise_affine else None
     new = nn.LayerNorm(shape, old.eps, old.elementwise_affine, bias=old.bias is not None, dtype=dtype)
@@ -111,8 +124,8 @@ def _layer_norm(old: nn.LayerNorm, indices: Sequence[Roots | None]) -> nn.LayerN
 def _resize_attribute(node: fx.Node, student: fx.GraphModule, graph: Graph, selection: Selection) -> None:
     """A parameter or buffer that follows channels; what it says of those that are added is what it says of the others on average."""
     value = old = value_of(node, student)
-    for axis in graph.roots(node.name):
-        value = _gather(value, graph.index(node.name, axis, selection), axis, fill=float(old.mean()))
+    for axis, index in enumerate(origins(node, student, graph, selection)):
+        value = _gather(value, index, axis, fill=float(old.mean())) if index is not None else value
     if value is old:
         return
     path, _, name = str(node.target).rpartition(".")

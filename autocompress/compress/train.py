@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from autocompress.compress.arithmetic import best_training_device, fast_arithmetic, fast_layout
+from autocompress.compress.arithmetic import best_training_device, fast_arithmetic, fast_layout, free_memory
 from autocompress.compress.distill import (
     Compared,
     ComparedFeatures,
@@ -32,6 +32,7 @@ from autocompress.compress.muon import Muon, hidden_matrices
 from autocompress.compress.quantize import calibrate, fake_quantize, snap_biases
 from autocompress.compress.teacher import Teacher
 from autocompress.data import Data
+from autocompress.data.splits import FLOAT_BYTES
 from autocompress.errors import PolicyFailure
 from autocompress.policy import DistillSpec, QuantSpec
 
@@ -61,6 +62,10 @@ SLOWER, MOST_RESTARTS = 4.0, 3
 """By how much rates fall each time that training diverges and begins again, and how often it may: networks without norms need it."""
 LEAST_LEFT = 0.1
 """Share of its time that training must have left to begin again."""
+LEAST_PART, MEMORY_SHARE = 8, 0.5
+"""Examples at least of a part of a batch that does not fit the memory; and the share of what is free that it may take."""
+NO_MEMORY = "can't allocate memory"
+"""What torch says of the machine's own, with no kind of error for it."""
 FEATURE_SCALE = 25.0
 """Weight of the difference of features beside the loss of answers, which is T^2 times a divergence: 16 times at the default T = 4 only."""
 
@@ -215,6 +220,8 @@ class _Steps:
         self._least = Rates(plan.to_learn**SGD_RATE_POWER, min(1.0, plan.to_learn / MUCH_TO_LEARN))
         self._highest = Rates(1.0, min(1.0, max(GENTLE, plan.to_learn / MUON_FULL)))
         self.done = 0
+        self.parts = 1
+        """In which a batch is taken, one after the other."""
         self._started = time.monotonic()
         self._allowed = plan.deadline - self._started
 
@@ -239,20 +246,72 @@ def _run(
     device = best_training_device()
     _train_mode(model, distillation).to(device).to(memory_format=fast_layout(model))
     optimizer = _Optimizer(model, plan.learning_rate)
+    steps.parts = max(steps.parts, _parts_that_fit(model, min(plan.batch_size, len(data.train)), device))
     for indices, epoch in _draws(len(data.train), plan, start=steps.done):
         if steps.progress >= until:
             break
         view = distillation.teacher.view(epoch) if distillation is not None else epoch
-        inputs = data.view(indices, view, plan.seed)
-        loss = _loss(model, data, indices, inputs, view, distillation, device)
-        if not math.isfinite(loss.item()):
+
+        def loss_of(part: Tensor, view: int = view) -> Tensor:
+            return _loss(model, data, part, data.view(part, view, plan.seed), view, distillation, device)
+
+        loss = _gradient(loss_of, indices, optimizer, steps)
+        if not math.isfinite(loss):
             failure = Diverged if steps.done else PolicyFailure  # slower steps change nothing before the first
-            raise failure(f"training diverged: the loss must stay finite, but is {loss.item()} at step {steps.done}")
-        optimizer.step(loss, steps.rates)
+            raise failure(f"training diverged: the loss must stay finite, but is {loss} at step {steps.done}")
+        optimizer.step(steps.rates)
         steps.done += 1
         if tick is not None:
             tick(steps.progress)
     model.cpu().to(memory_format=torch.contiguous_format)
+
+
+def _gradient(loss_of: Callable[[Tensor], Tensor], indices: Tensor, optimizer: _Optimizer, steps: _Steps) -> float:
+    """The mean loss of these examples, whose gradient is left for the optimizer; not where the loss is not finite.
+
+    Where memory runs out the batch is taken in twice as many parts from then on, one after the other: norms see a part at a time.
+    """
+    while True:
+        optimizer.forget_gradient()
+        total = 0.0
+        try:
+            for part in indices.tensor_split(steps.parts):
+                loss = loss_of(part) * (len(part) / len(indices))
+                total += loss.item()
+                if not math.isfinite(total):
+                    return total
+                loss.backward()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or len(indices) < 2 * steps.parts * LEAST_PART:
+                raise
+        else:
+            return total
+        steps.parts *= 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _parts_that_fit(model: nn.Module, batch_size: int, device: torch.device) -> int:
+    """In how many parts a batch is to be taken, as far as the shapes of a traced network tell: a process that takes more is killed."""
+    needed, free = batch_size * _activation_bytes(model), free_memory(device)
+    parts = 1
+    while needed / parts > MEMORY_SHARE * free and batch_size >= 2 * parts * LEAST_PART:
+        parts *= 2
+    return parts
+
+
+def _activation_bytes(model: nn.Module) -> int:
+    """Of what training keeps of an example until its gradient is known: about what all operators make of it; 0 where nothing tells."""
+    if not isinstance(model, fx.GraphModule):
+        return 0
+    shapes = [node.meta["shape"] for node in model.graph.nodes if node.meta.get("shape") and node.op not in ("get_attr", "output")]
+    batch = next((shape[0] for shape in shapes), 1)
+    return FLOAT_BYTES * sum(map(math.prod, shapes)) // batch
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of the machine or of a GPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or NO_MEMORY in str(error)
 
 
 @torch.no_grad()
@@ -340,12 +399,14 @@ class _Optimizer:
         if hidden:
             self._parts.append((Muon(hidden, lr=0.0, weight_decay=MUON_DECAY), MUON_SHARE * learning_rate))
 
-    def step(self, loss: Tensor, rates: Rates) -> None:
-        """Descend along the gradient of `loss` at these fractions of the peaks."""
-        for (optimizer, peak), rate in zip(self._parts, rates, strict=False):  # Muon only where there is something for it
+    def forget_gradient(self) -> None:
+        """Before the next one is computed."""
+        for optimizer, _ in self._parts:
             optimizer.zero_grad(set_to_none=True)
+
+    def step(self, rates: Rates) -> None:
+        """Descend along the gradient at these fractions of the peaks."""
+        for (optimizer, peak), rate in zip(self._parts, rates, strict=False):  # Muon only where there is something for it
             for group in optimizer.param_groups:
                 group["lr"] = peak * rate
-        loss.backward()
-        for optimizer, _ in self._parts:
             optimizer.step()

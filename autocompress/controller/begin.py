@@ -42,7 +42,7 @@ def know_baseline(findings: Findings) -> None:
     data = findings.setting.data
     findings.journal.note("val_examples", len(data.val))
     if len(data.val) < whole:
-        findings.progress.message(f"validating on {len(data.val)} of {whole} examples: all would take too much of the search's time")
+        findings.progress.message(f"validating on {len(data.val)} of {whole} examples: all would take too much time or memory")
     findings.show("scoring the original")
     started = time.monotonic()
     score = score_baseline(findings.setting, data.val)

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from autocompress.controller.front_json import feasible
 from autocompress.front import gain
-from autocompress.objective import Baseline
 from autocompress.records import Budget, Outcome
 from autocompress.scores import by_chance, knows_validation_like_training
+from autocompress.setting import Baseline
 
 MOST_SEEN_LOSS = 0.05
 """Share of right answers that longer training may lose on validation examples that the original has seen, and is still believed."""

@@ -11,9 +11,11 @@ from autocompress.controller.findings import Findings
 from autocompress.data import Split, sample
 from autocompress.errors import PolicyFailure, one_line
 from autocompress.evaluate import score_artifact
-from autocompress.objective import Setting, measure_beside_baseline, policy_errors
+from autocompress.failures import policy_errors
+from autocompress.objective import measure_beside_baseline
 from autocompress.records import Measurement, Outcome, Score
 from autocompress.schedule import FEWEST_EXAMPLES
+from autocompress.setting import Setting
 
 FINAL_SECONDS_EACH, LEAST_FINAL_SECONDS_EACH = 1.5, 0.3
 FINAL_SHARE = 0.6
@@ -100,13 +102,13 @@ def score_test(findings: Findings) -> None:
     slowness = 1 + sum(o.latency_s.median for o in front if o.latency_s) / setting.baseline.latency_s.median
     per_example_s = max(1e-9, findings.per_example_s * slowness)
     least = min(LEAST_TEST, int(MOST_OVERTIME * findings.clock.total / per_example_s))
-    affordable = max(FEWEST_EXAMPLES, least, int(left / per_example_s))
+    affordable = min(setting.most_answers, max(FEWEST_EXAMPLES, least, int(left / per_example_s)))
     wanted = findings.journal.noted("test_examples") or min(len(setting.data.test), affordable)
     findings.journal.note("test_examples", wanted)
     test = sample(setting.data.test, wanted)
     if len(test) < len(setting.data.test):
         findings.progress.message(
-            f"scoring {len(test)} of {len(setting.data.test)} test examples: all would take longer than the search may"
+            f"scoring {len(test)} of {len(setting.data.test)} test examples: all would take more time or memory than the search may"
         )
     findings.show("scoring the test set", 0, len(front) + 1)
     if setting.baseline.test_score is None:

@@ -22,23 +22,23 @@ from autocompress.controller.front_json import (
     entry,
     feasible,
     front_of,
-    ladder_quality,
+    ladder_of,
     layer_changes,
-    prediction_quality,
+    predictions,
     progress_point,
 )
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import PolicyFailure
 from autocompress.export import is_intact, library_versions, now
 from autocompress.front import measured
-from autocompress.objective import Baseline, Setting
 from autocompress.policy import Policy, Record
 from autocompress.progress import Progress
 from autocompress.records import Budget, Failure, Measurement, Outcome, Rung, Score, Stage
 from autocompress.report.view import format_score
-from autocompress.results import FailedPolicy, ProgressPoint, Results
+from autocompress.results import FailedPolicy, Ladder, ProgressPoint, Results
 from autocompress.run_folder import FRONT, write_atomically
 from autocompress.schedule import Clock
+from autocompress.setting import Baseline, Setting
 from autocompress.study.journal import Journal
 from autocompress.task import Task
 from autocompress.units import format_duration, format_size
@@ -71,7 +71,7 @@ class Findings:
     forecast: Forecast
     clock: Clock
     progress: Progress
-    history: list[dict[str, Any]]
+    history: list[ProgressPoint]
     best: Outcome | None = None
     per_example_s: float = 0.0
     """What the original's file takes to answer one example."""
@@ -119,7 +119,7 @@ class Findings:
 
     @property
     def short_runs(self) -> list[Outcome]:
-        """What was trained shortly, in vain or not, in the order in which it was."""
+        """What was trained briefly, in vain or not, in the order in which it was."""
         return [o for o in self.journal.outcomes if o.rung == "short"]
 
     @property
@@ -159,8 +159,8 @@ class Findings:
             front=tuple(points[o.id] for o in front),
             points=tuple(points.values()),
             best=front[-1].id if front else None,
-            progress=tuple(ProgressPoint.model_validate(point) for point in self.history),
-            prediction=prediction_quality(every, self.forecast.structure) | {"held_out": self.forecast.model.held_out_error()},
+            progress=tuple(self.history),
+            prediction=predictions(every, self.forecast.structure, self.forecast.model.held_out_error()),
             ladder=self.ladder(),
             failures=tuple(FailedPolicy(id=o.id, stage=o.failure.stage, reason=o.failure.reason) for o in every if o.failure is not None),
             trials=self.journal.finished,
@@ -173,12 +173,12 @@ class Findings:
         made_by = {name: known for name, known in library_versions().items() if name in MADE_BY}
         return made_by | {"trained_on": training_hardware(), "written": now()} | self.setting.device.environment()
 
-    def ladder(self) -> dict[str, Any]:
+    def ladder(self) -> Ladder:
         """How many policies stood on each rung of the search, and whether each rung ranked them as the one below it."""
         every = measured(self.journal.outcomes)
-        appraised = {"appraised": len(self.appraisals), "foreseen_appraised_spearman": self.appraisals.agreement()}
         short, full = ([o for o in every if o.rung == rung] for rung in ("short", "full"))
-        return appraised | ladder_quality(short, full, self.forecast.structure)
+        appraised = {"appraised": len(self.appraisals), "foreseen_appraised_spearman": self.appraisals.agreement()}
+        return ladder_of(short, full, self.forecast.structure, **appraised)
 
     def keep(self, outcome: Outcome) -> None:
         """Record what became of a policy, learn from it, and tell of it."""
@@ -187,7 +187,7 @@ class Findings:
         self.best = self._best()
         self.forecast.learn([outcome])
         self.history.append(progress_point(self.outcomes(), self.setting.baseline, self.limits, self.clock.elapsed, self.journal.finished))
-        self.journal.note("progress", self.history)
+        self.journal.note("progress", [point.model_dump(mode="json") for point in self.history])
         self.note_time()
         self.write_front()
         self.announce(outcome)

@@ -13,11 +13,11 @@ import numpy as np
 from autocompress.candidates.forecast import Forecast
 from autocompress.front import gain, hypervolume, measured, pareto_front
 from autocompress.graph import Structure
-from autocompress.objective import Baseline
 from autocompress.policy import Policy
 from autocompress.ranks import partial_rank_correlation, rank_correlation
-from autocompress.records import Budget, Outcome
-from autocompress.results import BaselineEntry, Entry, LayerChange
+from autocompress.records import Budget, Outcome, PredictionQuality
+from autocompress.results import BaselineEntry, Entry, Ladder, LayerChange, Predictions, ProgressPoint
+from autocompress.setting import Baseline
 
 
 def feasible(outcome: Outcome, limits: Budget, *, margin: float = 0.0) -> bool:
@@ -71,37 +71,41 @@ def _by_layer(operators: Iterable[tuple[str, float]], layers: Sequence[Mapping[s
     return seconds
 
 
-def prediction_quality(outcomes: Sequence[Outcome], structure: Callable[[Policy], Structure]) -> dict[str, Any]:
+def predictions(outcomes: Sequence[Outcome], structure: Callable[[Policy], Structure], held_out: PredictionQuality) -> Predictions:
     """Predicted against measured latency of all measured structures, as predicted before they were measured for the first time."""
     first = {structure(o.policy): o for o in reversed(measured(outcomes))}.values()
     pairs = [(o.predicted_latency_s.value, o.latency_s.median) for o in first if o.predicted_latency_s and o.latency_s]
     errors = [abs(predicted / actual - 1) for predicted, actual in pairs]
-    return {
-        "n": len(pairs),
-        "median_error": statistics.median(errors) if errors else None,
-        "spearman": rank_correlation([p for p, _ in pairs], [a for _, a in pairs]),
-    }
+    return Predictions(
+        n=len(pairs),
+        median_error=statistics.median(errors) if errors else None,
+        spearman=rank_correlation([p for p, _ in pairs], [a for _, a in pairs]),
+        held_out=Predictions(**held_out.model_dump()),
+    )
 
 
-def ladder_quality(short: Sequence[Outcome], full: Sequence[Outcome], structure: Callable[[Policy], Structure]) -> dict[str, Any]:
+def ladder_of(short: Sequence[Outcome], full: Sequence[Outcome], structure: Callable[[Policy], Structure], **appraised: Any) -> Ladder:
     """Whether short runs ranked policies as they had been appraised at the same latency, and full runs as short ones had.
 
     Of the runs of one structure that differ in distillation, the first one is compared with what it was worth.
+
+    appraised: what `Ladder` says of appraisal.
     """
     first = {structure(o.policy): o for o in reversed(short)}.values()
     triples = [(o.worth, o.val_score.gain, o.latency_s.median) for o in first if o.worth is not None and o.val_score and o.latency_s]
-    appraised = partial_rank_correlation(*([triple[side] for triple in triples] for side in range(3)))
+    foretold = partial_rank_correlation(*([triple[side] for triple in triples] for side in range(3)))
     scores = {o.policy.digest: o.val_score.gain for o in short if o.val_score}
     both = [(scores[o.policy.digest], o.val_score.gain) for o in full if o.val_score and o.policy.digest in scores]
-    return {
-        "short_runs": len(short),
-        "full_runs": len(full),
-        "appraised_short_spearman": appraised,
-        "short_full_spearman": rank_correlation([a for a, _ in both], [b for _, b in both]),
-    }
+    return Ladder(
+        short_runs=len(short),
+        full_runs=len(full),
+        appraised_short_spearman=foretold,
+        short_full_spearman=rank_correlation([a for a, _ in both], [b for _, b in both]),
+        **appraised,
+    )
 
 
-def progress_point(outcomes: Sequence[Outcome], baseline: Baseline, limits: Budget, elapsed_s: float, trials: int) -> dict[str, Any]:
+def progress_point(outcomes: Sequence[Outcome], baseline: Baseline, limits: Budget, elapsed_s: float, trials: int) -> ProgressPoint:
     """Hypervolume and the best score within the budget, so far.
 
     The reference is the original's latency and a score of 0; for scores below 0, twice the original's.
@@ -110,12 +114,12 @@ def progress_point(outcomes: Sequence[Outcome], baseline: Baseline, limits: Budg
     points = [(gain(o), usual / speedup(o, baseline)) for o in measured(outcomes)]
     within = [o.val_score.value for o in measured(outcomes) if o.val_score and feasible(o, limits)]
     worst = min(0.0, 2.0 * baseline.val_score.gain) if baseline.val_score is not None else 0.0
-    return {
-        "elapsed_s": elapsed_s,
-        "trials": trials,
-        "hypervolume": hypervolume(np.array(points), (worst, usual)),
-        "best_val": max(within) if within else None,
-    }
+    return ProgressPoint(
+        elapsed_s=elapsed_s,
+        trials=trials,
+        hypervolume=hypervolume(np.array(points), (worst, usual)),
+        best_val=max(within) if within else None,
+    )
 
 
 def front_of(outcomes: Sequence[Outcome], limits: Budget, baseline: Baseline) -> list[Outcome]:

@@ -21,11 +21,15 @@ from autocompress.schedule import (
     Division,
     extended,
 )
+from autocompress.study.journal import MOST_KILLS
 
 WITHOUT_FRONT = 0.8
 """Share of the time until the end that short runs may use while nothing within the budget was found: the end has little to measure then."""
 PROBE_SHARE = 0.01
 """Share of the time for the steps of training that tell what a step takes."""
+PROBING = "probing"
+"""What the journal calls the batch size of these steps while they are taken, once for each time that they were begun in vain. The original
+takes more memory than its students: a search that was killed over it MOST_KILLS times does without."""
 LEAST_OVERHEAD_S = 5.0
 """Seconds that a policy is taken to cost beside training, at least, until one has told."""
 
@@ -67,9 +71,16 @@ class Pace:
 
     @functools.cached_property
     def _probed(self) -> float:
-        findings = self.findings
-        share = findings.forecast.latency_limit / findings.setting.baseline.latency_s.median
-        return min(1.0, share) * training_step_seconds(findings.setting, time.monotonic() + PROBE_SHARE * findings.clock.total)
+        findings, batch_size = self.findings, self.findings.setting.batch_size
+        kills = (findings.journal.noted(PROBING) or []).count(batch_size)
+        if kills >= MOST_KILLS:
+            return 0.0
+        findings.journal.note(PROBING, [batch_size] * (kills + 1))
+        try:
+            seconds = training_step_seconds(findings.setting, time.monotonic() + PROBE_SHARE * findings.clock.total)
+        finally:
+            findings.journal.note(PROBING, None)
+        return min(1.0, findings.forecast.latency_limit / findings.setting.baseline.latency_s.median) * seconds
 
     def step_cost(self, policy: Policy) -> float:
         """What a training step of the student costs, up to a factor: as its latency in float32 tells, in which it is trained."""
@@ -88,7 +99,7 @@ class Pace:
 
     def short_seconds(self, division: Division) -> float:
         """More than its share where appraisal does not foretell what short training makes of policies, and these runs tell."""
-        return extended(division.short_total, self.findings.ladder()["appraised_short_spearman"] if self.short_runs_tell() else None)
+        return extended(division.short_total, self.findings.ladder().appraised_short_spearman if self.short_runs_tell() else None)
 
     def room_for_short(self, until: float, division: Division) -> bool:
         """Whether another short run fits. Until one is within the budget they take what time there is: nothing else could use it."""

@@ -1,4 +1,4 @@
-"""The rungs of a search: rule out by prediction, appraise untrained, train shortly, train the best fully.
+"""The rungs of a search: rule out by prediction, appraise untrained, train briefly, train the best fully.
 
 Appraisal (structures that Optuna suggests, reconstructed and compared with the teacher; the forecast rules out) -> short rung (the best of
 these, spread over the latencies, then other ways to distil them) -> full rung (policies that lead, spread over the latencies). What comes
@@ -131,9 +131,9 @@ class Rungs:
             if choice is None:
                 self.findings.progress.message("the search space is exhausted: every policy that can be drawn was trained before")
                 return
-            self._train_shortly(choice, begun, division)
+            self._train_briefly(choice, begun, division)
 
-    def _train_shortly(self, choice: Choice, begun: float, division: Division) -> None:
+    def _train_briefly(self, choice: Choice, begun: float, division: Division) -> None:
         """Train what was chosen from `begun` on."""
         findings, pace = self.findings, self._pace
         left, chosen_in = pace.left_for_short() - pace.finishing(), time.monotonic() - begun
@@ -162,7 +162,7 @@ class Rungs:
             stage, reason = failures[-1].stage, failures[-1].reason
             raise TooManyFailures(
                 f"{SAME_FAILURES} policies in a row failed to {stage}: {reason}",
-                hint="mend that, then --resume (it may have another --batch-size or --learning-rate)",
+                hint="fix that, then --resume (another --batch-size or --learning-rate may be given)",
             )
 
     # -- full training -------------------------------------------------------------------------------------------------

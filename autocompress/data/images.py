@@ -10,6 +10,7 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,10 +20,16 @@ from autocompress.cache import FREE_SPACE, cache_folder
 from autocompress.errors import RunFolderError, UsageError
 from autocompress.units import format_size
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 RESIZE = 256 / 224  # shorter side against crop, the usual evaluation of ImageNet models
 CANNOT_RESERVE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 """What file systems answer that keep no blocks for later."""
+
+
+EIGHT_BITS, SIXTEEN_BITS = 2**8 - 1, 2**16 - 1
 
 
 def decode_folder(folder: Path, size: int, channels: int = 3) -> tuple[tuple[Tensor, Tensor], list[str]]:
@@ -51,7 +58,7 @@ def decode_folder(folder: Path, size: int, channels: int = 3) -> tuple[tuple[Ten
 def _decoded(folder: Path, files: list[Path], size: int, channels: int) -> np.ndarray:
     stamp = "\n".join(map(_stamp, files))
     form = f"{size}" if channels == 3 else f"{size}, {channels} channels"
-    name = hashlib.sha256(f"{folder.resolve()}\n{form}\n{stamp}".encode()).hexdigest()[:24]
+    name = hashlib.sha256(f"{folder.resolve()}\n{form}\n{stamp}".encode(errors="surrogateescape")).hexdigest()[:24]
     target = cache_folder() / "images" / f"{name}.npy"
     if not target.exists():
         partial = target.with_suffix(f".{os.getpid()}.npy")
@@ -121,7 +128,7 @@ def _decode(path: Path, size: int, channels: int) -> np.ndarray:
 
     try:
         with Image.open(path) as opened:
-            image = opened.convert("RGB" if channels == 3 else "L")
+            image = _in_8_bits(opened).convert("RGB" if channels == 3 else "L")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises depends on the format
         raise _unreadable(path, error) from None
     if image.size == (size, size):  # made for this size: nothing to cut off
@@ -130,3 +137,20 @@ def _decode(path: Path, size: int, channels: int) -> np.ndarray:
     image = image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.BILINEAR)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size))).reshape(size, size, channels).transpose(2, 0, 1)
+
+
+def _in_8_bits(image: Image) -> Image:
+    """Grey images of more bits with their whole range in 8; Pillow would make all that is not nearly black white.
+
+    Raises ValueError where nothing tells the range.
+    """
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    from PIL.Image import fromarray
+
+    values = np.asarray(image).astype(np.float64)
+    low, high = values.min(), values.max()
+    if image.mode == "F" or low < 0 or high > SIXTEEN_BITS:
+        raise ValueError(f"its values lie in [{low:g}, {high:g}], and images have 8 or 16 bits: convert it")
+    is_deep = image.mode.startswith("I;16") or high > EIGHT_BITS
+    return fromarray((values * (EIGHT_BITS / SIXTEEN_BITS) if is_deep else values).round().astype(np.uint8))

@@ -19,6 +19,9 @@ TEST_FRACTION = 0.2
 SMALL_VAL_FRACTION = 0.2
 """Of the few digits of the demonstration: a tenth could not tell one policy from the next."""
 
+PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+"""Parts of an image folder that is divided already, and what their folders are called."""
+
 Splits = Sequence[Any]
 """Two or three of `Split` or (inputs, targets): train, validation, test."""
 
@@ -153,22 +156,40 @@ def _image_folder(folder: Path, options: dict[str, str]) -> Data:
             hint="imagefolder:DIR?channels=1 for a model of grey images",
         )
     size, channels = int(text), int(options.get("channels", "3"))
-    if (folder / "train").is_dir():
-        train, classes = decode_folder(folder / "train", size, channels)
-        whole = Split(*train)
-        held_out = [_held_out(folder / name, size, channels, classes) for name in ("val", "test")]
-        splits = _fill_missing(whole, held_out[0], held_out[1])
+    parts = _parts(folder)
+    if parts is not None:
+        train, classes = decode_folder(parts["train"], size, channels)
+        held_out = [_held_out(parts[name], size, channels, classes) if name in parts else None for name in ("val", "test")]
+        splits = _fill_missing(Split(*train), held_out[0], held_out[1])
     else:
         (inputs, targets), classes = decode_folder(folder, size, channels)
         splits = _three_way(inputs, targets)
     return _normalised(splits, len(classes), options)
 
 
-def _held_out(folder: Path, size: int, channels: int, classes: list[str]) -> Split | None:
+def _parts(folder: Path) -> dict[str, Path] | None:
+    """The folders of train, val and test, as far as there are any; None where the images are not divided.
+
+    Raises UsageError where one is missing and another folder may be meant for it: images that a model was trained on tell nothing.
+    """
+    folders = {place.name.lower(): place for place in sorted(folder.iterdir()) if place.is_dir() and not place.name.startswith(".")}
+    if "train" not in folders or not any(place.is_dir() for place in folders["train"].iterdir()):
+        return None
+    names = {name: part for part, names in PARTS.items() for name in names}
+    parts = {names[name]: place for name, place in folders.items() if name in names}
+    unknown = [place.name for name, place in folders.items() if name not in names]
+    if unknown and len(parts) < len(PARTS):
+        missing = next(part for part in PARTS if part not in parts)
+        raise UsageError(
+            f"{str(folder)!r} holds train, but no {missing}, and {unknown[0]!r}, which is none of {', '.join(names)}",
+            hint=f"name it {missing}, or move it elsewhere: what is missing is taken from train",
+        )
+    return parts
+
+
+def _held_out(folder: Path, size: int, channels: int, classes: list[str]) -> Split:
     from autocompress.data.images import decode_folder
 
-    if not folder.is_dir():
-        return None
     arrays, found = decode_folder(folder, size, channels)
     if found != classes:
         raise UsageError(

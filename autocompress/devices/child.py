@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -146,12 +146,12 @@ def measure_many(request: dict[str, Any]) -> dict[str, Any]:
     return {"medians": medians}
 
 
-def run(request: dict[str, Any]) -> None:
-    """Arrays of shape batches x inputs from stdin, of batches x outputs to stdout, until stdin ends."""
+def run(request: dict[str, Any], answers: IO[bytes]) -> None:
+    """Arrays of shape batches x inputs from stdin, of batches x outputs as answers, until stdin ends."""
     session = _opened(request, request["path"])
     name = session.inputs[0].name
     while (batches := read_array(sys.stdin.buffer)) is not None:
-        write_array(sys.stdout.buffer, np.stack([session.run({name: inputs}) for inputs in batches]))
+        write_array(answers, np.stack([session.run({name: inputs}) for inputs in batches]))
 
 
 def _opened(request: dict[str, Any], model: str | bytes) -> Session:
@@ -186,15 +186,18 @@ def main() -> None:
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     request = json.loads(sys.stdin.buffer.readline())
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a runtime prints is no answer
     if os.getppid() != request["parent"]:  # the parent died before it could be tied to this process
         return
     confine(request)
     if request["kind"] == "run":
-        run(request)
+        run(request, answers)
         return
     pin(request["threads"])
     answer = measure(request) if request["kind"] == "measure" else measure_many(request)
-    json.dump(answer, sys.stdout)
+    answers.write(json.dumps(answer).encode())
+    answers.flush()
 
 
 if __name__ == "__main__":

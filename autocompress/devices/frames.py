@@ -19,7 +19,7 @@ def read_array(pipe: IO[bytes]) -> np.ndarray | None:
     """The next array; None where the other side has ended, be it in the middle of one."""
     try:
         kind, shape = json.loads(pipe.readline())
-    except ValueError:
+    except (ValueError, TypeError):  # the end, or no frame
         return None
     size = np.dtype(kind).itemsize * math.prod(shape)
     received = bytearray(pipe.read(size))

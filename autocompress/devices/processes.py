@@ -52,7 +52,11 @@ def exclusive() -> Iterator[None]:
     """One measuring at a time of this user, whichever process asks. Raises DeviceUnavailable when another one does not end."""
     path = Path(tempfile.gettempdir()) / f"autocompress-device-{os.getuid()}.lock"
     patience = time.monotonic() + LOCK_PATIENCE_S
-    with path.open("w") as file:
+    try:
+        file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600), "w")  # whoever else writes there sets no link
+    except OSError as error:
+        raise DeviceUnavailable(f"the lock {str(path)!r} cannot be opened: {error.strerror}", hint=f"remove {path}") from None
+    with file:
         while not _lock(file):
             if time.monotonic() > patience:
                 raise DeviceUnavailable(

@@ -24,7 +24,7 @@ AT_ONCE_S = 0.05
 """Batches travel to a process and back together as long as these take less: a journey takes longer than a small network."""
 ALONE_S = 0.5
 """Until then a process works alone: another one takes about as long to start."""
-MOST_PROCESSES = 16
+MOST_PROCESSES, ENDING_S = 16, 10.0
 Batches = list[tuple[int, np.ndarray]]
 """Each with its number."""
 
@@ -176,7 +176,10 @@ def _stopped(child: subprocess.Popen[bytes], runtime: Runtime, path: Path, secon
     """Why the process has ended while it ran a file."""
     if seconds >= processes.TIMEOUT_S:
         return PolicyFailure(f"the runtime must answer within {processes.TIMEOUT_S:.0f} s, but does not for {path.name}")
-    code = child.wait()
+    try:
+        code = child.wait(ENDING_S)
+    except subprocess.TimeoutExpired:  # it is there, and has said something else
+        return PolicyFailure(f"{runtime.title} must answer with an array, but for {path.name} its process did not")
     if code < 0:
         return processes.crashed(code)
     complaints.seek(0)

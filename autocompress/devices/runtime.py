@@ -66,7 +66,16 @@ class Runtime:
             "governor": processor.governor() or "unknown",
             "load": f"{os.getloadavg()[0]:.2f}",
             "threads": str(self.threads),
-            self.name: metadata.version(self.name),
+            self.name: _version(self.name),
             "python": platform.python_version(),
             "system": platform.platform(),
         }
+
+
+def _version(module: str) -> str:
+    """Of the distribution that has brought a module: wheels of vendors are called otherwise than what they hold."""
+    try:
+        return metadata.version(module)
+    except metadata.PackageNotFoundError:
+        brought = metadata.packages_distributions().get(module, [])
+        return f"{brought[0]} {metadata.version(brought[0])}" if brought else "of unknown version"

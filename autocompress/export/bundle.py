@@ -39,6 +39,7 @@ class Manifest(Record):
 
     sha256: of each file that belongs to it, by name. normalisation: of the images that it was scored on; no part of the files.
     parity: how the file's outputs differ from those of the student in student.safetensors.
+    device: where latencies were measured; scored_on: where the file was run for its scores, by the search.
     """
 
     schema_version: Literal[1] = Field(1, alias="schema")
@@ -59,6 +60,7 @@ class Manifest(Record):
     measured_at: str | None = None
     baseline_latency_s: Measurement | None = None
     predicted_latency_s: Prediction | None = None
+    scored_on: str | None = None
     val_score: Score | None = None
     test_score: Score | None = None
     parity: Parity | None = None
@@ -129,6 +131,14 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest.from_json(path.read_bytes())
 
 
+def read_policy(folder: Path) -> Policy:
+    """The policy of a bundle. Raises RunFolderError when it is missing, UsageError when it is no policy."""
+    path = folder / POLICY
+    if not path.is_file():
+        raise RunFolderError(f"{str(path)!r} is missing", hint="export the policy again")
+    return Policy.from_json(path.read_bytes())
+
+
 def update_manifest(folder: Path, changes: Mapping[str, Any]) -> Manifest:
     """Write the manifest again with these fields changed."""
     manifest = Manifest.model_validate(read_manifest(folder).model_dump(by_alias=True) | dict(changes))
@@ -143,7 +153,7 @@ def verify_bundle(folder: Path) -> Manifest:
         path = folder / name
         if Path(name).name != name or not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             raise RunFolderError(
-                f"{str(path)!r} is missing or is not the file that was measured", hint="resume the search, or pick another policy"
+                f"{str(path)!r} is missing or is not the file that was measured", hint="export again, resume the search, or pick another"
             )
     return manifest
 

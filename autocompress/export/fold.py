@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import torch
 from torch import fx, nn
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
@@ -18,6 +19,14 @@ def plain_weights(module: nn.Module) -> None:
             module.set_submodule(name, plain_layer(layer))
 
 
+def _scaled(norm: nn.Module) -> nn.Module:
+    """A batch norm with a weight and a bias, which torch's fusion of linear layers asks for."""
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None
+    if norm.weight is None:
+        norm.weight, norm.bias = nn.Parameter(torch.ones_like(norm.running_mean)), nn.Parameter(torch.zeros_like(norm.running_mean))
+    return norm
+
+
 def fold_norms(module: fx.GraphModule) -> None:
     """Fold every convolution or linear layer with the batch norm that alone reads it (in place); not what is called more than once."""
     calls = Counter(str(node.target) for node in module.graph.nodes if node.op == "call_module")
@@ -28,7 +37,7 @@ def fold_norms(module: fx.GraphModule) -> None:
         norm = fused(node, module).norm
         if norm is None or calls[str(node.target)] > 1 or calls[str(norm.target)] > 1:
             continue
-        layer, batch_norm = module.get_submodule(str(node.target)), module.get_submodule(str(norm.target))
+        layer, batch_norm = module.get_submodule(str(node.target)), _scaled(module.get_submodule(str(norm.target)))
         folded = fuse_conv_bn_eval(layer, batch_norm) if kind == "conv" else fuse_linear_bn_eval(layer, batch_norm)  # type: ignore[type-var, arg-type]
         module.set_submodule(str(node.target), folded)
         norm.replace_all_uses_with(node)

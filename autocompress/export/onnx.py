@@ -230,10 +230,17 @@ def _replace(graph: onnx.GraphProto, name: str, value: TensorProto) -> None:
 
 
 def _drop_unused(graph: onnx.GraphProto) -> None:
-    used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    used = _read(graph)
     kept = [value for value in graph.initializer if value.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)
+
+
+def _read(graph: onnx.GraphProto) -> set[str]:
+    """Names that a graph reads, or gives back; bodies of loops and branches read what is around them."""
+    bodies = [body for node in graph.node for a in node.attribute for body in (*([a.g] if a.HasField("g") else []), *a.graphs)]
+    own = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    return own.union(*map(_read, bodies))
 
 
 def _strip(model: onnx.ModelProto) -> None:

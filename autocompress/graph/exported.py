@@ -389,6 +389,9 @@ def _tidy(recorded: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
         if name_of(node) in RECURRENT:  # a GPU goes back only through what runs as in training
             node.args = tuple({"train": True, "dropout": 0.0}.get(key, value) for key, value in arguments(node).items())
             node.kwargs = {}
+        elif arguments(node).get("sparse"):  # its gradients no optimizer of ours takes
+            given = arguments(node) | {"sparse": False}
+            node.args, node.kwargs = tuple(given[argument.name] for argument in node.target._schema.arguments), {}
         owner = _owner(str(node.target), model) if node.op == "get_attr" and node.target in parameters else None
         line, own = _place(str(node.meta.get("stack_trace"))), node.meta.get("is_own", False)
         node.meta = {"line": line, "owner": owner, "is_own": own}

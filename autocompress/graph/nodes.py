@@ -147,7 +147,14 @@ def _classify(node: fx.Node, root: nn.Module) -> NodeKind:
         return known or "other"
     if not isinstance(node.target, torch._ops.OpOverload) or arguments(node).get("alpha", 1) != 1:
         return "other"
-    return _OPERATORS.get(name_of(node), "other")
+    kind = _OPERATORS.get(name_of(node), "other")
+    return "other" if kind == "pad" and not _pads_zeros_or_copies(node) else kind
+
+
+def _pads_zeros_or_copies(node: fx.Node) -> bool:
+    """Whether what it adds is within the range of its input, zero included: an infinity in front of a pool of maxima is not."""
+    given = arguments(node)
+    return given.get("mode", "constant") != "constant" or given.get("value") in (None, 0, 0.0)
 
 
 def name_of(node: fx.Node) -> str:

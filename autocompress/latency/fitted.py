@@ -17,7 +17,7 @@ from autocompress.graph import Workloads
 from autocompress.latency.base import LatencyModel
 from autocompress.latency.table import OperatorTable
 from autocompress.ranks import rank_correlation
-from autocompress.records import Operator, Prediction, Workload
+from autocompress.records import Operator, Prediction, PredictionQuality, Workload
 
 CLASSES = ("conv8", "conv32", "other")
 RIDGE = 0.15
@@ -90,13 +90,14 @@ class FittedLatencyModel(LatencyModel):
         rank = min(len(factors) - 1, int(np.ceil(COVERAGE * (len(factors) + 1))) - 1)
         self._spread = min(MOST_SPREAD, max(LEAST_SPREAD, float(np.expm1(np.sort(factors)[rank]))))
 
-    def held_out_error(self) -> dict[str, float | int | None]:
-        """Median relative error and Spearman's rho, each network predicted by a fit without it."""
+    def held_out_error(self) -> PredictionQuality:
+        """Of networks that were each predicted by a fit without it."""
         if not self._errors:
-            return {"median_error": None, "spearman": None, "n": 0}
+            return PredictionQuality()
         predicted, measured = (np.array(side) for side in zip(*self._errors, strict=True))
         error = float(np.median(np.abs(predicted / measured - 1)))
-        return {"median_error": error, "spearman": rank_correlation(predicted.tolist(), measured.tolist()), "n": len(predicted)}
+        correlation = rank_correlation(predicted.tolist(), measured.tolist())
+        return PredictionQuality(n=len(predicted), median_error=error, spearman=correlation)
 
     def _features(self, workload: Workload) -> NDArray[np.float64]:
         sums = dict.fromkeys(CLASSES, 0.0)

@@ -68,7 +68,7 @@ class OperatorTable:
         """Measured seconds, or interpolated from measured operators of the same kind and bits."""
         key = operator.signature
         if key not in self._estimates:
-            self._estimates[key] = self._measured.get(key, -1.0) if key in self._measured else self._interpolate(operator)
+            self._estimates[key] = self._measured[key] if key in self._measured else self._interpolate(operator)
         return self._estimates[key]
 
     def record(self, operator: Operator, seconds: float) -> None:
@@ -79,7 +79,7 @@ class OperatorTable:
         self._models, self._estimates = None, {}
 
     def measure(self, device: Device, workloads: Sequence[Workload], seconds: float, tick: Callable[[int, int], None] | None = None) -> int:
-        """Measure operators of these workloads, the most useful first, for at most `seconds`; how many were measured."""
+        """Measure operators of these workloads, the most useful first, for at most `seconds`; how many were tried."""
         wanted = self._wanted(workloads)
         end, done = time.monotonic() + seconds, 0
         if wanted and not self.call_overhead:

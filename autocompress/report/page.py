@@ -110,9 +110,9 @@ def _tile(name: str, value: str, note: str, before: str) -> dict[str, str]:
 
 def _quality(results: Results) -> list[tuple[str, str]]:
     """How far predicted latencies could be trusted."""
-    error, spearman = results.prediction.get("median_error"), results.prediction.get("spearman")
-    pairs = [("median error", f"{100 * error:.1f} %")] if isinstance(error, float) else []
-    return pairs + ([("rank correlation", f"{spearman:.3f}")] if isinstance(spearman, float) else [])
+    error, spearman = results.prediction.median_error, results.prediction.spearman
+    pairs = [("median error", f"{100 * error:.1f} %")] if error is not None else []
+    return pairs + ([("rank correlation", f"{spearman:.3f}")] if spearman is not None else [])
 
 
 def _ladder(results: Results) -> list[tuple[str, str]]:
@@ -123,7 +123,8 @@ def _ladder(results: Results) -> list[tuple[str, str]]:
         "appraised_short_spearman": "rank correlation of training-free scores and short training, at the same latency",
         "short_full_spearman": "rank correlation of short and full training",
     }
-    pairs = [(names.get(key, str(key).replace("_", " ")), _number(value)) for key, value in results.ladder.items()]
+    told = results.ladder.model_dump(exclude_unset=True)
+    pairs = [(names.get(key, key.replace("_", " ")), _number(value)) for key, value in told.items()]
     return [(name, value) for name, value in pairs if value]
 
 

@@ -97,13 +97,13 @@ def _noisy_front(results: Results) -> str:
 
 def _lying_ladder(results: Results) -> str:
     """Only full training is the last word."""
-    short, rho, runs = (results.ladder.get(key) for key in ("appraised_short_spearman", "short_full_spearman", "full_runs"))
-    if isinstance(rho, float) and is_low(rho) and (runs or 0) >= LEAST_PAIRS:
+    short, full = results.ladder.appraised_short_spearman, results.ladder.short_full_spearman
+    if full is not None and is_low(full) and results.ladder.full_runs >= LEAST_PAIRS:
         return (
-            f"short training ranked policies unlike full training (rank correlation {rho:.2f}), so that better ones may have been passed "
+            f"short training ranked policies unlike full training (rank correlation {full:.2f}), so that better ones may have been passed "
             "over. Search longer"
         )
-    if isinstance(short, float) and is_low(short):
+    if short is not None and is_low(short):
         return (
             f"untrained, policies were ranked unlike by short training (rank correlation {short:.2f} at the same latency), so that better "
             "ones may have been passed over. Search longer"

@@ -77,6 +77,11 @@ class Journal:
         """All outcomes so far, in the order of their ids."""
         return [self._outcomes[id] for id in sorted(self._outcomes)]
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything was made of the teacher: a policy, or an appraisal."""
+        return bool(self._outcomes) or bool(self.appraised())
+
     def next_id(self) -> str:
         """For an outcome to come: a number that none has yet."""
         numbers = [int(id.partition("-")[0]) for id in self._outcomes if id.partition("-")[0].isdecimal()]

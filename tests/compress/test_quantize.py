@@ -250,3 +250,19 @@ def test_activations_that_are_not_finite_have_no_range(bad):
     quantizer(torch.tensor([0.5, bad, -0.25]))
     with pytest.raises(PolicyFailure, match="activations of a quantized network must be finite"):
         quantizer.fit()
+
+
+def test_an_untraced_network_may_ask_a_layer_for_its_sizes(untraceable):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.b(self.a(x.view(-1, self.a.in_features).to(self.a.weight.dtype)))
+
+    graph = Graph.trace(Net().eval(), (torch.randn(1, 6),))
+    assert graph.opaque_reason
+    quantized = fake_quantize(build_student(graph, Policy()), QuantSpec(bits=8))
+    calibrate(quantized, [torch.randn(32, 6)])
+    assert quantized(torch.randn(4, 6)).shape == (4, 3)

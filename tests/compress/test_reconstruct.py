@@ -210,3 +210,11 @@ def test_large_maps_are_reconstructed_on_fewer_examples(monkeypatch):
     assert examples_for(graph) == module.MOST_EXAMPLES
     monkeypatch.setattr(module, "MAP_BYTES", 4 * 32 * 32 * 16 * 10)
     assert 1 <= examples_for(graph) <= 10
+
+
+def test_a_table_of_words_is_no_map(monkeypatch):
+    """A model of text was reconstructed on, and judged by, as many inputs as fit beside so many vocabularies."""
+    words = torch.randint(0, 1000, (1, 8))
+    graph = Graph.trace(nn.Sequential(nn.Embedding(1000, 16), nn.Flatten(), nn.Linear(128, 4)).eval(), (words,))
+    monkeypatch.setattr(module, "MAP_BYTES", 4 * 1000 * 16)
+    assert examples_for(graph) > 100

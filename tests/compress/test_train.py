@@ -10,6 +10,7 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 import autocompress.compress.train as train_module
+from autocompress.compress import arithmetic
 from autocompress.compress.compared import compared_features
 from autocompress.compress.muon import Muon
 from autocompress.compress.student import build_student
@@ -211,7 +212,7 @@ def test_how_many_steps_there_will_be_is_told_by_the_clock():
 @pytest.mark.parametrize("trained", [train, trained_as_a_student], ids=["teacher", "student"])
 def test_training_that_diverges_begins_again_at_lower_rates(data, trained, monkeypatch):
     rates, step = [], train_module._Optimizer.step
-    monkeypatch.setattr(train_module._Optimizer, "step", lambda self, loss, rate: rates.append(self._parts[0][1]) or step(self, loss, rate))
+    monkeypatch.setattr(train_module._Optimizer, "step", lambda self, given: rates.append(self._parts[0][1]) or step(self, given))
     net = student_of(LeNet(), data)
     trained(net, data, TrainPlan(steps=60, batch_size=16, learning_rate=1e3))
     assert len(set(rates)) > 1 and rates[-60:] == [min(rates)] * 60, "rates that are bearable are kept to the end"
@@ -267,3 +268,51 @@ def test_hidden_features_are_asked_of_the_teacher_only_where_they_are_compared(d
         distillation=Distillation(teacher, DistillSpec(**changes), compared),
     )
     assert wanted == [[layer.counterpart for layer in compared.hidden] if asked else []] * 2 and compared.hidden
+
+
+class Hungry(nn.Module):
+    """Has memory for so many inputs at a time."""
+
+    def __init__(self, most, error):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.most, self.error, self.asked = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, CLASSES)), most, error, []
+
+    def forward(self, x):
+        self.asked.append(len(x))
+        if len(x) > self.most:
+            raise self.error
+        return self.net(x)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()]
+)
+def test_where_memory_runs_out_batches_are_taken_in_parts_with_the_same_gradient(data, error, monkeypatch):
+    monkeypatch.setitem(arithmetic._bf16_faster, "cpu", False)
+    plan = TrainPlan(3, batch_size=32)
+    whole, parts = (train(Hungry(most, error), data, plan) for most in (32, 8))
+    assert whole.asked == [32] * 3
+    assert parts.asked[:2] == [32, 16], "by halves"
+    assert set(parts.asked[3:]) == {8} and len(parts.asked[3:]) >= 4 * 3 - 1, "and so from then on"
+    torch.testing.assert_close(parts.net[1].weight, whole.net[1].weight)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("a shape does not fit")])
+def test_what_parts_do_not_mend_is_told(data, error):
+    model = Hungry(2, error)
+    with pytest.raises(RuntimeError, match=str(error)):
+        train(model, data, TrainPlan(3, batch_size=32))
+    assert min(model.asked) == (8 if isinstance(error, torch.OutOfMemoryError) else 32)
+
+
+@pytest.mark.parametrize(("share", "parts"), [(1.2, 1), (0.7, 2), (0.3, 4), (0.01, 8)])
+def test_a_batch_that_does_not_fit_the_memory_is_taken_in_parts_from_the_start(data, monkeypatch, share, parts):
+    """A process that takes more than there is would be killed."""
+    student = student_of(LeNet(), data)
+    each = 4 * (3 * 8 * 8 + 2 * 6 * 8 * 8 + 6 * 4 * 4 + 2 * 8 * 4 * 4 + 8 * 4 * 4 + CLASSES)
+    monkeypatch.setattr(train_module, "free_memory", lambda device: share * 64 * each / train_module.MEMORY_SHARE)
+    sizes = []
+    student.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    train(student, data, TrainPlan(2, batch_size=64))
+    assert sizes[: 2 * parts] == [64 // parts] * 2 * parts

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from autocompress.controller.front_json import entry, feasible, front_of, ladder_quality, prediction_quality, progress_point
-from autocompress.objective import Baseline
+from autocompress.controller.front_json import entry, feasible, front_of, ladder_of, predictions, progress_point
 from autocompress.policy import DistillSpec, Policy, QuantSpec, StudentSpec
-from autocompress.records import Budget, Measurement, Outcome, Prediction, Score
+from autocompress.records import Budget, Measurement, Outcome, Prediction, PredictionQuality, Score
+from autocompress.setting import Baseline
 
 
 def latency(seconds: float) -> Measurement:
@@ -31,9 +31,9 @@ def test_a_structure_counts_once_as_predicted_before_it_was_measured():
         outcome("00000", one, 1.0, 1.2), outcome("00000-full", one, 1.0, 1.0), outcome("00001", retaught, 1.0, 1.0),
         outcome("00002", other, 2.0, 1.0),
     ]  # fmt: skip
-    quality = prediction_quality(outcomes, lambda policy: policy.student.width)
-    assert quality["n"] == 2
-    assert quality["median_error"] == pytest.approx((0.2 + 0.5) / 2)
+    quality = predictions(outcomes, lambda policy: policy.student.width, PredictionQuality(n=7))
+    assert (quality.n, quality.held_out.n) == (2, 7)
+    assert quality.median_error == pytest.approx((0.2 + 0.5) / 2)
 
 
 ORIGINAL = Baseline(Path("b.onnx"), latency(10.0), 100, val_score=Score(name="s", value=0.94))
@@ -102,14 +102,14 @@ def test_scores_below_zero_have_a_hypervolume_that_grows():
         for i, (loss, width) in enumerate([(4.0, 0.5), (1.0, 0.75)])
     )
     original = Baseline(Path("b.onnx"), latency(3.0), 9, val_score=Score(name="s", value=2.5, direction="minimize"))
-    volumes = [progress_point(known, original, Budget(), 1.0, 1)["hypervolume"] for known in ([], [worse], [worse, better])]
+    volumes = [progress_point(known, original, Budget(), 1.0, 1).hypervolume for known in ([], [worse], [worse, better])]
     assert volumes == pytest.approx([0.0, (5.0 - 4.0) * (3.0 - 1.0), (5.0 - 1.0) * (3.0 - 1.0)])
 
 
 def test_a_score_that_is_far_too_low_adds_nothing():
     awful = outcome("0", Policy(), 1.0, 1.0, 1e6, "minimize")
     original = Baseline(Path("b.onnx"), latency(3.0), 9, val_score=Score(name="s", value=2.5, direction="minimize"))
-    assert progress_point([awful], original, Budget(), 1.0, 1)["hypervolume"] == 0.0
+    assert progress_point([awful], original, Budget(), 1.0, 1).hypervolume == 0.0
 
 
 def test_rungs_are_compared_by_what_was_run_on_both():
@@ -122,8 +122,8 @@ def test_rungs_are_compared_by_what_was_run_on_both():
     retaught = short[0].model_copy(update={"id": "00009", "policy": policies[0].model_copy(update={"distill": DistillSpec(alpha=0.1)})})
     retaught = retaught.model_copy(update={"val_score": Score(value=1.0)})
     full = [outcome(f"0000{index}-full", policies[index], 1.0, 1.0, score) for index, score in enumerate([0.9, 0.8, 0.85])]
-    found = ladder_quality([*short, retaught], full, lambda policy: policy.student.width)
-    assert (found["short_runs"], found["full_runs"]) == (9, 3)
-    assert found["appraised_short_spearman"] == pytest.approx(1.0), "another way of distilling is not what the appraisal was about"
-    assert found["short_full_spearman"] == pytest.approx(-1.0)
-    assert ladder_quality([], [], lambda policy: policy)["appraised_short_spearman"] is None
+    found = ladder_of([*short, retaught], full, lambda policy: policy.student.width, appraised=4)
+    assert (found.appraised, found.short_runs, found.full_runs) == (4, 9, 3)
+    assert found.appraised_short_spearman == pytest.approx(1.0), "another way of distilling is not what the appraisal was about"
+    assert found.short_full_spearman == pytest.approx(-1.0)
+    assert ladder_of([], [], lambda policy: policy).appraised_short_spearman is None

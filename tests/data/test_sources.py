@@ -63,6 +63,57 @@ def test_held_out_folders_are_used_as_they_are(tmp_path, cache):
         load_data(f"imagefolder:{tmp_path / 'd'}?size=8")
 
 
+@pytest.mark.parametrize("name", ["valid", "validation", "Val", "VALIDATION"])
+def test_validation_images_are_found_by_any_of_their_usual_names(tmp_path, cache, name):
+    """Else they would be ignored, and policies be chosen by images that the model was trained on."""
+    folder = tmp_path / "d"
+    write_images(folder / "train")
+    write_images(folder / name, n=4)
+    write_images(folder / "test", n=5)
+    data = load_data(f"imagefolder:{folder}?size=8")
+    assert (len(data.train), len(data.val), len(data.test)) == (30, 12, 15)
+
+
+def test_a_folder_that_may_be_what_is_missing_is_asked_about(tmp_path, cache):
+    folder = tmp_path / "d"
+    write_images(folder / "train")
+    write_images(folder / "dev", n=4)
+    with pytest.raises(UsageError, match=r"holds train, but no val, and 'dev', which is none of train, val, valid") as caught:
+        load_data(f"imagefolder:{folder}?size=8")
+    assert "taken from train" in caught.value.hint
+    write_images(folder / "val", n=4)
+    write_images(folder / "test", n=5)
+    assert len(load_data(f"imagefolder:{folder}?size=8").val) == 12, "nothing is missing"
+
+
+def test_a_class_may_be_called_train(tmp_path, cache):
+    data = load_data(f"imagefolder:{write_images(tmp_path / 'vehicles', classes=('bus', 'train'))}?size=8")
+    assert (data.classes, len(data.train) + len(data.val) + len(data.test)) == (2, 20)
+
+
+def test_a_file_name_need_not_be_text(tmp_path, cache):
+    folder = write_images(tmp_path / "photos")
+    try:
+        (folder / "cat" / "0.png").rename(os.fsdecode(os.fsencode(folder / "cat") + b"/caf\xe9.png"))
+    except OSError:
+        pytest.skip("this file system keeps names as text")
+    assert load_data(f"imagefolder:{folder}?size=8").classes == 3
+
+
+def test_images_of_16_bits_are_not_white(tmp_path, cache):
+    """X-rays and microscopes write them; cut off at 255 they hold nothing."""
+    folder = write_images(tmp_path / "photos", classes=("dark", "light"), n=5)
+    for level, name in enumerate(("dark", "light")):
+        for index in range(5):
+            Image.fromarray(np.full((16, 16), 20_000 + 30_000 * level, dtype=np.uint16)).save(folder / name / f"{index}.png")
+    data = load_data(f"imagefolder:{folder}?size=8&channels=1")
+    brightness = torch.cat([split.inputs.float().mean((1, 2, 3)) for split in (data.train, data.val, data.test)])
+    assert sorted({round(float(b)) for b in brightness}) == [78, 195]
+    Image.fromarray(np.full((16, 16), 1e6, dtype=np.float32)).save(folder / "dark" / "0.tiff")
+    with pytest.raises(UsageError, match=r"0\.tiff.* its values lie in \[1e\+06, 1e\+06\]"):
+        load_data(f"imagefolder:{folder}?size=8&channels=1")
+
+
 def test_hidden_folders_are_no_classes_and_a_class_without_images_is_named(tmp_path, cache):
     folder = write_images(tmp_path / "photos")
     (folder / ".ipynb_checkpoints").mkdir()

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib import metadata
 from types import SimpleNamespace
 
 import numpy as np
@@ -209,6 +210,43 @@ def test_what_a_helper_fails_over_is_done_by_the_first_process(device, tmp_path,
             yield batch
 
     np.testing.assert_array_equal(device.run(tmp_path / "two.onnx", slowly()), np.concatenate(batches))
+
+
+LOUD = """
+import autocompress.devices.child as program
+from autocompress.devices.child import open_session
+def loud(*given):
+    print("loading kernels", flush=True)
+    return open_session(*given)
+program.open_session = loud
+program.main()
+"""
+
+
+def test_what_a_runtime_prints_is_no_answer(device, tiny, child):
+    child(LOUD)
+    assert device.run(tiny, [np.zeros((1, 16), np.float32)]).shape == (1, 16)
+    assert device.measure([tiny], seconds_each=SHORT)[0].median > 0
+    assert device.measure_many([tiny.read_bytes()], seconds_each=0.01)[0] > 0
+
+
+def test_a_process_that_answers_with_anything_else_is_ended(device, tiny, child, monkeypatch):
+    monkeypatch.setattr(running, "ENDING_S", 0.2)
+    child("import sys; print('5' if sys.stdin.buffer.readline() else '', flush=True); sys.stdin.buffer.read()")
+    with pytest.raises(PolicyFailure, match="must answer with an array"):
+        device.run(tiny, [np.zeros((1, 16), np.float32)])
+
+
+def test_a_runtime_of_a_vendor_is_called_by_its_own_name(monkeypatch):
+    def version(name):
+        if name == "onnxruntime":
+            raise metadata.PackageNotFoundError
+        return "1.2"
+
+    monkeypatch.setattr(metadata, "version", version)
+    for brought, told in ({"onnxruntime": ["onnxruntime-gpu"]}, "onnxruntime-gpu 1.2"), ({}, "of unknown version"):
+        monkeypatch.setattr(metadata, "packages_distributions", lambda brought=brought: brought)
+        assert Runtime("onnxruntime").environment()["onnxruntime"] == told
 
 
 def test_an_interruption_does_not_wait_for_helpers(device, tmp_path, monkeypatch, child):

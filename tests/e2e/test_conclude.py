@@ -7,9 +7,9 @@ from dataclasses import replace
 from running import measurement, trained
 from tasks import Diary
 
+from autocompress.beginning import untrained
 from autocompress.controller.conclude import conclude, measure_front, score_test
 from autocompress.errors import PolicyFailure
-from autocompress.objective import untrained
 from autocompress.records import Score
 from autocompress.schedule import FEWEST_EXAMPLES, Clock
 from autocompress.task import Task

@@ -13,14 +13,16 @@ from autocompress.candidates.appraisals import Appraisals
 from autocompress.candidates.forecast import Untrained
 from autocompress.controller.choice import INTERVAL_HEADROOM, Choice, Chooser
 from autocompress.controller.findings import Findings
-from autocompress.controller.pace import Pace
+from autocompress.controller.pace import PROBING, Pace
 from autocompress.controller.rungs import APPRAISED_A_TRIAL, APPRAISED_FIRST, Rungs
 from autocompress.policy import DistillSpec, Policy, PruneSpec, QuantSpec
 from autocompress.progress import SilentProgress
 from autocompress.promotion import cover
 from autocompress.records import Budget, Failure, Outcome
+from autocompress.results import Ladder
 from autocompress.schedule import Clock, Division
 from autocompress.search_space import for_device, own_suggest
+from autocompress.study.journal import MOST_KILLS
 
 PATIENCE = 5.0
 
@@ -142,7 +144,7 @@ def test_structures_are_appraised_before_anything_is_trained(findings, pool, mon
     assert len(found) > APPRAISED_FIRST, told
     assert all(0 <= appraised.worth <= 1 for appraised in found)
     assert [o.rung for o in findings.journal.outcomes] == ["unchanged"]
-    assert findings.ladder()["appraised"] == len(found)
+    assert findings.ladder().appraised == len(found)
     again = Findings(TASK, findings.run, findings.journal, findings.forecast, findings.clock, SilentProgress(), history=[])
     kept = {a.policy.digest: a.worth for a in again.appraisals.within_budget()}
     assert kept == {a.policy.digest: a.worth for a in found}, "read from the journal"
@@ -220,7 +222,7 @@ def test_students_of_another_architecture_are_worth_what_they_promise(findings, 
 
 @pytest.mark.parametrize(("rho", "seconds"), [(None, 10.0), (0.8, 10.0), (0.05, 15.0)])
 def test_where_worth_does_not_tell_short_runs_get_more_time(findings, monkeypatch, rho, seconds):
-    monkeypatch.setattr(Findings, "ladder", lambda self: {"appraised_short_spearman": rho})
+    monkeypatch.setattr(Findings, "ladder", lambda self: Ladder(appraised_short_spearman=rho))
     assert Pace(findings).short_seconds(Division(10.0, 1.0, 1.0)) == seconds
     monkeypatch.setattr(Pace, "short_runs_tell", lambda self: False)
     assert Pace(findings).short_seconds(Division(10.0, 1.0, 1.0)) == 10.0, "of runs that do not tell, more would not either"
@@ -240,6 +242,29 @@ def test_what_a_step_takes_is_tried_once_and_then_told_by_policies(findings, poo
     assert pace.step_seconds() == pytest.approx(0.1)
 
 
+def test_a_search_that_was_killed_over_the_steps_that_it_tried_does_without(findings, monkeypatch):
+    """The original takes more memory than its students: it would be killed over it each time that it is resumed."""
+
+    def killed(setting, until):
+        noted.append(findings.journal.noted(PROBING))
+        raise KeyboardInterrupt
+
+    noted = []
+    monkeypatch.setattr("autocompress.controller.pace.training_step_seconds", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Pace(findings).step_seconds()
+    batch_size = findings.setting.batch_size
+    assert noted == [[batch_size]], "should the process end here"
+    assert findings.journal.noted(PROBING) is None
+    for killed_before, kills in ([batch_size], 2), ([2 * batch_size] * MOST_KILLS, 1):
+        findings.journal.note(PROBING, killed_before)
+        with pytest.raises(KeyboardInterrupt):
+            Pace(findings).step_seconds()
+        assert noted[-1] == [batch_size] * kills
+    findings.journal.note(PROBING, [batch_size] * MOST_KILLS)
+    assert Pace(findings).step_seconds() == 0.0
+
+
 def test_what_choosing_a_policy_took_is_part_of_what_it_cost(findings, pool, monkeypatch):
     asked, kept = {}, []
 
@@ -250,7 +275,7 @@ def test_what_choosing_a_policy_took_is_part_of_what_it_cost(findings, pool, mon
     monkeypatch.setattr("autocompress.controller.rungs.evaluate_policy", made)
     monkeypatch.setattr(Findings, "keep", lambda self, outcome: kept.append(outcome))
     findings.clock = Clock.start(60.0, already=30.0)
-    Rungs(findings)._train_shortly(Choice(pool[0].policy, 0.5), time.monotonic() - 2.0, Division(20.0, 4.0, 1.0))
+    Rungs(findings)._train_briefly(Choice(pool[0].policy, 0.5), time.monotonic() - 2.0, Division(20.0, 4.0, 1.0))
     assert kept[0].seconds == pytest.approx(5.0, abs=0.5)
     assert asked["seconds"] == 4.0
     assert asked["latest"] - time.monotonic() == pytest.approx(30.0 - Pace(findings).finishing(), abs=1.0)
@@ -413,7 +438,7 @@ def test_short_runs_have_about_as_many_steps_whatever_a_step_costs(findings, poo
     monkeypatch.setattr(Pace, "step_cost", lambda self, policy: costs[policy.digest])
     monkeypatch.setattr("autocompress.controller.rungs.evaluate_policy", made)
     for proposal in pool[:3]:
-        Rungs(findings)._train_shortly(Choice(proposal.policy, 0.5), time.monotonic(), Division(20.0, 10.0, 1.0))
+        Rungs(findings)._train_briefly(Choice(proposal.policy, 0.5), time.monotonic(), Division(20.0, 10.0, 1.0))
     assert asked == pytest.approx([10.0, 20.0, 2.5]), "a step has costs that no network is too small for"
 
 

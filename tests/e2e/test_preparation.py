@@ -14,15 +14,18 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import weight_norm as old_weight_norm
 
+from autocompress.beginning import FLOAT_WEIGHTS, INTERRUPTED
 from autocompress.compress.student import build_student
 from autocompress.data import Data, Split
 from autocompress.demo import TEACHER_EPOCHS
 from autocompress.deploy import recreate
 from autocompress.errors import DeviceUnavailable, PolicyFailure, UsageError
-from autocompress.objective import FAILURES, FLOAT_WEIGHTS, PROBED_STEPS, evaluate_policy, training_step_seconds
+from autocompress.failures import FAILURES
+from autocompress.objective import PROBED_STEPS, evaluate_policy, training_step_seconds
 from autocompress.policy import LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import limit_validation, load, prepare, score_baseline, train_demo_teacher
 from autocompress.search_space import with_exact_int8
+from autocompress.setting import MOST_ANSWER_BYTES
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
 
@@ -133,7 +136,7 @@ def test_a_student_of_low_rank_is_trained_exported_and_made_again(net, data, tmp
 def test_what_a_step_of_training_takes_is_tried_on_a_copy(net, data, tmp_path, monkeypatch):
     setting, steps = ready(net, data, tmp_path / "run"), []
     before = copy.deepcopy(setting.graphs[None].module.state_dict())
-    monkeypatch.setattr("autocompress.compress.train._Optimizer.step", lambda self, loss, rates: steps.append(loss) or time.sleep(0.5))
+    monkeypatch.setattr("autocompress.compress.train._Optimizer.step", lambda self, rates: steps.append(rates) or time.sleep(0.5))
     assert 0.5 <= training_step_seconds(setting, time.monotonic() + 60.0) < 2.0
     assert len(steps) == PROBED_STEPS
     assert training_step_seconds(setting, time.monotonic() + 0.4) >= 0.5
@@ -162,7 +165,7 @@ def test_the_unchanged_network_is_calibrated_first_and_trained_through_its_bits_
 def test_a_student_is_reconstructed_once_and_only_where_something_was_cut(net, data, tmp_path, monkeypatch):
     reconstructed = []
     monkeypatch.setattr(
-        "autocompress.objective.reconstruct", lambda student, reference, policy, until: reconstructed.append(len(reference.inputs))
+        "autocompress.beginning.reconstruct", lambda student, reference, policy, until: reconstructed.append(len(reference.inputs))
     )
     setting, narrow = ready(net, data, tmp_path / "run"), Policy(student=StudentSpec(width=0.5))
 
@@ -184,7 +187,7 @@ def test_training_has_its_time_after_the_reconstruction_and_both_end_at_the_late
         untils.append(until)
         time.sleep(1.0)
 
-    monkeypatch.setattr("autocompress.objective.reconstruct", slow)
+    monkeypatch.setattr("autocompress.beginning.reconstruct", slow)
     setting, narrow = ready(net, data, tmp_path / "run"), Policy(student=StudentSpec(width=0.5))
     outcome = evaluate_policy(setting, narrow, id="00000", rung="short", seconds=1.0)
     assert outcome.failure is None
@@ -207,7 +210,7 @@ def test_a_student_that_cannot_be_reconstructed_is_trained_as_it_is(net, data, t
         begun.append(student.head.weight.clone())
         raise PolicyFailure("enough")
 
-    monkeypatch.setattr("autocompress.objective.reconstruct", broken)
+    monkeypatch.setattr("autocompress.beginning.reconstruct", broken)
     monkeypatch.setattr("autocompress.objective.train_quantized", trained)
     narrow = Policy(student=StudentSpec(width=0.5))
     setting = ready(net, data, tmp_path / "run")
@@ -250,6 +253,37 @@ def test_validation_is_cut_to_the_time_that_there_is_and_the_cut_is_kept(net, da
     assert len(limit_validation(setting, seconds=call).data.val) == 32
     again = limit_validation(setting, seconds=1e6, examples=len(short)).data.val
     assert torch.equal(again.inputs, short.inputs)
+
+
+def test_answers_that_are_maps_are_held_of_fewer_examples(net, data, tmp_path, monkeypatch):
+    setting = ready(net, data, tmp_path / "run")
+    assert setting.most_answers == MOST_ANSWER_BYTES // (4 * 4), "four classes"
+    monkeypatch.setattr("autocompress.setting.MOST_ANSWER_BYTES", 40 * 4 * 4)
+    few = limit_validation(replace(setting), seconds=1e6)
+    assert len(few.data.val) == few.most_answers == 40
+    assert evaluate_policy(few, INT8, id="00000", rung="short", seconds=0.0).failure is None
+
+
+def test_a_network_in_half_precision_is_refused(net, data, tmp_path):
+    for own in (copy.deepcopy(net).half(), copy.deepcopy(net).bfloat16()):
+        with pytest.raises(UsageError, match="must be float32") as caught:
+            ready(own, data, tmp_path / "run")
+        assert "model.float()" in caught.value.hint
+
+
+def test_a_table_with_sparse_gradients_is_trained(tmp_path):
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.a, self.b = nn.Embedding(50, 16, sparse=True), nn.Linear(16, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.b(torch.relu(self.a(self.table(x).mean(1))))
+
+    words = Split(torch.randint(0, 50, (64, 5), generator=torch.Generator().manual_seed(0)), torch.arange(64) % 3)
+    setting = ready(Words().eval(), Data(words, words, words, classes=3), tmp_path / "run")
+    policy = Policy(prune=PruneSpec(ratios={"a": 0.5}))
+    assert evaluate_policy(setting, policy, id="00000", rung="short", seconds=1.0).failure is None
 
 
 def test_the_same_random_network_in_every_process(tmp_path):
@@ -389,6 +423,34 @@ def test_a_model_that_takes_one_batch_size_only_is_refused(data, tmp_path):
     with pytest.raises(UsageError, match=r"must take inputs of shape \(2, 3, 8, 8\)") as caught:
         ready(Flat().eval(), data, tmp_path / "run")
     assert "x.flatten(1)" in caught.value.hint
+
+
+def test_training_that_is_interrupted_goes_on_from_there(net, data, tmp_path, monkeypatch):
+    """An hour in which a policy was trained to the end is not to be lost to Ctrl-C."""
+    setting, policy, progress = ready(net, data, tmp_path / "run"), Policy(prune=PruneSpec(ratios={"b.conv1": 0.5})), []
+
+    def stop(share):
+        progress.append(share)
+        if len(progress) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("autocompress.beginning.reconstruct", lambda *_, **__: None)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_policy(setting, policy, id="00000", rung="short", seconds=60.0, tick=stop)
+    (left,) = setting.models.glob(f"{INTERRUPTED}*")
+    learned, begun = load_file(left), []
+    assert not torch.equal(learned["b.conv1.weight"], build_student(setting.graphs[None], policy).b.conv1.weight)
+
+    def train(student, *_, **__):
+        begun.append(copy.deepcopy(student.state_dict()))
+        return student
+
+    monkeypatch.setattr("autocompress.objective.train_quantized", train)
+    for id in ("00001", "00002"):
+        assert evaluate_policy(setting, policy, id=id, rung="short", seconds=1.0).failure is None
+    assert all(torch.equal(value, learned[name]) for name, value in begun[0].items())
+    assert not left.exists()
+    assert not torch.equal(begun[1]["b.conv1.weight"], learned["b.conv1.weight"]), "what is finished is no longer interrupted"
 
 
 def test_how_gently_a_student_is_trained_follows_from_its_distance_to_the_teacher(net, data, tmp_path, monkeypatch):

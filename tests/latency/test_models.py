@@ -21,7 +21,7 @@ from autocompress.graph import Graph
 from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.latency.synthetic import build_onnx, empty_model
 from autocompress.policy import Policy, PruneSpec, QuantSpec
-from autocompress.records import Operator, Workload
+from autocompress.records import Operator, PredictionQuality, Workload
 from autocompress.testing.devices import Costs, FakeDevice
 from autocompress.testing.models import resnet20
 
@@ -258,8 +258,8 @@ def test_a_device_that_is_the_sum_of_its_operators_is_recovered_exactly(workload
         prediction = model.predict(workload)
         assert prediction.value == pytest.approx(device.seconds_of(workload), rel=0.02)
         assert prediction.low <= device.seconds_of(workload) <= prediction.high
-    assert model.held_out_error()["median_error"] < 0.02
-    assert model.held_out_error()["spearman"] > 0.99
+    assert model.held_out_error().median_error < 0.02
+    assert model.held_out_error().spearman > 0.99
 
 
 def test_fitting_finds_what_single_operators_do_not_show(workloads):
@@ -303,7 +303,7 @@ def test_an_error_is_one_of_the_whole_latency(workloads):
     device = FakeDevice(Costs(call=1.0))
     model = FittedLatencyModel(calibrated(device, workloads[:10]))
     model.fit([(workload, (1 + 0.01 * (-1) ** i) * device.seconds_of(workload)) for i, workload in enumerate(workloads[:10])])
-    assert model.held_out_error()["median_error"] < 0.03
+    assert model.held_out_error().median_error < 0.03
 
 
 def test_too_few_points_change_nothing(workloads):
@@ -311,7 +311,7 @@ def test_too_few_points_change_nothing(workloads):
     before = model.predict(workloads[0])
     model.fit([(workloads[0], 1.0), (workloads[1], 2.0)])
     assert model.predict(workloads[0]) == before
-    assert model.held_out_error() == {"median_error": None, "spearman": None, "n": 0}
+    assert model.held_out_error() == PredictionQuality(n=0, median_error=None, spearman=None)
     assert before.low < before.value < before.high
 
 

@@ -436,3 +436,56 @@ def test_what_the_exporter_cannot_do_is_told_by_its_cause_and_not_by_its_advice(
     graph = Graph.trace(nn.Conv2d(3, 4, 1), (inputs,))
     with pytest.raises(PolicyFailure, match="the exporter failed: ValueError: no such operator: lgamma"):
         exported(graph, inputs, Policy())
+
+
+def small(net, *shape):
+    torch.manual_seed(0)
+    return Graph.trace(with_statistics(net), (torch.randn(1, *shape),)), torch.randn(32, *shape)
+
+
+def test_a_pad_that_holds_no_value_of_its_input_has_no_part_in_int8():
+    """As in front of a pool of maxima: an infinity has no range, and a huge number would leave no other value any bits."""
+
+    class Net(nn.Module):
+        def __init__(self, fill):
+            super().__init__()
+            self.a, self.b, self.fill = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), fill
+
+        def forward(self, x):
+            x = nn.functional.pad(torch.relu(self.a(x)), (0, 1, 0, 1), value=self.fill)
+            return self.b(nn.functional.max_pool2d(x, 2)).mean((2, 3))
+
+    for fill in (-float("inf"), -1e9):
+        graph, inputs = small(Net(fill), 3, 12, 12)
+        policy = Policy(quant=QuantSpec(bits=8))
+        assert agreed(graph, inputs, policy, *exported(graph, inputs, policy)).relative < 0.05
+        student, _ = exported(graph, inputs, policy)
+        with torch.no_grad():
+            assert compare(student(inputs), graph.module(inputs)).relative < 0.1, "the others keep their bits"
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("layer", [nn.Linear(12, 8), nn.Sequential(nn.Unflatten(1, (3, 4)), nn.Conv1d(3, 8, 3))], ids=["linear", "conv"])
+def test_a_norm_without_a_weight_is_folded(layer, bits):
+    graph, inputs = small(nn.Sequential(layer, nn.BatchNorm1d(8, affine=False), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4)), 12)
+    policy = Policy(quant=QuantSpec(bits=bits))
+    student, payload = exported(graph, inputs, policy)
+    assert count(payload, "BatchNormalization") == 0
+    assert agreed(graph, inputs, policy, student, payload).relative < 0.05
+
+
+def test_what_only_the_body_of_a_loop_reads_stays_in_the_file():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.EmbeddingBag(20, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.table(x))
+
+    torch.manual_seed(0)
+    words = torch.randint(0, 20, (1, 5))
+    graph = Graph.trace(Net().eval(), (words,))
+    payload = onnx_bytes(build_student(graph, Policy()), QuantSpec(), (words,))
+    onnx.checker.check_model(onnx.load_from_string(payload))
+    assert compare(answers(graph.module, words), run(payload, words)).relative < 1e-4

@@ -14,7 +14,7 @@ from autocompress.policy import Policy, QuantSpec
 from autocompress.records import Failure, Measurement, Outcome, Score
 from autocompress.study import database as studies
 from autocompress.study.journal import AT_WORK, MAX_RETRIES, MOST_KILLS, OUTCOME, RULED_OUT_WORTH, AppraisedTrial
-from autocompress.task import Task
+from autocompress.task import DEMO_MODEL, Task
 
 TASK = Task(model="own:net", data="own:data", budget=("10ms",))
 LATENCY = Measurement(median=0.008, low=0.0079, high=0.009, p95=0.012, n=100)
@@ -183,7 +183,7 @@ def test_how_long_to_search_may_change_on_resume(journal, tmp_path, changes):
     ("changes", "what"),
     [
         ({"budget": ("5ms",)}, r"budget was \('10ms',\), now \('5ms',\)"),
-        ({"model": "own:other"}, "model was 'own:net', now 'own:other'"),
+        ({"model": DEMO_MODEL}, "model was 'own:net', now 'autocompress.demo:teacher'"),
         ({"seed": 3}, "seed was 0, now 3"),
         ({"space": "prune"}, "space was 'default', now 'prune'"),
     ],
@@ -205,8 +205,9 @@ def test_a_search_is_resumed_from_its_folder_and_from_another(tmp_path, monkeypa
         again(run, absolute)
     monkeypatch.chdir("/")
     again(run, absolute)
+    again(run, given)
     with pytest.raises(UsageError, match="another task: model was"):
-        again(run, given)
+        again(run, Task())
 
 
 def test_a_name_that_stands_for_something_else_by_now_is_refused(journal, tmp_path):

@@ -1,0 +1,89 @@
+"""How students begin: as their structure alone, reconstructed from the teacher, or where earlier training ended."""
+
+from __future__ import annotations
+
+import copy
+import math
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import fx
+
+from autocompress.compress.reconstruct import reconstruct
+from autocompress.compress.student import build_student
+from autocompress.compress.train import TrainPlan, train_quantized
+from autocompress.export import weights_bytes
+from autocompress.failures import note_error
+from autocompress.policy import Policy
+from autocompress.run_folder import write_atomically
+from autocompress.setting import Setting
+
+FLOAT_WEIGHTS = "float.safetensors"
+"""Beside the files of a bundle: what its training goes on from."""
+UNTRAINED = "untrained-"
+"""How the folders of networks begin that are only measured, and removed at once."""
+INTERRUPTED = "interrupted-"
+"""Begins the name of what a student had learned when its training was interrupted; its policy's digest follows."""
+
+
+def untrained(setting: Setting, policy: Policy, *, reconstructed: bool = False, calibration_inputs: int | None = None) -> fx.GraphModule:
+    """The student's structure with calibrated quantizers: as fast as the trained one, without its accuracy.
+
+    `reconstructed`, it has some of that. A few `calibration_inputs` are enough where only its latency is asked for.
+    """
+    student = build_student(setting.graph_of(policy), policy)
+    if reconstructed and setting.changes_shape(policy):
+        _reconstruct(setting, student, policy, until=math.inf)
+    plan = TrainPlan(steps=0, calibration_inputs=calibration_inputs or setting.calibration_inputs)
+    return train_quantized(student, policy.quant, setting.data, plan)
+
+
+def interrupted_weights(setting: Setting, policy: Policy) -> Path:
+    """Where weights are kept of a student whose training was interrupted."""
+    return setting.models / f"{INTERRUPTED}{policy.digest}.safetensors"
+
+
+def keep_interrupted(setting: Setting, student: fx.GraphModule, policy: Policy) -> None:
+    """Keep what a student has learned so far, where that can be; a disk that is full must not hide what has ended the search."""
+    with suppress(Exception):
+        if all(bool(parameter.isfinite().all()) for parameter in student.parameters()):
+            write_atomically(interrupted_weights(setting, policy), weights_bytes(student))
+
+
+def forget_interrupted(setting: Setting) -> None:
+    """Remove what is kept of students that nobody goes on with: the search has ended by itself."""
+    for left in setting.models.glob(f"{INTERRUPTED}*"):
+        left.unlink(missing_ok=True)
+
+
+def begin(setting: Setting, student: fx.GraphModule, policy: Policy, continues: str | None, until: float) -> None:
+    """Let a student begin where its training was interrupted, or the lower rung ended; else reconstructed where it has another shape."""
+    known = [interrupted_weights(setting, policy), *([setting.models / continues / FLOAT_WEIGHTS] if continues is not None else [])]
+    if any(_continue_from(student, path) for path in known):
+        return
+    if setting.changes_shape(policy):
+        _reconstruct(setting, student, policy, until)
+
+
+def _continue_from(student: fx.GraphModule, path: Path) -> bool:
+    """Whether the weights of a lower rung are there: a missing or damaged checkpoint costs training time, not the policy."""
+    try:
+        student.load_state_dict(load_file(path))
+    except (OSError, SafetensorError):
+        return False
+    return True
+
+
+def _reconstruct(setting: Setting, student: fx.GraphModule, policy: Policy, until: float) -> None:
+    """Let a student that was made of its teacher begin with what it can do of the teacher's work."""
+    if policy.student.reference is not None:
+        return
+    inherited = copy.deepcopy(student.state_dict())
+    try:
+        with setting.ledger.spend("reconstruct"):
+            reconstruct(student, setting.teacher_activations, policy, until=until)
+    except RuntimeError:  # out of memory, or equations without a solution: the student can be trained all the same
+        note_error(setting.log)
+        student.load_state_dict(inherited)
