@@ -55,6 +55,15 @@ class Operator(Record):
         return 0
 
     @property
+    def is_int8(self) -> bool:
+        return self.bits == 8
+
+    @property
+    def read(self) -> int:
+        """Elements of its first input."""
+        return math.prod(self.inputs[0]) if self.inputs else 0
+
+    @property
     def signature(self) -> Signature:
         """Everything but the name: operators with the same signature take the same time."""
         return tuple(value for field, value in self if field != "name")
@@ -85,6 +94,15 @@ class Workload(Record):
 
     operators: tuple[Operator, ...]
     weight_bytes: int
+
+    @property
+    def converted(self) -> tuple[int, ...]:
+        """For each operator the elements that it reads in another arithmetic than the operator before it has made: int8 or not."""
+        before = (None, *self.operators)
+        return tuple(
+            operator.read if last is not None and last.is_int8 != operator.is_int8 else 0
+            for last, operator in zip(before, self.operators, strict=False)
+        )
 
     @property
     def macs(self) -> int:

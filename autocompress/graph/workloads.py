@@ -89,6 +89,17 @@ class Workloads:
         operators = tuple(variants[variant] for variants, variant in chosen if variant != NONE)
         return Workload(operators=operators, weight_bytes=int(self.weight_bytes[index]))
 
+    def converted(self) -> Numbers:
+        """For each policy the sum of `Workload.converted`."""
+        before, sums = np.full(len(self), NONE), np.zeros(len(self), dtype=np.int64)
+        for variants, which in zip(self.variants, self.which, strict=True):
+            is_int8 = np.array([*(operator.is_int8 for operator in variants), NONE], dtype=np.int64)[which]
+            read = np.array([*(operator.read for operator in variants), 0], dtype=np.int64)[which]
+            there = which != NONE
+            sums += np.where(there & (before != NONE) & (is_int8 != before), read, 0)
+            before = np.where(there, is_int8, before)
+        return sums
+
     def total(self, costs: Sequence[Cost]) -> NDArray[np.float64]:
         """Sums over the operators of each policy: costs x n."""
         sums = np.zeros((len(costs), len(self)))

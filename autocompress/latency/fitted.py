@@ -1,8 +1,9 @@
 """FittedLatencyModel: the operator table, corrected on whole networks.
 
 Alone in a loop an operator finds its data in the caches, and a runtime fuses, converts and schedules more than single operators show. So
-latency = call overhead + sum over classes of (scale * seconds by the table) + cost an operator, with the scales and the cost fitted
-on measured networks, in relative error, pulled towards what the table says (ridge). Re-fitted as a search measures.
+latency = call overhead + sum over classes of (scale * seconds by the table) + cost an operator + cost of an element that passes from
+int8 to float32 or back, with the scales and costs fitted on measured networks, in relative error, pulled towards what the table says
+(ridge). Re-fitted as a search measures.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from autocompress.records import Operator, Prediction, PredictionQuality, Worklo
 
 CLASSES = ("conv8", "conv32", "other")
 RIDGE = 0.15
-OPERATOR_COST_S = 1e-6
+OPERATOR_COST_S, CONVERSION_S = 1e-6, 0.5e-9
+"""Seconds in which costs are fitted: of an operator, none unless networks tell so, and of an element that is rounded to int8 or back, so
+much unless they tell otherwise (`benchmarks/latency_truth.py`: without it mixed networks were 10 to 20 % slower than predicted)."""
+UNFITTED, PRIOR = np.array([1.0] * len(CLASSES) + [0.0, 0.0]), np.array([1.0] * len(CLASSES) + [0.0, 1.0])
 UNFITTED_SPREAD = 0.3
 UNTRACED_SPREAD = 4.0
 UNKNOWN_S = 1.0
@@ -37,7 +41,7 @@ class FittedLatencyModel(LatencyModel):
 
     def __init__(self, table: OperatorTable) -> None:
         self.table = table
-        self._scales = np.array([1.0] * len(CLASSES) + [0.0])
+        self._scales = UNFITTED
         self._spread = UNFITTED_SPREAD
         self._errors: list[tuple[float, float]] = []
         self._pairs: list[tuple[Workload, float]] = []
@@ -45,14 +49,15 @@ class FittedLatencyModel(LatencyModel):
     def predict(self, workload: Workload) -> Prediction:
         if not workload.operators:
             return self._predict_whole(workload)
-        value = max(LEAST_S, self.table.call_overhead + sum(map(self._seconds, workload.operators)))
+        value = max(LEAST_S, self.table.call_overhead + sum(seconds for _, seconds in self.explain(workload)))
         return Prediction(value=value, low=value / (1 + self._spread), high=value * (1 + self._spread))
 
     def values(self, workloads: Workloads) -> NDArray[np.float64]:
         """Predicted seconds of each, as `predict` gives them one by one; many at once take hardly longer than one."""
         if not any(workloads.variants):
             return np.array([self._predict_whole(workload).value for workload in workloads])
-        return np.maximum(LEAST_S, self.table.call_overhead + workloads.total([self._seconds])[0])
+        conversions = self._conversion_s * workloads.converted()
+        return np.maximum(LEAST_S, self.table.call_overhead + workloads.total([self._seconds])[0] + conversions)
 
     def _predict_whole(self, workload: Workload) -> Prediction:
         """A network that could not be traced has no operators to add up: the measured one that is nearest in weight bytes, loosely."""
@@ -63,11 +68,16 @@ class FittedLatencyModel(LatencyModel):
         return Prediction(value=seconds, low=seconds / UNTRACED_SPREAD, high=seconds * UNTRACED_SPREAD)
 
     def explain(self, workload: Workload) -> list[tuple[str, float]]:
-        return [(operator.name, self._seconds(operator)) for operator in workload.operators]
+        converted = zip(workload.operators, workload.converted, strict=True)
+        return [(operator.name, self._seconds(operator) + self._conversion_s * elements) for operator, elements in converted]
+
+    @property
+    def _conversion_s(self) -> float:
+        return float(self._scales[-1] * CONVERSION_S)
 
     def _seconds(self, operator: Operator) -> float:
         """What one operator takes inside a network."""
-        scale, cost = self._scales[CLASSES.index(_class_of(operator))], self._scales[-1] * OPERATOR_COST_S
+        scale, cost = self._scales[CLASSES.index(_class_of(operator))], self._scales[len(CLASSES)] * OPERATOR_COST_S
         return float(scale * self.table.estimate(operator) + cost)
 
     def fit(self, pairs: Sequence[tuple[Workload, float]]) -> None:
@@ -103,7 +113,7 @@ class FittedLatencyModel(LatencyModel):
         sums = dict.fromkeys(CLASSES, 0.0)
         for operator in workload.operators:
             sums[_class_of(operator)] += self.table.estimate(operator)
-        return np.array([*sums.values(), OPERATOR_COST_S * len(workload.operators)])
+        return np.array([*sums.values(), OPERATOR_COST_S * len(workload.operators), CONVERSION_S * sum(workload.converted)])
 
 
 def _class_of(operator: Operator) -> str:
@@ -111,10 +121,8 @@ def _class_of(operator: Operator) -> str:
 
 
 def _solve(features: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Non-negative scales with least relative error; ridge towards 1 for the classes and 0 for the cost an operator."""
-    n = features.shape[1]
-    prior = np.array([1.0] * (n - 1) + [0.0])
-    rows = np.vstack([features / seconds[:, None], RIDGE * np.eye(n)])
-    targets = np.concatenate([np.ones(len(seconds)), RIDGE * prior])
+    """Non-negative scales with least relative error; ridge towards PRIOR."""
+    rows = np.vstack([features / seconds[:, None], RIDGE * np.eye(len(PRIOR))])
+    targets = np.concatenate([np.ones(len(seconds)), RIDGE * PRIOR])
     scales: NDArray[np.float64] = nnls(rows, targets)[0]
     return scales
