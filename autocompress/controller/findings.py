@@ -134,7 +134,7 @@ class Findings:
 
     def front(self) -> list[Outcome]:
         """What is worth having by now, fastest and least accurate first."""
-        return front_of(self.outcomes(), self.limits, self.setting.baseline)
+        return front_of(self.outcomes(), self.limits, self.setting.baseline, self.forecast.structure)
 
     def _best(self) -> Outcome | None:
         """The most accurate of the front."""
@@ -144,7 +144,7 @@ class Findings:
     def results(self) -> Results:
         """What front.json holds now."""
         baseline, outcomes, every = self.setting.baseline, self.outcomes(), self.journal.outcomes
-        front = front_of(outcomes, self.limits, baseline)
+        front = front_of(outcomes, self.limits, baseline, self.forecast.structure)
         on_front = {o.id for o in front}
         points = {
             o.id: entry(o, baseline, self.limits, layer_changes(self.forecast, o.policy), dominated=o.id not in on_front)
