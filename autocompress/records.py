@@ -121,14 +121,6 @@ class Prediction(Record):
     high: float
 
 
-class PredictionQuality(Record):
-    """How well `n` latencies were predicted: median relative error, and Spearman's rank correlation; None of too few."""
-
-    n: int = 0
-    median_error: float | None = None
-    spearman: float | None = None
-
-
 class Measurement(Record):
     """Latency of one artifact on one device, in seconds. [low, high] is the 95 % interval of the median.
 

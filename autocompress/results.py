@@ -91,16 +91,18 @@ class ProgressPoint(_Read):
     best_val: float | None = None
 
 
-class Predictions(_Read):
-    """How well latencies were predicted of networks before they were measured, and, `held_out`, by the latency model as it is in the end.
-
-    See `records.PredictionQuality`.
-    """
+class PredictionQuality(_Read):
+    """How well `n` latencies were predicted: median relative error, and Spearman's rank correlation; None of too few."""
 
     n: int = 0
     median_error: float | None = None
     spearman: float | None = None
-    held_out: Predictions | None = None
+
+
+class Predictions(PredictionQuality):
+    """Of networks before they were measured; `held_out`, by the latency model as it is in the end."""
+
+    held_out: PredictionQuality = PredictionQuality()
 
 
 class Ladder(_Read):

@@ -309,7 +309,7 @@ def _taken_before(task: Task, run: Path, journal: Journal) -> tuple[float, dict[
 
     That begins again when the search is resumed, and in the time that is left it would not learn enough to be worth compressing.
     """
-    began_only = task.is_demo and kept_teacher(task, run, begun=journal.has_begun) is None and not journal.has_begun
+    began_only = task.is_demo and not journal.has_begun and kept_teacher(task, run, begun=False) is None
     return (0.0, {}) if began_only else (journal.noted("elapsed_s") or 0.0, journal.noted("spent_s") or {})
 
 
@@ -448,9 +448,10 @@ def _nearest(findings: Findings) -> str:
 
 def plan(task: Task) -> dict[str, Any]:
     """What a search would do, without doing it: sizes of the space, budget, time, three policies in words."""
-    loaded = load(task.absolute())
+    found = task.absolute()
+    loaded = load(found)
     graph, data = loaded.graphs[task.student], loaded.data
-    suggest = find_suggest(task.absolute().space, graph, loaded.device.profile, reference=task.student)
+    suggest = find_suggest(found.space, graph, loaded.device.profile, reference=task.student)
     generator = np.random.default_rng(task.seed)
     drawn = LevelSuggester(generator)
     suggest(drawn)

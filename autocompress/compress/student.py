@@ -49,7 +49,7 @@ def build_student(graph: Graph, policy: Policy) -> fx.GraphModule:
     return student.eval()
 
 
-def origins(node: fx.Node, student: fx.GraphModule, graph: Graph, selection: Selection) -> tuple[Roots | None, ...]:
+def _origins(node: fx.Node, student: fx.GraphModule, graph: Graph, selection: Selection) -> tuple[Roots | None, ...]:
     """For each axis of a node's weight the teacher's entries that the student's come from (NEW: added); None: all of them, in order.
 
     Of a layer the axes of its outputs and of its inputs, all of these where filters look at a group of them each. Empty for what has no
@@ -68,7 +68,7 @@ def origins(node: fx.Node, student: fx.GraphModule, graph: Graph, selection: Sel
 
 
 def _resize_module(node: fx.Node, student: fx.GraphModule, graph: Graph, selection: Selection, generator: torch.Generator) -> None:
-    module, indices = module_of(node, student), origins(node, student, graph, selection)
+    module, indices = module_of(node, student), _origins(node, student, graph, selection)
     if all(index is None for index in indices):
         return
     if isinstance(module, nn.LayerNorm):
@@ -124,7 +124,7 @@ def _layer_norm(old: nn.LayerNorm, indices: Sequence[Roots | None]) -> nn.LayerN
 def _resize_attribute(node: fx.Node, student: fx.GraphModule, graph: Graph, selection: Selection) -> None:
     """A parameter or buffer that follows channels; what it says of those that are added is what it says of the others on average."""
     value = old = value_of(node, student)
-    for axis, index in enumerate(origins(node, student, graph, selection)):
+    for axis, index in enumerate(_origins(node, student, graph, selection)):
         value = _gather(value, index, axis, fill=float(old.mean())) if index is not None else value
     if value is old:
         return

@@ -15,8 +15,8 @@ from autocompress.front import gain, hypervolume, measured, pareto_front
 from autocompress.graph import Structure
 from autocompress.policy import Policy
 from autocompress.ranks import partial_rank_correlation, rank_correlation
-from autocompress.records import Budget, Outcome, PredictionQuality
-from autocompress.results import BaselineEntry, Entry, Ladder, LayerChange, Predictions, ProgressPoint
+from autocompress.records import Budget, Outcome
+from autocompress.results import BaselineEntry, Entry, Ladder, LayerChange, PredictionQuality, Predictions, ProgressPoint
 from autocompress.setting import Baseline
 
 
@@ -80,7 +80,7 @@ def predictions(outcomes: Sequence[Outcome], structure: Callable[[Policy], Struc
         n=len(pairs),
         median_error=statistics.median(errors) if errors else None,
         spearman=rank_correlation([p for p, _ in pairs], [a for _, a in pairs]),
-        held_out=Predictions(**held_out.model_dump()),
+        held_out=held_out,
     )
 
 

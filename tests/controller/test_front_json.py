@@ -8,7 +8,8 @@ import pytest
 
 from autocompress.controller.front_json import entry, feasible, front_of, ladder_of, predictions, progress_point
 from autocompress.policy import DistillSpec, Policy, QuantSpec, StudentSpec
-from autocompress.records import Budget, Measurement, Outcome, Prediction, PredictionQuality, Score
+from autocompress.records import Budget, Measurement, Outcome, Prediction, Score
+from autocompress.results import PredictionQuality
 from autocompress.setting import Baseline
 
 

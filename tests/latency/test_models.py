@@ -21,7 +21,8 @@ from autocompress.graph import Graph
 from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.latency.synthetic import build_onnx, empty_model
 from autocompress.policy import Policy, PruneSpec, QuantSpec
-from autocompress.records import Operator, PredictionQuality, Workload
+from autocompress.records import Operator, Workload
+from autocompress.results import PredictionQuality
 from autocompress.testing.devices import Costs, FakeDevice
 from autocompress.testing.models import resnet20
 
@@ -351,7 +352,7 @@ def mixed(graph, n):
 
 
 def test_what_passes_from_int8_to_float_and_back_takes_time(graph, workloads):
-    """Seen on mixed networks: 10 to 20 % slower than their operators, more so the more values pass."""
+    """Seen on mixed networks: the slower beside their operators, the more values pass."""
     device, each = FakeDevice(), 1.5e-9
     many = [graph.workload(policy) for policy in mixed(graph, 40)]
     assert all(sum(workload.converted) > 0 for workload in many)
