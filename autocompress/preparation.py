@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import shutil
 import time
@@ -26,9 +27,11 @@ from autocompress.devices.base import Device
 from autocompress.errors import PolicyFailure, UsageError, one_line
 from autocompress.evaluate import model_answers, run_artifact, score_artifact
 from autocompress.export import check_parity, weights_bytes, write_bundle
+from autocompress.export.fold import fold_norms
 from autocompress.failures import policy_errors
 from autocompress.graph import Graph
 from autocompress.graph.plain import own_copy
+from autocompress.graph.trace import is_opaque
 from autocompress.models import answer_with_one_tensor, load_model, load_weights
 from autocompress.policy import Policy, QuantSpec
 from autocompress.records import Measurement, Score
@@ -133,7 +136,7 @@ def prepare(task: Task, run: Path, loaded: Loaded) -> Setting:
     baseline = _baseline(graph, loaded.teacher, loaded.data, loaded.device, models, loaded.example, task.model)
     return Setting(
         data=loaded.data,
-        teacher=Teacher(loaded.teacher.to(best_training_device()), loaded.data, classifier=graph.classifier, seed=task.seed),
+        teacher=_teacher(loaded.teacher if task.is_demo else _folded(graph, loaded.teacher), graph, loaded.data, task.seed),
         graphs=loaded.graphs,
         device=loaded.device,
         baseline=baseline,
@@ -146,6 +149,20 @@ def prepare(task: Task, run: Path, loaded: Loaded) -> Setting:
         batch_size=task.batch_size,
         seed=task.seed,
     )
+
+
+def _teacher(model: nn.Module, graph: Graph, data: Data, seed: int) -> Teacher:
+    """model: the graph's network, in whatever form answers."""
+    return Teacher(model.to(best_training_device()), data, classifier=graph.classifier, seed=seed)
+
+
+def _folded(graph: Graph, model: nn.Module) -> nn.Module:
+    """The model as it answers soonest: traced, with its norms folded into the layers before them, which saves ResNet-56 a third."""
+    if is_opaque(graph.module):
+        return model
+    folded = copy.deepcopy(graph.module)
+    fold_norms(folded)
+    return folded
 
 
 def _require_target(task: Task, data: Data) -> None:
@@ -298,7 +315,7 @@ def train_demo_teacher(setting: Setting, run: Path, seconds: float, tick: Tick) 
     baseline = _baseline(graph, model, data, setting.device, setting.models, setting.example, setting.model_reference, known)
     return replace(
         setting,
-        teacher=Teacher(model.to(best_training_device()), data, classifier=graph.classifier, seed=setting.seed),
+        teacher=_teacher(_folded(graph, model), graph, data, setting.seed),
         graphs={**setting.graphs, None: graph},
         baseline=baseline,
         activations=[],

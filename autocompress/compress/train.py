@@ -23,11 +23,11 @@ from autocompress.compress.distill import (
     Compared,
     ComparedFeatures,
     compare_features,
-    compare_hidden,
     difference,
     distillation_loss,
     observe,
 )
+from autocompress.compress.hidden import compare_hidden
 from autocompress.compress.muon import Muon, hidden_matrices
 from autocompress.compress.quantize import calibrate, fake_quantize, snap_biases
 from autocompress.compress.teacher import Teacher

@@ -14,7 +14,6 @@ from autocompress.compress.distill import (
     Compared,
     ComparedFeatures,
     compare_features,
-    compare_hidden,
     decoupled_loss,
     difference,
     distance_loss,
@@ -228,21 +227,6 @@ def test_where_no_channel_is_shared_values_are_compared_by_their_similarities():
     apart = ComparedFeatures("linear")
     assert feature_loss(student, teacher, apart) == compare_features(student, teacher, SHARED, "similarity")
     assert compare_features(student, teacher, apart, "distances") == distance_loss(student.features, teacher.features)
-
-
-def test_hidden_features_are_compared_on_the_inputs_of_which_the_teachers_are_known():
-    """In units of the teacher's variance of a channel over inputs and positions; what only one of the two has does not count."""
-    generator = torch.Generator().manual_seed(0)
-    own, wanted = torch.randn(6, 3, 4, 4, generator=generator), torch.randn(2, 4, 4, 4, generator=generator)
-    tokens, teachers = torch.randn(6, 5, 3, generator=generator), torch.randn(2, 5, 3, generator=generator)
-    layers = (Compared("conv.0", "conv", shared=CHANNELS), Compared("tokens", "tokens", axis=2), Compared("gone", "gone"))
-    compared = ComparedFeatures("linear", hidden=layers)
-    student, teacher = Answers(own, own, {"conv.0": own, "tokens": tokens}), Answers(wanted, wanted, {"conv": wanted, "tokens": teachers})
-    pairs = ((own[:2, [0, 2]], wanted[:, [1, 3]]), (tokens[:2].transpose(1, 2), teachers.transpose(1, 2)))
-    expected = [((mine - theirs) ** 2).mean() / theirs.transpose(0, 1).flatten(1).var(1).mean() for mine, theirs in pairs]
-    assert compare_hidden(student, teacher, compared).item() == pytest.approx(sum(expected).item() / 2, rel=1e-5)
-    assert compare_hidden(student, Answers(wanted, wanted), compared) is None
-    assert compare_hidden(teacher, teacher, ComparedFeatures("linear", hidden=layers[1:])).item() == 0.0
 
 
 def test_all_axes_are_cut_to_what_both_have():

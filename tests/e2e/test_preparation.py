@@ -50,6 +50,7 @@ def test_a_module_in_training_mode_is_copied_and_left_as_it_is(net, data, tmp_pa
     answers = setting.teacher.answers(indices, inputs, 0)
     with torch.no_grad():
         assert torch.allclose(answers.outputs, copy.deepcopy(own).eval()(inputs), atol=0.1), "running statistics, not the batch's"
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in setting.teacher.model.modules()), "they are folded"
     assert own.training
     assert all(torch.equal(before[key], value) for key, value in own.state_dict().items())
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from autocompress.compress.compared import compared_features
-from autocompress.compress.distill import Compared, ComparedFeatures, compare_hidden, observe
+from autocompress.compress.distill import Compared, ComparedFeatures, observe
+from autocompress.compress.hidden import compare_hidden
 from autocompress.compress.student import build_student
 from autocompress.graph import Graph
 from autocompress.graph.nodes import channel_axis
