@@ -12,20 +12,23 @@ from autocompress.records import Outcome
 
 OUTLIER = 8.0
 """Times the distance of the median from the best score: scores further off are accidents, not the end of a range."""
+COUNTED = 0.75
+"""Share of the scores' range, from the best on, that counts before all else."""
 WORST_MARGIN, WORST_SLOWNESS = 0.02, 1.02
 """How far beyond the worst score, and at how many times the slowest latency, the reference point of a hypervolume lies."""
 Point = tuple[float, float]
 """Gain (more is better) and latency in seconds."""
 
 
-def halfway(scores: Sequence[float]) -> float:
-    """Between the best and the worst: what scores below it comes after all else. Unlike a median it does not move to where many are.
+def least_counted(scores: Sequence[float]) -> float:
+    """What scores below it comes after all else: COUNTED of the way from the best to the worst. Unlike a median it stays where it is
+    however many score alike.
 
     A score that is worse than the best by more than OUTLIER times as much as the median is counts as just so bad.
     """
     best = max(scores)
     worst = max(min(scores), best - OUTLIER * (best - float(np.median(scores))))
-    return 0.5 * (best + worst)
+    return best - COUNTED * (best - worst)
 
 
 def cover(points: Sequence[Point], n: int, taken: Sequence[Point] = ()) -> list[int]:
@@ -34,15 +37,15 @@ def cover(points: Sequence[Point], n: int, taken: Sequence[Point] = ()) -> list[
     First the best of all, unless one that is taken is as good: it is what a search under a budget is after.
     Then greedy hypervolume subset selection (Guerreiro, Fonseca & Paquete 2016, Evolutionary Computation 24(3)) over gain and logarithm of
     latency: what lies close to a point that is already there adds little, so the chosen spread over the front by themselves.
-    The reference is halfway between the best and the worst gain first: whoever has a budget wants accuracy within it, and networks
-    that are tiny and bad would dominate a large area of a plot that nobody looks at. They come last, spread by the whole area.
+    The reference is the least gain that counts first: whoever has a budget wants accuracy within it, and networks that are tiny and bad
+    would dominate a large area of a plot that nobody looks at. They come last, spread by the whole area.
     """
     if not points:
         return []
     known, gains = [(gain, math.log(latency)) for gain, latency in points], [gain for gain, _ in points]
     beside = [(gain, math.log(latency)) for gain, latency in taken]
     slowest = max(log for _, log in (*known, *beside)) + math.log(WORST_SLOWNESS)
-    references = (halfway(gains), slowest), (min(gains) - WORST_MARGIN, slowest)
+    references = (least_counted(gains), slowest), (min(gains) - WORST_MARGIN, slowest)
     best = max(range(len(points)), key=lambda index: (gains[index], -known[index][1]))
     chosen = [best] if n > 0 and all(gain < gains[best] for gain, _ in beside) else []
 

@@ -54,14 +54,14 @@ def test_the_greedy_choice_is_close_to_the_best_subset():
     for _ in range(10):
         outcomes = [outcome(f"{i}", float(s), float(t)) for i, (s, t) in enumerate(draw.uniform(0.01, 1.0, (8, 2)))]
         points = np.array([[o.val_score.gain, np.log(o.latency_s.median)] for o in outcomes])
-        reference = (promotion.halfway(points[:, 0]), points[:, 1].max() + np.log(promotion.WORST_SLOWNESS))
+        reference = (promotion.least_counted(points[:, 0]), points[:, 1].max() + np.log(promotion.WORST_SLOWNESS))
         volume = {o.id: p for o, p in zip(outcomes, points, strict=True)}
         chosen = hypervolume(np.array([volume[o.id] for o in promoted(outcomes, 3)]), reference)
         best = max(hypervolume(np.array(subset), reference) for subset in combinations(points, 3))
         assert chosen >= 0.9 * best
 
 
-def test_the_best_comes_first_and_then_what_dominates_most_of_what_scores_above_halfway():
+def test_the_best_comes_first_and_then_what_dominates_most_of_what_counts():
     tiny = [outcome(f"tiny{i}", 0.3 + i / 100, 1e-5) for i in range(4)]
     outcomes = [*tiny, outcome("knee", 0.9, 0.0015), outcome("high", 0.91, 0.01), outcome("low", 0.7, 0.001)]
     assert ids(promoted(outcomes, 2)) == ["high", "knee"]
@@ -77,11 +77,11 @@ def test_who_climbs_does_not_depend_on_where_many_were_tried():
     assert set(ids(promoted([*line, *crowd], 3))) & fast
 
 
-def test_one_score_that_is_beyond_all_others_does_not_move_halfway():
+def test_one_score_that_is_beyond_all_others_does_not_move_what_counts():
     scores = [-0.3, -0.4, -0.45, -0.5, -0.6]
-    assert promotion.halfway(scores) == pytest.approx(-0.45)
-    assert promotion.halfway([*scores, -30.0]) > -1.5
-    assert promotion.halfway([0.5]) == 0.5
+    assert promotion.least_counted(scores) == pytest.approx(-0.525)
+    assert promotion.least_counted([*scores, -30.0]) > -1.5
+    assert promotion.least_counted([0.5]) == 0.5
 
 
 def test_tiny_and_bad_networks_climb_last():

@@ -86,15 +86,31 @@ def test_a_limit_on_trials_limits_full_runs(trials, expected):
 
 
 def test_full_runs_share_the_time_unless_trials_are_what_is_limited():
-    assert full_seconds(900.0, [1e-3] * 3, 4.0) == pytest.approx(300.0)
-    assert full_seconds(900.0, [1e-3] * 3, 36.0, trials=2) == 36.0
-    assert full_seconds(9.0, [1e-3] * 3, 36.0, trials=2) == pytest.approx(3.0)
+    assert full_seconds(900.0, [1e-3] * 3, [0.1] * 3, 4.0) == pytest.approx(300.0)
+    assert full_seconds(900.0, [1e-3] * 3, [0.1] * 3, 36.0, trials=2) == 36.0
+    assert full_seconds(9.0, [1e-3] * 3, [0.1] * 3, 36.0, trials=2) == pytest.approx(3.0)
+    assert full_seconds(300.0, [1e-3], [0.1], 4.0) == pytest.approx(300.0)
 
 
-def test_full_runs_see_the_data_equally_often():
-    assert full_seconds(900.0, [2e-3, 1e-3], 4.0) == pytest.approx(600.0)
-    assert full_seconds(300.0, [1e-3], 4.0) == pytest.approx(300.0)
-    assert full_seconds(900.0, [1e-6, 1e-3], 4.0) == pytest.approx(180.0), "a tiny one is not left without time"
+def test_full_runs_leave_the_least_gaps_in_all():
+    """Where a gap is narrowed by the root of the number of steps."""
+    left, costs, gaps = 900.0, np.array([2e-3, 1e-3, 1.5e-3]), np.array([0.02, 0.08, 0.04])
+
+    def remaining(seconds):
+        return float(np.sum(gaps * np.sqrt(costs / seconds)))
+
+    first = full_seconds(left, costs, gaps, 4.0)
+    second = full_seconds(left - first, costs[1:], gaps[1:], 4.0)
+    divided = np.array([first, second, left - first - second])
+    drawn = left * np.random.default_rng(0).dirichlet(np.ones(3), 1000)
+    assert remaining(divided) <= min(map(remaining, drawn))
+    assert divided[1] > divided[2] > divided[0], "who has most to learn gets most"
+
+
+def test_no_full_run_is_left_without_time():
+    for costs, gaps in (([1e-6, 1e-3], [0.1, 0.1]), ([1e-3, 1e-3], [1e-6, 0.1]), ([1e-3, 1e-3], [-0.1, 0.1])):
+        assert 0.2 * 900.0 < full_seconds(900.0, costs, gaps, 4.0) < 450.0
+    assert full_seconds(900.0, [1e-3, 1e-3], [-0.1, -0.2], 4.0) == pytest.approx(450.0), "both are better than the original"
 
 
 def test_rank_correlation():

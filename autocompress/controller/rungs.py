@@ -173,10 +173,11 @@ class Rungs:
         trials, each = findings.task.trials, pace.full_each()
         climbing = self._climbing(each)
         costs = [pace.step_cost(outcome.policy) for outcome in climbing]
+        gaps = [findings.gain_without(0.0) - gain(outcome) for outcome in climbing]
         for position, outcome in enumerate(climbing):
             if self._is_over():
                 return
-            seconds = full_seconds(findings.clock.left, costs[position:], each, trials) - pace.finishing()
+            seconds = full_seconds(findings.clock.left, costs[position:], gaps[position:], each, trials) - pace.finishing()
             if seconds <= 0:
                 return
             findings.keep(
