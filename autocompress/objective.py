@@ -159,7 +159,7 @@ def _is_of_this_device(setting: Setting, outcome: Outcome) -> bool:
     """Whether the outcome's file was run by the same runtime on the same processor."""
 
     def facts(environment: dict[str, str]) -> dict[str, str]:
-        return {key: value for key, value in environment.items() if key in ("processor", "flags", *TITLES)}
+        return {key: value for key, value in environment.items() if key in ("processor", "flags", "precision", *TITLES)}
 
     return outcome.latency_s is not None and facts(outcome.latency_s.environment) == facts(setting.device.environment())
 
@@ -220,8 +220,8 @@ def check_artifact(setting: Setting, student: fx.GraphModule, path: Path, policy
         outputs = run_artifact(setting.device, path, setting.data, setting.data.val, setting.batch)
         rows, expected = _some_answers(student, setting)
     layers = [layer.name for layer in setting.graph_of(policy).layers]
-    decisions = setting.data.classes is not None
-    return outputs, check_parity(expected, outputs[rows], policy.quant, layers, decisions=decisions)
+    decisions, is_exact = setting.data.classes is not None, setting.device.profile.is_exact
+    return outputs, check_parity(expected, outputs[rows], policy.quant, layers, decisions=decisions, is_exact=is_exact)
 
 
 def measure_beside_baseline(

@@ -187,7 +187,7 @@ def _device_of(reference: str) -> tuple[str, dict[str, str]]:
     name, options = parse_reference(reference)
     if name.startswith(AGENT) and ":" not in name.removeprefix(AGENT):
         name = f"{name}:{AGENT_PORT}"
-    return name, {"threads": "1", "runtime": "onnxruntime"} | options
+    return name, {"threads": "1", "runtime": "onnxruntime", "precision": "f32"} | options
 
 
 def load_task(path: Path | None, overrides: Mapping[str, object]) -> Task:

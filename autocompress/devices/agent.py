@@ -27,7 +27,7 @@ from autocompress.devices.blobs import Blobs
 from autocompress.devices.frames import read_array
 from autocompress.devices.protocol import PROTOCOL
 from autocompress.devices.running import outputs_of
-from autocompress.devices.runtime import TITLES, Guard, Runtime
+from autocompress.devices.runtime import EXACT, PRECISIONS, TITLES, Guard, Runtime
 from autocompress.devices.server import Server
 from autocompress.errors import DeviceUnavailable, UsageError, one_line
 from autocompress.references import AGENT_FILE_MB, AGENT_MEMORY_MB, AGENT_PORT
@@ -92,13 +92,18 @@ class Agent:
     def _runtime(self, request: dict[str, Any]) -> Runtime:
         """Raises DeviceUnavailable where it is not installed, UsageError where there is no such runtime or number of threads."""
         name, threads, most = str(request.get("runtime")), int(request.get("threads", 1)), processor.usable()
+        precision = str(request.get("precision", EXACT))
         if name not in TITLES:
             raise UsageError(f"the agent knows no runtime {name!r}", hint=f"it knows {', '.join(TITLES)}")
         if not 1 <= threads <= most:
             raise UsageError(f"threads must lie in 1..{most} there, but got {threads}", hint=f"the agent may use {most} processors")
-        runtime = Runtime(name, threads, self._guard)
+        if precision not in PRECISIONS[name]:
+            raise UsageError(f"{name} takes no precision {precision!r}", hint=f"it takes {', '.join(PRECISIONS[name])}")
+        runtime = Runtime(name, threads, self._guard, precision)
         if not runtime.is_here:
             raise DeviceUnavailable(f"{runtime.title} is not installed on the device", hint=f"pip install {name}, there")
+        if not runtime.can_compute:
+            raise DeviceUnavailable(f"the device's processor has no instructions for {precision}", hint=f"leave precision={precision} out")
         return runtime
 
 

@@ -22,12 +22,13 @@ MOST_A_FILE_S = 120.0
 class DeviceProfile(Record):
     """What a device can do, as far as it shapes the search space.
 
-    bits: weight bits that have kernels. channel_multiple: channel counts are rounded to it, since kernels work in vectors.
-    reduced_range: int8 weights must stay within [-64, 64] because the multiply-add saturates.
+    is_exact: what is in float32 is computed so. bits: weight bits that have kernels. channel_multiple: channel counts are rounded to it,
+    since kernels work in vectors. reduced_range: int8 weights must stay within [-64, 64] because the multiply-add saturates.
     """
 
     runtime: str
     threads: int = 1
+    is_exact: bool = True
     bits: tuple[int, ...] = (8, 32)
     channel_multiple: int = 8
     reduced_range: bool = False
@@ -37,7 +38,7 @@ class DeviceProfile(Record):
 def profile_of(runtime: Runtime, *, saturates: bool) -> DeviceProfile:
     """What a runtime can do on a processor whose int8 products saturate, or do not."""
     note = "x86 without VNNI: int8 weights use 7 bits" if saturates else ""
-    return DeviceProfile(runtime=runtime.name, threads=runtime.threads, reduced_range=saturates, note=note)
+    return DeviceProfile(runtime=runtime.name, threads=runtime.threads, is_exact=runtime.is_exact, reduced_range=saturates, note=note)
 
 
 def measurements(answer: dict[str, Any], paths: Sequence[Path], runtime: Runtime, environment: dict[str, str]) -> list[Measurement]:

@@ -160,7 +160,7 @@ def _opened(request: dict[str, Any], model: str | bytes) -> Session:
         model = Path(model).read_bytes() if isinstance(model, str) else model
         if refers_elsewhere(model):
             raise ValueError("the file must be an ONNX model that holds its weights itself")
-    return open_session(request["runtime"], model, request["threads"])
+    return open_session(request["runtime"], model, request["threads"], request["precision"])
 
 
 def confine(request: dict[str, Any]) -> None:

@@ -23,6 +23,9 @@ class LocalCpu(Device):
     def __init__(self, runtime: Runtime) -> None:
         if not runtime.is_here:
             raise DeviceUnavailable(f"{runtime.title} is not installed", hint=CURES[runtime.name])
+        if not runtime.can_compute:
+            asked = f"precision={runtime.precision}"
+            raise DeviceUnavailable(f"this processor has no instructions for {runtime.precision}", hint=f"leave {asked} out")
         self.name = runtime.device
         self._runtime = runtime
         self.profile = profile_of(runtime, saturates=processor.int8_saturates(processor.flags()))

@@ -23,7 +23,7 @@ from autocompress.devices.access import token_of
 from autocompress.devices.base import MOST_A_FILE_S, Device, measurements, profile_of
 from autocompress.devices.frames import read_array, write_array
 from autocompress.devices.protocol import HEARTBEAT_S, MOST_REQUEST, PROTOCOL, raise_failure
-from autocompress.devices.runtime import Runtime
+from autocompress.devices.runtime import EXACT, Runtime
 from autocompress.devices.timing import FEWEST_ROUNDS
 from autocompress.devices.wire import refers_elsewhere
 from autocompress.errors import DeviceUnavailable, PolicyFailure, UsageError, one_line
@@ -51,11 +51,12 @@ class RemoteCpu(Device):
     """
 
     def __init__(self, host: str, port: int, runtime: Runtime, token: bytes) -> None:
-        self.name = f"{AGENT}{host}:{port}?runtime={runtime.name}&threads={runtime.threads}"
+        self._how = {"runtime": runtime.name, "threads": runtime.threads, "precision": runtime.precision}
+        told = {key: value for key, value in self._how.items() if value != EXACT}
+        self.name = f"{AGENT}{host}:{port}?{urlencode(told)}"
         self._host, self._port, self._runtime, self._token = host, port, runtime, token
         self._sent: set[str] = set()
-        query = urlencode({"runtime": runtime.name, "threads": runtime.threads})
-        facts, _ = self._patiently(lambda: self._exchange("GET", f"/facts?{query}"), pauses_s=())
+        facts, _ = self._patiently(lambda: self._exchange("GET", f"/facts?{urlencode(self._how)}"), pauses_s=())
         raise_failure(facts)
         if facts.get("protocol") != PROTOCOL:
             raise DeviceUnavailable(
@@ -105,7 +106,7 @@ class RemoteCpu(Device):
 
     def _ask(self, kind: str, request: dict[str, Any], models: dict[str, bytes], inputs: dict[str, bytes], names: dict[str, str]) -> Answer:
         """The answer to a request that names these blobs; `names` are those of the files that it may speak of."""
-        body = json.dumps(request | {"runtime": self._runtime.name, "threads": self._runtime.threads}).encode()
+        body = json.dumps(request | self._how).encode()
         blobs = models | inputs
         for content, most in ((body, MOST_REQUEST), *((blob, self._most_bytes) for blob in blobs.values())):
             if len(content) > most:
@@ -225,5 +226,6 @@ def open_agent(address: str, options: dict[str, str]) -> RemoteCpu:
     if not host or (port and not (port.isdecimal() and 0 < int(port) < 2**16)):
         raise UsageError(f"an agent must be named by host and port, but got {address!r}", hint="write agent://raspberrypi:7878")
     file = os.environ.get("AUTOCOMPRESS_TOKEN_FILE")
-    runtime = Runtime(options.get("runtime", "onnxruntime"), int(options.get("threads", "1")))
+    precision = options.get("precision", EXACT)
+    runtime = Runtime(options.get("runtime", "onnxruntime"), int(options.get("threads", "1")), precision=precision)
     return RemoteCpu(host, int(port or AGENT_PORT), runtime, token_of(Path(file) if file else None))

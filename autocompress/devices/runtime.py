@@ -15,6 +15,9 @@ TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 CURES = {"onnxruntime": "pip install onnxruntime", "openvino": 'pip install "autocompress[openvino]"'}
 PLACE = ":cpu"
 """Ends the name of a device, but for its options."""
+EXACT = "f32"
+PRECISIONS = {"onnxruntime": (EXACT,), "openvino": (EXACT, "bf16")}
+"""In which a runtime may compute what is not int8 in a file: by rounding it, the second takes half of the time on processors that can."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Runtime:
     name: str
     threads: int = 1
     guard: Guard | None = None
+    precision: str = EXACT
 
     @property
     def title(self) -> str:
@@ -45,16 +49,30 @@ class Runtime:
     @property
     def device(self) -> str:
         """Name of the device that it makes of this machine's processor."""
-        return f"{self.name}{PLACE}?threads={self.threads}"
+        return f"{self.name}{PLACE}?threads={self.threads}" + ("" if self.is_exact else f"&precision={self.precision}")
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it computes in float32 what is in float32."""
+        return self.precision == EXACT
 
     @property
     def is_here(self) -> bool:
         return importlib.util.find_spec(self.name) is not None
 
     @property
+    def can_compute(self) -> bool:
+        """Whether this processor has instructions for the precision: without, the runtime silently computes in float32."""
+        if self.is_exact:
+            return True
+        import openvino
+
+        return self.precision.upper() in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+    @property
     def asked(self) -> dict[str, str | int]:
         """How a request to a child process names it."""
-        asked: dict[str, str | int] = {"runtime": self.name, "threads": self.threads}
+        asked: dict[str, str | int] = {"runtime": self.name, "threads": self.threads, "precision": self.precision}
         return asked if self.guard is None else asked | {"folder": self.guard.folder, "most_bytes": self.guard.most_bytes}
 
     def environment(self) -> dict[str, str]:
@@ -66,6 +84,7 @@ class Runtime:
             "governor": processor.governor() or "unknown",
             "load": f"{os.getloadavg()[0]:.2f}",
             "threads": str(self.threads),
+            "precision": self.precision,
             self.name: _version(self.name),
             "python": platform.python_version(),
             "system": platform.platform(),

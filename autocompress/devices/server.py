@@ -1,6 +1,6 @@
 """The HTTP side of an agent: who may ask, how much, and how an answer travels.
 
-    GET  /facts?runtime=NAME&threads=N      what the device is
+    GET  /facts?runtime=NAME&threads=N&precision=P      what the device is
     PUT  /blobs/SHA256                      keep these bytes
     POST /measure, /many, /run              JSON; the answer is spaces while it works, then a line of JSON, and of /run an array after it
 

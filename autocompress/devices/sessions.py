@@ -37,9 +37,9 @@ class Session(Protocol):
 
 
 class OnnxRuntimeSession:
-    """In ONNX Runtime, from a file or from memory."""
+    """In ONNX Runtime, from a file or from memory; it computes in the types of the file."""
 
-    def __init__(self, model: str | bytes, threads: int) -> None:
+    def __init__(self, model: str | bytes, threads: int, precision: str) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -55,9 +55,9 @@ class OnnxRuntimeSession:
 
 
 class OpenVinoSession:
-    """In OpenVINO's CPU plugin, from a file or from memory; float32 stays float32, whatever the processor has."""
+    """In OpenVINO's CPU plugin, from a file or from memory; by itself it would choose the precision by the processor."""
 
-    def __init__(self, model: str | bytes, threads: int) -> None:
+    def __init__(self, model: str | bytes, threads: int, precision: str) -> None:
         import openvino
 
         core = openvino.Core()
@@ -66,7 +66,7 @@ class OpenVinoSession:
         if any(value.partial_shape.is_dynamic for value in network.inputs):
             network.reshape(shapes)
         settings = {
-            "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": precision,
             "ENABLE_CPU_PINNING": False,
         }  # fmt: skip
         self._request = core.compile_model(network, "CPU", settings).create_infer_request()
@@ -84,9 +84,9 @@ class OpenVinoSession:
 SESSIONS: dict[str, type[OnnxRuntimeSession] | type[OpenVinoSession]] = {"onnxruntime": OnnxRuntimeSession, "openvino": OpenVinoSession}
 
 
-def open_session(runtime: str, model: str | bytes, threads: int) -> Session:
-    """Load a model with a runtime of `runtime.TITLES`. Raises what the runtime raises."""
-    return SESSIONS[runtime](model, threads)
+def open_session(runtime: str, model: str | bytes, threads: int, precision: str) -> Session:
+    """Load a model with a runtime of `runtime.TITLES`, in a precision that it takes. Raises what the runtime raises."""
+    return SESSIONS[runtime](model, threads, precision)
 
 
 def _dtype(name: str) -> np.dtype[Any]:

@@ -20,13 +20,14 @@ from autocompress.compress.quantize import calibrate, fake_quantize, snap_biases
 from autocompress.compress.student import build_student
 from autocompress.devices import child as program
 from autocompress.devices import local as module
-from autocompress.devices import processes, running
+from autocompress.devices import open_device, processes, running
 from autocompress.devices.local import LocalCpu
 from autocompress.devices.runtime import TITLES, Runtime
 from autocompress.errors import DeviceUnavailable, PolicyFailure, UsageError
 from autocompress.export import check_onnx, onnx_bytes
 from autocompress.graph import Graph
 from autocompress.policy import Policy, QuantSpec
+from autocompress.task import same_device
 from devices.files import linear_model
 
 SHORT = 0.05
@@ -129,6 +130,21 @@ def test_runtimes_agree_on_an_int8_network(tmp_path, monkeypatch):
     with torch.no_grad():
         own = student(torch.from_numpy(np.concatenate(batches))).numpy()
     assert np.abs(one - own).max() <= 0.05 * np.abs(own).max()
+
+
+def test_bf16_is_what_was_asked_for_and_nothing_else(tmp_path):
+    exact, rounded = Runtime("openvino"), Runtime("openvino", precision="bf16")
+    if not (exact.is_here and rounded.can_compute):
+        pytest.skip("no OpenVINO, or no instructions for bf16")
+    onnx.save(linear_model(256), tmp_path / "linear.onnx")
+    batches = [np.random.default_rng(seed).standard_normal((1, 256), dtype=np.float32) for seed in range(8)]
+    one, again, other = (LocalCpu(runtime).run(tmp_path / "linear.onnx", batches) for runtime in (exact, exact, rounded))
+    np.testing.assert_array_equal(one, again)
+    assert 1e-4 < np.abs(one - other).max() / np.abs(one).max() < 0.03
+    device = LocalCpu(rounded)
+    assert (device.profile.is_exact, device.environment()["precision"]) == (False, "bf16")
+    assert open_device(device.name).name == device.name == "openvino:cpu?threads=1&precision=bf16"
+    assert not same_device(device.name, "openvino:cpu")
 
 
 def test_a_runtime_that_is_not_installed_says_how_to_get_it(monkeypatch):

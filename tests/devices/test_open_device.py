@@ -6,7 +6,7 @@ import pytest
 
 from autocompress.devices import list_devices, open_device, processor
 from autocompress.devices.runtime import TITLES, Runtime
-from autocompress.errors import UsageError
+from autocompress.errors import DeviceUnavailable, UsageError
 
 
 @pytest.mark.parametrize("runtime", [name for name in TITLES if Runtime(name).is_here])
@@ -24,6 +24,28 @@ def test_a_device_opens_with_its_threads(monkeypatch, runtime, options, threads)
 def test_threads_out_of_range_are_refused(threads):
     with pytest.raises(UsageError, match=r"threads|device reference|option"):
         open_device(f"onnxruntime:cpu?threads={threads}")
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [
+        ("onnxruntime:cpu?precision=bf16", "openvino takes"),
+        ("openvino:cpu?precision=int8", "no runtime here"),
+        ("agent://127.0.0.1:1?precision=bf16", "openvino takes"),
+    ],
+)
+def test_a_precision_that_the_runtime_does_not_compute_in_is_refused(name, cure):
+    with pytest.raises(UsageError, match="precision must be f32") as error:
+        open_device(name)
+    assert cure in error.value.hint
+
+
+@pytest.mark.skipif(not Runtime("openvino").is_here, reason="openvino is not installed")
+def test_a_precision_that_the_processor_cannot_compute_in_is_not_silently_another(monkeypatch):
+    monkeypatch.setattr(Runtime, "can_compute", property(lambda runtime: runtime.is_exact))
+    with pytest.raises(DeviceUnavailable, match="no instructions for bf16"):
+        open_device("openvino:cpu?precision=bf16")
+    assert open_device("openvino:cpu?precision=f32").name == "openvino:cpu?threads=1"
 
 
 @pytest.mark.parametrize("name", ["onnxruntime:gpu", "openvino:npu", "cpu", "onnxruntime:cpu?cores=1"])

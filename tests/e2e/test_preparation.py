@@ -19,6 +19,8 @@ from autocompress.compress.student import build_student
 from autocompress.data import Data, Split
 from autocompress.demo import TEACHER_EPOCHS
 from autocompress.deploy import recreate
+from autocompress.devices.local import LocalCpu
+from autocompress.devices.runtime import Runtime
 from autocompress.errors import DeviceUnavailable, PolicyFailure, UsageError
 from autocompress.failures import FAILURES
 from autocompress.objective import PROBED_STEPS, evaluate_policy, training_step_seconds
@@ -387,6 +389,18 @@ def test_a_network_with_tied_weights_is_compressed(data, tmp_path):
     assert torch.equal(weights["a.conv1.weight"], weights["a.conv2.weight"])
     further = evaluate_policy(setting, policy, id="00001", rung="full", seconds=0.0, predicted=None, continues="00000")
     assert further.failure is None
+
+
+def test_files_are_compared_as_rounded_where_the_device_computes_in_bf16(net, data, tmp_path):
+    runtime = Runtime("openvino", precision="bf16")
+    if not (runtime.is_here and runtime.can_compute):
+        pytest.skip("no OpenVINO, or no instructions for bf16")
+    setting = ready(net, data, tmp_path / "run", LocalCpu(runtime))
+    score_baseline(setting, data.val)
+    outcome = evaluate_policy(setting, Policy(prune=PruneSpec(ratios={"b.conv1": 0.5})), id="00000", rung="short", seconds=1.0)
+    assert outcome.failure is None, "float32 outputs would have to agree to 1e-4"
+    assert outcome.parity.difference > 1e-4
+    assert outcome.latency_s.environment["precision"] == "bf16"
 
 
 def test_a_network_whose_norms_follow_the_batch_is_compressed(data, tmp_path):
