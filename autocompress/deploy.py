@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from autocompress.compress.quantize import TINY, fake_quantize, is_quantized
 from autocompress.compress.student import build_student
 from autocompress.devices import open_device
+from autocompress.devices.base import Device, identity
 from autocompress.devices.runtime import CURES
 from autocompress.errors import AutocompressError, RunFolderError, UsageError, refused
 from autocompress.export import (
@@ -99,7 +100,7 @@ def export_run(
         if "openvino" in formats:
             _write_openvino(made)
         if "torch" in formats:
-            _write_torch(made, model, student, _teacher_weights(run, results))
+            _write_torch(made, model, student, _teacher_weights(run, results), target)
         with refused(f"policy {entry.id} cannot be measured on {target.name}"):
             before, after = target.measure([baseline, made / MODEL], seconds_each=EXPORT_MEASURE_S)
         after = after.beside(before)
@@ -196,9 +197,15 @@ def _facts(results: Results, entry: Entry, device: str, before: Measurement, aft
     """device: where it was measured; scores, parity and what was predicted are of the search's."""
     return {
         "device": device, "latency_s": after, "baseline_latency_s": before, "measured_at": now(),
-        "predicted_latency_s": entry.predicted_latency_s if results.device and same_device(device, results.device) else None,
+        "predicted_latency_s": entry.predicted_latency_s if _is_of_the_search(results, device, after) else None,
         "scored_on": results.device, "val_score": entry.val_score, "test_score": entry.test_score, "parity": entry.parity,
     }  # fmt: skip
+
+
+def _is_of_the_search(results: Results, device: str, measured: Measurement) -> bool:
+    """Whether a device is the one that the search has predicted, on the same machine."""
+    is_same = all(results.environment.get(what, value) == value for what, value in identity(measured.environment).items())
+    return bool(results.device) and same_device(device, results.device) and is_same
 
 
 def _write_openvino(out: Path) -> None:
@@ -216,8 +223,8 @@ def _teacher_weights(run: Path, results: Results) -> Path | None:
     return next((path for path in known if path.is_file()), None)
 
 
-def _write_torch(out: Path, model: nn.Module | str | None, reference: str | None, weights: Path | None) -> None:
-    student = recreate(out, model, student=reference, weights=weights)
+def _write_torch(out: Path, model: nn.Module | str | None, reference: str | None, weights: Path | None, device: Device) -> None:
+    student = recreate(out, model, student=reference, weights=weights, device=device)
     torch.export.save(torch.export.export(student, (_example(read_manifest(out)),)), out / "model.pt2")
 
 
@@ -231,11 +238,11 @@ def _example(manifest: Manifest) -> Tensor:
 
 
 @torch.inference_mode()
-def _require_same(student: fx.GraphModule, path: Path, example: Tensor) -> None:
+def _require_same(student: fx.GraphModule, path: Path, example: Tensor, device: Device) -> None:
     """Which channels a student keeps may depend on its teacher's weights: another teacher of the same shape gives another student."""
-    own, expected = student(example), torch.from_numpy(open_device(DEFAULT_DEVICE).run(path, [example.numpy()]))
+    own, expected = student(example), torch.from_numpy(device.run(path, [example.numpy()]))
     difference = float((own - expected).abs().max() / expected.abs().max().clamp_min(TINY))
-    if not difference <= (SAME_INT8 if is_quantized(student) else SAME_FLOAT):
+    if not difference <= (SAME_INT8 if is_quantized(student) or not device.profile.is_exact else SAME_FLOAT):
         raise UsageError(
             f"the student that was re-created must answer as the file does, but differs by {100 * difference:.2g} %",
             hint="give the teacher with the weights that it had in the search: --model REF, and its weights file where the search found it",
@@ -243,7 +250,12 @@ def _require_same(student: fx.GraphModule, path: Path, example: Tensor) -> None:
 
 
 def recreate(
-    bundle: Path | str, model: nn.Module | str | None = None, *, student: str | None = None, weights: Path | str | None = None
+    bundle: Path | str,
+    model: nn.Module | str | None = None,
+    *,
+    student: str | None = None,
+    weights: Path | str | None = None,
+    device: Device | None = None,
 ) -> fx.GraphModule:
     """The student of a bundle, from its policy, its weights and the network that it was derived from, compared with its file.
 
@@ -252,6 +264,8 @@ def recreate(
         model: the teacher or its reference; None takes the manifest's, unless that is a user's function or was an object.
         student: reference of the architecture that students are derived from, where the policy names a user's function.
         weights: the teacher's weights, where `model` is a reference.
+        device: that runs the file which the student is compared with, by default ONNX Runtime here. Int8 of another processor may saturate
+            on this one.
 
     Raises UsageError where the student answers otherwise than the file, as one of another teacher does, RunFolderError for a damaged
     bundle.
@@ -270,7 +284,7 @@ def recreate(
     example, reference = _example(manifest), own_copy(reference)
     answer_with_one_tensor(reference, example)
     made = load_student(bundle, fake_quantize(build_student(Graph.trace(reference, (example,)), policy), policy.quant))
-    _require_same(made, bundle / MODEL, example)
+    _require_same(made, bundle / MODEL, example, device or open_device(DEFAULT_DEVICE))
     return made
 
 

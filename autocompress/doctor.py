@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from autocompress import machine
 from autocompress.devices import processor
 from autocompress.devices.runtime import CURES
 from autocompress.units import format_size
@@ -37,7 +38,7 @@ def examine(folder: Path) -> dict[str, Any]:
         "system": platform.platform(),
         "cpu": processor.name(),
         "cpu_flags": processor.listed_flags(),
-        "cores": processor.usable(),
+        "cores": machine.usable(),
         "governor": processor.governor() or "unknown",
         "load": round(os.getloadavg()[0], 2),
         "free_disk": format_size(free),

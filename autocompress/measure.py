@@ -11,6 +11,7 @@ from torch import Tensor
 from autocompress.compress.student import build_student
 from autocompress.data.sources import load_data
 from autocompress.devices import Device, open_device
+from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import refused
 from autocompress.export import check_onnx, write_bundle
 from autocompress.graph import Graph
@@ -59,6 +60,17 @@ def measure_file_on(path: Path | str, devices: Sequence[str]) -> list[Measuremen
 
 
 def _in_turns(path: Path, targets: Sequence[Device]) -> list[Measurement]:
-    """Of each device the measurement whose median is the middle one of its turns."""
+    """What each device says in several turns."""
     turns = [[target.measure([path], seconds_each=MEASURE_S)[0] for target in targets] for _ in range(TURNS if len(targets) > 1 else 1)]
-    return [sorted(own, key=lambda measurement: measurement.median)[len(own) // 2] for own in zip(*turns, strict=True)]
+    return [_together(own) for own in zip(*turns, strict=True)]
+
+
+def _together(turns: Sequence[Measurement]) -> Measurement:
+    """The turn whose median is the middle one, with an interval that holds the medians of all: processes differ by more than calls do."""
+    ranked = sorted(turns, key=lambda measurement: measurement.median)
+    middle, least, most = ranked[len(ranked) // 2], ranked[0].median, ranked[-1].median
+    wider = middle.model_copy(update={"low": min(middle.low, least), "high": max(middle.high, most)})
+    apart = most / least - 1
+    if apart <= MOST_DRIFT:
+        return wider
+    return wider.mistrusted(f"its turns differ by {100 * apart:.0f} %")

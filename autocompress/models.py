@@ -149,8 +149,10 @@ def _take(_: nn.Module, __: object, outputs: Any, *, name: str) -> Any:
 
 STATES = ("state_dict", "model_state_dict", "model")
 """Names that training scripts give the state dict in a checkpoint."""
-WRAPPERS = ("module.", "_orig_mod.")
-"""What `DataParallel` and `torch.compile` put in front of the names of a state dict."""
+COUNTER = "num_batches_tracked"
+"""Of batch norms; files of old versions of torch lack it, and nothing depends on it."""
+REFUSED = re.compile(r"Unsupported (?:global|class|operand)[^.]*?: ?(?:GLOBAL )?([\w.]+)")
+"""What torch says of a file that holds more than tensors."""
 USUAL_SHAPES = ((3, 224, 224), (3, 299, 299), (3, 32, 32), (1, 28, 28), (1, 8, 8), (3, 16, 112, 112))
 """Inputs that a model is tried with when nothing says what it takes: images, and a video."""
 SHAPE = re.compile(r"(\d+(?:x\d+)*)(?::(\w+))?")
@@ -195,7 +197,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     state = _unwrapped(read_state(path), own)
     missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     known = {(value.data_ptr(), value.shape) for key, value in own.items() if key in state}  # a file may name once what several share
-    optional = {key for key in missing if key.endswith("num_batches_tracked") or (own[key].data_ptr(), own[key].shape) in known}
+    optional = {key for key in missing if key.endswith(COUNTER) or (own[key].data_ptr(), own[key].shape) in known}
     if unexpected or set(missing) - optional:
         key = (unexpected or [k for k in missing if k not in optional])[0]
         verb = "has" if unexpected else "lacks"
@@ -207,16 +209,28 @@ def load_weights(model: nn.Module, path: Path) -> None:
             raise UsageError(
                 f"the weights {str(path)!r} do not fit the model: {key} must have shape {tuple(own[key].shape)}, "
                 f"but got {tuple(value.shape)}",
-                hint="these are the weights of another model, or for another number of classes: give that model, or its own --weights",
+                hint="these are the weights of another model, or for another number of classes than --data says (1000 without it; of an "
+                "image folder its folders): give that model, its own --weights, or --data",
             )
     model.load_state_dict(state, strict=False)
 
 
 def _unwrapped(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state by the model's names: data parallelism and `torch.compile` put a word in front of all of them."""
-    for prefix in 2 * WRAPPERS:
-        if state and all(key.startswith(prefix) for key in state) and not all(key.startswith(prefix) for key in own):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    """The state by the model's names, where one of the two is the other within a module: all names then begin with its name.
+
+    Data parallelism, `torch.compile` and Lightning's modules wrap a network so; a user's wrapper does what a checkpoint has not seen.
+    What a checkpoint has beside the network (a loss with weights) is left out.
+    """
+    if not state or not own or set(own) & set(state):
+        return state
+    for outer, inner in ((state, own), (own, state)):
+        shortest = min(inner, key=len)
+        for prefix in sorted({key.removesuffix(shortest) for key in outer if key.endswith(f".{shortest}")}, key=len):
+            within = {key for key in outer if key.startswith(prefix)}
+            if outer is state and {key for key in own if not key.endswith(COUNTER)} <= {key.removeprefix(prefix) for key in within}:
+                return {key.removeprefix(prefix): state[key] for key in within}
+            if outer is own and len(within) == len(own):
+                return {prefix + key: value for key, value in state.items()}
     return state
 
 
@@ -232,9 +246,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors, zipfile, pickle and torch each raise their own kinds
         hint = "give a state dict (torch.save(model.state_dict(), ...)) or safetensors; for a whole model use --model file.py:function"
-        raise UsageError(
-            f"the weights {str(path)!r} ({path.stat().st_size} bytes) cannot be read: {type(error).__name__}", hint=hint
-        ) from None
+        refused = REFUSED.search(str(error))
+        reason = f"it holds more than tensors ({refused[1]})" if refused else type(error).__name__
+        raise UsageError(f"the weights {str(path)!r} ({path.stat().st_size} bytes) cannot be read: {reason}", hint=hint) from None
     inside = next((key for key in STATES if isinstance(state, dict) and isinstance(state.get(key), dict)), None)
     state = state[inside] if inside is not None else state
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):

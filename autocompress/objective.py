@@ -23,7 +23,7 @@ from autocompress.compress.quantize import fake_quantize
 from autocompress.compress.student import build_student
 from autocompress.compress.train import Distillation, Tick, TrainPlan, quantizes, train, train_quantized
 from autocompress.data import sampled
-from autocompress.devices.runtime import TITLES
+from autocompress.devices.base import identity
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import PolicyFailure
 from autocompress.evaluate import model_answers, run_artifact, score_outputs
@@ -91,7 +91,6 @@ def evaluate_policy(
                 student = _trained(setting, student, policy, id, rung, min(latest, begun + seconds), count)
             trained = time.monotonic()
             training_s = trained - begun
-            interrupted_weights(setting, policy).unlink(missing_ok=True)
             stage = "export"
             manifest = setting.write(setting.models / id, student, policy)
             path = setting.models / id / manifest.artifact
@@ -104,6 +103,7 @@ def evaluate_policy(
         interrupted_weights(setting, policy).unlink(missing_ok=True)
         failure = Failure(stage=stage, reason=error.message)
         return Outcome(**known, failure=failure, seconds=time.monotonic() - started, training_s=training_s)
+    interrupted_weights(setting, policy).unlink(missing_ok=True)
     return Outcome(
         **known,
         val_score=score,
@@ -157,11 +157,7 @@ def _scored_again(setting: Setting, outcome: Outcome, path: Path) -> Score:
 
 def _is_of_this_device(setting: Setting, outcome: Outcome) -> bool:
     """Whether the outcome's file was run by the same runtime on the same processor."""
-
-    def facts(environment: dict[str, str]) -> dict[str, str]:
-        return {key: value for key, value in environment.items() if key in ("processor", "flags", "precision", *TITLES)}
-
-    return outcome.latency_s is not None and facts(outcome.latency_s.environment) == facts(setting.device.environment())
+    return outcome.latency_s is not None and identity(outcome.latency_s.environment) == identity(setting.device.environment())
 
 
 def training_step_seconds(setting: Setting, until: float) -> float:
@@ -203,6 +199,7 @@ def _trained(setting: Setting, student: fx.GraphModule, policy: Policy, id: str,
             keep_interrupted(setting, student, policy)
         raise
     if needs_training:
+        keep_interrupted(setting, student, policy)  # until it is measured: the device may be gone before that
         folder = setting.models / id
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / FLOAT_WEIGHTS, weights_bytes(student))
@@ -246,11 +243,7 @@ def measure_beside_baseline(
                 break
             time.sleep(DRIFT_PAUSE_S)
         reason = f"the baseline beside it took {100 * drift:+.0f} % of its time"
-        return [baseline, *(_noisy(latency.beside(baseline), reason) for latency in others)]
-
-
-def _noisy(latency: Measurement, reason: str) -> Measurement:
-    return latency.model_copy(update={"noisy": True, "noise_reason": "; ".join(filter(None, [latency.noise_reason, reason]))})
+        return [baseline, *(latency.beside(baseline).mistrusted(reason) for latency in others)]
 
 
 @torch.inference_mode()

@@ -63,7 +63,9 @@ Space = Annotated[
     str | None,
     typer.Option("--space", rich_help_panel=MODEL, help="Search space: a shipped name, a TOML file or file.py:function."),
 ]
-LearningRate = Annotated[float | None, typer.Option("--learning-rate", rich_help_panel=MODEL, help="Peak rate of student training.")]
+LearningRate = Annotated[
+    float | None, typer.Option("--learning-rate", rich_help_panel=MODEL, help="Scales the rates of student training; 0.1 is usual.")
+]
 BatchSize = Annotated[
     int | None,
     typer.Option("--batch-size", min=1, rich_help_panel=MODEL, help="Examples a step of training. Default: 128."),

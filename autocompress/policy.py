@@ -207,8 +207,8 @@ class Policy(Record):
         """Layers of a lower rank, with the share of their multiplications that is kept."""
         return {layer: kept for layer, kept in self.low_rank.kept.items() if kept < 1.0}
 
-    def in_words(self) -> str:
-        """One line for a person: what changed against the teacher."""
+    def in_words(self, *, distilled: bool = True) -> str:
+        """One line for a person: what changed against the teacher, and how that is `distilled` where it is."""
         parts = []
         if self.student.reference:
             parts.append(f"student {self.student.reference}")
@@ -227,6 +227,8 @@ class Policy(Record):
         others = Counter(bits for bits in self.quant.layers.values() if bits != self.quant.bits)
         exceptions = ", ".join(f"{counted(count, 'layer')} {bits_name(bits)}" for bits, count in sorted(others.items()))
         parts.append(bits_name(self.quant.bits) + (f" ({exceptions})" if exceptions else ""))
+        if not distilled:
+            return "; ".join(parts)
         distill = self.distill
         kind = ("" if distill.answers == "kl" else f"{distill.answers} ") + ("standardized " if distill.standardized else "")
         by = "" if distill.feature_loss == "values" or not distill.features else f" by {distill.feature_loss}"

@@ -7,6 +7,7 @@ import copy
 import hashlib
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from autocompress.export import check_parity, weights_bytes, write_bundle
 from autocompress.export.fold import fold_norms
 from autocompress.failures import policy_errors
 from autocompress.graph import Graph
+from autocompress.graph.exported import BRANCH
 from autocompress.graph.plain import own_copy
 from autocompress.graph.trace import is_opaque
 from autocompress.models import answer_with_one_tensor, load_model, load_weights
@@ -158,7 +160,7 @@ def _teacher(model: nn.Module, graph: Graph, data: Data, seed: int) -> Teacher:
 
 def _folded(graph: Graph, model: nn.Module) -> nn.Module:
     """The model as it answers soonest: traced, with its norms folded into the layers before them, which saves ResNet-56 a third."""
-    if is_opaque(graph.module):
+    if is_opaque(graph.module) or graph.module.meta.get(BRANCH):
         return model
     folded = copy.deepcopy(graph.module)
     fold_norms(folded)
@@ -198,10 +200,15 @@ def _loaded(task: Task, data: Data) -> nn.Module:
 
 
 def require_fit(model: nn.Module, data: Data, example: Tensor, reference: str) -> None:
-    """Raises UsageError unless the model is in floating point, runs on the data, at any batch, and has an output for each class."""
+    """Raises UsageError unless the model is in floating point, runs on the data, at any batch, and has an output for each class.
+
+    Of data with a loss of its own, unless that can be computed of the model's outputs and differentiated.
+    """
     _require_float(model, reference)
     outputs = _outputs(model, example, reference, "check that the data and the model belong together (channels, size)")
     _outputs(model, torch.cat([example, example]), reference, "training uses other batches: write x.flatten(1), not x.view(1, -1)")
+    if data.loss is not None:
+        _require_loss(model, data, reference)
     if data.classes is None:
         return
     if outputs.dim() != 2:
@@ -216,6 +223,26 @@ def require_fit(model: nn.Module, data: Data, example: Tensor, reference: str) -
             hint="give the data that the model was trained on (with classes=N where some have no example), or another model",
         )
     data.require_labels()
+
+
+def _require_loss(model: nn.Module, data: Data, reference: str) -> None:
+    """Raises UsageError unless the data's loss of two outputs is one finite number with a gradient: a search calls it much later."""
+    assert data.loss is not None
+    few = sample(data.train, min(2, len(data.train)))
+    outputs = _outputs(model, data.prepare(few.inputs), reference, "check that the data and the model belong together")
+    own = outputs.clone().requires_grad_()  # nothing reaches the model
+    form = f"outputs of shape {tuple(own.shape)} and targets of shape {tuple(few.targets.shape)} ({few.targets.dtype})"
+    try:
+        with warnings.catch_warnings(action="ignore"):  # they will be seen when the search calls it
+            loss = data.loss(own, few.targets)
+            (gradient,) = torch.autograd.grad(loss, own)
+        is_sound = bool(loss.isfinite()) and bool(gradient.isfinite().all())
+    except Exception as error:  # whatever the user's own code raises
+        raise UsageError(
+            f"the data's loss must take {form}, but raised {one_line(error)}", hint="return one number that depends on the outputs"
+        ) from None
+    if not is_sound:
+        raise UsageError(f"the data's loss must be finite, but is {loss.item():g} for {form}", hint="check the targets, and the loss")
 
 
 @torch.inference_mode()

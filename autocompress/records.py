@@ -124,6 +124,7 @@ class Prediction(Record):
 class Measurement(Record):
     """Latency of one artifact on one device, in seconds. [low, high] is the 95 % interval of the median.
 
+    p95_high: what the 95th percentile is below, with 95 %; of fewer than 59 samples the largest, which it may well exceed.
     original_s: median of the original, where both were measured in turns: what a speed-up and a relative budget refer to.
     """
 
@@ -131,6 +132,7 @@ class Measurement(Record):
     low: float
     high: float
     p95: float
+    p95_high: float | None = None
     n: int
     iqr: float = 0.0
     first_call: float = 0.0
@@ -138,6 +140,15 @@ class Measurement(Record):
     noisy: bool = False
     noise_reason: str = ""
     environment: dict[str, str] = {}
+
+    @property
+    def tail(self) -> float:
+        """What a budget of the 95th percentile is held against: the upper end of its interval, where that is known."""
+        return self.p95 if self.p95_high is None else self.p95_high
+
+    def mistrusted(self, reason: str) -> Measurement:
+        """The same, flagged as noisy for one more reason."""
+        return self.model_copy(update={"noisy": True, "noise_reason": "; ".join(filter(None, [self.noise_reason, reason]))})
 
     def beside(self, original: Measurement) -> Measurement:
         """The same, with what the original took when both were measured in turns."""
@@ -149,9 +160,9 @@ class Measurement(Record):
 
     def times(self, factor: float) -> Measurement:
         """The same on a machine that takes so many times as long."""
-        seconds = {name: factor * getattr(self, name) for name in ("median", "low", "high", "p95", "iqr", "first_call")}
-        original_s = factor * self.original_s if self.original_s is not None else None
-        return self.model_copy(update=seconds | {"original_s": original_s})
+        names = ("median", "low", "high", "p95", "p95_high", "iqr", "first_call", "original_s")
+        known = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return self.model_copy(update={name: factor * value for name, value in known.items()})
 
 
 class Normalisation(Record):
@@ -185,7 +196,7 @@ def _budget_duration(text: str) -> float:
 
 
 class Budget(Record):
-    """Limits on the product. `latency_s` bounds the upper end of the median's 95 % interval, `p95_s` the 95th percentile.
+    """Limits on the product. `latency_s` bounds the upper end of the median's 95 % interval, `p95_s` that of the 95th percentile's.
 
     `relative` bounds latency as a fraction of the original's: of what it took beside a measurement, or `against` what is known of it.
     """
@@ -244,7 +255,7 @@ class Budget(Record):
         if self.relative is not None:
             assert measurement.original_s is not None, "a relative budget needs the original beside each measurement"
             return self.against(measurement.original_s).allows(measurement, size_bytes, margin=margin)
-        return self.violation((1 + margin) * measurement.high, size_bytes, (1 + margin) * measurement.p95) <= 0
+        return self.violation((1 + margin) * measurement.high, size_bytes, (1 + margin) * measurement.tail) <= 0
 
     def times(self, factor: float) -> Budget:
         """All limits so many times as wide."""

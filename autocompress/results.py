@@ -14,6 +14,7 @@ from autocompress.policy import Policy, explain
 from autocompress.records import Budget, Measurement, Parity, Prediction, Rung, Score
 from autocompress.references import nearest
 from autocompress.run_folder import read_front
+from autocompress.units import counted
 
 
 class _Read(BaseModel):
@@ -68,7 +69,17 @@ class Entry(_Read):
     @property
     def words(self) -> str:
         """The policy, for people."""
-        return self.policy.in_words()
+        return self.policy.in_words(distilled=not self.is_untrained)
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether it is the teacher in other bits, with nothing but calibrated ranges."""
+        return self.rung == "unchanged" and not self.steps
+
+    @property
+    def trained(self) -> str:
+        """How long, for people; of one that was trained to the end the last part. Empty where nobody knows."""
+        return "calibrated only" if self.is_untrained else counted(self.steps, "step") if self.steps else ""
 
 
 class BaselineEntry(_Read):

@@ -18,7 +18,7 @@ PROFILING_SHARE, PROFILING_CAP_S = 0.08, 120.0
 """Share of the time, and seconds at most, for measuring operators and whole networks ahead."""
 POOL_SHARE, POOL_CAP_S = 0.02, 30.0
 """Share of the time, and seconds at most, for drawing and predicting the first policies."""
-TEACHER_SHARE = 0.08
+TEACHER_SHARE = 0.05
 """Share of the time for the teacher's answers that are computed ahead."""
 APPRAISAL_SHARE = 0.12
 """Share of the time for appraising untrained students."""
@@ -134,11 +134,14 @@ class Division:
     def of(cls, left: float, overhead: float, telling_s: float = 0.0) -> Division:
         """Divide what is `left`; a run trains for LEAST_TRAINING_RATIO of its overhead at least (choosing to measuring).
 
-        Where steps are slow there are fewer runs, down to FEWEST_SHORT_RUNS, so that each trains for the `telling_s` after which it tells.
+        Where steps are slow there are fewer runs, so that each trains for the `telling_s` after which it tells. Where not even one of them
+        would tell, there is one, in the usual share: the time is worth more in the full run that goes on from there.
         """
-        least = min(telling_s + overhead, MOST_SHORT_SHARE * left / FEWEST_SHORT_RUNS)
-        each = max(SHORT_SHARE * left / SHORT_RUNS, (1 + LEAST_TRAINING_RATIO) * overhead, least)
-        total = max(SHORT_SHARE * left, min(MOST_SHORT_SHARE * left, FEWEST_SHORT_RUNS * each))
+        telling = int(MOST_SHORT_SHARE * left / max(telling_s + overhead, 1e-9))
+        if telling == 0:
+            return cls(SHORT_SHARE * left, max(SHORT_SHARE * left - overhead, LEAST_TRAINING_RATIO * overhead), overhead)
+        each = max(SHORT_SHARE * left / SHORT_RUNS, (1 + LEAST_TRAINING_RATIO) * overhead, telling_s + overhead)
+        total = max(SHORT_SHARE * left, min(MOST_SHORT_SHARE * left, min(telling, FEWEST_SHORT_RUNS) * each))
         return cls(total, each - overhead, overhead)
 
     @property

@@ -25,7 +25,7 @@ from autocompress.controller.rungs import Rungs
 from autocompress.controller.warm_start import take_over
 from autocompress.data import Data
 from autocompress.data.sources import Splits, as_data
-from autocompress.devices.base import Device
+from autocompress.devices.base import Device, identity
 from autocompress.errors import AutocompressError, InfeasibleBudget, TooManyFailures, UsageError
 from autocompress.front import measured
 from autocompress.ledger import Ledger
@@ -43,7 +43,15 @@ from autocompress.schedule import Clock
 from autocompress.search_space import find_suggest, own_suggest, with_default_distillation
 from autocompress.setting import Setting
 from autocompress.signals import Attentive, stopped_by_signals
-from autocompress.study.database import open_journal, read_journal, recording, require_own, require_same_contents, require_same_subject
+from autocompress.study.database import (
+    open_journal,
+    read_journal,
+    recording,
+    require_own,
+    require_same_contents,
+    require_same_machine,
+    require_same_subject,
+)
 from autocompress.study.journal import Journal
 from autocompress.suggesters import LevelSuggester
 from autocompress.task import TASK_FILE, Task, find_task, load_task
@@ -286,8 +294,11 @@ def _prepared(task: Task, run: Path, journal: Journal, known: Journal | None, le
         loaded = load(task, weights=kept_teacher(task, run, begun=journal.has_begun), **given)
         if loaded.output:
             progress.message(f"{task.model} has several outputs: {loaded.output!r} is what is compressed")
+        if loaded.data.note:
+            progress.message(loaded.data.note)
         found = contents(task, loaded)
         require_same_contents(journal, run, found)
+        require_same_machine(journal, run, identity(loaded.device.environment()))
         if known is not None:
             require_same_subject(known, Path(task.from_run or ""), found)
         setting = replace(prepare(task, run, loaded), ledger=ledger)
@@ -366,8 +377,9 @@ def _phases(findings: Findings, known: Journal | None) -> None:
     if known is not None and findings.task.from_run is not None:
         take_over(findings, known, Path(findings.task.from_run))
     rungs = Rungs(findings)
-    rungs.appraise(pool)
-    rungs.short_rung(pool)
+    if not rungs.is_at_full_rung:
+        rungs.appraise(pool)
+        rungs.short_rung(pool)
     rungs.full_rung()
     conclude(findings)
     forget_interrupted(findings.setting)
@@ -439,7 +451,7 @@ def _nearest(findings: Findings) -> str:
         latency, original = outcome.latency_s, findings.setting.baseline.latency_s
         assert latency is not None
         limits = findings.limits.against(latency.original_s or original.median)
-        return limits.violation(latency.high, outcome.size_bytes, latency.p95)
+        return limits.violation(latency.high, outcome.size_bytes, latency.tail)
 
     nearest = min(measured(findings.outcomes()), key=miss)
     assert nearest.latency_s is not None
@@ -469,4 +481,4 @@ def plan(task: Task) -> dict[str, Any]:
         "train": len(data.train),
         "val": len(data.val),
         "test": len(data.test),
-    }
+    } | ({"note": data.note} if data.note else {})

@@ -35,6 +35,8 @@ def test_several_devices_take_turns_and_each_is_told_by_its_middle_one(asked, ti
     found = measure_file_on(tiny, ["steady", "restless"])
     assert asked == ["steady", "restless"] * 3
     assert [latency.median for latency in found] == [2.0, 3.0]
+    assert [(latency.low, latency.high, latency.noisy) for latency in found] == [(2.0, 2.0, False), (1.0, 9.0, True)]
+    assert "turns differ by 800 %" in found[1].noise_reason
 
 
 def test_one_device_is_asked_once(asked, tiny):

@@ -41,12 +41,41 @@ def test_a_checkpoint_may_hold_the_state_dict(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "net.backbone."])
 def test_a_checkpoint_of_a_training_script_is_read(tmp_path, key, prefix):
-    """Of data parallelism and `torch.compile` too, which name all weights otherwise."""
+    """Of data parallelism, `torch.compile` and Lightning too, which name all weights otherwise."""
     model = net()
     load_weights(model, write(tmp_path / "c.pt", {"epoch": 3, key: {prefix + name: value for name, value in state().items()}}))
     assert torch.equal(model[0].weight, net()[0].weight + 1)
+
+
+def test_what_a_checkpoint_holds_beside_the_network_is_left_out(tmp_path):
+    model = net()
+    wrapped = {f"model.{name}": value for name, value in state().items()} | {"criterion.weight": torch.ones(3)}
+    load_weights(model, write(tmp_path / "c.ckpt", {"state_dict": wrapped, "hyper_parameters": {"lr": 0.1}}))
+    assert torch.equal(model[0].weight, net()[0].weight + 1)
+    del wrapped["model.0.weight"]
+    with pytest.raises(UsageError, match="do not fit the model"):
+        load_weights(model, write(tmp_path / "c.ckpt", {"state_dict": wrapped}))
+
+
+def test_a_checkpoint_of_what_a_model_wraps_is_read(tmp_path):
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bert = net()
+
+    model = Wrapper()
+    load_weights(model, write(tmp_path / "w.safetensors", state()))
+    assert torch.equal(model.bert[0].weight, net()[0].weight + 1)
+    model.head = nn.Linear(3, 2)
+    with pytest.raises(UsageError, match="do not fit the model"):
+        load_weights(model, write(tmp_path / "w.safetensors", state()))
+
+
+def test_what_a_file_holds_beside_tensors_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"holds more than tensors \(pathlib.*Path"):
+        read_state(write(tmp_path / "c.ckpt", {"state_dict": state(), "hyper_parameters": {"folder": Path("x")}}))
 
 
 def test_a_model_may_have_a_part_that_is_called_as_what_wraps_others(tmp_path):

@@ -57,12 +57,18 @@ def test_short_runs_take_more_than_their_share_where_they_would_be_too_few():
     assert Division.of(left=0.0, overhead=1.0).short_total == 0.0
 
 
-@pytest.mark.parametrize(("telling_s", "training"), [(0.0, 24.0), (20.0, 24.0), (80.0, 80.0), (500.0, 199.0)])
+@pytest.mark.parametrize(("telling_s", "training"), [(0.0, 24.0), (20.0, 24.0), (80.0, 80.0), (250.0, 250.0), (500.0, 500.0)])
 def test_where_steps_are_slow_fewer_short_runs_train_until_they_tell(telling_s, training):
     """Seen on a slow machine: seventeen runs of thirty to ninety steps, which ranked policies by how many steps they had."""
     division = Division.of(left=1200.0, overhead=1.0, telling_s=telling_s)
     assert division.training == pytest.approx(training)
-    assert schedule.FEWEST_SHORT_RUNS * division.short_each <= division.short_total <= schedule.MOST_SHORT_SHARE * 1200.0
+    assert division.short_each <= division.short_total <= schedule.MOST_SHORT_SHARE * 1200.0
+
+
+def test_where_no_short_run_would_tell_one_of_them_leaves_the_time_to_a_full_run():
+    division = Division.of(left=1200.0, overhead=1.0, telling_s=700.0)
+    assert division.short_each == division.short_total == schedule.SHORT_SHARE * 1200.0
+    assert Division.of(left=100.0, overhead=60.0, telling_s=700.0).training == schedule.LEAST_TRAINING_RATIO * 60.0
 
 
 @pytest.mark.parametrize(

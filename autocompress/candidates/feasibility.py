@@ -118,8 +118,8 @@ class Feasibility:
         cures, binds = [], ""
         if budget.latency_s is not None and latency.high > budget.latency_s:
             cures.append(format_duration(CURE_MARGIN * latency.high))
-        if budget.p95_s is not None and latency.p95 > budget.p95_s:
-            cures.append(f"p95={format_duration(CURE_MARGIN * latency.p95)}")
+        if budget.p95_s is not None and latency.tail > budget.p95_s:
+            cures.append(f"p95={format_duration(CURE_MARGIN * latency.tail)}")
         if cures:
             binds = self._binds(forecast.workload(policy))
         if budget.size_bytes is not None and size_bytes > budget.size_bytes:

@@ -116,7 +116,7 @@ class Forecast:
             return workload.weight_bytes / MOST_WEIGHT_BYTES - 1
         baseline = self.setting.baseline
         overhead = baseline.size_bytes - self.teacher_workload.weight_bytes
-        p95 = latency_s * baseline.latency_s.p95 / baseline.latency_s.median
+        p95 = latency_s * baseline.latency_s.tail / baseline.latency_s.median
         return (budget or self.budget).violation(latency_s, workload.weight_bytes + max(0, overhead), p95)
 
     def upper(self, latency_s: float) -> float:
@@ -234,6 +234,10 @@ class Forecast:
         """Seconds as they were measured, else as they are predicted by now."""
         return self._measured(proposal.policy) or self.model.predict(proposal.workload).value
 
+    def is_measured(self, policy: Policy) -> bool:
+        """Whether its network was, trained or not."""
+        return self._measured(policy) is not None
+
     def _measured(self, policy: Policy) -> float | None:
         """Seconds that the policy's network takes, where it has been measured: beside an original as fast as it was lately."""
         known = self.networks.get(self.structure(policy))
@@ -323,7 +327,7 @@ class Forecast:
     def violation_of(self, found: Untrained, limits: Budget, *, slower: float = 1.0) -> float:
         """Relative excess over the limits, were it so many times slower."""
         latency = self.usual(found).times(slower)
-        return limits.against(self.recent_baseline_s).violation(latency.high, found.size_bytes, latency.p95)
+        return limits.against(self.recent_baseline_s).violation(latency.high, found.size_bytes, latency.tail)
 
     def add_to_baseline_history(self, found: Untrained | None) -> None:
         """Count what the original took beside this network among what it took lately.

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from autocompress import machine
 from autocompress.graph.trace import is_opaque
 
 _bf16_faster: dict[str, bool] = {}
@@ -25,7 +26,7 @@ def free_memory(device: torch.device) -> int:
     """Bytes that this process may still take there."""
     if device.type == "cuda":  # what torch holds but does not use is free as well
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(psutil.virtual_memory().available)
+    return machine.free_bytes() or int(psutil.virtual_memory().available)
 
 
 def training_hardware() -> str:

@@ -37,6 +37,8 @@ MAP_BYTES = 2**28
 """Of the largest value in the network, for all examples together."""
 ROWS = 8192
 """Positions in the maps of all examples together to which a layer is fitted, about."""
+TARGET_BYTES = 2**30
+"""Of what all layers together are fitted to: of large networks at fewer positions."""
 MOST_INPUTS = 2304
 """Of a filter (256 channels of 3 x 3): the equations cost the cube of them."""
 SEED = 20241
@@ -61,12 +63,13 @@ class TeacherActivations:
 
     def __init__(self, graph: Graph, inputs: Tensor) -> None:
         self.graph, self.inputs = graph, inputs
+        self.rows = min(ROWS, TARGET_BYTES // (4 * max(1, sum(layer.out_channels for layer in graph.layers))))
         self._kept: dict[_Value, Tensor] = {}
 
     def values(self, wanted: set[_Value]) -> dict[_Value, Tensor]:
         """These values of the teacher, each as rows x channels; kept, unless all that was asked for takes more than KEPT_BYTES."""
         missing = wanted - self._kept.keys()
-        found = self._kept | (_Recorder(self.graph.module, missing).of(self.inputs) if missing else {})
+        found = self._kept | (_Recorder(self.graph.module, missing, self.rows).of(self.inputs) if missing else {})
         self._kept = found if sum(rows.nbytes for rows in found.values()) <= KEPT_BYTES else {}
         return {value: found[value] for value in wanted}
 
@@ -82,7 +85,7 @@ def reconstruct(student: fx.GraphModule, teacher: TeacherActivations, policy: Po
     graph = teacher.graph
     aims = {aim.layer.name: aim for aim in _aims(student, _roles(student, graph.module))}
     known = teacher.values({(aim.teacher, aim.last) for aim in aims.values()})
-    _Reconstruction(student, graph, graph.selection(policy), aims, known, until).run(teacher.inputs)
+    _Reconstruction(student, graph, graph.selection(policy), aims, known, teacher.rows, until).run(teacher.inputs)
 
 
 @dataclass(frozen=True)
@@ -173,9 +176,9 @@ def _beside(end: fx.Node, student: fx.GraphModule) -> fx.Node | None:
 class _Recorder(fx.Interpreter):
     """Runs a network and keeps some of its values, each as rows x channels."""
 
-    def __init__(self, module: fx.GraphModule, wanted: set[_Value]) -> None:
+    def __init__(self, module: fx.GraphModule, wanted: set[_Value], rows: int) -> None:
         super().__init__(module)
-        self._wanted = wanted
+        self._wanted, self._rows = wanted, rows
         self._known: dict[_Value, Tensor] = {}
 
     def of(self, inputs: Tensor) -> dict[_Value, Tensor]:
@@ -186,7 +189,7 @@ class _Recorder(fx.Interpreter):
         value = super().run_node(n)
         for last in (False, True):
             if (n.name, last) in self._wanted and isinstance(value, Tensor):
-                self._known[n.name, last] = _rows_of(value, last=last)
+                self._known[n.name, last] = _rows_of(value, self._rows, last=last)
         return value
 
 
@@ -200,12 +203,14 @@ class _Reconstruction(fx.Interpreter):
         selection: Selection,
         aims: dict[str, _Aim],
         known: dict[_Value, Tensor],
+        rows: int,
         until: float,
     ) -> None:
         super().__init__(student)
         self._student, self._graph, self._selection = student, graph, selection
-        self._aims, self._known, self._until = aims, known, until
+        self._aims, self._known, self._rows, self._until = aims, known, rows, until
         self._fitted: dict[str, _Fit] = {}
+        self._calls = Counter(str(node.target) for node in student.graph.nodes if node.op == "call_module")
 
     def run_node(self, n: fx.Node) -> object:
         if time.monotonic() < self._until:
@@ -213,7 +218,7 @@ class _Reconstruction(fx.Interpreter):
                 self._fit(aim)
             elif (aim := self._aims.get(n.meta.get(FIRST_OF, ""))) is not None:
                 self._fit_first(n, aim)
-        if is_folded_norm(n, self._student):
+        if is_folded_norm(n, self._student) and self._calls[str(n.target)] == 1:
             self._reestimate(n)
         return super().run_node(n)
 
@@ -225,7 +230,7 @@ class _Reconstruction(fx.Interpreter):
         size = layer.weight[0].numel()
         if not len(kept) or size > MOST_INPUTS or (groups > 1 and not depthwise and len(kept) < len(layer.weight)):
             return
-        inputs = _patches(layer, self.env[aim.layer.all_input_nodes[0]])
+        inputs = _patches(layer, self.env[aim.layer.all_input_nodes[0]], self._rows)
         inputs = inputs[:, kept] if depthwise else inputs
         if len(inputs) != len(target):
             return
@@ -240,8 +245,10 @@ class _Reconstruction(fx.Interpreter):
         norm = module_of(aim.norm, self._student) if aim.norm is not None else None
         kept, target = self._target(aim)
         rank, size = len(first.weight), first.weight[0].numel()
-        inputs = _patches(first, self.env[node.all_input_nodes[0]])
-        if len(kept) < rank or size > MOST_INPUTS or len(inputs) != len(target):
+        if len(kept) < rank or size > MOST_INPUTS:
+            return
+        inputs = _patches(first, self.env[node.all_input_nodes[0]], self._rows)
+        if len(inputs) != len(target):
             return
         gain = _gain(norm).expand(len(second.weight))[kept, None]
         whole = gain * second.weight[kept].flatten(1) @ first.weight.flatten(1)
@@ -262,7 +269,7 @@ class _Reconstruction(fx.Interpreter):
         index = np.arange(known.shape[1]) if index is None else index
         kept = np.flatnonzero(index != NEW)
         target, rows = known[:, torch.from_numpy(index[kept])], torch.from_numpy(kept)
-        return rows, target if aim.beside is None else target - _rows_of(self.env[aim.beside], last=aim.last)[:, rows]
+        return rows, target if aim.beside is None else target - _rows_of(self.env[aim.beside], self._rows, last=aim.last)[:, rows]
 
     def _axis(self, aim: _Aim) -> int:
         return len(aim.end.meta["shape"]) - 1 if aim.last else 1
@@ -315,35 +322,35 @@ class _Fit:
     bias: Tensor
 
 
-def _rows_of(value: Tensor, *, last: bool) -> Tensor:
-    """rows x channels of a value n x channels x ... (`last`: n x ... x channels), at the positions that are looked at."""
+def _rows_of(value: Tensor, rows: int, *, last: bool) -> Tensor:
+    """About `rows` x channels of a value n x channels x ... (`last`: n x ... x channels), at the positions that are looked at."""
     if value.dim() == 2:
         return value
     flat = value.flatten(1, -2) if last else value.flatten(2).transpose(1, 2)
-    picked = _positions(len(flat), flat.shape[1])
+    picked = _positions(len(flat), flat.shape[1], rows)
     return flat.gather(1, picked[:, :, None].expand(-1, -1, flat.shape[2])).flatten(0, 1)
 
 
-def _positions(n: int, size: int) -> Tensor:
+def _positions(n: int, size: int, rows: int) -> Tensor:
     """n x positions, indices below `size`: the same for maps of the same size, in student and teacher."""
-    each = max(1, ROWS // n)
+    each = max(1, rows // n)
     if each >= size:
         return torch.arange(size).expand(n, -1)
     return torch.randint(size, (n, each), generator=torch.Generator().manual_seed(SEED))
 
 
-def _patches(layer: nn.Conv2d | nn.Linear, value: Tensor) -> Tensor:
+def _patches(layer: nn.Conv2d | nn.Linear, value: Tensor, rows: int) -> Tensor:
     """rows x groups x inputs of a filter, at the positions of the outputs that are looked at.
 
     Taken one by one: `F.unfold` makes all of a map's patches, a hundred times as many in a large one.
     """
     if isinstance(layer, nn.Linear):
-        return _rows_of(value, last=True)[:, None]
+        return _rows_of(value, rows, last=True)[:, None]
     assert not isinstance(layer.padding, str)
     padded = F.pad(value, [side for padding in reversed(layer.padding) for side in (padding, padding)])
     reach = [dilation * (kernel - 1) + 1 for dilation, kernel in zip(layer.dilation, layer.kernel_size, strict=True)]
     height, width = ((size - r) // stride + 1 for size, r, stride in zip(padded.shape[2:], reach, layer.stride, strict=True))
-    picked = _positions(len(value), height * width)
+    picked = _positions(len(value), height * width, rows)
     corners = picked.div(width, rounding_mode="floor"), picked % width
     y, x = (
         corner[:, :, None] * stride + dilation * torch.arange(kernel)

@@ -11,6 +11,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from autocompress.compress.arithmetic import fast_arithmetic, fast_layout
 from autocompress.compress.distill import Answers, observe
 from autocompress.data import Data, sample
+from autocompress.graph.nodes import follows_batch
 
 CACHE_BYTES = 2 * 2**30
 MOST_VIEWS = 16
@@ -51,13 +53,16 @@ class Teacher:
         self, model: nn.Module, data: Data, *, classifier: str | None = None, seed: int = 0, cache_bytes: int = CACHE_BYTES
     ) -> None:
         self.model = model
-        self.views = MOST_VIEWS
+        self._most_views = MOST_VIEWS if data.is_augmented else 1
+        self.views = self._most_views
         self._data = data
         self._classifier = classifier
         self._seed = seed
         self._batch = data.at_most(BATCH, BATCH_BYTES)
         self._cache_bytes = cache_bytes
         self._kept: dict[int, _Kept] = {}
+        self._mixes = any(map(follows_batch, model.modules()))
+        """Whether an answer depends on what else is in the batch: then students are to be told of just theirs."""
         self._held_out: tuple[Tensor, Tensor] | None = None
 
     def view(self, epoch: int) -> int:
@@ -74,6 +79,8 @@ class Teacher:
             answers = kept.take(indices)
             return replace(answers, hidden=self._answer(inputs[:rows], hidden).hidden) if hidden else answers
         answers = self._answer(inputs, hidden, rows)
+        if self._mixes:
+            return answers
         if kept is None:
             n = len(self._data.train)
             if (len(self._kept) + 1) * _Kept.bytes_for(n, answers) > self._cache_bytes:
@@ -101,6 +108,21 @@ class Teacher:
             return float((answers.argmax(1) != wanted.argmax(1)).float().mean())
         return float(((answers - wanted).square().mean() / wanted.var().clamp_min(torch.finfo().tiny)).clamp_max(1.0))
 
+    @functools.cached_property
+    def units(self) -> tuple[float, float]:
+        """(variance of the outputs, the data's own loss of a constant answer) on some training inputs: what losses are counted in.
+
+        What a network predicts may be thousands or thousandths. A loss that has no sound value there is counted as it is.
+        """
+        indices = torch.arange(min(self._batch, COMPARED, len(self._data.train)))
+        outputs, targets = self._answer(self._data.view(indices, 0, self._seed)).outputs, self._data.train.targets[indices]
+        own = 0.0
+        with suppress(Exception):  # whatever the user's own code raises over a constant
+            assert self._data.loss is not None
+            own = float(self._data.loss(outputs.mean(0, keepdim=True).expand_as(outputs), targets))
+        variance = float(outputs.var()) if outputs.numel() > 1 else 0.0
+        return variance if variance > 0 else 1.0, own if 0 < own < math.inf else 1.0
+
     def _answered(self, n: int) -> tuple[Tensor, Tensor]:
         """Some validation inputs, and the outputs for them."""
         inputs = self._data.prepare(sample(self._data.val, n).inputs)
@@ -115,28 +137,32 @@ class Teacher:
         try:
             self._prepare(seconds, tick)
         except RuntimeError:  # which torch raises when memory runs out, of whatever device
-            self.views = MOST_VIEWS
+            self.views = self._most_views
             self._kept.clear()
 
     def _prepare(self, seconds: float, tick: Callable[[int, int], None] | None) -> None:
-        if self._is_hopeless(seconds):
+        if self._mixes or self._is_hopeless(seconds):
             return
         affordable = min(int(seconds / self._seconds_a_view(seconds)), self._keepable())
-        if affordable < LEAST_VIEWS:
+        if affordable < self._least_views:
             return
-        self.views = min(MOST_VIEWS, affordable - affordable % 2)  # even: mirroring alternates between views
+        self.views = min(self._most_views, max(1, affordable - affordable % 2))  # even: mirroring alternates between views
         for view in range(self.views):
             for indices in torch.arange(len(self._data.train)).split(self._batch):
                 self.answers(indices, self._data.view(indices, view, self._seed), view)
             if tick is not None:
                 tick(view + 1, self.views)
 
+    @property
+    def _least_views(self) -> int:
+        return min(LEAST_VIEWS, self._most_views)
+
     def _is_hopeless(self, seconds: float) -> bool:
         """Whether LEAST_VIEWS take longer even if a whole batch took no longer than a few inputs, as it may on a GPU.
 
         Asked of more and more, before much of a slow network's time is spent; once for nothing, since a first call loads kernels.
         """
-        batches = LEAST_VIEWS * max(1.0, len(self._data.train) / self._batch)
+        batches = self._least_views * max(1.0, len(self._data.train) / self._batch)
         for size in (1, FEW, MORE):
             inputs = self._data.view(torch.arange(min(size, self._batch, len(self._data.train))), 0, self._seed)
             started = time.monotonic()

@@ -34,6 +34,7 @@ from autocompress.compress.teacher import Teacher
 from autocompress.data import Data
 from autocompress.data.splits import FLOAT_BYTES
 from autocompress.errors import PolicyFailure
+from autocompress.graph.trace import is_opaque
 from autocompress.policy import DistillSpec, QuantSpec
 
 WARM_UP_SHARE = 0.15
@@ -48,6 +49,10 @@ FEW_STEPS = 50
 """After fewer, the running statistics of batch norms are still those that training began with: 0.9 to the 50th is half a percent."""
 MOST_BATCHES = 16
 """Batches that norms are re-estimated on, at most."""
+FORWARD_COST = 0.4
+"""Of a step's time that a batch takes which is only looked at."""
+MOST_UPKEEP = 0.3
+"""Of the time of training that is left at most for re-estimating norms and calibrating."""
 WARM_STEPS, MUCH_TO_LEARN = 300, 0.15
 """A student that answers like its teacher is trained at its highest rates from so many steps on: fewer undo more than they teach. Where so
 much of its answers differs it has more to learn than to lose (`benchmarks/rates.py`), but by Muon only, whose steps have the same length
@@ -188,6 +193,7 @@ def _train_quantized(
     rounds = quantizes(quant)
     steps = _Steps(plan)
     float_share = 1.0 - (plan.quant_fraction if rounds else 0.0)
+    steps.upkeep = lambda done: _norm_cost(student, done) + (FORWARD_COST * plan.calibration_inputs / plan.batch_size if rounds else 0.0)
     if plan.steps:
         _run(student, data, plan, steps, until=float_share, distillation=distillation, tick=tick)
         _reestimate_norms(student, data, plan, steps.done)
@@ -197,6 +203,7 @@ def _train_quantized(
     calibrate(quantized, data.calibration_batches(plan.calibration_inputs, CALIBRATION_BATCH))
     if plan.steps:
         begun = steps.done
+        steps.upkeep = lambda done: _norm_cost(quantized, done - begun)
         _run(quantized, data, plan, steps, until=1.0, distillation=distillation, tick=tick)
         _reestimate_norms(quantized, data, plan, steps.done - begun)
     return snap_biases(quantized.eval())
@@ -222,6 +229,8 @@ class _Steps:
         self.done = 0
         self.parts = 1
         """In which a batch is taken, one after the other."""
+        self.upkeep: Callable[[int], float] = lambda done: 0.0
+        """What is to be done after so many steps, in steps: it is to end by the deadline too."""
         self._started = time.monotonic()
         self._allowed = plan.deadline - self._started
 
@@ -229,7 +238,9 @@ class _Steps:
     def progress(self) -> float:
         if self.done >= self.total or self._allowed <= 0:
             return 1.0
-        return min(1.0, max(self.done / self.total, (time.monotonic() - self._started) / self._allowed))
+        elapsed = time.monotonic() - self._started
+        upkeep = min(MOST_UPKEEP * self._allowed, self.upkeep(self.done) * elapsed / max(1, self.done))
+        return min(1.0, max(self.done / self.total, (elapsed + upkeep) / self._allowed))
 
     @property
     def rates(self) -> Rates:
@@ -317,25 +328,42 @@ def is_out_of_memory(error: Exception) -> bool:
 @torch.no_grad()
 def _reestimate_norms(model: nn.Module, data: Data, plan: TrainPlan, steps: int) -> None:
     """Where training was short, let batch norms know the weights as they are: statistics of some of the batches, averaged evenly."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+    norms = _norms(model)
     if not 0 < steps < FEW_STEPS or not norms:
         return
-    momenta = [norm.momentum for norm in norms]
+    momenta, device = [norm.momentum for norm in norms], best_training_device()
+    model.eval().to(device).to(memory_format=fast_layout(model))
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
-    model.eval()  # but for these: what is dropped in training only would change the statistics
-    for norm in norms:
-        norm.train()
-    for indices, epoch in itertools.islice(_draws(len(data.train), plan, start=0), min(steps, MOST_BATCHES)):
-        model(data.view(indices, epoch, plan.seed))
+        norm.train()  # these only: what is dropped in training would change the statistics
+    with fast_arithmetic(device):
+        for indices, epoch in itertools.islice(_draws(len(data.train), plan, start=0), min(steps, MOST_BATCHES)):
+            model(data.view(indices, epoch, plan.seed).to(device))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+    model.cpu().to(memory_format=torch.contiguous_format)
+
+
+def _norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Those that have running statistics."""
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+
+
+def _norm_cost(model: nn.Module, steps: int) -> float:
+    """What `_reestimate_norms` takes after so many steps, in steps."""
+    return FORWARD_COST * min(steps, MOST_BATCHES) if 0 < steps < FEW_STEPS and _norms(model) else 0.0
 
 
 def _train_mode(model: nn.Module, distillation: Distillation | None) -> nn.Module:
-    """Dropout is for students whose features are not compared with a teacher's: it would blur them."""
+    """Dropout is for students whose features are not compared with a teacher's: it would blur them.
+
+    A network that could not be traced may return something else in training, such as outputs of further heads: only its layers train.
+    """
     model.train()
+    if is_opaque(model):
+        for module in model.modules():
+            module.training = isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd))
     if distillation is not None and distillation.features is not None:
         for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -359,7 +387,8 @@ def _loss(
     teacher, spec = distillation.teacher.answers(indices, inputs, view, counterparts), distillation.spec
     answers = teacher.outputs.to(device)
     if data.loss is not None:
-        loss = spec.alpha * F.mse_loss(outputs, answers) + (1 - spec.alpha) * data.loss(outputs, targets)
+        variance, constant = distillation.teacher.units
+        loss = spec.alpha * F.mse_loss(outputs, answers) / variance + (1 - spec.alpha) * data.loss(outputs, targets) / constant
     else:
         loss = distillation_loss(outputs, answers, targets, spec)
     if features is None:

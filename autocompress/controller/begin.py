@@ -12,6 +12,7 @@ from autocompress.data import sample
 from autocompress.front import measured
 from autocompress.preparation import limit_validation, score_baseline
 from autocompress.schedule import pool_seconds, profiling_seconds, reserve_seconds, teacher_seconds, validation_seconds
+from autocompress.task import Task
 
 MOST_OF_TRAIN = 1000
 """Training examples that the original is scored on, at most: enough to tell whether it knows validation examples less well."""
@@ -51,14 +52,18 @@ def know_baseline(findings: Findings) -> None:
     findings.record_baseline(replace(findings.setting.baseline, val_score=score, train_score=of_train))
     guess = 1 / data.classes if data.classes else 0.0
     if data.score is None and score.value < guess + GUESSING * (1 - guess):
-        cure = (
-            "search longer (--search-time)"
-            if findings.task.is_demo
-            else "give its trained weights (--weights FILE; or of torchvision and timm NAME?pretrained=true)"
-        )
-        findings.progress.message(f"the original scores {100 * score.value:.1f} %, hardly more than guessing: {cure}")
+        findings.progress.message(f"the original scores {100 * score.value:.1f} %, hardly more than guessing: {_cure(findings.task)}")
     clock, latency = findings.clock, findings.setting.baseline.latency_s.median
     findings.clock = clock.with_reserve(reserve_seconds(clock.total, findings.per_example_s, len(data.test), latency))
+
+
+def _cure(task: Task) -> str:
+    """What may help an original that looks untrained."""
+    if task.is_demo:
+        return "search longer (--search-time)"
+    if task.weights:
+        return "check that the data has the mean and std of its training, and its order of classes (of folders: by name)"
+    return "give its trained weights (--weights FILE; or of torchvision and timm NAME?pretrained=true)"
 
 
 def ask_teacher(findings: Findings) -> None:

@@ -127,6 +127,11 @@ class Findings:
         """Short runs within the budget: what may be trained to the end."""
         return [o for o in self.short_runs if feasible(o, self.limits)]
 
+    @property
+    def is_within_budget(self) -> bool:
+        """Whether anything that was trained, by another search perhaps, is."""
+        return any(o.rung != "unchanged" and feasible(o, self.limits) for o in self.journal.outcomes)
+
     def gain_without(self, share: float) -> float:
         """What is left of the original's validation score when it loses this share of it."""
         original = self.setting.baseline.val_score
@@ -212,9 +217,10 @@ class Findings:
         if outcome.failure is not None:
             self.progress.message(f"policy {outcome.id} failed ({outcome.failure.stage}): {outcome.failure.reason}")
         elif outcome.val_score is not None and outcome.latency_s is not None:
+            words = outcome.policy.in_words(distilled=outcome.rung != "unchanged")
             self.progress.message(
                 f"policy {outcome.id}: {format_score(outcome.val_score)} {outcome.val_score.name}, "
-                f"{format_duration(outcome.latency_s.median)}, {format_size(outcome.size_bytes)} ({outcome.policy.in_words()})"
+                f"{format_duration(outcome.latency_s.median)}, {format_size(outcome.size_bytes)} ({words})"
             )
 
     def lose(self, outcome: Outcome, error: PolicyFailure, stage: Stage) -> None:

@@ -112,13 +112,13 @@ def progress_point(outcomes: Sequence[Outcome], baseline: Baseline, limits: Budg
     """
     usual = baseline.latency_s.median
     points = [(gain(o), usual / speedup(o, baseline)) for o in measured(outcomes)]
-    within = [o.val_score.value for o in measured(outcomes) if o.val_score and feasible(o, limits)]
+    within = [o.val_score for o in measured(outcomes) if o.val_score and feasible(o, limits)]
     worst = min(0.0, 2.0 * baseline.val_score.gain) if baseline.val_score is not None else 0.0
     return ProgressPoint(
         elapsed_s=elapsed_s,
         trials=trials,
         hypervolume=hypervolume(np.array(points), (worst, usual)),
-        best_val=max(within) if within else None,
+        best_val=max(within, key=lambda score: score.gain).value if within else None,
     )
 
 

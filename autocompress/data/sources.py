@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from autocompress.data.splits import IMAGENET_MEAN, IMAGENET_STD, Data, Split, stratified
 from autocompress.errors import UsageError, one_line
@@ -19,8 +18,11 @@ TEST_FRACTION = 0.2
 SMALL_VAL_FRACTION = 0.2
 """Of the few digits of the demonstration: a tenth could not tell one policy from the next."""
 
-PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 """Parts of an image folder that is divided already, and what their folders are called."""
+
+MOST_NAMED = 5
+OUT_OF_TRAIN = "validation and test examples are drawn from {}: a network that was trained on them scores too high. Better hold some out"
 
 Splits = Sequence[Any]
 """Two or three of `Split` or (inputs, targets): train, validation, test."""
@@ -48,10 +50,9 @@ def load_data(reference: str) -> Data:
     )
 
 
-def _three_way(inputs: Tensor, targets: Tensor, val_fraction: float = VAL_FRACTION) -> tuple[Split, Split, Split]:
-    whole = Split(inputs, targets)
-    rest, test = stratified(targets, TEST_FRACTION)
-    train, val = stratified(targets[rest], val_fraction / (1 - TEST_FRACTION))
+def _three_way(whole: Split, val_fraction: float = VAL_FRACTION) -> tuple[Split, Split, Split]:
+    rest, test = stratified(whole.targets, TEST_FRACTION)
+    train, val = stratified(whole.targets[rest], val_fraction / (1 - TEST_FRACTION))
     return whole[rest[train]], whole[rest[val]], whole[test]
 
 
@@ -60,7 +61,7 @@ def _digits() -> Data:
 
     bunch = load_digits()
     images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16
-    train, val, test = _three_way(images, torch.tensor(bunch.target, dtype=torch.long), SMALL_VAL_FRACTION)
+    train, val, test = _three_way(Split(images, torch.tensor(bunch.target, dtype=torch.long)), SMALL_VAL_FRACTION)
     return Data(train, val, test, classes=10, shift=1)
 
 
@@ -89,7 +90,7 @@ def _flag(options: dict[str, str], key: str, default: bool) -> bool:
     return value == "true"
 
 
-def _normalised(splits: tuple[Split, Split, Split], classes: int, options: dict[str, str], *, flip: bool = True) -> Data:
+def _normalised(splits: tuple[Split, Split, Split], classes: int, options: dict[str, str], *, flip: bool = True, note: str = "") -> Data:
     channels, height = splits[0].input_shape[:2]
     mean = IMAGENET_MEAN if channels == 3 else (0.5,) * channels
     std = IMAGENET_STD if channels == 3 else (0.5,) * channels
@@ -100,6 +101,7 @@ def _normalised(splits: tuple[Split, Split, Split], classes: int, options: dict[
         std=_channel_values(options, "std", std),
         flip=_flag(options, "flip", flip),
         shift=max(1, height // 8),
+        note=note,
     )
 
 
@@ -129,8 +131,7 @@ def _torchvision(name: str, options: dict[str, str]) -> Data:
             f"{name} cannot be read from {str(root)!r}: {one_line(error)}", hint=f"name its folder: torchvision:{name}?root=DIR"
         ) from None
     whole = _array_split(train)
-    rest, val = stratified(whole.targets, VAL_FRACTION)
-    splits = (whole[rest], whole[val], _array_split(test))
+    splits = _fill_missing(whole, None, _array_split(test))
     return _normalised(splits, len(train.classes), options, flip=name not in WRITING)
 
 
@@ -156,15 +157,11 @@ def _image_folder(folder: Path, options: dict[str, str]) -> Data:
             hint="imagefolder:DIR?channels=1 for a model of grey images",
         )
     size, channels = int(text), int(options.get("channels", "3"))
-    parts = _parts(folder)
-    if parts is not None:
-        train, classes = decode_folder(parts["train"], size, channels)
-        held_out = [_held_out(parts[name], size, channels, classes) if name in parts else None for name in ("val", "test")]
-        splits = _fill_missing(Split(*train), held_out[0], held_out[1])
-    else:
-        (inputs, targets), classes = decode_folder(folder, size, channels)
-        splits = _three_way(inputs, targets)
-    return _normalised(splits, len(classes), options)
+    parts = _parts(folder) or {"train": folder}
+    train, classes = decode_folder(parts["train"], size, channels)
+    val, test = (_held_out(parts[name], size, channels, classes) if name in parts else None for name in ("val", "test"))
+    note = OUT_OF_TRAIN.format(parts["train"]) if val is test is None else ""
+    return _normalised(_fill_missing(Split(*train), val, test), len(classes), options, note=note)
 
 
 def _parts(folder: Path) -> dict[str, Path] | None:
@@ -173,16 +170,17 @@ def _parts(folder: Path) -> dict[str, Path] | None:
     Raises UsageError where one is missing and another folder may be meant for it: images that a model was trained on tell nothing.
     """
     folders = {place.name.lower(): place for place in sorted(folder.iterdir()) if place.is_dir() and not place.name.startswith(".")}
-    if "train" not in folders or not any(place.is_dir() for place in folders["train"].iterdir()):
-        return None
     names = {name: part for part, names in PARTS.items() for name in names}
+    train = next((folders[name] for name in PARTS["train"] if name in folders), None)
+    if train is None or not any(place.is_dir() for place in train.iterdir()):
+        return None
     parts = {names[name]: place for name, place in folders.items() if name in names}
     unknown = [place.name for name, place in folders.items() if name not in names]
     if unknown and len(parts) < len(PARTS):
         missing = next(part for part in PARTS if part not in parts)
         raise UsageError(
             f"{str(folder)!r} holds train, but no {missing}, and {unknown[0]!r}, which is none of {', '.join(names)}",
-            hint=f"name it {missing}, or move it elsewhere: what is missing is taken from train",
+            hint=f"name it {missing}, or move it elsewhere: what is missing is taken from the other one, or from train",
         )
     return parts
 
@@ -190,25 +188,30 @@ def _parts(folder: Path) -> dict[str, Path] | None:
 def _held_out(folder: Path, size: int, channels: int, classes: list[str]) -> Split:
     from autocompress.data.images import decode_folder
 
-    arrays, found = decode_folder(folder, size, channels)
-    if found != classes:
+    (images, labels), found = decode_folder(folder, size, channels)
+    unknown = [name for name in found if name not in classes]
+    if unknown:
         raise UsageError(
-            f"{str(folder)!r} must hold the class folders of train ({classes[:5]}...), but got {found[:5]}...",
-            hint="give each part one folder a class, with the same names in all",
+            f"the class folders of {str(folder)!r} must be among those of train, but {_some(unknown)} is not",
+            hint=f"give each part one folder a class, with the same names in all: train has {_some(classes)}",
         )
-    return Split(*arrays)
+    return Split(images, torch.tensor([classes.index(name) for name in found])[labels])
+
+
+def _some(names: list[str]) -> str:
+    """The first of them, and how many more there are."""
+    return ", ".join(map(repr, names[:MOST_NAMED])) + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
 
 
 def _fill_missing(train: Split, val: Split | None, test: Split | None) -> tuple[Split, Split, Split]:
-    if test is None and val is not None:
-        val, test = None, val  # the only held-out folder is kept for the end; validation comes out of train
-    if test is None:
-        rest, part = stratified(train.targets, TEST_FRACTION)
-        train, test = train[rest], train[part]
-    if val is None:
-        rest, part = stratified(train.targets, VAL_FRACTION)
-        train, val = train[rest], train[part]
-    return train, val, test
+    """Three splits. One that is held out is halved: the model has probably seen all of train, which then tells nothing of what is lost."""
+    if val is not None and test is not None:
+        return train, val, test
+    held_out = val if val is not None else test
+    if held_out is not None:
+        some, others = stratified(held_out.targets, 0.5)
+        return train, held_out[others], held_out[some]
+    return _three_way(train)
 
 
 def as_data(made: Any, reference: str) -> Data:

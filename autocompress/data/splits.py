@@ -89,6 +89,12 @@ class Split:
         """The inputs at `index`, as they are stored."""
         return self._array[index if self._index is None else self._index[index]]
 
+    def with_float32(self) -> Split:
+        """The split with targets of floating point in float32, as outputs are: a loss of both could not be differentiated otherwise."""
+        if not self.targets.is_floating_point() or self.targets.dtype == torch.float32:
+            return self
+        return Split(self._array, self.targets.float(), self._index)
+
     def with_classes(self, name: str) -> Split:
         """The split with targets in int64. Raises UsageError for targets that are not one class a row; `name` says whose they are."""
         targets, other = self.targets, "for other tasks give autocompress.Data its own loss and score"
@@ -139,6 +145,7 @@ class Data:
         score: score(outputs, targets) -> float over a whole split; None: accuracy.
         score_name: what reports call the score; None: the function's own name.
         score_direction: whether larger scores are better, or smaller ones.
+        note: what who begins a search should know of the splits.
     """
 
     train: Split
@@ -153,6 +160,7 @@ class Data:
     score: ScoreFunction | None = None
     score_name: str | None = None
     score_direction: Literal["maximize", "minimize"] = "maximize"
+    note: str = ""
 
     def __post_init__(self) -> None:
         for name in SPLITS:
@@ -173,6 +181,9 @@ class Data:
         if self.loss is None:
             self._take_classes()
             self.require_labels()
+        else:
+            for name in SPLITS:
+                object.__setattr__(self, name, getattr(self, name).with_float32())
 
     def _require_one_form(self) -> None:
         forms = {name: getattr(self, name).form for name in SPLITS}
@@ -294,6 +305,11 @@ class Data:
         for start in range(0, len(split), size):
             part = split[slice(start, start + size)]
             yield self.prepare(part.inputs), part.targets
+
+    @property
+    def is_augmented(self) -> bool:
+        """Whether epochs differ in how they show an input."""
+        return self.flip or bool(self.shift)
 
     def view(self, indices: Tensor, epoch: int, seed: int = 0) -> Tensor:
         """Training inputs as the model sees them in this epoch: the same for every caller.

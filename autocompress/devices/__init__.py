@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from autocompress.devices import processor
+from autocompress import machine
 from autocompress.devices.base import Device, DeviceProfile
 from autocompress.devices.runtime import CURES, EXACT, PLACE, PRECISIONS, TITLES, Runtime
 from autocompress.errors import UsageError
@@ -28,7 +28,7 @@ def open_device(name: str) -> Device:
         _require_options(name, options, {"threads", "runtime", "precision"}, most=None)
         return open_agent(base.removeprefix(AGENT), options)
     runtime = base.removesuffix(PLACE)
-    _require_options(name, options, {"threads", "precision"}, most=processor.usable(), runtime=runtime)
+    _require_options(name, options, {"threads", "precision"}, most=machine.usable(), runtime=runtime)
     return LocalCpu(Runtime(runtime, int(options.get("threads", "1")), precision=options.get("precision", EXACT)))
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from autocompress import machine
 from autocompress.devices import processes, processor
 from autocompress.devices.access import VARIABLE, token_of
 from autocompress.devices.blobs import Blobs
@@ -91,7 +92,7 @@ class Agent:
 
     def _runtime(self, request: dict[str, Any]) -> Runtime:
         """Raises DeviceUnavailable where it is not installed, UsageError where there is no such runtime or number of threads."""
-        name, threads, most = str(request.get("runtime")), int(request.get("threads", 1)), processor.usable()
+        name, threads, most = str(request.get("runtime")), int(request.get("threads", 1)), machine.usable()
         precision = str(request.get("precision", EXACT))
         if name not in TITLES:
             raise UsageError(f"the agent knows no runtime {name!r}", hint=f"it knows {', '.join(TITLES)}")

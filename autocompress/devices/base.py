@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from autocompress.devices.runtime import Runtime
+from autocompress.devices.runtime import TITLES, Runtime
 from autocompress.devices.timing import summarise
 from autocompress.errors import PolicyFailure
 from autocompress.policy import Record
@@ -17,6 +17,13 @@ from autocompress.records import Measurement
 
 MOST_A_FILE_S = 120.0
 """Until then a file is called: calls of up to an eighth of it are warmed up and give six rounds."""
+LEAST_BUSY = 0.95
+"""Share of the time that a process has a processor while it is measured: with less its latencies are those of a shared machine."""
+
+
+def identity(environment: dict[str, str]) -> dict[str, str]:
+    """What of an environment must be the same for latencies to be compared, and for int8 to be computed alike."""
+    return {key: value for key, value in environment.items() if key in ("processor", "flags", "precision", *TITLES)}
 
 
 class DeviceProfile(Record):
@@ -46,7 +53,10 @@ def measurements(answer: dict[str, Any], paths: Sequence[Path], runtime: Runtime
     if "error" in answer:
         raise PolicyFailure(f"{runtime.title} cannot run {paths[answer['index']].name}: {answer['error']}")
     samples = zip(answer["rounds"], answer["firsts"], strict=True)
-    return [summarise(rounds, first_call=first, environment=environment) for rounds, first in samples]
+    found = [summarise(rounds, first_call=first, environment=environment) for rounds, first in samples]
+    if runtime.threads > 1 or answer["busy"] >= LEAST_BUSY:  # several threads wait for each other
+        return found
+    return [latency.mistrusted(f"other programs took {100 * (1 - answer['busy']):.0f} % of the processor's time") for latency in found]
 
 
 class Device(ABC):

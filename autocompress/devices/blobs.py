@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,8 @@ from pathlib import Path
 
 from autocompress.errors import UsageError
 
+LEAST_FREE = 2**24
+"""Bytes that are left on the disk, which may be the memory of a small device."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -20,7 +23,7 @@ class Missing(Exception):
 
 
 class Blobs:
-    """What was sent, as files named by their SHA-256; the least recently used are dropped where they are too many."""
+    """What was sent, as files named by their SHA-256; the least recently used are dropped where they are too many, or the disk is full."""
 
     def __init__(self, folder: Path, most_bytes: int) -> None:
         self._folder, self._most = folder, most_bytes
@@ -49,9 +52,11 @@ class Blobs:
             raise Missing(*missing)
         return found
 
-    def keep(self, digest: str, pieces: Iterator[bytes]) -> bool:
-        """Whether the pieces are what the digest says; only then they are kept."""
+    def keep(self, digest: str, pieces: Iterator[bytes], n: int) -> bool:
+        """Whether the pieces, `n` bytes in all, are what the digest says; only then they are kept."""
         made = hashlib.sha256()
+        with self._lock:
+            self._make_room(n)
         with tempfile.NamedTemporaryFile(dir=self._folder, prefix="part-", delete=False) as file:
             try:
                 for piece in pieces:
@@ -60,9 +65,7 @@ class Blobs:
                 file.close()
                 if made.hexdigest() != digest:
                     return False
-                with self._lock:
-                    self._make_room(Path(file.name).stat().st_size)
-                    Path(file.name).replace(self._folder / digest)
+                Path(file.name).replace(self._folder / digest)
                 return True
             finally:
                 Path(file.name).unlink(missing_ok=True)
@@ -71,7 +74,7 @@ class Blobs:
         kept = sorted((p for p in self._folder.iterdir() if DIGEST.fullmatch(p.name)), key=lambda p: p.stat().st_mtime)
         total = sum(path.stat().st_size for path in kept)
         for path in kept:
-            if total + n <= self._most:
+            if total + n <= self._most and n <= shutil.disk_usage(self._folder).free - LEAST_FREE:
                 break
             total -= path.stat().st_size
             path.unlink(missing_ok=True)

@@ -15,12 +15,14 @@ import random
 import resource
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from autocompress import machine
 from autocompress.devices.frames import read_array, write_array
 from autocompress.devices.sessions import Input, Session, open_session
 from autocompress.devices.wire import refers_elsewhere
@@ -35,7 +37,7 @@ SLOW_CALL_S = 0.02
 """A call that takes longer is timed once a round: what the caches hold at its start does not matter."""
 ROUNDS_CAP_S = 20.0
 """Seconds a file after which the fewest rounds are enough that a median is measured with."""
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PARENT_POLL_S = 1, 1.0
 MOST_WRITTEN = 2**20
 """Bytes of complaints of a process that runs somebody else's files; it has nothing else to write."""
 
@@ -68,7 +70,7 @@ class Runner:
             before = now
         self.is_slow = now > SLOW_CALL_S
         if not self.is_slow:
-            self.calls = max(1, int(np.ceil(LEAST_SAMPLE_S / max(self.sample(), 1e-9))))
+            self.calls = max(1, int(np.ceil(LEAST_SAMPLE_S / max(now, 1e-9))))
         return first
 
     def _five(self, end: float) -> list[float]:
@@ -93,7 +95,10 @@ def _random(value: Input, generator: np.random.Generator) -> Any:
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
-    """Interleaved rounds over all files, in a new random order each round; an error for a file that does not run or is too slow."""
+    """Interleaved rounds over all files, in a new random order each round; an error for a file that does not run or is too slow.
+
+    `busy` is the share of the time in which this process had a processor: what others take of it makes every call longer alike.
+    """
     runners: list[Runner] = []
     firsts: list[float] = []
     hard_end = time.perf_counter() + request["most_s"]
@@ -103,11 +108,13 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
             firsts.append(runners[-1].warm_up(WARM_UP_CAP_S))
         except Exception as error:
             return {"error": one_line(error), "index": index}
+    wall, own = time.perf_counter(), time.process_time()
     rounds = _interleaved(runners, request["seconds_each"], request["fewest_rounds"], hard_end)
+    busy = (time.process_time() - own) / max(time.perf_counter() - wall, 1e-9)
     if not all(rounds):
         slowest = int(np.argmax(firsts))
         return {"error": f"no round fits into {request['most_s']:.0f} s: its first call took {firsts[slowest]:.0f} s", "index": slowest}
-    return {"rounds": rounds, "firsts": firsts}
+    return {"rounds": rounds, "firsts": firsts, "busy": busy}
 
 
 def _interleaved(runners: list[Runner], seconds_each: float, fewest: int, hard_end: float) -> list[list[list[float]]]:
@@ -175,17 +182,29 @@ def confine(request: dict[str, Any]) -> None:
 
 
 def pin(threads: int) -> None:
-    """Stay on the last CPUs that this process may use; the first serves most interrupts. Not every system can pin."""
+    """Stay on the processors that are measured. Not every system can pin."""
     with contextlib.suppress(AttributeError, OSError):
-        allowed = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, allowed[-threads:])
+        os.sched_setaffinity(0, machine.fastest_cpus(threads))
+
+
+def end_with(parent: int) -> None:
+    """End this process when its parent is gone, which its death must not leave to disturb other measurements."""
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    except (OSError, AttributeError):  # systems other than Linux
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(PARENT_POLL_S)
+    os._exit(1)
 
 
 def main() -> None:
     """Answer one request."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     request = json.loads(sys.stdin.buffer.readline())
+    end_with(request["parent"])
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a runtime prints is no answer
     if os.getppid() != request["parent"]:  # the parent died before it could be tied to this process

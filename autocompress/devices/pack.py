@@ -9,13 +9,21 @@ from pathlib import Path
 from autocompress.run_folder import write_atomically
 
 MODULES = (
-    "errors", "references", "devices.access", "devices.agent", "devices.blobs", "devices.child", "devices.frames", "devices.processes",
-    "devices.processor", "devices.protocol", "devices.running", "devices.runtime", "devices.server", "devices.sessions", "devices.wire",
+    "errors", "machine", "references", "devices.access", "devices.agent", "devices.blobs", "devices.child", "devices.frames",
+    "devices.processes", "devices.processor", "devices.protocol", "devices.running", "devices.runtime", "devices.server",
+    "devices.sessions", "devices.wire",
 )  # fmt: skip
 MAIN = """import sys
 
 if sys.version_info < (3, 11):
     raise SystemExit(f"the agent needs Python 3.11 or newer, not {sys.version.split()[0]}")
+from importlib.util import find_spec
+
+if find_spec("numpy") is None or not (find_spec("onnxruntime") or find_spec("openvino")):
+    raise SystemExit(
+        "the agent needs numpy, and onnxruntime or openvino: python3 -m venv agent && agent/bin/pip install numpy 'onnxruntime>=1.23', "
+        "then agent/bin/python agent.pyz"
+    )
 from autocompress.devices.agent import main
 
 raise SystemExit(main())

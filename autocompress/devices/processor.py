@@ -30,11 +30,6 @@ def listed_flags() -> list[str]:
     return [flag for flag in FLAGS if flag in here]
 
 
-def usable() -> int:
-    """Logical processors that this process may use: of a container often fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def governor() -> str | None:
     """How the system sets the clock; None where it does not say (virtual machines)."""
     try:
@@ -54,14 +49,6 @@ def _board() -> str:
     with contextlib.suppress(OSError):
         return BOARD.read_text(encoding="utf-8", errors="replace").strip("\0 \n")
     return ""
-
-
-def free_bytes() -> int:
-    """Memory that is free; 0 where the system does not say."""
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-    return 0
 
 
 def resident_bytes(pid: int) -> int:

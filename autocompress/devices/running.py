@@ -15,6 +15,7 @@ from typing import IO
 
 import numpy as np
 
+from autocompress import machine
 from autocompress.devices import processes, processor
 from autocompress.devices.frames import read_array, write_array
 from autocompress.devices.runtime import Runtime
@@ -53,16 +54,17 @@ def outputs_of(path: Path, runtime: Runtime, batches: Iterable[np.ndarray]) -> n
 
 def _helpers(pid: int, threads: int) -> int:
     """Processes like this one that the machine has cores and memory for, beside it; none where that is not known."""
+    free = machine.free_bytes()
     try:
         import psutil
 
-        free, taken = psutil.virtual_memory().available, psutil.Process(pid).memory_info().rss
+        free, taken = free or psutil.virtual_memory().available, psutil.Process(pid).memory_info().rss
     except ImportError:  # on a device that has an agent only
-        free, taken = processor.free_bytes(), processor.resident_bytes(pid)
+        taken = processor.resident_bytes(pid)
     except psutil.Error:
         return 0
     room = free // max(1, taken)
-    return max(0, min(MOST_PROCESSES, processor.usable() // threads - 1, room // 2))
+    return max(0, min(MOST_PROCESSES, machine.usable() // threads - 1, room // 2))
 
 
 class _Work:

@@ -8,6 +8,7 @@ import platform
 from dataclasses import dataclass
 from importlib import metadata
 
+from autocompress import machine
 from autocompress.devices import processor
 
 TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -84,11 +85,20 @@ class Runtime:
             "governor": processor.governor() or "unknown",
             "load": f"{os.getloadavg()[0]:.2f}",
             "threads": str(self.threads),
+            "measured_on": _measured_on(self.threads),
             "precision": self.precision,
             self.name: _version(self.name),
             "python": platform.python_version(),
             "system": platform.platform(),
         }
+
+
+def _measured_on(threads: int) -> str:
+    """The processors that files are measured on, by number."""
+    try:
+        return ",".join(map(str, machine.fastest_cpus(threads)))
+    except (AttributeError, OSError):
+        return "any"
 
 
 def _version(module: str) -> str:

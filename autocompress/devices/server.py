@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import hmac
-import io
 import json
 import re
 import socket
@@ -26,7 +25,7 @@ from urllib.parse import parse_qsl, urlsplit
 import numpy as np
 
 from autocompress.devices.blobs import Blobs
-from autocompress.devices.frames import write_array
+from autocompress.devices.frames import framed
 from autocompress.devices.protocol import HEARTBEAT_S, MOST_REQUEST, answered
 from autocompress.errors import UsageError, one_line
 
@@ -113,7 +112,7 @@ class Handler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.NOT_FOUND, "blobs are put under /blobs/SHA256")
             return
         try:
-            is_whole = self.server.agent.blobs.keep(named[1], self._pieces(n))
+            is_whole = self.server.agent.blobs.keep(named[1], self._pieces(n), n)
         except OSError as error:
             self._refuse(HTTPStatus.INSUFFICIENT_STORAGE, one_line(error))
             return
@@ -144,9 +143,9 @@ class Handler(BaseHTTPRequestHandler):
         answer, array = job.answer
         self.wfile.write(json.dumps(answer).encode() + b"\n")
         if array is not None:
-            framed = io.BytesIO()
-            write_array(framed, array)
-            self._write(framed.getbuffer())
+            line, content = framed(array)
+            self.wfile.write(line)
+            self._write(content)
 
     def _write(self, content: memoryview) -> None:
         """In pieces, each of which may take SILENCE_S."""

@@ -7,6 +7,7 @@ weights as int8 (or packed) initialisers with one scale a channel, biases of int
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,7 @@ def _pack_weights(model: onnx.ModelProto, bits: dict[str, int], reduced_range: b
     graph = model.graph
     initializers = {value.name: value for value in graph.initializer}
     producers = {name: node for node in graph.node for name in node.output}
+    readers = Counter(name for node in graph.node for name in node.input)
     first: list[onnx.NodeProto] = []
     done: set[str] = set()
     for node in graph.node:
@@ -132,7 +134,8 @@ def _pack_weights(model: onnx.ModelProto, bits: dict[str, int], reduced_range: b
             continue
         scale = _scales(weight, axis, largest_int(layer_bits, reduced_range and layer_bits == 8))
         step = _input_scale(node, producers, initializers) if layer_bits == 8 else None
-        if step is not None and len(node.input) > 2 and node.input[2] in initializers:
+        # an integer bias is in the unit of one call's input: other calls of the layer would add it wrongly scaled
+        if step is not None and len(node.input) > 2 and node.input[2] in initializers and readers[node.input[2]] == 1:
             bias = numpy_helper.to_array(initializers[node.input[2]]).astype(np.float64)
             scale = np.maximum(scale, np.abs(bias) / (step * MOST_BIAS)).astype(np.float32)
             first += _integer_bias(graph, node.input[2], bias, (step * scale.astype(np.float64)).astype(np.float32))

@@ -25,7 +25,7 @@ from autocompress.latency.synthetic import build_onnx, empty_model
 from autocompress.records import Operator, Signature, Workload
 from autocompress.run_folder import write_atomically
 
-SCHEMA = 3
+SCHEMA = 4
 SECONDS_EACH = 0.02
 CHUNK = 24
 NEIGHBOURS = 3

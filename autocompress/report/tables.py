@@ -21,10 +21,10 @@ WIDE, MEDIUM = 120, 90
 def front_table(results: Results, width: int = WIDE) -> Table:
     """The front (or all that was measured, when nothing is within the budget), fastest first; then the original.
 
-    `*` marks the best, `x` what is over the budget, `~` a noisy latency. A `width` below WIDE columns leaves out the intervals, one below
-    MEDIUM the policies in words too.
+    `*` marks the best, `x` what is over the budget, `~` a noisy latency. A `width` below WIDE columns leaves out the intervals and how long
+    each was trained, one below MEDIUM the policies in words too.
     """
-    headers = ["", "id", "latency", "95 % interval", "speed-up", "validation", "test", "size", "policy"]
+    headers = ["", "id", "latency", "95 % interval", "speed-up", "validation", "test", "size", "trained", "policy"]
     kept = [h for h in headers if h not in _left_out(width)]
     table = plain_table(*kept)
     for entry in results.listed:
@@ -37,14 +37,15 @@ def front_table(results: Results, width: int = WIDE) -> Table:
 
 
 def _left_out(width: int) -> tuple[str, ...]:
-    return () if width >= WIDE else ("95 % interval",) if width >= MEDIUM else ("95 % interval", "policy")
+    narrow = ("95 % interval", "trained")
+    return () if width >= WIDE else narrow if width >= MEDIUM else (*narrow, "policy")
 
 
 def _original(results: Results) -> list[str]:
     original, latency = results.baseline, results.baseline.latency_s
     return [
         "", "original", format_duration(latency.median), _interval(latency.low, latency.high), "1.00x",
-        format_score(original.val_score), format_score(original.test_score), format_size(original.size_bytes), "",
+        format_score(original.val_score), format_score(original.test_score), format_size(original.size_bytes), "", "",
     ]  # fmt: skip
 
 
@@ -75,6 +76,7 @@ def _row(entry: Entry, best: bool) -> list[str]:
         format_score(entry.val_score),
         format_score(entry.test_score),
         format_size(entry.size_bytes),
+        entry.trained,
         entry.words,
     ]
 
@@ -140,7 +142,7 @@ def _why_not_faster(layer: LayerChange) -> str:
 
 FRAME_COLUMNS = (
     "id", "val_score", "test_score", "latency_s", "latency_low_s", "latency_high_s", "p95_s", "search_latency_s", "predicted_latency_s",
-    "size_bytes", "speedup", "feasible", "dominated", "best", "policy", "digest", "artifact",
+    "size_bytes", "steps", "training_s", "speedup", "feasible", "dominated", "best", "policy", "digest", "artifact",
 )  # fmt: skip
 
 
@@ -166,6 +168,8 @@ def _frame_row(entry: Entry) -> dict[str, Any]:
         "search_latency_s": entry.search_latency_s.median if entry.search_latency_s else None,
         "predicted_latency_s": predicted.value if predicted else None,
         "size_bytes": entry.size_bytes,
+        "steps": entry.steps,
+        "training_s": entry.training_s,
         "speedup": entry.speedup,
         "feasible": entry.feasible,
         "dominated": entry.dominated,

@@ -215,6 +215,21 @@ def require_same_contents(journal: Journal, run: Path, contents: dict[str, str])
         )
 
 
+def require_same_machine(journal: Journal, run: Path, machine: dict[str, str]) -> None:
+    """Raises UsageError where a search is resumed on another processor or runtime than it has measured on, though its name is the same."""
+    known = journal.noted("machine")
+    if known is None:
+        journal.note("machine", machine)
+        return
+    changed = next((what for what in {**known, **machine} if known.get(what) != machine.get(what)), None)
+    if changed is not None:
+        raise UsageError(
+            f"{str(run)!r} holds what was measured on another machine: its {changed} was {known.get(changed)!r} "
+            f"and is {machine.get(changed)!r}",
+            hint=f"begin another search with what was learned here: --from {shlex.quote(str(run))} --out NEW",
+        )
+
+
 def require_same_subject(journal: Journal, run: Path, contents: dict[str, str]) -> None:
     """Raises UsageError where the names of another search's task stood for something else."""
     if changed := _changed(journal.noted("contents") or {}, contents):

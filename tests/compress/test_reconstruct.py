@@ -175,6 +175,39 @@ def test_a_layer_that_is_used_twice_stays_as_it_was():
     assert torch.equal(student.shared.weight, model.shared.weight)
 
 
+def test_a_norm_that_is_called_twice_keeps_its_statistics():
+    """Those of its last call would be wrong in the first, to which what follows has been fitted."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.second, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            return self.head(self.norm(self.second(torch.relu(self.norm(self.stem(x))))))
+
+    torch.manual_seed(0)
+    model, inputs = Twice().eval(), 3.0 + torch.randn(N, 3, 8, 8)
+    student = reconstructed(Graph.trace(model, (inputs[:1],)), Policy(), inputs)
+    assert torch.equal(student.norm.running_mean, model.norm.running_mean)
+
+
+def test_large_networks_are_fitted_at_fewer_positions(monkeypatch):
+    """What their layers compute at all of them would not fit the memory."""
+    inputs = inputs_like(torch.empty(1, 3, 16, 16))
+    graph = Graph.trace(settled(tiny_resnet(), inputs), (inputs[:1],))
+    taken = []
+    recorded = module._Recorder.of
+    monkeypatch.setattr(module._Recorder, "of", lambda self, given: taken.append(recorded(self, given)) or taken[-1])
+    for most in (2**30, 2**20):
+        monkeypatch.setattr(module, "TARGET_BYTES", most)
+        policy = Policy(student=StudentSpec(width=0.5))
+        module.reconstruct(build_student(graph, policy), TeacherActivations(graph, inputs), policy)
+    usual, least = (sum(rows.nbytes for rows in known.values()) for known in taken)
+    assert usual > 2**21
+    assert least <= 1.5 * 2**20
+
+
 @pytest.mark.parametrize("kernel", [1, 3, (5, 3)])
 @pytest.mark.parametrize("stride", [1, (2, 1)])
 @pytest.mark.parametrize("padding", [0, (1, 2)])
@@ -183,8 +216,10 @@ def test_patches_are_what_a_convolution_multiplies(kernel, stride, padding, dila
     layer = nn.Conv2d(4, 6, kernel, stride, padding, dilation, groups, bias=False)
     value = inputs_like(torch.empty(1, 4, 13, 11), n=700)
     with torch.no_grad():
-        wanted = module._rows_of(layer(value), last=False)
-        found = torch.einsum("rgi,goi->rgo", module._patches(layer, value), layer.weight.view(groups, 6 // groups, -1)).flatten(1)
+        wanted = module._rows_of(layer(value), module.ROWS, last=False)
+        found = torch.einsum(
+            "rgi,goi->rgo", module._patches(layer, value, module.ROWS), layer.weight.view(groups, 6 // groups, -1)
+        ).flatten(1)
     assert len(wanted) < 13 * 11 * len(value), "at some positions"
     torch.testing.assert_close(found, wanted)
 

@@ -38,9 +38,10 @@ def view(indices, epoch, seed=0):
     return torch.stack(rows)
 
 
-def make(cache_bytes=10 * EPOCH_BYTES, classifier=None, most=256, classes=CLASSES):
+def make(cache_bytes=10 * EPOCH_BYTES, classifier=None, most=256, classes=CLASSES, is_augmented=True):
     val = Split(view(range(N), 9), torch.zeros(N, dtype=torch.int64))
     data = SimpleNamespace(train=range(N), val=val, view=view, at_most=lambda n, limit: min(n, most), classes=classes, prepare=torch.clone)
+    data.is_augmented = is_augmented
     return Teacher(Counting().eval(), data, classifier=classifier, cache_bytes=cache_bytes)
 
 
@@ -145,6 +146,29 @@ def test_as_many_views_are_prepared_as_can_be_kept(keepable, views):
     assert teacher.model.rows == asked
 
 
+def test_a_teacher_whose_answers_depend_on_the_batch_is_asked_for_each():
+    """In the order of the classes, as data sets are stored, its norms would see one class at a time."""
+    teacher = make()
+    norm = nn.BatchNorm1d(FEATURES, track_running_stats=False)
+    mixing = Teacher(nn.Sequential(norm, teacher.model).eval(), teacher._data)
+    mixing.prepare(seconds=60.0)
+    assert teacher.model.rows == 0
+    indices = torch.tensor([3, 7, 11])
+    for others in (indices, torch.arange(N)):
+        inputs = view(others, 0)
+        wanted = teacher.model.linear(norm(inputs))
+        assert torch.allclose(mixing.answers(others, inputs, 0).outputs, wanted, atol=TOLERANCE)
+
+
+def test_data_that_every_epoch_shows_alike_is_answered_once():
+    teacher = make(is_augmented=False)
+    assert {teacher.view(epoch) for epoch in range(20)} == {0}
+    teacher.prepare(seconds=60.0)
+    asked = teacher.model.rows
+    teacher.answers(torch.arange(N), view(range(N), 0), teacher.view(7))
+    assert (teacher.views, teacher.model.rows) == (1, asked)
+
+
 @pytest.mark.parametrize(("slow_calls", "views", "asked"), [(1, 8, None), (100, 16, 2)])
 def test_a_first_call_that_loads_kernels_does_not_make_a_teacher_slow(slow_calls, views, asked):
     """Of a GPU the first takes a second, which says nothing of the others; of a network that stays slow, no more is asked."""
@@ -233,7 +257,9 @@ def picky(x):
 )
 def test_a_teacher_is_asked_in_the_layout_that_is_fast_where_its_code_takes_it(read, layout):
     images = torch.randn(N, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    data = SimpleNamespace(train=range(N), view=lambda indices, *_: images[indices], at_most=lambda n, limit: n, classes=CLASSES)
+    data = SimpleNamespace(
+        train=range(N), view=lambda indices, *_: images[indices], at_most=lambda n, limit: n, classes=CLASSES, is_augmented=True
+    )
     model = Reading(read).eval()
     with torch.no_grad():
         wanted = model(images)

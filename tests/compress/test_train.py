@@ -316,3 +316,50 @@ def test_a_batch_that_does_not_fit_the_memory_is_taken_in_parts_from_the_start(d
     student.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     train(student, data, TrainPlan(2, batch_size=64))
     assert sizes[: 2 * parts] == [64 // parts] * 2 * parts
+
+
+class Scaled(nn.Module):
+    """Predicts prices in another currency."""
+
+    def __init__(self, scale, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, CLASSES))
+        self.scale = scale
+
+    def forward(self, x):
+        return self.scale * self.net(x)
+
+
+def test_losses_of_ones_own_do_not_depend_on_the_unit_of_what_is_predicted(data, monkeypatch):
+    """Of targets in the thousands every run would diverge, of thousandths none learn."""
+    monkeypatch.setitem(arithmetic._bf16_faster, "cpu", False)
+    learned = []
+    for scale in (1.0, 1000.0):
+        generator = torch.Generator().manual_seed(0)
+        splits = [
+            Split(part.inputs, scale * torch.randn(len(part), CLASSES, generator=generator)) for part in (data.train, data.val, data.test)
+        ]
+        own = Data(*splits, loss=F.mse_loss, score=lambda outputs, targets: 0.0)
+        student = Scaled(scale, seed=1)
+        distillation = Distillation(Teacher(Scaled(scale, seed=2).eval(), own), DistillSpec(alpha=0.5))
+        train(student, own, TrainPlan(4, batch_size=16), distillation=distillation)
+        learned.append(student.net[2].weight.detach())
+    torch.testing.assert_close(*learned, rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(learned[0], Scaled(1.0, seed=1).net[2].weight, atol=1e-3), "it has learned something"
+
+
+def test_a_short_training_leaves_time_for_what_follows_it(monkeypatch):
+    """Norms and ranges took the time of all training through fake quantization."""
+    now = [100.0]
+    monkeypatch.setattr(train_module.time, "monotonic", lambda: now[0])
+    steps = train_module._Steps(TrainPlan(10**9, deadline=200.0))
+    steps.done, now[0] = 10, 150.0
+    assert steps.progress == pytest.approx(0.5)
+    steps.upkeep = lambda done: 4.0
+    assert steps.progress == pytest.approx(0.7), "four steps of 5 s are to come"
+    steps.upkeep = lambda done: 400.0
+    assert steps.progress == pytest.approx(0.5 + train_module.MOST_UPKEEP)
+    cost = [train_module._norm_cost(tiny_resnet(), done) for done in (0, 10, train_module.FEW_STEPS)]
+    assert cost == [0.0, pytest.approx(10 * train_module.FORWARD_COST), 0.0]
+    assert train_module._norm_cost(LeNet(), 10) == 0.0, "it has none"

@@ -114,8 +114,9 @@ def test_scores_below_zero_have_a_hypervolume_that_grows():
         for i, (loss, width) in enumerate([(4.0, 0.5), (1.0, 0.75)])
     )
     original = Baseline(Path("b.onnx"), latency(3.0), 9, val_score=Score(name="s", value=2.5, direction="minimize"))
-    volumes = [progress_point(known, original, Budget(), 1.0, 1).hypervolume for known in ([], [worse], [worse, better])]
-    assert volumes == pytest.approx([0.0, (5.0 - 4.0) * (3.0 - 1.0), (5.0 - 1.0) * (3.0 - 1.0)])
+    points = [progress_point(known, original, Budget(), 1.0, 1) for known in ([], [worse], [worse, better])]
+    assert [point.hypervolume for point in points] == pytest.approx([0.0, (5.0 - 4.0) * (3.0 - 1.0), (5.0 - 1.0) * (3.0 - 1.0)])
+    assert [point.best_val for point in points] == [None, 4.0, 1.0]
 
 
 def test_a_score_that_is_far_too_low_adds_nothing():

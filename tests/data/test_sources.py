@@ -56,11 +56,28 @@ def test_held_out_folders_are_used_as_they_are(tmp_path, cache):
     write_images(tmp_path / "d" / "train")
     write_images(tmp_path / "d" / "val", n=4)
     data = load_data(f"imagefolder:{tmp_path / 'd'}?size=8&mean=0,0,0&std=1,1,1&flip=false")
-    assert (len(data.train), len(data.val), len(data.test)) == (27, 3, 12)
+    assert (len(data.train), len(data.val), len(data.test)) == (30, 6, 6), "what is held out is halved: the model has seen the rest"
+    assert not data.note
     assert (data.mean, data.std, data.flip) == ((0, 0, 0), (1, 1, 1), False)
     write_images(tmp_path / "d" / "test", classes=("cat", "cow"))
-    with pytest.raises(UsageError, match="class folders of train"):
+    with pytest.raises(UsageError, match="must be among those of train, but 'cow' is not"):
         load_data(f"imagefolder:{tmp_path / 'd'}?size=8")
+
+
+def test_a_held_out_part_may_lack_a_class(tmp_path, cache):
+    write_images(tmp_path / "d" / "training", classes=("ant", "bee", "cat"))
+    write_images(tmp_path / "d" / "testing", classes=("ant", "cat"), n=4)
+    data = load_data(f"imagefolder:{tmp_path / 'd'}?size=8")
+    assert data.classes == 3
+    assert sorted(torch.cat([data.val.targets, data.test.targets]).unique().tolist()) == [0, 2]
+
+
+@pytest.mark.parametrize("inside", ["", "train"])
+def test_where_nothing_is_held_out_that_is_said(tmp_path, cache, inside):
+    write_images(tmp_path / "d" / inside)
+    data = load_data(f"imagefolder:{tmp_path / 'd'}?size=8")
+    assert (len(data.train), len(data.val), len(data.test)) == (21, 3, 6)
+    assert "was trained on them" in data.note
 
 
 @pytest.mark.parametrize("name", ["valid", "validation", "Val", "VALIDATION"])
@@ -78,9 +95,9 @@ def test_a_folder_that_may_be_what_is_missing_is_asked_about(tmp_path, cache):
     folder = tmp_path / "d"
     write_images(folder / "train")
     write_images(folder / "dev", n=4)
-    with pytest.raises(UsageError, match=r"holds train, but no val, and 'dev', which is none of train, val, valid") as caught:
+    with pytest.raises(UsageError, match=r"holds train, but no val, and 'dev', which is none of train, training, val, valid") as caught:
         load_data(f"imagefolder:{folder}?size=8")
-    assert "taken from train" in caught.value.hint
+    assert "taken from the other one, or from train" in caught.value.hint
     write_images(folder / "val", n=4)
     write_images(folder / "test", n=5)
     assert len(load_data(f"imagefolder:{folder}?size=8").val) == 12, "nothing is missing"
@@ -165,7 +182,7 @@ def test_splits_of_a_folder_share_its_mapped_file(tmp_path, cache):
     write_images(tmp_path / "d" / "train")
     write_images(tmp_path / "d" / "test", n=4)
     held_out = load_data(f"imagefolder:{tmp_path / 'd'}?size=8")
-    for splits in ((whole.train, whole.val, whole.test), (held_out.train, held_out.val)):
+    for splits in ((whole.train, whole.val, whole.test), (held_out.val, held_out.test)):
         assert len({split._array.data_ptr() for split in splits}) == 1
         seen = [{tuple(x.flatten().tolist()) for x in split.inputs} for split in splits]
         assert sum(map(len, seen)) == len(set.union(*seen)), "and no image is in two"
@@ -262,7 +279,7 @@ def source(tmp_path):
     return path
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("two", (18, 2, 10)), ("three", (10, 10, 10)), ("splits", (27, 3, 30))])
+@pytest.mark.parametrize(("name", "sizes"), [("two", (20, 6, 4)), ("three", (10, 10, 10)), ("splits", (30, 15, 15))])
 def test_a_function_may_return_arrays(source, name, sizes):
     data = load_data(f"{source}:{name}")
     assert data.classes == 3

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from autocompress import cli
 from autocompress.devices import agent as service
+from autocompress.devices import blobs as blob_store
 from autocompress.devices import open_device, remote
 from autocompress.devices import server as http_side
 from autocompress.devices.access import token_of
@@ -332,7 +334,7 @@ def served(work):
 def test_signs_of_life_keep_a_long_measurement_alive(tiny, monkeypatch):
     monkeypatch.setattr(remote, "SILENCE_S", 2.0)
     monkeypatch.setattr(http_side, "HEARTBEAT_S", 0.2)
-    rounds = {"rounds": [[[1e-3] * 5] * 12], "firsts": [1e-3], "environment": {}}
+    rounds = {"rounds": [[[1e-3] * 5] * 12], "firsts": [1e-3], "busy": 1.0, "environment": {}}
     with served(lambda request: time.sleep(5.0) or rounds) as port:
         assert open_device(f"agent://127.0.0.1:{port}").measure([tiny])[0].median == 1e-3
 
@@ -384,13 +386,13 @@ def test_a_file_may_take_longer_to_send_than_a_connection_may_be_silent(tmp_path
     monkeypatch.setattr(remote, "SILENCE_S", 4.0)
     keep = Blobs.keep
 
-    def slowly(self, digest, pieces):
-        return keep(self, digest, (time.sleep(0.02) or piece for piece in pieces))
+    def slowly(self, digest, pieces, n):
+        return keep(self, digest, (time.sleep(0.02) or piece for piece in pieces), n)
 
     monkeypatch.setattr(Blobs, "keep", slowly)
     large = tmp_path / "large.onnx"
     onnx.save(linear_model(3072), large)
-    rounds = {"rounds": [[[1e-3] * 5] * 12], "firsts": [1e-3], "environment": {}}
+    rounds = {"rounds": [[[1e-3] * 5] * 12], "firsts": [1e-3], "busy": 1.0, "environment": {}}
     with served(lambda request: rounds) as port:
         device = open_device(f"agent://127.0.0.1:{port}")
         started = time.monotonic()
@@ -444,14 +446,32 @@ def test_what_was_not_used_for_longest_makes_room(tmp_path):
     blobs, contents = Blobs(tmp_path, most_bytes=25), [bytes([n]) * 10 for n in range(3)]
     digests = [hashlib.sha256(content).hexdigest() for content in contents]
     for age, (digest, content) in enumerate(zip(digests[:2], contents, strict=False)):
-        assert blobs.keep(digest, iter([content]))
+        assert blobs.keep(digest, iter([content]), len(content))
         os.utime(tmp_path / digest, (1000 + age, 1000 + age))
     assert blobs.path(digests[0]).read_bytes() == contents[0]
-    assert blobs.keep(digests[2], iter([contents[2][:3], contents[2][3:]]))
+    assert blobs.keep(digests[2], iter([contents[2][:3], contents[2][3:]]), 10)
     with pytest.raises(Missing) as missing:
         blobs.paths(digests)
     assert missing.value.args == (digests[1],)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([digests[0], digests[2]])
+
+
+def test_a_full_disk_makes_room_too(tmp_path, monkeypatch):
+    """Of small devices it often is a part of their memory, and less than what an agent may keep."""
+    blobs, contents = Blobs(tmp_path, most_bytes=10**9), [bytes([n]) * 10 for n in range(3)]
+
+    def usage(folder):
+        kept = sum(path.stat().st_size for path in tmp_path.iterdir())
+        return SimpleNamespace(free=blob_store.LEAST_FREE + 25 - kept)
+
+    monkeypatch.setattr(blob_store.shutil, "disk_usage", usage)
+    digests = [hashlib.sha256(content).hexdigest() for content in contents]
+    for age, (digest, content) in enumerate(zip(digests, contents, strict=True)):
+        assert blobs.keep(digest, iter([content]), len(content))
+        os.utime(tmp_path / digest, (1000 + age, 1000 + age))
+    with pytest.raises(Missing) as missing:
+        blobs.paths(digests)
+    assert missing.value.args == (digests[0],)
 
 
 def test_the_agent_is_one_file_that_says_the_same_each_time(packed, tmp_path):

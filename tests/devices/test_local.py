@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,11 +17,13 @@ import torch
 from laws.networks import network
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
+from autocompress import machine
 from autocompress.compress.quantize import calibrate, fake_quantize, snap_biases
 from autocompress.compress.student import build_student
 from autocompress.devices import child as program
 from autocompress.devices import local as module
 from autocompress.devices import open_device, processes, running
+from autocompress.devices.base import measurements
 from autocompress.devices.local import LocalCpu
 from autocompress.devices.runtime import TITLES, Runtime
 from autocompress.errors import DeviceUnavailable, PolicyFailure, UsageError
@@ -132,6 +135,19 @@ def test_runtimes_agree_on_an_int8_network(tmp_path, monkeypatch):
     assert np.abs(one - own).max() <= 0.05 * np.abs(own).max()
 
 
+@pytest.mark.parametrize(("busy", "threads", "noisy"), [(1.0, 1, False), (0.5, 1, True), (0.5, 2, False)])
+def test_a_processor_that_others_share_all_the_time_is_noticed(busy, threads, noisy):
+    """Its latencies are as even as those of a free one, and twice as long."""
+    answer = {"rounds": [[[1e-3] * 5] * 12], "firsts": [1e-3], "busy": busy}
+    (found,) = measurements(answer, [Path("a.onnx")], Runtime("onnxruntime", threads), {})
+    assert ("other programs took 50 %" in found.noise_reason) is found.noisy is noisy
+
+
+def test_a_measuring_process_knows_whether_it_had_the_processor(device, tiny):
+    request = {"paths": [str(tiny)], "seconds_each": SHORT, "fewest_rounds": 5, "most_s": 60.0} | Runtime("onnxruntime").asked
+    assert 0.5 < program.measure(request)["busy"] < 1.1
+
+
 def test_bf16_is_what_was_asked_for_and_nothing_else(tmp_path):
     exact, rounded = Runtime("openvino"), Runtime("openvino", precision="bf16")
     if not (exact.is_here and rounded.can_compute):
@@ -192,8 +208,8 @@ def test_what_the_inputs_raise_ends_all_processes(device, tiny, monkeypatch, fai
 def test_processes_are_as_many_as_cores_and_memory_allow(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(6))
     size = psutil.Process().memory_info().rss
-    for available, expected in ((100, [5, 2, 0, 0]), (4.5, [2, 2, 0, 0]), (0, [0, 0, 0, 0])):
-        monkeypatch.setattr(psutil, "virtual_memory", lambda available=available: SimpleNamespace(available=available * size))
+    for available, expected in ((100, [5, 2, 0, 0]), (4.5, [2, 2, 0, 0]), (0.1, [0, 0, 0, 0])):
+        monkeypatch.setattr(machine, "free_bytes", lambda available=available: int(available * size))
         assert [running._helpers(os.getpid(), threads) for threads in (1, 2, 4, 8)] == expected
     assert running._helpers(2**22 + 1, 1) == 0, "it has ended"
 
@@ -383,7 +399,7 @@ class Calls:
     def __init__(self, seconds):
         self.seconds, self.now, self.made = seconds, 0.0, dict.fromkeys(seconds, 0)
 
-    def open(self, runtime, path, threads):
+    def open(self, runtime, path, threads, precision):
         return SimpleNamespace(run=lambda _: self.call(path), inputs=[])
 
     def call(self, path):
@@ -398,7 +414,7 @@ def measured(monkeypatch):
     def measure(most_s=240.0, seconds_each=1.0, **seconds):
         calls = Calls(seconds)
         monkeypatch.setattr(program, "open_session", calls.open)
-        monkeypatch.setattr(program, "time", SimpleNamespace(perf_counter=lambda: calls.now))
+        monkeypatch.setattr(program, "time", SimpleNamespace(perf_counter=lambda: calls.now, process_time=lambda: calls.now))
         request = {"paths": list(seconds), "seconds_each": seconds_each, "fewest_rounds": 5, "most_s": most_s} | Runtime(
             "onnxruntime"
         ).asked
@@ -412,7 +428,7 @@ def test_a_fast_file_is_called_five_times_a_round_and_once_before(measured):
     (rounds,) = answer["rounds"]
     assert {len(samples) for samples in rounds} == {5}
     assert len(rounds) == pytest.approx(1.0 / 0.006, abs=1)
-    assert made["fast"] == 12 + 6 * len(rounds), "the first call, five until they are stable, one for the clock"
+    assert made["fast"] == 11 + 6 * len(rounds), "the first call, and twice five until they are stable"
 
 
 @pytest.mark.parametrize(("seconds", "rounds", "warm_up"), [(0.03, 34, 11), (0.5, 12, 5), (2.0, 10, 2), (10.0, 5, 2), (20.0, 5, 2)])
@@ -457,7 +473,7 @@ def test_the_patience_of_the_parent_follows_from_what_the_process_may_take(devic
 
 @pytest.mark.parametrize("error", [ValueError(), ValueError("\n"), ValueError("two\nlines")])
 def test_an_error_of_the_runtime_without_a_message_is_told_too(monkeypatch, error):
-    def fail(runtime, path, threads):
+    def fail(runtime, path, threads, precision):
         raise error
 
     monkeypatch.setattr(program, "open_session", fail)

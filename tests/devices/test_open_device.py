@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from autocompress.devices import list_devices, open_device, processor
+from autocompress import machine
+from autocompress.devices import list_devices, open_device
 from autocompress.devices.runtime import TITLES, Runtime
 from autocompress.errors import DeviceUnavailable, UsageError
 
@@ -20,7 +21,7 @@ def test_a_device_opens_with_its_threads(monkeypatch, runtime, options, threads)
     assert open_device(device.name).name == device.name
 
 
-@pytest.mark.parametrize("threads", ["0", "-1", str(processor.usable() + 1), "two", "1.5", "", "²"])
+@pytest.mark.parametrize("threads", ["0", "-1", str(machine.usable() + 1), "two", "1.5", "", "²"])
 def test_threads_out_of_range_are_refused(threads):
     with pytest.raises(UsageError, match=r"threads|device reference|option"):
         open_device(f"onnxruntime:cpu?threads={threads}")

@@ -9,12 +9,14 @@ import optuna
 import pytest
 from running import TASK, measurement, trained
 
+from autocompress.beginning import interrupted_weights
 from autocompress.candidates.appraisals import Appraisals
-from autocompress.candidates.forecast import Untrained
+from autocompress.candidates.forecast import Forecast, Untrained
+from autocompress.candidates.sensitivity import Sensitivity
 from autocompress.controller.choice import INTERVAL_HEADROOM, Choice, Chooser
 from autocompress.controller.findings import Findings
 from autocompress.controller.pace import PROBING, Pace
-from autocompress.controller.rungs import APPRAISED_A_TRIAL, APPRAISED_FIRST, Rungs
+from autocompress.controller.rungs import APPRAISED_A_TRIAL, APPRAISED_FIRST, MOST_SETTLING, Rungs
 from autocompress.policy import DistillSpec, Policy, PruneSpec, QuantSpec
 from autocompress.progress import SilentProgress
 from autocompress.promotion import cover
@@ -311,6 +313,71 @@ def test_of_runs_that_differ_in_distillation_one_is_trained_to_the_end(findings,
     begun.clear()
     Rungs(findings).full_rung()
     assert begun == ["00002"], "the structure has been trained to the end"
+
+
+@pytest.mark.parametrize(("factors", "measured"), [((0.8, 0.9, 1.01, 0.5), 3), ((0.8,) * 9, MOST_SETTLING)])
+def test_what_should_be_best_is_measured_until_it_takes_what_was_predicted(findings, pool, monkeypatch, factors, measured):
+    """Where it is faster than predicted, the most accurate policies would be ruled out unseen."""
+    forecast, proposals, left, asked = findings.forecast, iter(pool), iter(factors), []
+
+    def measure(self, policy):
+        asked.append(policy)
+        self._note(policy, next(left) * best[-1].latency_s / self.recent_baseline_s)
+        return True
+
+    best = []
+    monkeypatch.setattr(Sensitivity, "best", lambda self, n, until: iter([best.append(next(proposals)) or best[-1]]))
+    monkeypatch.setattr(Forecast, "measure_untrained", measure)
+    Rungs(findings)._settle_near_budget(time.monotonic() - 1.0)
+    assert not asked, "there is no time"
+    Rungs(findings)._settle_near_budget(time.monotonic() + 60.0)
+    assert asked == [proposal.policy for proposal in pool[:measured]]
+    assert all(forecast.is_measured(policy) for policy in asked)
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """Ids of the short runs that full training goes on from, in order; it takes no time, and comes to nothing."""
+    ids = []
+    monkeypatch.setattr("autocompress.controller.rungs.evaluate_policy", lambda *_, continues, **known: ids.append(continues))
+    monkeypatch.setattr(Findings, "keep", lambda self, outcome: None)
+    return ids
+
+
+def test_what_is_over_the_budget_keeps_nothing_from_being_trained_to_the_end(findings, pool, begun, monkeypatch):
+    """The unchanged network in int8 is the most accurate of all, and its low interval within the budget."""
+    monkeypatch.setattr("autocompress.controller.rungs.full_runs", lambda *_: 1)
+    findings.forecast.limits = Budget(latency_s=5e-3)
+    trained(findings, Policy(quant=QuantSpec(bits=8)), 6e-3, score=0.93, id="int8", rung="unchanged")
+    for index, (seconds, score) in enumerate([(4.9e-3, 0.9), (4e-3, 0.895), (3e-3, 0.88), (1.5e-3, 0.8), (0.8e-3, 0.6)]):
+        trained(findings, pool[index].policy, seconds, score=score, id=f"0000{index}", steps=99)
+    Rungs(findings).full_rung()
+    assert begun == ["00000"]
+
+
+def test_what_was_trained_to_the_end_is_compared_by_its_short_run(findings, pool, begun, monkeypatch):
+    """Else a resumed search would find nothing worth training that is slower than what has been."""
+    monkeypatch.setattr("autocompress.controller.rungs.full_runs", lambda *_: 1)
+    for index, (seconds, score) in enumerate([(2e-3, 0.82), (3e-3, 0.86), (0.5e-3, 0.4)]):
+        trained(findings, pool[index].policy, seconds, score=score, id=f"0000{index}", steps=99)
+    trained(findings, pool[0].policy, 2e-3, score=0.89, id="00000-full", rung="full", steps=999)
+    Rungs(findings).full_rung()
+    assert begun == ["00001"]
+
+
+def test_training_that_was_interrupted_goes_on_first(findings, pool, begun, monkeypatch):
+    monkeypatch.setattr("autocompress.controller.rungs.full_runs", lambda *_: 2)
+    for index, (seconds, score) in enumerate([(3e-3, 0.9), (2e-3, 0.85), (1e-3, 0.5)]):
+        trained(findings, pool[index].policy, seconds, score=score, id=f"0000{index}", steps=99)
+    assert not Rungs(findings).is_at_full_rung
+    left = interrupted_weights(findings.setting, pool[2].policy)
+    left.touch()
+    Rungs(findings).full_rung()
+    left.unlink()
+    assert begun == ["00002", "00000"]
+    assert Rungs(findings).is_at_full_rung, "no more policies are tried in what is left of the time"
+    findings.clock = replace(findings.clock, total=2 * findings.clock.total)
+    assert not Rungs(findings).is_at_full_rung, "there is time for more"
 
 
 def test_policies_that_lead_are_distilled_in_other_ways(findings, pool):

@@ -70,6 +70,30 @@ def test_a_model_must_return_one_tensor_with_a_row_an_input(data, tmp_path, outp
         ready(Several().eval(), own, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("loss", "complaint"),
+    [
+        (lambda a, b: nn.functional.cross_entropy(a, b.long()), "must take outputs of shape (2, 4) and targets of shape (2, 4)"),
+        (lambda a, b: (a - b).square(), "but raised"),
+        (lambda a, b: torch.tensor(1.0), "but raised"),
+        (lambda a, b: (a - b).square().mean() / 0.0, "must be finite, but is inf"),
+    ],
+    ids=["shapes", "no number", "no gradient", "infinite"],
+)
+def test_a_loss_of_ones_own_is_tried_before_the_search(data, tmp_path, loss, complaint):
+    """A search calls it for the first time after a third of its time."""
+    splits = [
+        Split(part.inputs, torch.arange(4.0 * len(part), dtype=torch.float64).view(-1, 4)) for part in (data.train, data.val, data.test)
+    ]
+    own = Data(*splits, loss=loss, score=lambda a, b: 0.0)
+    assert own.train.targets.dtype == torch.float32, "as outputs are"
+    with pytest.raises(UsageError, match="the data's loss") as caught:
+        ready(Net().eval(), own, tmp_path / "run")
+    assert complaint in caught.value.message
+    fine = replace(own, loss=nn.functional.mse_loss)
+    ready(Net().eval(), fine, tmp_path / "run")
+
+
 def test_weights_that_are_not_numbers_are_the_models_fault(net, data, tmp_path):
     broken = copy.deepcopy(net)
     nn.init.constant_(broken.head.weight, float("nan"))
@@ -147,7 +171,9 @@ def test_what_a_step_of_training_takes_is_tried_on_a_copy(net, data, tmp_path, m
     assert all(torch.equal(before[key], value) for key, value in setting.graphs[None].module.state_dict().items())
 
     def broken(outputs, targets):
-        raise ValueError("bins must increase")
+        if len(outputs) > 2:  # those that it is tried on before the search
+            raise ValueError("bins must increase")
+        return outputs.sum()
 
     own = replace(data, loss=broken, score=lambda outputs, targets: 0.0)
     assert training_step_seconds(ready(net, own, tmp_path / "other"), time.monotonic() + 60.0) == 0.0
@@ -466,6 +492,21 @@ def test_training_that_is_interrupted_goes_on_from_there(net, data, tmp_path, mo
     assert all(torch.equal(value, learned[name]) for name, value in begun[0].items())
     assert not left.exists()
     assert not torch.equal(begun[1]["b.conv1.weight"], learned["b.conv1.weight"]), "what is finished is no longer interrupted"
+
+
+def test_what_was_trained_is_kept_until_it_is_measured(net, data, tmp_path, monkeypatch):
+    """The device may be gone by then."""
+    device, policy = FakeDevice(SLOW_CALLS), Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}))
+    setting = ready(net, data, tmp_path / "run", device)
+    device.failures = {device.calls: DeviceUnavailable("the agent does not answer")}
+    with pytest.raises(DeviceUnavailable):
+        evaluate_policy(setting, policy, id="00000", rung="full", seconds=1.0)
+    trained = load_file(setting.models / "00000" / FLOAT_WEIGHTS)
+    begun = []
+    monkeypatch.setattr("autocompress.objective.train_quantized", lambda student, *_, **__: begun.append(student.state_dict()) or student)
+    assert evaluate_policy(setting, policy, id="00000", rung="full", seconds=1.0).failure is None
+    assert all(torch.equal(value, trained[name]) for name, value in begun[0].items())
+    assert not [*setting.models.glob(f"{INTERRUPTED}*")]
 
 
 def test_how_gently_a_student_is_trained_follows_from_its_distance_to_the_teacher(net, data, tmp_path, monkeypatch):

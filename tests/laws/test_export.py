@@ -218,6 +218,28 @@ def test_shared_layer_in_int8():
     assert (run(payload, inputs) - expected).abs().max() <= 0.05 * (expected.max() - expected.min())
 
 
+class SharedGate(nn.Module):
+    """A linear layer with large biases, called on inputs of other sizes, as the channel gates of CBAM are."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.gate, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 8), nn.Linear(8, 10)
+        nn.init.uniform_(self.gate.bias, 2.0, 4.0)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        mean = x.mean((2, 3))
+        return self.head(torch.relu(self.gate(mean)) + torch.relu(self.gate(8.0 * mean)))
+
+
+def test_a_shared_layer_adds_its_bias_in_the_unit_of_each_call():
+    torch.manual_seed(0)
+    inputs = torch.randn(64, 3, 8, 8)
+    student, payload = exported(Graph.trace(SharedGate().eval(), (inputs[:1],)), inputs, Policy(quant=QuantSpec(bits=8)), settle=False)
+    expected = answers(student, inputs)
+    assert (run(payload, inputs) - expected).abs().max() <= 0.02 * (expected.max() - expected.min())
+
+
 class Positions(nn.Module):
     """A layer that reads no input, as the positions of ConViT do."""
 

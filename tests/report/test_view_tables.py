@@ -67,9 +67,20 @@ def test_a_table_without_front_lists_what_was_measured(content):
     assert rendered(front_table(missed)).count("\n x ") == len(content["points"])
 
 
-@pytest.mark.parametrize(("width", "columns"), [(180, 9), (100, 8), (70, 7)])
+@pytest.mark.parametrize(("width", "columns"), [(180, 10), (100, 8), (70, 7)])
 def test_a_narrow_terminal_shows_fewer_columns(results, width, columns):
     assert len(front_table(results, width).columns) == columns
+
+
+def test_how_long_each_was_trained_is_told(content):
+    first, second = content["points"][:2]
+    points = [first | {"rung": "unchanged", "steps": 0}, second | {"rung": "full", "steps": 1716, "training_s": 674.0}]
+    results = Results.read(content | {"points": points, "front": points})
+    shown = rendered(front_table(results))
+    assert "calibrated only" in shown and "1716 steps" in shown
+    assert "alpha=" not in results.points[0].words, "nothing was distilled"
+    assert "alpha=" in results.points[1].words
+    assert frame(results)["steps"].tolist().count(1716) == 1
 
 
 def test_names_are_printed_as_they_are(content):

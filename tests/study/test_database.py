@@ -371,3 +371,15 @@ def test_a_study_of_somebody_elses_that_is_called_as_ours_is_not_removed(tmp_pat
     with pytest.raises(UsageError, match="already holds a search"):
         studies.open_journal(tmp_path, TASK, resume=False)
     assert len(optuna.load_study(study_name=studies.STUDY, storage=storage).trials) == 1
+
+
+def test_a_search_is_not_resumed_on_another_machine(journal, tmp_path):
+    """Nor with another runtime: a name of a device says nothing of what it is."""
+    machine = {"processor": "EPYC", "flags": "avx2", "onnxruntime": "1.32.0"}
+    studies.require_same_machine(journal, tmp_path, machine)
+    studies.require_same_machine(journal, tmp_path, dict(machine))
+    with pytest.raises(UsageError, match=r"another machine: its flags was 'avx2' and is 'avx2 avx512_vnni'") as caught:
+        studies.require_same_machine(journal, tmp_path, machine | {"flags": "avx2 avx512_vnni"})
+    assert "--from" in caught.value.hint
+    with pytest.raises(UsageError, match=r"onnxruntime was '1\.32\.0' and is None"):
+        studies.require_same_machine(journal, tmp_path, {"processor": "EPYC", "flags": "avx2"})
