@@ -83,7 +83,7 @@ def apply_policy(
             },
         )
         return {
-            "policy": chosen.in_words(), "digest": chosen.digest, "folder": str(out),
+            "policy": chosen.in_words(distilled=False), "digest": chosen.digest, "folder": str(out),
             "latency": format_duration(after.median), "original_latency": format_duration(before.median),
             "latency_s": after.median, "speedup": before.median / after.median,
             "size": format_size(path.stat().st_size), "original_size": format_size(setting.baseline.size_bytes),

@@ -19,14 +19,14 @@ def usable() -> int:
     return max(1, math.ceil(min(allowed, _quota())))
 
 
-def free_bytes() -> int:
-    """Memory that is free; 0 where the system does not say."""
-    free = 0
+def free_bytes() -> int | None:
+    """Memory that is free; None where the system does not say."""
+    free = None
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-    allowed = _allowed_bytes()
-    return free if allowed is None else min(free, allowed)
+    known = [n for n in (free, _allowed_bytes()) if n is not None]
+    return min(known, default=None)
 
 
 def fastest_cpus(n: int) -> list[int]:
@@ -65,14 +65,14 @@ def _allowed_bytes() -> int | None:
     ):
         limit, used = _number(CONTROL / most), _number(CONTROL / taken)
         if limit is not None and used is not None:
-            return max(0, limit - used + _inactive_bytes(CONTROL / statistics))
+            return max(0, limit - used + _cached_bytes(CONTROL / statistics))
     return None
 
 
-def _inactive_bytes(statistics: Path) -> int:
-    """Of files that are cached, which are dropped before anything fails."""
+def _cached_bytes(statistics: Path) -> int:
+    """Of files, which are dropped before anything fails."""
     fields = (line.split() for line in _read(statistics).splitlines())
-    return next((int(field[1]) for field in fields if field[0] == "inactive_file" and field[1].isdecimal()), 0)
+    return sum(int(field[1]) for field in fields if field[0] in ("active_file", "inactive_file") and field[1].isdecimal())
 
 
 def _number(path: Path) -> int | None:

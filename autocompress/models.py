@@ -153,6 +153,8 @@ COUNTER = "num_batches_tracked"
 """Of batch norms; files of old versions of torch lack it, and nothing depends on it."""
 REFUSED = re.compile(r"Unsupported (?:global|class|operand)[^.]*?: ?(?:GLOBAL )?([\w.]+)")
 """What torch says of a file that holds more than tensors."""
+FEW_NAMES = 4
+"""Of a state dict that are looked for in another one, with more in front of them."""
 USUAL_SHAPES = ((3, 224, 224), (3, 299, 299), (3, 32, 32), (1, 28, 28), (1, 8, 8), (3, 16, 112, 112))
 """Inputs that a model is tried with when nothing says what it takes: images, and a video."""
 SHAPE = re.compile(r"(\d+(?:x\d+)*)(?::(\w+))?")
@@ -195,11 +197,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Copy a file of weights into the model. Raises UsageError unless every name and shape fits."""
     own = model.state_dict()
     state = _unwrapped(read_state(path), own)
-    missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    known = {(value.data_ptr(), value.shape) for key, value in own.items() if key in state}  # a file may name once what several share
-    optional = {key for key in missing if key.endswith(COUNTER) or (own[key].data_ptr(), own[key].shape) in known}
-    if unexpected or set(missing) - optional:
-        key = (unexpected or [k for k in missing if k not in optional])[0]
+    missing, unexpected = _missing(own, state), sorted(set(state) - set(own))
+    if unexpected or missing:
+        key = (unexpected or missing)[0]
         verb = "has" if unexpected else "lacks"
         raise UsageError(
             f"the weights {str(path)!r} do not fit the model: the file {verb} {key!r}", hint=nearest(key, own if unexpected else state)
@@ -221,17 +221,29 @@ def _unwrapped(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str,
     Data parallelism, `torch.compile` and Lightning's modules wrap a network so; a user's wrapper does what a checkpoint has not seen.
     What a checkpoint has beside the network (a loss with weights) is left out.
     """
-    if not state or not own or set(own) & set(state):
+    if set(own) & set(state):
         return state
-    for outer, inner in ((state, own), (own, state)):
-        shortest = min(inner, key=len)
-        for prefix in sorted({key.removesuffix(shortest) for key in outer if key.endswith(f".{shortest}")}, key=len):
-            within = {key for key in outer if key.startswith(prefix)}
-            if outer is state and {key for key in own if not key.endswith(COUNTER)} <= {key.removeprefix(prefix) for key in within}:
-                return {key.removeprefix(prefix): state[key] for key in within}
-            if outer is own and len(within) == len(own):
-                return {prefix + key: value for key, value in state.items()}
+    for prefix in _prefixes(state, own):
+        inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if not _missing(own, inside):
+            return inside
+    for prefix in _prefixes(own, state):
+        if all(key.startswith(prefix) for key in own):
+            return {prefix + key: value for key, value in state.items()}
     return state
+
+
+def _prefixes(outer: Mapping[str, Tensor], inner: Mapping[str, Tensor]) -> list[str]:
+    """What may stand in front of all names of `inner` to make those of `outer`, the shortest first."""
+    found = {key.removesuffix(name) for name in sorted(inner, key=len)[:FEW_NAMES] for key in outer if key.endswith(f".{name}")}
+    return sorted(found, key=len)
+
+
+def _missing(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """What a model needs that a state lacks: it may name once what several parts share, and counters of norms not at all."""
+    known = {(value.data_ptr(), value.shape) for key, value in own.items() if key in state}
+    lacking = (key for key, value in own.items() if key not in state and (value.data_ptr(), value.shape) not in known)
+    return sorted(key for key in lacking if not key.endswith(COUNTER))
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

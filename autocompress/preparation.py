@@ -49,6 +49,8 @@ TEACHER_WEIGHTS, UNFINISHED_TEACHER = "teacher.safetensors", "teacher.unfinished
 """Of the demonstration; the second of one that the clock cut short, which is that of all that was made of it."""
 PARITY_EXAMPLES = 16
 """Validation examples on which the original's file is compared with the model."""
+LOSS_EXAMPLES = 32
+"""Training examples that a loss of one's own is tried on: of two, a rank or a correlation has no value."""
 LEAST_VALIDATION, MOST_SHARE = 256, 5.0
 """Of validation examples there are at least so many, unless they take so many times the seconds that they should."""
 
@@ -226,13 +228,13 @@ def require_fit(model: nn.Module, data: Data, example: Tensor, reference: str) -
 
 
 def _require_loss(model: nn.Module, data: Data, reference: str) -> None:
-    """Raises UsageError unless the data's loss of two outputs is one finite number with a gradient: a search calls it much later."""
+    """Raises UsageError unless the data's loss of a few outputs is one finite number with a gradient: a search calls it much later."""
     assert data.loss is not None
-    few = sample(data.train, min(2, len(data.train)))
+    few = sample(data.train, min(LOSS_EXAMPLES, len(data.train)))
     outputs = _outputs(model, data.prepare(few.inputs), reference, "check that the data and the model belong together")
-    own = outputs.clone().requires_grad_()  # nothing reaches the model
-    form = f"outputs of shape {tuple(own.shape)} and targets of shape {tuple(few.targets.shape)} ({few.targets.dtype})"
+    form = f"outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(few.targets.shape)} ({few.targets.dtype})"
     try:
+        own = outputs.float().contiguous().clone().requires_grad_()  # as in training; nothing reaches the model
         with warnings.catch_warnings(action="ignore"):  # they will be seen when the search calls it
             loss = data.loss(own, few.targets)
             (gradient,) = torch.autograd.grad(loss, own)

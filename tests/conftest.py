@@ -48,6 +48,12 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
 
 
+@pytest.fixture(autouse=True)
+def _no_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What tests say of processors and memory does not depend on the limits that they run under."""
+    monkeypatch.setattr("autocompress.machine.CONTROL", tmp_path / "no cgroup")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _lean() -> None:
     """Tests run in two processes on two cores, where threads would wait for each other."""

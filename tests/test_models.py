@@ -73,6 +73,14 @@ def test_a_checkpoint_of_what_a_model_wraps_is_read(tmp_path):
         load_weights(model, write(tmp_path / "w.safetensors", state()))
 
 
+def test_a_wrapped_checkpoint_may_name_once_what_several_parts_share(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    saved = {f"module.{name}": value + 1 for name, value in model.state_dict().items() if name != "1.weight"}
+    load_weights(model, write(tmp_path / "w.safetensors", saved))
+    assert torch.equal(model[1].weight, saved["module.0.weight"])
+
+
 def test_what_a_file_holds_beside_tensors_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"holds more than tensors \(pathlib.*Path"):
         read_state(write(tmp_path / "c.ckpt", {"state_dict": state(), "hyper_parameters": {"folder": Path("x")}}))

@@ -26,7 +26,8 @@ def free_memory(device: torch.device) -> int:
     """Bytes that this process may still take there."""
     if device.type == "cuda":  # what torch holds but does not use is free as well
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return machine.free_bytes() or int(psutil.virtual_memory().available)
+    free = machine.free_bytes()
+    return int(psutil.virtual_memory().available) if free is None else free
 
 
 def training_hardware() -> str:

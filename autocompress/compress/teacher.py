@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from autocompress.compress.arithmetic import fast_arithmetic, fast_layout
 from autocompress.compress.distill import Answers, observe
-from autocompress.data import Data, sample
+from autocompress.data import Data, sample, sampled
 from autocompress.graph.nodes import follows_batch
 
 CACHE_BYTES = 2 * 2**30
@@ -114,7 +114,7 @@ class Teacher:
 
         What a network predicts may be thousands or thousandths. A loss that has no sound value there is counted as it is.
         """
-        indices = torch.arange(min(self._batch, COMPARED, len(self._data.train)))
+        indices = sampled(len(self._data.train), min(self._batch, COMPARED, len(self._data.train)))
         outputs, targets = self._answer(self._data.view(indices, 0, self._seed)).outputs, self._data.train.targets[indices]
         own = 0.0
         with suppress(Exception):  # whatever the user's own code raises over a constant

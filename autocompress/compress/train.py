@@ -363,7 +363,8 @@ def _train_mode(model: nn.Module, distillation: Distillation | None) -> nn.Modul
     model.train()
     if is_opaque(model):
         for module in model.modules():
-            module.training = isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd))
+            trains = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.RNNBase)  # GPUs go back through the last only so
+            module.training = isinstance(module, trains)
     if distillation is not None and distillation.features is not None:
         for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):

@@ -39,8 +39,8 @@ SAME_FAILURES = 3
 """Short runs in a row that may fail for one reason before the search ends."""
 NUMBER = re.compile(r"\d+(\.\d+)?(e[-+]?\d+)?|\bnan\b|\binf\b")
 """In which the reasons of failures may differ and still be one."""
-FULL_RUNG = "full_rung_s"
-"""What the journal calls the time of a search that has come to its last rung."""
+FULL_RUNG = "full_rung"
+"""What the journal calls the limits of a search that has come to its last rung."""
 WORTH_TRAINING = 0.005
 """Share of the original's score: where int8 alone costs more, the unchanged network is trained through its bits, like the others."""
 
@@ -191,13 +191,19 @@ class Rungs:
 
     @property
     def is_at_full_rung(self) -> bool:
-        """Whether this search was interrupted on its last rung, and has no more time than it had: it goes on there."""
-        return bool(self.findings.climbers) and self.findings.journal.noted(FULL_RUNG) == self.findings.clock.total
+        """Whether this search was interrupted on its last rung, and is to do no more than it was: it goes on there."""
+        return bool(self.findings.climbers) and self.findings.journal.noted(FULL_RUNG) == self._limits
+
+    @property
+    def _limits(self) -> list[float | None]:
+        """What ends the rungs before the last one."""
+        task = self.findings.task
+        return [self.findings.clock.total, task.trials, task.target_accuracy]
 
     def full_rung(self) -> None:
         """Continue the leading policies until the time is used."""
         findings, pace = self.findings, self._pace
-        findings.journal.note(FULL_RUNG, findings.clock.total)
+        findings.journal.note(FULL_RUNG, self._limits)
         trials, each = findings.task.trials, pace.full_each()
         climbing = self._climbing(each)
         costs = [pace.step_cost(outcome.policy) for outcome in climbing]

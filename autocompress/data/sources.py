@@ -174,7 +174,7 @@ def _parts(folder: Path) -> dict[str, Path] | None:
     train = next((folders[name] for name in PARTS["train"] if name in folders), None)
     if train is None or not any(place.is_dir() for place in train.iterdir()):
         return None
-    parts = {names[name]: place for name, place in folders.items() if name in names}
+    parts = {part: folders[first] for part, known in PARTS.items() if (first := next((name for name in known if name in folders), None))}
     unknown = [place.name for name, place in folders.items() if name not in names]
     if unknown and len(parts) < len(PARTS):
         missing = next(part for part in PARTS if part not in parts)
@@ -209,8 +209,10 @@ def _fill_missing(train: Split, val: Split | None, test: Split | None) -> tuple[
         return train, val, test
     held_out = val if val is not None else test
     if held_out is not None:
-        some, others = stratified(held_out.targets, 0.5)
-        return train, held_out[others], held_out[some]
+        rest, half = stratified(held_out.targets, 0.5)
+        if not len(half):  # of each class there is one example
+            rest, half = torch.arange(len(held_out)).tensor_split(2)
+        return train, held_out[half], held_out[rest]
     return _three_way(train)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from autocompress.devices.runtime import TITLES, Runtime
+from autocompress.devices.runtime import EXACT, TITLES, Runtime
 from autocompress.devices.timing import summarise
 from autocompress.errors import PolicyFailure
 from autocompress.policy import Record
@@ -23,7 +23,8 @@ LEAST_BUSY = 0.95
 
 def identity(environment: dict[str, str]) -> dict[str, str]:
     """What of an environment must be the same for latencies to be compared, and for int8 to be computed alike."""
-    return {key: value for key, value in environment.items() if key in ("processor", "flags", "precision", *TITLES)}
+    usual = {"precision": EXACT} if any(runtime in environment for runtime in TITLES) else {}  # of before it was told
+    return usual | {key: value for key, value in environment.items() if key in ("processor", "flags", "precision", *TITLES)}
 
 
 class DeviceProfile(Record):

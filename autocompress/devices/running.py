@@ -58,12 +58,13 @@ def _helpers(pid: int, threads: int) -> int:
     try:
         import psutil
 
-        free, taken = free or psutil.virtual_memory().available, psutil.Process(pid).memory_info().rss
+        free = psutil.virtual_memory().available if free is None else free
+        taken = psutil.Process(pid).memory_info().rss
     except ImportError:  # on a device that has an agent only
         taken = processor.resident_bytes(pid)
     except psutil.Error:
         return 0
-    room = free // max(1, taken)
+    room = (free or 0) // max(1, taken)
     return max(0, min(MOST_PROCESSES, machine.usable() // threads - 1, room // 2))
 
 

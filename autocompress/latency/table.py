@@ -31,7 +31,9 @@ CHUNK = 24
 NEIGHBOURS = 3
 LEAST_TO_LEARN = 4
 VECTOR = 8
-TINY_S = 1e-7
+TINY_S, TINY_RATIO = 1e-7, 1e-3
+CHECKED, MOST_CHANGE = 12, 0.08
+"""Operators that are measured again before a table is believed; by how much they may differ, in the middle."""
 
 Entry = dict[str, object]
 
@@ -79,7 +81,12 @@ class OperatorTable:
         self._models, self._estimates = None, {}
 
     def measure(self, device: Device, workloads: Sequence[Workload], seconds: float, tick: Callable[[int, int], None] | None = None) -> int:
-        """Measure operators of these workloads, the most useful first, for at most `seconds`; how many were tried."""
+        """Measure operators of these workloads, the most useful first, for at most `seconds`; how many were tried.
+
+        What is known is forgotten where some of it is no longer so: a machine of the same name may be another one, or was restless then.
+        """
+        if self._has_changed(device):
+            self._forget()
         wanted = self._wanted(workloads)
         end, done = time.monotonic() + seconds, 0
         if wanted and not self.call_overhead:
@@ -95,6 +102,19 @@ class OperatorTable:
                 tick(min(done, len(wanted)), len(wanted))
         self._save()
         return done
+
+    def _has_changed(self, device: Device) -> bool:
+        """Whether some of the known operators, of those that take longest, now take another time."""
+        slowest = sorted(self._measured, key=lambda key: -self._measured[key])[: len(self._measured) // 2]
+        checked = slowest[:: max(1, len(slowest) // CHECKED)][:CHECKED]
+        models = {key: model for key in checked if (model := build_onnx(self._operators[key])) is not None}
+        found = zip(models, _each(device, [*models.values()]), strict=True) if models else ()
+        ratios = [(now - self.call_overhead) / self._measured[key] for key, now in found if now is not None]
+        return bool(ratios) and float(np.median(np.abs(np.log(np.maximum(ratios, TINY_RATIO))))) > math.log1p(MOST_CHANGE)
+
+    def _forget(self) -> None:
+        self._measured, self._operators, self.call_overhead = {}, {}, 0.0
+        self._models, self._estimates = None, {}
 
     def _wanted(self, workloads: Sequence[Workload]) -> list[Operator]:
         """Operators not measured yet: all of the first workload, then by how often they occur times what they cost by arithmetic."""
@@ -145,7 +165,7 @@ class OperatorTable:
             for entry in content["entries"]:
                 self.record(Operator.model_validate(entry["operator"]), float(entry["seconds"]))
         except (OSError, ValueError, KeyError, TypeError):
-            self._measured, self._operators, self.call_overhead = {}, {}, 0.0
+            self._forget()
 
 
 def _each(device: Device, models: Sequence[bytes]) -> list[float | None]:

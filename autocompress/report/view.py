@@ -58,10 +58,11 @@ def agreement(parity: Parity) -> str:
 
 
 def latency_line(latency: Measurement) -> str:
-    """`"9.87 ms (95 % interval 9.8 ms to 9.95 ms, p95 10.1 ms, n = 120)"`, and whether it is noisy."""
+    """`"9.87 ms (95 % interval 9.8 ms to 9.95 ms, p95 10.1 ms, at most 10.3 ms, n = 120)"`, and whether it is noisy."""
     spread = f"95 % interval {format_duration(latency.low)} to {format_duration(latency.high)}"
     noise = f"; noisy: {latency.noise_reason}" if latency.noisy else ""
-    return f"{format_duration(latency.median)} ({spread}, p95 {format_duration(latency.p95)}, n = {latency.n}{noise})"
+    tail = f"p95 {format_duration(latency.p95)}" + (f", at most {format_duration(latency.tail)}" if latency.p95_high is not None else "")
+    return f"{format_duration(latency.median)} ({spread}, {tail}, n = {latency.n}{noise})"
 
 
 def score_line(score: Score, original: Score | None, split: str) -> str:

@@ -72,6 +72,19 @@ def test_a_held_out_part_may_lack_a_class(tmp_path, cache):
     assert sorted(torch.cat([data.val.targets, data.test.targets]).unique().tolist()) == [0, 2]
 
 
+def test_one_held_out_image_a_class_is_halved_too(tmp_path, cache):
+    write_images(tmp_path / "d" / "train")
+    write_images(tmp_path / "d" / "test", n=1)
+    data = load_data(f"imagefolder:{tmp_path / 'd'}?size=8")
+    assert sorted([len(data.val), len(data.test)]) == [1, 2]
+
+
+def test_a_folder_beside_the_three_is_none_of_them(tmp_path, cache):
+    for name, n in (("train", 10), ("val", 4), ("test", 5), ("training", 9)):
+        write_images(tmp_path / "d" / name, n=n)
+    assert len(load_data(f"imagefolder:{tmp_path / 'd'}?size=8").train) == 30
+
+
 @pytest.mark.parametrize("inside", ["", "train"])
 def test_where_nothing_is_held_out_that_is_said(tmp_path, cache, inside):
     write_images(tmp_path / "d" / inside)

@@ -376,6 +376,11 @@ def test_training_that_was_interrupted_goes_on_first(findings, pool, begun, monk
     left.unlink()
     assert begun == ["00002", "00000"]
     assert Rungs(findings).is_at_full_rung, "no more policies are tried in what is left of the time"
+    usual = findings.task
+    for limits in ({"trials": 20}, {"target_accuracy": 0.99}):
+        findings.task = usual.model_copy(update=limits)
+        assert not Rungs(findings).is_at_full_rung, "more is asked for"
+    findings.task = usual
     findings.clock = replace(findings.clock, total=2 * findings.clock.total)
     assert not Rungs(findings).is_at_full_rung, "there is time for more"
 
