@@ -25,7 +25,7 @@ FLOAT_WEIGHTS = "float.safetensors"
 UNTRAINED = "untrained-"
 """How the folders of networks begin that are only measured, and removed at once."""
 INTERRUPTED = "interrupted-"
-"""Begins the name of what a student had learned when its training was interrupted; its policy's digest follows."""
+"""Begins the name of what a student has learned and that is not evaluated yet, or not learned to the end; its policy's digest follows."""
 
 
 def untrained(setting: Setting, policy: Policy, *, reconstructed: bool = False, calibration_inputs: int | None = None) -> fx.GraphModule:
@@ -41,7 +41,7 @@ def untrained(setting: Setting, policy: Policy, *, reconstructed: bool = False, 
 
 
 def interrupted_weights(setting: Setting, policy: Policy) -> Path:
-    """Where weights are kept of a student whose training was interrupted."""
+    """Where weights are kept of a student whose evaluation was interrupted."""
     return setting.models / f"{INTERRUPTED}{policy.digest}.safetensors"
 
 
@@ -50,6 +50,12 @@ def keep_interrupted(setting: Setting, student: fx.GraphModule, policy: Policy) 
     with suppress(Exception):
         if all(bool(parameter.isfinite().all()) for parameter in student.parameters()):
             write_atomically(interrupted_weights(setting, policy), weights_bytes(student))
+
+
+def keep_for_further_training(setting: Setting, policy: Policy, bundle: Path) -> None:
+    """Put what a student has learned beside its files, where it is evaluated."""
+    with suppress(FileNotFoundError):  # of one that was not trained
+        interrupted_weights(setting, policy).replace(bundle / FLOAT_WEIGHTS)
 
 
 def forget_interrupted(setting: Setting) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
-from autocompress.beginning import FLOAT_WEIGHTS, begin, interrupted_weights, keep_interrupted
+from autocompress.beginning import FLOAT_WEIGHTS, begin, interrupted_weights, keep_for_further_training, keep_interrupted
 from autocompress.compress.compared import compared_features
 from autocompress.compress.distill import ComparedFeatures
 from autocompress.compress.quantize import fake_quantize
@@ -27,12 +27,12 @@ from autocompress.devices.base import identity
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import PolicyFailure
 from autocompress.evaluate import model_answers, run_artifact, score_outputs
-from autocompress.export import BUNDLE, check_onnx, check_parity, load_student, read_manifest, weights_bytes
+from autocompress.export import BUNDLE, check_onnx, check_parity, load_student, read_manifest
 from autocompress.failures import policy_errors
 from autocompress.graph.nodes import follows_batch
 from autocompress.policy import Policy
 from autocompress.records import Failure, Measurement, Outcome, Parity, Prediction, Rung, Score, Stage
-from autocompress.run_folder import write_atomically, writing
+from autocompress.run_folder import writing
 from autocompress.setting import Setting
 
 LEAST_RECONSTRUCTION_S = 10.0
@@ -88,7 +88,7 @@ def evaluate_policy(
             begin(setting, student, policy, continues, until=min(latest, started + max(LEAST_RECONSTRUCTION_S, seconds)))
             begun = time.monotonic()
             with setting.ledger.spend("train"):
-                student = _trained(setting, student, policy, id, rung, min(latest, begun + seconds), count)
+                student = _trained(setting, student, policy, rung, min(latest, begun + seconds), count)
             trained = time.monotonic()
             training_s = trained - begun
             stage = "export"
@@ -103,7 +103,7 @@ def evaluate_policy(
         interrupted_weights(setting, policy).unlink(missing_ok=True)
         failure = Failure(stage=stage, reason=error.message)
         return Outcome(**known, failure=failure, seconds=time.monotonic() - started, training_s=training_s)
-    interrupted_weights(setting, policy).unlink(missing_ok=True)
+    keep_for_further_training(setting, policy, path.parent)
     return Outcome(
         **known,
         val_score=score,
@@ -175,7 +175,7 @@ def training_step_seconds(setting: Setting, until: float) -> float:
     return min((after - before for before, after in itertools.pairwise(moments)), default=0.0)
 
 
-def _trained(setting: Setting, student: fx.GraphModule, policy: Policy, id: str, rung: Rung, deadline: float, tick: Tick) -> fx.GraphModule:
+def _trained(setting: Setting, student: fx.GraphModule, policy: Policy, rung: Rung, deadline: float, tick: Tick) -> fx.GraphModule:
     """Train a student of another shape; the teacher in fewer bits is calibrated first, and trained through them on the full rung."""
     reshaped = setting.changes_shape(policy)
     needs_training = reshaped or (rung == "full" and quantizes(policy.quant))
@@ -200,9 +200,6 @@ def _trained(setting: Setting, student: fx.GraphModule, policy: Policy, id: str,
         raise
     if needs_training:
         keep_interrupted(setting, student, policy)  # until it is measured: the device may be gone before that
-        folder = setting.models / id
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / FLOAT_WEIGHTS, weights_bytes(student))
     return trained
 
 

@@ -140,6 +140,7 @@ def prepare(task: Task, run: Path, loaded: Loaded) -> Setting:
     baseline = _baseline(graph, loaded.teacher, loaded.data, loaded.device, models, loaded.example, task.model)
     return Setting(
         data=loaded.data,
+        # the demonstration's is trained before it is asked
         teacher=_teacher(loaded.teacher if task.is_demo else _folded(graph, loaded.teacher), graph, loaded.data, task.seed),
         graphs=loaded.graphs,
         device=loaded.device,
@@ -161,7 +162,10 @@ def _teacher(model: nn.Module, graph: Graph, data: Data, seed: int) -> Teacher:
 
 
 def _folded(graph: Graph, model: nn.Module) -> nn.Module:
-    """The model as it answers soonest: traced, with its norms folded into the layers before them, which saves ResNet-56 a third."""
+    """The model as it answers soonest: traced, with its norms folded into the layers before them, which saves ResNet-56 a third.
+
+    (`benchmarks/steps.py`)
+    """
     if is_opaque(graph.module) or graph.module.meta.get(BRANCH):
         return model
     folded = copy.deepcopy(graph.module)

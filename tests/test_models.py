@@ -60,12 +60,7 @@ def test_what_a_checkpoint_holds_beside_the_network_is_left_out(tmp_path):
 
 
 def test_a_checkpoint_of_what_a_model_wraps_is_read(tmp_path):
-    class Wrapper(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.bert = net()
-
-    model = Wrapper()
+    model = nn.Sequential(OrderedDict(bert=net()))
     load_weights(model, write(tmp_path / "w.safetensors", state()))
     assert torch.equal(model.bert[0].weight, net()[0].weight + 1)
     model.head = nn.Linear(3, 2)
@@ -87,12 +82,7 @@ def test_what_a_file_holds_beside_tensors_is_named(tmp_path):
 
 
 def test_a_model_may_have_a_part_that_is_called_as_what_wraps_others(tmp_path):
-    class Wrapped(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.module = net()
-
-    model = Wrapped()
+    model = nn.Sequential(OrderedDict(module=net()))
     load_weights(model, write(tmp_path / "w.pt", {f"module.{name}": value for name, value in state().items()}))
     assert torch.equal(model.module[0].weight, net()[0].weight + 1)
 

@@ -224,7 +224,7 @@ class Forecast:
         """
         slower, least = 1 + margin, self.least_excess(proposal, margin=margin)
         highest = self.model.predict(proposal.workload).high
-        if self._measured(proposal.policy) is not None or least > 0 or self.violation(proposal.workload, slower * highest) <= 0:
+        if self.is_measured(proposal.policy) or least > 0 or self.violation(proposal.workload, slower * highest) <= 0:
             return least
         found = self.measure_untrained(proposal.policy)
         self.refit()

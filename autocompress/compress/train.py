@@ -193,7 +193,7 @@ def _train_quantized(
     rounds = quantizes(quant)
     steps = _Steps(plan)
     float_share = 1.0 - (plan.quant_fraction if rounds else 0.0)
-    steps.upkeep = lambda done: _norm_cost(student, done) + (FORWARD_COST * plan.calibration_inputs / plan.batch_size if rounds else 0.0)
+    steps.upkeep = _upkeep(student, calibrated=plan.calibration_inputs / plan.batch_size if rounds else 0.0)
     if plan.steps:
         _run(student, data, plan, steps, until=float_share, distillation=distillation, tick=tick)
         _reestimate_norms(student, data, plan, steps.done)
@@ -203,7 +203,7 @@ def _train_quantized(
     calibrate(quantized, data.calibration_batches(plan.calibration_inputs, CALIBRATION_BATCH))
     if plan.steps:
         begun = steps.done
-        steps.upkeep = lambda done: _norm_cost(quantized, done - begun)
+        steps.upkeep = _upkeep(quantized, begun=begun)
         _run(quantized, data, plan, steps, until=1.0, distillation=distillation, tick=tick)
         _reestimate_norms(quantized, data, plan, steps.done - begun)
     return snap_biases(quantized.eval())
@@ -350,9 +350,14 @@ def _norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
 
 
-def _norm_cost(model: nn.Module, steps: int) -> float:
-    """What `_reestimate_norms` takes after so many steps, in steps."""
-    return FORWARD_COST * min(steps, MOST_BATCHES) if 0 < steps < FEW_STEPS and _norms(model) else 0.0
+def _upkeep(model: nn.Module, *, begun: int = 0, calibrated: float = 0.0) -> Callable[[int], float]:
+    """What follows training that began with step `begun`, by the steps that are done, in steps: norms, and ranges of so many batches."""
+    has_norms = bool(_norms(model))
+
+    def batches(done: int) -> float:
+        return calibrated + (min(done - begun, MOST_BATCHES) if has_norms and done - begun < FEW_STEPS else 0)
+
+    return lambda done: FORWARD_COST * batches(done)
 
 
 def _train_mode(model: nn.Module, distillation: Distillation | None) -> nn.Module:

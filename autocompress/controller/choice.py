@@ -84,8 +84,7 @@ class Chooser:
 
     def _is_safe(self) -> bool:
         """Whether something was within the budget by what a machine may drift until it is measured once more, at the end."""
-        drift = self.findings.drift
-        return any(o.rung != "unchanged" and feasible(o, self.findings.limits, margin=drift) for o in self.findings.journal.outcomes)
+        return self.findings.is_within_budget(margin=self.findings.drift)
 
     def _measured_leader(self, pool: list[Proposal], margin: float) -> Appraised | None:
         """The first to lead that measuring does not rule out either.
@@ -107,7 +106,7 @@ class Chooser:
             missed.append((excess, leader))
             slower = forecast.latency_s(leader.proposal) / forecast.predict(leader.policy).value
             aim = max(aim, (1 + margin) * slower - 1)
-        return min(missed, key=lambda miss: miss[0])[1] if margin == 0 and not self.findings.is_within_budget else None
+        return min(missed, key=lambda miss: miss[0])[1] if margin == 0 and not self.findings.is_within_budget() else None
 
     def _leader(self, pool: list[Proposal], margin: float, without: set[Structure]) -> Appraised | None:
         """What, as appraised, adds most to those that were trained; of what is not appraised, as its promise says."""
@@ -127,7 +126,7 @@ class Chooser:
         """Where nothing is within the budget as predicted, and nothing was: what misses it by least, since predictions err."""
         forecast, known = self.findings.forecast, self._trained_structures()
         rest = [p for p in pool if forecast.structure(p.policy) not in known]
-        if not rest or self.findings.is_within_budget:
+        if not rest or self.findings.is_within_budget():
             return None
         return self.findings.appraisals.appraise(min(rest, key=lambda p: forecast.violation(p.workload, forecast.latency_s(p))))
 

@@ -103,14 +103,14 @@ class Pace:
 
     def room_for_short(self, until: float, division: Division) -> bool:
         """Whether another short run fits. Until one is within the budget they take what time there is: nothing else could use it."""
-        if not self.findings.is_within_budget:
+        if not self.findings.is_within_budget():
             return self.left_for_short() > self.overhead()
         return time.monotonic() + 0.5 * division.short_each < until
 
     def left_for_short(self) -> float:
         """Seconds until short runs must have ended; while there is no front to measure, little is kept for the end."""
         clock = self.findings.clock
-        return clock.left if self.findings.is_within_budget else max(clock.left, WITHOUT_FRONT * clock.until_end)
+        return clock.left if self.findings.is_within_budget() else max(clock.left, WITHOUT_FRONT * clock.until_end)
 
     def full_each(self) -> float:
         """Seconds that one full run is meant to take, in a search of this length on this machine."""

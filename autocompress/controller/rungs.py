@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from autocompress.beginning import interrupted_weights
@@ -241,16 +241,19 @@ class Rungs:
         leading = {structure(o.policy): o for o in sorted(candidates, key=gain) if structure(o.policy) not in known}
         candidates = [o for o in candidates if leading.get(structure(o.policy)) is o]
         climbs = {o.id for o in candidates}
-        briefly = {structure(o.policy): o for o in sorted(measured(findings.short_runs), key=gain)}
-        settled = [
-            briefly.get(structure(o.policy), o)
-            for o in findings.outcomes()
-            if feasible(o, findings.limits) and ((o.rung == "unchanged" and o.id not in climbs) or o.policy.digest in done)
-        ]
+        settled = self._by_short_runs(
+            o for o in findings.outcomes() if (o.rung == "unchanged" and o.id not in climbs) or o.policy.digest in done
+        )
         count = full_runs(findings.clock.left, each, len(candidates), findings.task.trials)
         begun = [o for o in candidates if interrupted_weights(findings.setting, o.policy).exists()][:count]
         rest, merit = [o for o in candidates if o not in begun], gain if self._pace.short_runs_tell() else self._worth
         return [*begun, *promoted(rest, count - len(begun), [*settled, *begun], merit)]
+
+    def _by_short_runs(self, outcomes: Iterable[Outcome]) -> list[Outcome]:
+        """Those within the budget; for each the best short run of its structure, where there is one: candidates are known by theirs."""
+        findings, structure = self.findings, self.findings.forecast.structure
+        briefly = {structure(o.policy): o for o in sorted(measured(findings.short_runs), key=gain)}
+        return [briefly.get(structure(o.policy), o) for o in outcomes if feasible(o, findings.limits)]
 
     def _hurt_by_bits(self) -> list[Outcome]:
         """The unchanged network in int8 where calibrating alone costs accuracy: training through the bits may win that back."""

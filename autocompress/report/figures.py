@@ -202,14 +202,9 @@ def hover(entry: Entry) -> str:
         f"{escape(entry.val_score.name)} {format_score(entry.val_score)}{test}",
         f"{format_duration(latency.median)}, 95 % interval {format_duration(latency.low)} to {format_duration(latency.high)}",
         f"p95 {format_duration(latency.p95)}, {format_size(entry.size_bytes)}",
-        *(
-            [f"trained for {entry.trained} in {format_duration(entry.training_s)}"]
-            if entry.steps
-            else [entry.trained]
-            if entry.trained
-            else []
-        ),
     ]
+    if entry.trained:
+        lines.append(f"trained for {entry.trained} in {format_duration(entry.training_s)}" if entry.steps else entry.trained)
     if entry.search_latency_s is not None:
         lines.append(f"{format_duration(entry.search_latency_s.median)} when the search measured it for the first time")
     return "<br>".join([*lines, *(["over the budget"] if not entry.feasible else [])])

@@ -360,6 +360,6 @@ def test_a_short_training_leaves_time_for_what_follows_it(monkeypatch):
     assert steps.progress == pytest.approx(0.7), "four steps of 5 s are to come"
     steps.upkeep = lambda done: 400.0
     assert steps.progress == pytest.approx(0.5 + train_module.MOST_UPKEEP)
-    cost = [train_module._norm_cost(tiny_resnet(), done) for done in (0, 10, train_module.FEW_STEPS)]
-    assert cost == [0.0, pytest.approx(10 * train_module.FORWARD_COST), 0.0]
-    assert train_module._norm_cost(LeNet(), 10) == 0.0, "it has none"
+    upkeep, cost = train_module._upkeep(tiny_resnet(), begun=5, calibrated=4.0), train_module.FORWARD_COST
+    assert [upkeep(done) for done in (5, 15, 5 + train_module.FEW_STEPS)] == pytest.approx([4 * cost, 14 * cost, 4 * cost])
+    assert train_module._upkeep(LeNet())(10) == 0.0, "it has no norms"

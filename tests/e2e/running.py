@@ -6,13 +6,23 @@ from pathlib import Path
 
 import optuna
 import pytest
+from tasks import SLOW_CALLS
 
+from autocompress.policy import Policy, QuantSpec
+from autocompress.preparation import load, prepare
 from autocompress.records import Measurement, Outcome, Score
 from autocompress.study.database import DATABASE, DISTILLATIONS, STUDY
 from autocompress.study.journal import Journal
 from autocompress.task import Task
+from autocompress.testing.devices import FakeDevice
 
 TASK = Task(model="own:net", data="own:blobs", search_time="60s")
+INT8 = Policy(quant=QuantSpec(bits=8))
+
+
+def ready(net, data, run, device=None):
+    """A setting, on a fake device where nothing else is said."""
+    return prepare(TASK, run, load(TASK, model=net, data=data, device=device or FakeDevice(SLOW_CALLS)))
 
 
 def measurement(seconds, p95=None):

@@ -9,7 +9,6 @@ import optuna
 import pytest
 from running import TASK, measurement, trained
 
-from autocompress.beginning import interrupted_weights
 from autocompress.candidates.appraisals import Appraisals
 from autocompress.candidates.forecast import Forecast, Untrained
 from autocompress.candidates.sensitivity import Sensitivity
@@ -283,38 +282,6 @@ def test_what_choosing_a_policy_took_is_part_of_what_it_cost(findings, pool, mon
     assert asked["latest"] - time.monotonic() == pytest.approx(30.0 - Pace(findings).finishing(), abs=1.0)
 
 
-@pytest.mark.parametrize(("steps", "climbs"), [((7, 38), "00000"), ((90, 300), "00001")])
-def test_after_a_handful_of_steps_what_was_worth_most_untrained_is_trained_to_the_end(findings, pool, monkeypatch, steps, climbs):
-    """Seen where a short run of seven steps lost to one of 38: the search then trained the wrong policy for all of its time."""
-    begun = []
-    monkeypatch.setattr("autocompress.controller.rungs.evaluate_policy", lambda *_, continues, **known: begun.append(continues))
-    monkeypatch.setattr(Findings, "keep", lambda self, outcome: None)
-    monkeypatch.setattr("autocompress.controller.rungs.full_runs", lambda *_: 1)
-    trained(findings, pool[0].policy, 2e-3, score=0.55, steps=steps[0], worth=0.9)
-    trained(findings, pool[1].policy, 1e-3, score=0.61, id="00001", steps=steps[1], worth=0.4)
-    Rungs(findings).full_rung()
-    assert begun == [climbs]
-
-
-@pytest.mark.parametrize(("scores", "climb"), [((0.9, 0.91), ["00001", "00002"]), ((0.92, 0.91), ["00000", "00002"])])
-def test_of_runs_that_differ_in_distillation_one_is_trained_to_the_end(findings, pool, monkeypatch, scores, climb):
-    """Seen in a search of an hour, which trained one structure twice for twenty minutes."""
-    begun = []
-    monkeypatch.setattr("autocompress.controller.rungs.evaluate_policy", lambda *_, continues, **known: begun.append(continues))
-    monkeypatch.setattr(Findings, "keep", lambda self, outcome: None)
-    monkeypatch.setattr("autocompress.controller.rungs.full_runs", lambda left, each, candidates, trials: candidates)
-    other = pool[0].policy.model_copy(update={"distill": DistillSpec(temperature=2.0)})
-    trained(findings, pool[0].policy, 2e-3, score=scores[0], steps=99)
-    trained(findings, other, 2e-3, score=scores[1], id="00001", steps=99)
-    trained(findings, pool[1].policy, 1e-3, score=0.6, id="00002", steps=99)
-    Rungs(findings).full_rung()
-    assert sorted(begun) == climb
-    trained(findings, {"00000": pool[0].policy, "00001": other}[climb[0]], 2e-3, id=f"{climb[0]}-full", rung="full")
-    begun.clear()
-    Rungs(findings).full_rung()
-    assert begun == ["00002"], "the structure has been trained to the end"
-
-
 @pytest.mark.parametrize(("factors", "measured"), [((0.8, 0.9, 1.01, 0.5), 3), ((0.8,) * 9, MOST_SETTLING)])
 def test_what_should_be_best_is_measured_until_it_takes_what_was_predicted(findings, pool, monkeypatch, factors, measured):
     """Where it is faster than predicted, the most accurate policies would be ruled out unseen."""
@@ -333,56 +300,6 @@ def test_what_should_be_best_is_measured_until_it_takes_what_was_predicted(findi
     Rungs(findings)._settle_near_budget(time.monotonic() + 60.0)
     assert asked == [proposal.policy for proposal in pool[:measured]]
     assert all(forecast.is_measured(policy) for policy in asked)
-
-
-@pytest.fixture
-def begun(monkeypatch):
-    """Ids of the short runs that full training goes on from, in order; it takes no time, and comes to nothing."""
-    ids = []
-    monkeypatch.setattr("autocompress.controller.rungs.evaluate_policy", lambda *_, continues, **known: ids.append(continues))
-    monkeypatch.setattr(Findings, "keep", lambda self, outcome: None)
-    return ids
-
-
-def test_what_is_over_the_budget_keeps_nothing_from_being_trained_to_the_end(findings, pool, begun, monkeypatch):
-    """The unchanged network in int8 is the most accurate of all, and its low interval within the budget."""
-    monkeypatch.setattr("autocompress.controller.rungs.full_runs", lambda *_: 1)
-    findings.forecast.limits = Budget(latency_s=5e-3)
-    trained(findings, Policy(quant=QuantSpec(bits=8)), 6e-3, score=0.93, id="int8", rung="unchanged")
-    for index, (seconds, score) in enumerate([(4.9e-3, 0.9), (4e-3, 0.895), (3e-3, 0.88), (1.5e-3, 0.8), (0.8e-3, 0.6)]):
-        trained(findings, pool[index].policy, seconds, score=score, id=f"0000{index}", steps=99)
-    Rungs(findings).full_rung()
-    assert begun == ["00000"]
-
-
-def test_what_was_trained_to_the_end_is_compared_by_its_short_run(findings, pool, begun, monkeypatch):
-    """Else a resumed search would find nothing worth training that is slower than what has been."""
-    monkeypatch.setattr("autocompress.controller.rungs.full_runs", lambda *_: 1)
-    for index, (seconds, score) in enumerate([(2e-3, 0.82), (3e-3, 0.86), (0.5e-3, 0.4)]):
-        trained(findings, pool[index].policy, seconds, score=score, id=f"0000{index}", steps=99)
-    trained(findings, pool[0].policy, 2e-3, score=0.89, id="00000-full", rung="full", steps=999)
-    Rungs(findings).full_rung()
-    assert begun == ["00001"]
-
-
-def test_training_that_was_interrupted_goes_on_first(findings, pool, begun, monkeypatch):
-    monkeypatch.setattr("autocompress.controller.rungs.full_runs", lambda *_: 2)
-    for index, (seconds, score) in enumerate([(3e-3, 0.9), (2e-3, 0.85), (1e-3, 0.5)]):
-        trained(findings, pool[index].policy, seconds, score=score, id=f"0000{index}", steps=99)
-    assert not Rungs(findings).is_at_full_rung
-    left = interrupted_weights(findings.setting, pool[2].policy)
-    left.touch()
-    Rungs(findings).full_rung()
-    left.unlink()
-    assert begun == ["00002", "00000"]
-    assert Rungs(findings).is_at_full_rung, "no more policies are tried in what is left of the time"
-    usual = findings.task
-    for limits in ({"trials": 20}, {"target_accuracy": 0.99}):
-        findings.task = usual.model_copy(update=limits)
-        assert not Rungs(findings).is_at_full_rung, "more is asked for"
-    findings.task = usual
-    findings.clock = replace(findings.clock, total=2 * findings.clock.total)
-    assert not Rungs(findings).is_at_full_rung, "there is time for more"
 
 
 def test_policies_that_lead_are_distilled_in_other_ways(findings, pool):

@@ -3,44 +3,22 @@
 from __future__ import annotations
 
 import copy
-import time
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from running import INT8, TASK, ready
 from tasks import SLOW_CALLS, Net
 from torch import nn
-from torch.nn.utils import parametrizations
-from torch.nn.utils import weight_norm as old_weight_norm
 
-from autocompress.beginning import FLOAT_WEIGHTS, INTERRUPTED
-from autocompress.compress.student import build_student
 from autocompress.data import Data, Split
 from autocompress.demo import TEACHER_EPOCHS
-from autocompress.deploy import recreate
-from autocompress.devices.local import LocalCpu
-from autocompress.devices.runtime import Runtime
-from autocompress.errors import DeviceUnavailable, PolicyFailure, UsageError
-from autocompress.failures import FAILURES
-from autocompress.objective import PROBED_STEPS, evaluate_policy, training_step_seconds
-from autocompress.policy import LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
+from autocompress.errors import DeviceUnavailable, UsageError
+from autocompress.objective import evaluate_policy
 from autocompress.preparation import limit_validation, load, prepare, score_baseline, train_demo_teacher
-from autocompress.search_space import with_exact_int8
 from autocompress.setting import MOST_ANSWER_BYTES
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
-
-TASK = Task(model="own:net", data="own:blobs")
-INT8 = Policy(quant=QuantSpec(bits=8))
-
-
-def ready(net, data, run, device=None):
-    return prepare(TASK, run, load(TASK, model=net, data=data, device=device or FakeDevice(SLOW_CALLS)))
-
-
-def realised(setting):
-    return evaluate_policy(setting, INT8, id="00000", rung="short", seconds=0.0, predicted=None)
 
 
 def test_a_module_in_training_mode_is_copied_and_left_as_it_is(net, data, tmp_path):
@@ -117,147 +95,6 @@ def test_the_demonstrations_teacher_is_trained_whatever_the_batch_of_students(ne
     assert plans[0].batch_size < len(data.train)
 
 
-@pytest.mark.parametrize("error", [ValueError("no kernel"), KeyError("axes"), TypeError("none")])
-def test_whatever_one_policy_raises_is_its_failure(net, data, tmp_path, error):
-    outcome = realised(ready(net, data, tmp_path / "run", FakeDevice(SLOW_CALLS, failures={1: error})))
-    assert (outcome.failure.stage, outcome.failure.reason.split(":")[0]) == ("measure", type(error).__name__)
-    told = (tmp_path / "run" / FAILURES).read_text()
-    assert "Traceback" in told and type(error).__name__ in told, "it may be a bug of ours all the same"
-
-
-def test_a_score_of_ones_own_that_raises_is_a_failure_too(net, data, tmp_path):
-    def score(outputs, targets):
-        raise ValueError("bins must increase")
-
-    own = replace(data, loss=nn.functional.cross_entropy, score=score)
-    outcome = realised(ready(net, own, tmp_path / "run"))
-    assert outcome.failure.reason == "the score function raised ValueError: bins must increase"
-
-
-def test_a_student_of_a_task_with_its_own_loss_is_trained(net, data, tmp_path):
-    own = replace(data, loss=nn.functional.cross_entropy, score=lambda outputs, targets: -1.0)
-    policy = Policy(student=StudentSpec(width=0.5), quant=QuantSpec(bits=8))
-    setting = ready(net, own, tmp_path / "run")
-    outcome = evaluate_policy(setting, policy, id="00000", rung="short", seconds=2.0, predicted=None)
-    assert outcome.failure is None
-    assert outcome.val_score.value == -1.0
-
-
-def test_a_student_of_low_rank_is_trained_exported_and_made_again(net, data, tmp_path):
-    setting = ready(net, data, tmp_path / "run")
-    graph = setting.graphs[None]
-    kept = {layer.name: 0.6 for layer in graph.layers if layer.factorable}
-    policy = Policy(prune=PruneSpec(ratios={"a.conv1": 0.25}), low_rank=LowRankSpec(kept=kept), quant=QuantSpec(bits=8, reduced_range=True))
-    assert "a.conv1" in graph.ranks(policy)
-    outcome = evaluate_policy(setting, policy, id="00000", rung="short", seconds=2.0)
-    assert outcome.failure is None
-    assert outcome.val_score.value >= 0.9
-    again = recreate(setting.models / "00000", net)
-    first, second = again.get_submodule("a.conv1")
-    assert len(first.weight) == second.weight.shape[1] == graph.ranks(policy)["a.conv1"]
-    with torch.no_grad():
-        decided = again(data.prepare(data.val.inputs)).argmax(1)
-    assert float((decided == data.val.targets).float().mean()) == pytest.approx(outcome.val_score.value, abs=0.02)
-
-
-def test_what_a_step_of_training_takes_is_tried_on_a_copy(net, data, tmp_path, monkeypatch):
-    setting, steps = ready(net, data, tmp_path / "run"), []
-    before = copy.deepcopy(setting.graphs[None].module.state_dict())
-    monkeypatch.setattr("autocompress.compress.train._Optimizer.step", lambda self, rates: steps.append(rates) or time.sleep(0.5))
-    assert 0.5 <= training_step_seconds(setting, time.monotonic() + 60.0) < 2.0
-    assert len(steps) == PROBED_STEPS
-    assert training_step_seconds(setting, time.monotonic() + 0.4) >= 0.5
-    assert len(steps) == PROBED_STEPS + 1, "a slow one is tried once"
-    assert all(torch.equal(before[key], value) for key, value in setting.graphs[None].module.state_dict().items())
-
-    begun = []
-
-    def broken(outputs, targets):
-        if begun:  # it is tried before that
-            raise ValueError("bins must increase")
-        return outputs.sum()
-
-    own = replace(data, loss=broken, score=lambda outputs, targets: 0.0)
-    other = ready(net, own, tmp_path / "other")
-    begun.append(True)
-    assert training_step_seconds(other, time.monotonic() + 60.0) == 0.0
-
-
-@pytest.mark.parametrize("bits", [3, 8])
-def test_the_unchanged_network_is_calibrated_first_and_trained_through_its_bits_to_the_end(net, data, tmp_path, bits):
-    setting = ready(net, data, tmp_path / "run")
-    known = {"policy": Policy(quant=QuantSpec(bits=bits)), "predicted": None}
-    short = evaluate_policy(setting, **known, id="00000", rung="short", seconds=60.0)
-    full = evaluate_policy(setting, **known, id="00000-full", rung="full", seconds=2.0, continues="00000")
-    assert short.failure is None and full.failure is None
-    assert short.training_s < 30.0 < full.training_s + 30.0 and full.training_s > 1.5
-    files = [(setting.models / id / "student.safetensors").read_bytes() for id in ("00000", "00000-full")]
-    assert files[0] != files[1]
-
-
-def test_a_student_is_reconstructed_once_and_only_where_something_was_cut(net, data, tmp_path, monkeypatch):
-    reconstructed = []
-    monkeypatch.setattr(
-        "autocompress.beginning.reconstruct", lambda student, reference, policy, until: reconstructed.append(len(reference.inputs))
-    )
-    setting, narrow = ready(net, data, tmp_path / "run"), Policy(student=StudentSpec(width=0.5))
-
-    def made(policy, id, rung="short", continues=None):
-        assert evaluate_policy(setting, policy, id=id, rung=rung, seconds=0.5, continues=continues).failure is None
-        return len(reconstructed)
-
-    assert made(INT8, "int8") == 0, "the teacher itself"
-    assert made(narrow, "00000") == 1
-    assert reconstructed == [min(setting.calibration_inputs, len(data.train))]
-    assert made(narrow, "00000-full", "full", "00000") == 1, "what it has learnt is kept"
-    assert made(narrow, "00001-full", "full", "00001") == 2, "the checkpoint is lost"
-
-
-def test_training_has_its_time_after_the_reconstruction_and_both_end_at_the_latest(net, data, tmp_path, monkeypatch):
-    untils = []
-
-    def slow(student, reference, policy, until):
-        untils.append(until)
-        time.sleep(1.0)
-
-    monkeypatch.setattr("autocompress.beginning.reconstruct", slow)
-    setting, narrow = ready(net, data, tmp_path / "run"), Policy(student=StudentSpec(width=0.5))
-    outcome = evaluate_policy(setting, narrow, id="00000", rung="short", seconds=1.0)
-    assert outcome.failure is None
-    assert 0.8 < outcome.training_s < 1.9, "the reconstruction takes nothing of it"
-    assert outcome.seconds > outcome.training_s + outcome.finishing_s + 0.9
-    latest = time.monotonic() + 1.5
-    outcome = evaluate_policy(setting, narrow, id="00001", rung="short", seconds=60.0, latest=latest)
-    assert outcome.training_s < 2.0
-    assert untils[1] == latest
-
-
-def test_a_student_that_cannot_be_reconstructed_is_trained_as_it_is(net, data, tmp_path, monkeypatch):
-    begun = []
-
-    def broken(student, *_, **__):
-        nn.init.constant_(student.head.weight, float("nan"))
-        raise torch.linalg.LinAlgError("no solution")
-
-    def trained(student, *_, **__):
-        begun.append(student.head.weight.clone())
-        raise PolicyFailure("enough")
-
-    monkeypatch.setattr("autocompress.beginning.reconstruct", broken)
-    monkeypatch.setattr("autocompress.objective.train_quantized", trained)
-    narrow = Policy(student=StudentSpec(width=0.5))
-    setting = ready(net, data, tmp_path / "run")
-    evaluate_policy(setting, narrow, id="00000", rung="short", seconds=0.5)
-    assert torch.equal(begun[0], build_student(setting.graph_of(narrow), narrow).head.weight)
-
-
-def test_the_unchanged_network_in_float32_has_nothing_to_learn(net, data, tmp_path):
-    setting = ready(net, data, tmp_path / "run")
-    outcome = evaluate_policy(setting, Policy(), id="00000-full", rung="full", seconds=60.0, predicted=None)
-    assert outcome.failure is None
-    assert outcome.training_s < 30.0
-
-
 def test_a_target_is_a_share_unless_the_data_has_its_own_score(net, data, tmp_path):
     own = replace(data, loss=nn.functional.cross_entropy, score=lambda outputs, targets: -1.0)
     for target in (-0.5, 0.0, 40.0):
@@ -265,13 +102,6 @@ def test_a_target_is_a_share_unless_the_data_has_its_own_score(net, data, tmp_pa
         with pytest.raises(UsageError, match=r"target_accuracy must lie in \(0, 1\]"):
             load(wanted, model=net, data=data, device=FakeDevice())
         assert load(wanted, model=net, data=own, device=FakeDevice()).data is own
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), DeviceUnavailable("gone")])
-def test_what_is_about_the_machine_ends_the_search(net, data, tmp_path, error):
-    setting = ready(net, data, tmp_path / "run", FakeDevice(SLOW_CALLS, failures={1: error}))
-    with pytest.raises(type(error)):
-        realised(setting)
 
 
 def test_validation_is_cut_to_the_time_that_there_is_and_the_cut_is_kept(net, data, tmp_path):
@@ -304,21 +134,6 @@ def test_a_network_in_half_precision_is_refused(net, data, tmp_path):
         assert "model.float()" in caught.value.hint
 
 
-def test_a_table_with_sparse_gradients_is_trained(tmp_path):
-    class Words(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.table, self.a, self.b = nn.Embedding(50, 16, sparse=True), nn.Linear(16, 16), nn.Linear(16, 3)
-
-        def forward(self, x):
-            return self.b(torch.relu(self.a(self.table(x).mean(1))))
-
-    words = Split(torch.randint(0, 50, (64, 5), generator=torch.Generator().manual_seed(0)), torch.arange(64) % 3)
-    setting = ready(Words().eval(), Data(words, words, words, classes=3), tmp_path / "run")
-    policy = Policy(prune=PruneSpec(ratios={"a": 0.5}))
-    assert evaluate_policy(setting, policy, id="00000", rung="short", seconds=1.0).failure is None
-
-
 def test_the_same_random_network_in_every_process(tmp_path):
     """A student's architecture has no weights; which channels it keeps must not change on --resume."""
     inputs = torch.randn(40, 3, 32, 32)
@@ -330,31 +145,6 @@ def test_the_same_random_network_in_every_process(tmp_path):
         setting = prepare(task, tmp_path / f"run{attempt}", load(task, data=data, device=FakeDevice(SLOW_CALLS)))
         states.append(setting.graphs[task.student].module.state_dict())
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-
-
-class Changing(FakeDevice):
-    """As fast as `speeds` says, call after call; the last one stays."""
-
-    def __init__(self, speeds):
-        super().__init__()
-        self.speeds = list(speeds)
-
-    def measure(self, paths, *, seconds_each=1.0):
-        speed = self.speeds.pop(0) if len(self.speeds) > 1 else self.speeds[0]
-        self.costs = SLOW_CALLS.model_copy(update={key: value * speed for key, value in SLOW_CALLS.model_dump().items()})
-        return super().measure(paths, seconds_each=seconds_each)
-
-
-@pytest.mark.parametrize(
-    ("speeds", "noisy"),
-    [([1.0], False), ([1.3, 1.0], False), ([1.0, 1.3, 1.0], False), ([1.0, 1.3, 1.7, 2.2, 3.0], True)],
-    ids=["steady", "odd start", "odd once", "slower and slower"],
-)
-def test_a_measurement_is_noisy_where_the_original_beside_it_does_not_settle(net, data, tmp_path, monkeypatch, speeds, noisy):
-    monkeypatch.setattr("autocompress.objective.DRIFT_PAUSE_S", 0.0)
-    latency = realised(ready(net, data, tmp_path / "run", Changing(speeds))).latency_s
-    assert latency.noisy is noisy
-    assert ("baseline beside it" in latency.noise_reason) is noisy
 
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
@@ -401,65 +191,6 @@ def test_the_originals_file_must_compute_what_the_model_does(data, tmp_path, kin
         ready(kind().eval(), data, tmp_path / "run")
 
 
-class Tied(Net):
-    """Two convolutions with one weight."""
-
-    def __init__(self):
-        super().__init__()
-        self.a.conv2.weight = self.a.conv1.weight
-
-
-def test_a_network_with_tied_weights_is_compressed(data, tmp_path):
-    torch.manual_seed(0)
-    setting = ready(Tied().eval(), data, tmp_path / "run")
-    policy = with_exact_int8(Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}), quant=QuantSpec(bits=8)), setting.device.profile)
-    outcome = evaluate_policy(setting, policy, id="00000", rung="short", seconds=1.0, predicted=None)
-    assert outcome.failure is None
-    weights = load_file(setting.models / "00000" / FLOAT_WEIGHTS)
-    assert torch.equal(weights["a.conv1.weight"], weights["a.conv2.weight"])
-    further = evaluate_policy(setting, policy, id="00001", rung="full", seconds=0.0, predicted=None, continues="00000")
-    assert further.failure is None
-
-
-def test_files_are_compared_as_rounded_where_the_device_computes_in_bf16(net, data, tmp_path):
-    runtime = Runtime("openvino", precision="bf16")
-    if not (runtime.is_here and runtime.can_compute):
-        pytest.skip("no OpenVINO, or no instructions for bf16")
-    setting = ready(net, data, tmp_path / "run", LocalCpu(runtime))
-    score_baseline(setting, data.val)
-    outcome = evaluate_policy(setting, Policy(prune=PruneSpec(ratios={"b.conv1": 0.5})), id="00000", rung="short", seconds=1.0)
-    assert outcome.failure is None, "float32 outputs would have to agree to 1e-4"
-    assert outcome.parity.difference > 1e-4
-    assert outcome.latency_s.environment["precision"] == "bf16"
-
-
-def test_a_network_whose_norms_follow_the_batch_is_compressed(data, tmp_path):
-    own = Net().eval()
-    for name, module in list(own.named_modules()):
-        if isinstance(module, nn.BatchNorm2d):
-            own.set_submodule(name, nn.BatchNorm2d(module.num_features, track_running_stats=False).eval())
-    policy = Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}))
-    task = TASK.model_copy(update={"batch": 24})
-    setting = prepare(task, tmp_path / "run", load(task, model=own, data=data, device=FakeDevice(SLOW_CALLS)))
-    outcome = evaluate_policy(setting, policy, id="00000", rung="short", seconds=1.0, predicted=None)
-    assert outcome.failure is None, "the file's batches are the student's when both are compared"
-
-
-@pytest.mark.parametrize("way", [parametrizations.spectral_norm, parametrizations.weight_norm, old_weight_norm])
-def test_a_network_whose_weights_are_computed_is_compressed(data, tmp_path, way):
-    torch.manual_seed(0)
-    own = Net()
-    way(own.b.conv1), way(own.head)
-    own(data.example(4))
-    before = copy.deepcopy(own.state_dict())
-    setting = ready(own, data, tmp_path / "run")
-    policy = with_exact_int8(Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}), quant=QuantSpec(bits=8)), FakeDevice().profile)
-    outcome = evaluate_policy(setting, policy, id="00000", rung="short", seconds=1.0, predicted=None)
-    assert outcome.failure is None
-    assert own.training and all(torch.equal(before[key], value) for key, value in own.state_dict().items())
-    assert own.b.conv1.weight.shape == (16, 8, 3, 3), "computed as before"
-
-
 def test_a_model_that_takes_one_batch_size_only_is_refused(data, tmp_path):
     class Flat(Net):
         def forward(self, x):
@@ -468,57 +199,3 @@ def test_a_model_that_takes_one_batch_size_only_is_refused(data, tmp_path):
     with pytest.raises(UsageError, match=r"must take inputs of shape \(2, 3, 8, 8\)") as caught:
         ready(Flat().eval(), data, tmp_path / "run")
     assert "x.flatten(1)" in caught.value.hint
-
-
-def test_training_that_is_interrupted_goes_on_from_there(net, data, tmp_path, monkeypatch):
-    """An hour in which a policy was trained to the end is not to be lost to Ctrl-C."""
-    setting, policy, progress = ready(net, data, tmp_path / "run"), Policy(prune=PruneSpec(ratios={"b.conv1": 0.5})), []
-
-    def stop(share):
-        progress.append(share)
-        if len(progress) == 5:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr("autocompress.beginning.reconstruct", lambda *_, **__: None)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate_policy(setting, policy, id="00000", rung="short", seconds=60.0, tick=stop)
-    (left,) = setting.models.glob(f"{INTERRUPTED}*")
-    learned, begun = load_file(left), []
-    assert not torch.equal(learned["b.conv1.weight"], build_student(setting.graphs[None], policy).b.conv1.weight)
-
-    def train(student, *_, **__):
-        begun.append(copy.deepcopy(student.state_dict()))
-        return student
-
-    monkeypatch.setattr("autocompress.objective.train_quantized", train)
-    for id in ("00001", "00002"):
-        assert evaluate_policy(setting, policy, id=id, rung="short", seconds=1.0).failure is None
-    assert all(torch.equal(value, learned[name]) for name, value in begun[0].items())
-    assert not left.exists()
-    assert not torch.equal(begun[1]["b.conv1.weight"], learned["b.conv1.weight"]), "what is finished is no longer interrupted"
-
-
-def test_what_was_trained_is_kept_until_it_is_measured(net, data, tmp_path, monkeypatch):
-    """The device may be gone by then."""
-    device, policy = FakeDevice(SLOW_CALLS), Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}))
-    setting = ready(net, data, tmp_path / "run", device)
-    device.failures = {device.calls: DeviceUnavailable("the agent does not answer")}
-    with pytest.raises(DeviceUnavailable):
-        evaluate_policy(setting, policy, id="00000", rung="full", seconds=1.0)
-    trained = load_file(setting.models / "00000" / FLOAT_WEIGHTS)
-    begun = []
-    monkeypatch.setattr("autocompress.objective.train_quantized", lambda student, *_, **__: begun.append(student.state_dict()) or student)
-    assert evaluate_policy(setting, policy, id="00000", rung="full", seconds=1.0).failure is None
-    assert all(torch.equal(value, trained[name]) for name, value in begun[0].items())
-    assert not [*setting.models.glob(f"{INTERRUPTED}*")]
-
-
-def test_how_gently_a_student_is_trained_follows_from_its_distance_to_the_teacher(net, data, tmp_path, monkeypatch):
-    plans = []
-    setting = ready(net, data, tmp_path / "run")
-    group = next(group for group in setting.graphs[None].groups if group.prunable)
-    monkeypatch.setattr("autocompress.objective.train_quantized", lambda student, quant, data, plan, **_: plans.append(plan) or student)
-    monkeypatch.setattr(type(setting.teacher), "distance", lambda self, student, most: 0.03)
-    policy = Policy(prune=PruneSpec(ratios={group.name: 0.5}))
-    evaluate_policy(setting, policy, id="00000", rung="short", seconds=5.0)
-    assert [plan.to_learn for plan in plans] == [0.03]
