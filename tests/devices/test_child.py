@@ -25,7 +25,7 @@ def test_a_processor_that_others_share_all_the_time_is_noticed(busy, threads, no
 
 
 @pytest.mark.alone
-def test_a_measuring_process_knows_whether_it_had_the_processor(device, tiny):
+def test_a_measuring_process_knows_whether_it_had_the_processor(tiny):
     request = {"paths": [str(tiny)], "seconds_each": SHORT, "fewest_rounds": 5, "most_s": 60.0} | Runtime("onnxruntime").asked
     assert 0.05 < program.measure(request)["busy"] < 1.5
 
