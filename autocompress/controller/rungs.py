@@ -57,17 +57,19 @@ class Rungs:
 
     def appraise(self, pool: list[Proposal]) -> None:
         """Find out what structures are worth untrained: first what is likely to be best at each latency, then what Optuna suggests."""
+        seconds = appraisal_seconds(self.findings.clock)
         self._evaluate_unchanged()
-        self._appraise(pool)
+        self._appraise(pool, seconds)
+        self._settle_best_appraised(time.monotonic() + SETTLING_SHARE * seconds)
         if failures := self.findings.appraisals.failures:
             self.findings.progress.message(f"{len(failures)} untrained students could not be scored, the first for: {failures[0]}")
         if reason := self.findings.journal.sampler_failure:
             self.findings.progress.message(f"the sampler failed, so that some structures were drawn at random: {reason}")
 
-    def _appraise(self, pool: list[Proposal]) -> None:
+    def _appraise(self, pool: list[Proposal], seconds: float) -> None:
         findings = self.findings
         appraisals, trials = findings.appraisals, findings.task.trials
-        started, seconds, leading = time.monotonic(), appraisal_seconds(findings.clock), self._chooser.leading()
+        started, leading = time.monotonic(), self._chooser.leading()
         taken = findings.taken_over.appraised
         own = min(MOST_APPRAISED, APPRAISED_A_TRIAL * trials) if trials is not None else MOST_APPRAISED
         most = taken + own
@@ -124,6 +126,20 @@ class Rungs:
             forecast.refit()
             if abs(forecast.latency_s(best) / best.latency_s - 1) < AS_PREDICTED:
                 return
+
+    def _settle_best_appraised(self, until: float) -> None:
+        """Measure, untrained, what was worth most of all that may be within the budget, until that is known of the best.
+
+        What is over it by a little as predicted would never be trained, and it is what most users are after.
+        """
+        findings = self.findings
+        for _ in range(MOST_SETTLING):
+            best = findings.appraisals.best_that_may_be_within_budget()
+            if best is None or findings.forecast.is_measured(best.policy) or self._is_over() or time.monotonic() > until:
+                return
+            if findings.forecast.measure_untrained(best.policy) is None:
+                return
+            findings.forecast.refit()
 
     def _singles(self, until: float, most: int) -> Iterator[Proposal]:
         """Dimensions alone, until then and up to so many appraisals; no more where that is too little to learn from.

@@ -302,6 +302,32 @@ def test_what_should_be_best_is_measured_until_it_takes_what_was_predicted(findi
     assert all(forecast.is_measured(policy) for policy in asked)
 
 
+@pytest.mark.parametrize(("actual", "measured"), [((0.9,), 1), ((1.2, 0.8), 2), ((1.2,) * 9, MOST_SETTLING)])
+def test_the_best_that_may_be_within_the_budget_is_measured(findings, pool, monkeypatch, actual, measured):
+    """What is over it by a little as predicted, in truth perhaps not, would never be trained."""
+    forecast, left, asked, proposals = findings.forecast, iter(actual), [], pool[:9]
+    rank = {proposal.policy.digest: position for position, proposal in enumerate(proposals)}
+    limit_s = 0.9 * min(forecast.latency_s(p) for p in proposals)
+    forecast.limits, forecast.model._spread = Budget(latency_s=limit_s), 1e3  # all of them may be within it, none is as predicted
+    monkeypatch.setattr(Appraisals, "_worth", lambda self, p: 1.0 - 0.1 * rank[p.policy.digest])
+    monkeypatch.setattr(Forecast, "refit", lambda self: None)
+    monkeypatch.setattr(Forecast, "proposal", lambda self, policy, params: proposals[rank[policy.digest]])
+
+    def measure(self, policy):
+        asked.append(rank[policy.digest])
+        self._note(policy, next(left) * limit_s / self.recent_baseline_s)
+        return True
+
+    monkeypatch.setattr(Forecast, "measure_untrained", measure)
+    appraised(findings, proposals)
+    Rungs(findings)._settle_best_appraised(time.monotonic() - 1.0)
+    assert not asked, "there is no time"
+    Rungs(findings)._settle_best_appraised(time.monotonic() + 60.0)
+    assert asked == list(range(measured))
+    within = {rank[p.policy.digest] for p in forecast.within_budget(proposals)}
+    assert within == {place for place in asked if actual[place] < 1}
+
+
 def test_policies_that_lead_are_distilled_in_other_ways(findings, pool):
     assert Chooser(findings)._variant() is None, "nothing leads"
     for index, proposal in enumerate(pool[:2]):
