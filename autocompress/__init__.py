@@ -9,7 +9,14 @@ if TYPE_CHECKING:
     from autocompress.apply import apply_policy
     from autocompress.data import Data, Split
     from autocompress.deploy import recreate
-    from autocompress.errors import AutocompressError, InfeasibleBudget, UsageError
+    from autocompress.errors import (
+        AutocompressError,
+        DeviceUnavailable,
+        InfeasibleBudget,
+        RunFolderError,
+        TooManyFailures,
+        UsageError,
+    )
     from autocompress.inspect import inspect_model
     from autocompress.measure import measure_file
     from autocompress.policy import DistillSpec, LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
@@ -19,18 +26,19 @@ if TYPE_CHECKING:
     from autocompress.study.sampler import FrontSampler
 
 _HOMES = {
-    "AutocompressError": "errors", "Budget": "records", "Data": "data", "DistillSpec": "policy", "Entry": "results",
-    "FrontSampler": "study.sampler", "InfeasibleBudget": "errors", "LowRankSpec": "policy", "Measurement": "records", "Policy": "policy",
-    "PruneSpec": "policy", "QuantSpec": "policy", "Score": "records", "SearchResult": "session", "Split": "data", "StudentSpec": "policy",
+    "AutocompressError": "errors", "Budget": "records", "Data": "data", "DeviceUnavailable": "errors", "DistillSpec": "policy",
+    "Entry": "results", "FrontSampler": "study.sampler", "InfeasibleBudget": "errors", "LowRankSpec": "policy", "Measurement": "records",
+    "Policy": "policy", "PruneSpec": "policy", "QuantSpec": "policy", "RunFolderError": "errors", "Score": "records",
+    "SearchResult": "session", "Split": "data", "StudentSpec": "policy", "TooManyFailures": "errors",
     "UsageError": "errors", "apply_policy": "apply", "inspect_model": "inspect", "measure_file": "measure", "recreate": "deploy",
     "search": "session",
 }  # fmt: skip
 
 __version__ = metadata.version("autocompress")
 __all__ = [
-    "AutocompressError", "Budget", "Data", "DistillSpec", "Entry", "FrontSampler", "InfeasibleBudget", "LowRankSpec", "Measurement",
-    "Policy", "PruneSpec", "QuantSpec", "Score", "SearchResult", "Split", "StudentSpec", "UsageError", "apply_policy", "inspect_model",
-    "measure_file", "recreate", "search",
+    "AutocompressError", "Budget", "Data", "DeviceUnavailable", "DistillSpec", "Entry", "FrontSampler", "InfeasibleBudget",
+    "LowRankSpec", "Measurement", "Policy", "PruneSpec", "QuantSpec", "RunFolderError", "Score", "SearchResult", "Split", "StudentSpec",
+    "TooManyFailures", "UsageError", "apply_policy", "inspect_model", "measure_file", "recreate", "search",
 ]  # fmt: skip
 
 

@@ -14,9 +14,10 @@ from autocompress.beginning import untrained
 from autocompress.data import Data, Split
 from autocompress.data.sources import load_data
 from autocompress.deploy import require_free, require_harmless, whole_folder
-from autocompress.errors import UsageError, refused
+from autocompress.errors import UsageError
 from autocompress.evaluate import score_outputs
 from autocompress.export import now, update_manifest
+from autocompress.failures import refused
 from autocompress.models import example_for, load_model
 from autocompress.objective import check_artifact
 from autocompress.policy import Policy
@@ -85,8 +86,9 @@ def apply_policy(
         return {
             "policy": chosen.in_words(distilled=False), "digest": chosen.digest, "folder": str(out),
             "latency": format_duration(after.median), "original_latency": format_duration(before.median),
-            "latency_s": after.median, "speedup": before.median / after.median,
+            "latency_s": after.median, "original_latency_s": before.median, "speedup": before.median / after.median,
             "size": format_size(path.stat().st_size), "original_size": format_size(setting.baseline.size_bytes),
+            "size_bytes": path.stat().st_size, "original_size_bytes": setting.baseline.size_bytes,
             "agreement_with_student": agreement(parity),
             "largest_difference": parity.relative,
             "validation": format_score(score) if score else "no data: nothing to score",

@@ -8,7 +8,7 @@ from typing import Any
 
 from autocompress.candidates.forecast import Forecast
 from autocompress.preparation import load, prepare
-from autocompress.progress import Progress
+from autocompress.progress import Progress, counting
 from autocompress.search_space import find_suggest
 from autocompress.task import Task
 
@@ -21,13 +21,9 @@ def calibrate(task: Task, seconds: float, progress: Progress) -> dict[str, Any]:
 
     Returns the error of the latency model on networks that it was not fitted to (leave one out).
     """
-
-    def tick(phase: str, done: int, total: int) -> None:
-        progress.update(phase=phase, done=done, total=total, tried=0, best="", seconds_left=None)
-
-    task = task.absolute()
+    task, tick = task.absolute(), counting(progress)
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
-        setting = prepare(task, Path(folder) / "run", load(task))
+        setting = prepare(task, Path(folder) / "run", load(task, tick=tick))
         suggest = find_suggest(task.space, setting.graphs[task.student], setting.device.profile, reference=task.student)
         forecast = Forecast.start(setting, suggest, task.limits)
         forecast.profile_device(seconds, task.seed, tick, networks=NETWORKS)

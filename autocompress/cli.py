@@ -80,16 +80,17 @@ def search(
     }  # fmt: skip
     task = find_task(task_file, overrides, out=out, from_run=from_run, resume=resume)
     if dry_run:
-        _dry_run(task, json)
+        _dry_run(task, quiet=quiet, json=json)
     else:
         _search(task, out or new_run(), resume=resume, quiet=quiet, json=json)
 
 
-def _dry_run(task: Task, json: bool) -> None:
+def _dry_run(task: Task, *, quiet: bool, json: bool) -> None:
+    from autocompress.progress import make_progress
     from autocompress.session import plan
 
-    with aside():
-        content = plan(task)
+    with aside(), make_progress(quiet) as progress:
+        content = plan(task, progress)
     emit_json(content) if json else emit_record(content)
 
 
@@ -314,6 +315,7 @@ def apply(
     batch: options.Batch = 1,
     device: options.Device = DEFAULT_DEVICE,
     student: options.StudentSource = None,
+    space: options.Space = None,
     json: options.Json = False,
 ) -> None:
     """Apply one policy without a search: compress, export, check."""
@@ -321,8 +323,9 @@ def apply(
 
     with aside():
         content = apply_policy(
-            model, policy=policy, weights=weights, data=data, input=input, batch=batch, device=device, out=out, student=student
-        )
+            model, policy=policy, weights=weights, data=data, input=input, batch=batch, device=device, out=out, student=student,
+            space=space or "default",
+        )  # fmt: skip
     emit_json(content) if json else emit_record(content)
 
 

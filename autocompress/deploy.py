@@ -23,7 +23,7 @@ from autocompress.compress.student import build_student
 from autocompress.devices import open_device
 from autocompress.devices.base import Device, identity
 from autocompress.devices.runtime import CURES
-from autocompress.errors import AutocompressError, RunFolderError, UsageError, refused
+from autocompress.errors import AutocompressError, RunFolderError, UsageError
 from autocompress.export import (
     BUNDLE,
     MODEL,
@@ -36,6 +36,7 @@ from autocompress.export import (
     update_manifest,
     verify_bundle,
 )
+from autocompress.failures import refused
 from autocompress.graph import Graph
 from autocompress.graph.plain import own_copy
 from autocompress.models import answer_with_one_tensor, load_model
@@ -66,7 +67,7 @@ class Exported:
 
 
 def export_run(
-    run: Path, *, pick: str = "best", formats: Sequence[str] = ("onnx",), out: Path, model: nn.Module | str | None = None,
+    run: Path, *, pick: str = "best", formats: str | Sequence[str] = ("onnx",), out: Path, model: nn.Module | str | None = None,
     student: str | None = None, device: str | None = None,
 ) -> Exported:  # fmt: skip
     """Copy the bundle of one policy to `out`, measure its file again beside the baseline's, and say both in the manifest.
@@ -80,6 +81,7 @@ def export_run(
     Raises UsageError for an unknown policy or format, and for a device elsewhere that only a folder of somebody else names; RunFolderError
     when the bundle was damaged or deleted.
     """
+    formats = [formats] if isinstance(formats, str) else formats
     require_formats(formats)
     run, out = run.absolute(), out.absolute()  # whatever folder the user's code changes to
     results = Results.load(run)
@@ -98,9 +100,11 @@ def export_run(
         for name in BUNDLE:
             shutil.copyfile(source / name, made / name)
         if "openvino" in formats:
-            _write_openvino(made)
+            with refused(f"policy {entry.id} cannot be written for openvino"):
+                _write_openvino(made)
         if "torch" in formats:
-            _write_torch(made, model, student, _teacher_weights(run, results), target)
+            with refused(f"policy {entry.id} cannot be written for torch"):
+                _write_torch(made, model, student, _teacher_weights(run, results), target)
         with refused(f"policy {entry.id} cannot be measured on {target.name}"):
             before, after = target.measure([baseline, made / MODEL], seconds_each=EXPORT_MEASURE_S)
         after = after.beside(before)

@@ -14,9 +14,7 @@ The message of each is one sentence that names the rule and the value, `hint` is
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 """What torch colours its messages with, for terminals."""
@@ -99,12 +97,3 @@ class Terminated(AutocompressError):
 
 class PolicyFailure(AutocompressError):
     """This policy cannot become an artifact (diverged, export mismatch, runtime error)."""
-
-
-@contextlib.contextmanager
-def refused(what: str) -> Iterator[None]:
-    """What is one failure among many in a search is the answer of a command about one model."""
-    try:
-        yield
-    except PolicyFailure as failure:
-        raise UsageError(f"{what}: {failure.message}", hint=failure.hint) from None

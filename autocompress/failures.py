@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from autocompress.errors import AutocompressError, PolicyFailure, one_line
+from autocompress.errors import AutocompressError, PolicyFailure, UsageError, one_line
 
 FAILURES = "failures.log"
 """Of a run folder."""
@@ -34,6 +34,16 @@ def policy_errors(log: Path | None = None) -> Iterator[None]:
         if log is not None:
             note_error(log)
         raise PolicyFailure(one_line(error)) from error
+
+
+@contextmanager
+def refused(what: str) -> Iterator[None]:
+    """What is one failure among many in a search is the answer of a command about one model."""
+    try:
+        with policy_errors():
+            yield
+    except PolicyFailure as failure:
+        raise UsageError(f"{what}: {failure.message}", hint=failure.hint) from failure
 
 
 def note_error(log: Path) -> None:

@@ -12,8 +12,8 @@ from autocompress.compress.student import build_student
 from autocompress.data.sources import load_data
 from autocompress.devices import Device, open_device
 from autocompress.devices.timing import MOST_DRIFT
-from autocompress.errors import refused
 from autocompress.export import check_onnx, write_bundle
+from autocompress.failures import refused
 from autocompress.graph import Graph
 from autocompress.models import answer_with_one_tensor, example_for, load_model
 from autocompress.policy import Policy

@@ -137,22 +137,23 @@ def evaluate_again(setting: Setting, outcome: Outcome, bundle: Path, *, predicte
     try:
         check_onnx(path)  # somebody else may have made it
         with policy_errors(setting.log):
-            score, latency = _scored_again(setting, outcome, path), measure_beside_baseline(setting, [path])[1]
+            score, parity = _scored_again(setting, outcome, path)
+            _, latency = measure_beside_baseline(setting, [path])
     except Exception:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    found = {"val_score": score, "latency_s": latency, "predicted_latency_s": predicted}
+    found = {"val_score": score, "parity": parity, "latency_s": latency, "predicted_latency_s": predicted}
     return outcome.model_copy(update=found | {"test_score": None, "search_latency_s": None})
 
 
-def _scored_again(setting: Setting, outcome: Outcome, path: Path) -> Score:
+def _scored_again(setting: Setting, outcome: Outcome, path: Path) -> tuple[Score, Parity | None]:
     """What this device's runtime makes of a file on the validation split; what is known already where it has scored it so."""
     score, policy = outcome.val_score, outcome.policy
-    if score is None or score.n != len(setting.data.val) or not _is_of_this_device(setting, outcome):
-        student = load_student(path.parent, fake_quantize(build_student(setting.graph_of(policy), policy), policy.quant))
-        outputs, _ = check_artifact(setting, student, path, policy)
-        score = score_outputs(outputs, setting.data.val.targets, setting.data)
-    return score
+    if score is not None and score.n == len(setting.data.val) and _is_of_this_device(setting, outcome):
+        return score, outcome.parity
+    student = load_student(path.parent, fake_quantize(build_student(setting.graph_of(policy), policy), policy.quant))
+    outputs, parity = check_artifact(setting, student, path, policy)
+    return score_outputs(outputs, setting.data.val.targets, setting.data), parity
 
 
 def _is_of_this_device(setting: Setting, outcome: Outcome) -> bool:

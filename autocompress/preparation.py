@@ -8,10 +8,11 @@ import hashlib
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +37,7 @@ from autocompress.graph.plain import own_copy
 from autocompress.graph.trace import is_opaque
 from autocompress.models import answer_with_one_tensor, load_model, load_weights
 from autocompress.policy import Policy, QuantSpec
+from autocompress.progress import PhaseTick
 from autocompress.records import Measurement, Score
 from autocompress.references import draws_itself, require_name
 from autocompress.run_folder import write_atomically
@@ -46,9 +48,11 @@ from autocompress.task import Task
 
 BASELINE = "baseline"
 TEACHER_WEIGHTS, UNFINISHED_TEACHER = "teacher.safetensors", "teacher.unfinished.safetensors"
-"""Of the demonstration; the second of one that the clock cut short, which is that of all that was made of it."""
+"""Weights of the demonstration's teacher. The second is written instead where training ran out of time; a resumed search takes it only
+where policies were made of it already."""
 PARITY_EXAMPLES = 16
 """Validation examples on which the original's file is compared with the model."""
+SAME_NORMALISATION = 0.01
 LOSS_EXAMPLES = 32
 """Training examples that a loss of one's own is tried on: of two, a rank or a correlation has no value."""
 LEAST_VALIDATION, MOST_SHARE = 256, 5.0
@@ -59,8 +63,7 @@ LEAST_VALIDATION, MOST_SHARE = 256, 5.0
 class Loaded:
     """What a task names, loaded and found to fit together; nothing is exported or measured yet.
 
-    graphs: traced networks by `StudentSpec.reference`; None is the teacher's own. output: of the teacher's several outputs the one that is
-    taken, if it has several.
+    graphs: traced networks by `StudentSpec.reference`; None is the teacher's own. notes: what who begins a search should know of these.
     """
 
     device: Device
@@ -68,22 +71,24 @@ class Loaded:
     teacher: nn.Module
     graphs: dict[str | None, Graph]
     example: Tensor
-    output: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def load(
-    task: Task, *, model: nn.Module | None = None, data: Data | None = None, device: Device | None = None, weights: Path | None = None
-) -> Loaded:
+    task: Task, *, model: nn.Module | None = None, data: Data | None = None, device: Device | None = None, weights: Path | None = None,
+    tick: PhaseTick | None = None,
+) -> Loaded:  # fmt: skip
     """Load what the task names, or take what is given. Raises UsageError when model, data and task do not fit together.
 
     Args:
         weights: see `kept_teacher`.
+        tick: told of what takes long.
     """
     for given, reference in ((model, task.model), (data, task.data)):
         if given is None:
             require_name(reference)
     device = device or open_device(task.device)
-    data = data or load_data(task.data)
+    data = data or load_data(task.data, tick)
     _require_target(task, data)
     with torch.random.fork_rng(devices=[]):  # the same network in every process, where it has no weights of its own
         torch.manual_seed(task.seed)
@@ -100,7 +105,24 @@ def load(
         answer_with_one_tensor(student, example)
         require_fit(student, data, example, task.student)
         graphs[task.student] = Graph.trace(student, (example,))
-    return Loaded(device, data, teacher, graphs, example, output)
+    several = f"{task.model} has several outputs: {output!r} is what is compressed" if output else ""
+    notes = tuple(note for note in (several, data.note, _normalised_otherwise(teacher, data)) if note)
+    return Loaded(device, data, teacher, graphs, example, notes)
+
+
+def _normalised_otherwise(model: nn.Module, data: Data) -> str:
+    """What to tell where timm says that the model's weights were trained on images that were normalised otherwise."""
+    trained, given = getattr(model, "pretrained_cfg", None), data.normalisation
+    if given is None or not isinstance(trained, Mapping) or not {"mean", "std"} <= trained.keys():
+        return ""
+    wanted, own = (trained["mean"], trained["std"]), (given.mean, given.std)
+    if any(len(w) == len(o) and not np.allclose(w, o, atol=SAME_NORMALISATION) for w, o in zip(wanted, own, strict=True)):
+        mean, std = (",".join(f"{value:g}" for value in values) for values in wanted)
+        return (
+            f"timm's weights for this model were trained with mean={mean} and std={std}, but the data has other values: "
+            "name these in --data (mean=...&std=...) unless the model was trained otherwise since"
+        )
+    return ""
 
 
 def kept_teacher(task: Task, run: Path, *, begun: bool) -> Path | None:
@@ -263,6 +285,8 @@ def _outputs(model: nn.Module, inputs: Tensor, reference: str, hint: str) -> Ten
     finally:
         model.train(was_training)
     if not isinstance(outputs, Tensor) or outputs.dim() < 1 or len(outputs) != len(inputs):
+        if len(inputs) == 1 and isinstance(outputs, Tensor) and outputs.dim() < 2:
+            hint = "where it loses the axis of the batch, write x.flatten(1) instead of x.squeeze()"
         raise UsageError(
             f"a model must return one tensor with a row for each input, but for {len(inputs)} {reference} returned {_shape(outputs)}",
             hint=hint if isinstance(outputs, Tensor) else "wrap it in a module that returns what your loss and score read",

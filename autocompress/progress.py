@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TextIO, final
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
 PLAIN_INTERVAL_S = 5.0
 BAR_WIDTH = 24
+
+
+PhaseTick = Callable[[str, int, int], None]
+"""Called with a phase, and how much of it is done out of how much."""
 
 
 class Progress(Protocol):
@@ -36,6 +41,15 @@ class Progress(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+
+def counting(progress: Progress) -> PhaseTick:
+    """Shows how far a phase is that comes before any policy."""
+
+    def tick(phase: str, done: int, total: int) -> None:
+        progress.update(phase=phase, done=done, total=total, tried=0, best="", seconds_left=None)
+
+    return tick
 
 
 @final

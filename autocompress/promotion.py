@@ -21,10 +21,10 @@ Point = tuple[float, float]
 
 
 def least_counted(scores: Sequence[float]) -> float:
-    """What scores below it comes after all else: COUNTED of the way from the best to the worst. Unlike a median it stays where it is
-    however many score alike.
+    """The score below which a policy is chosen only after all others: COUNTED of the way from the best score to the worst.
 
-    A score that is worse than the best by more than OUTLIER times as much as the median is counts as just so bad.
+    The worst counts as OUTLIER times as far from the best as the median is, at most. Unlike a median this does not move where many scores
+    are equal.
     """
     best = max(scores)
     worst = max(min(scores), best - OUTLIER * (best - float(np.median(scores))))

@@ -102,8 +102,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def require_formats(formats: Sequence[str]) -> None:
     """Raises UsageError unless each is one of FORMATS."""
     unknown = [name for name in formats if name not in FORMATS]
-    if unknown or not formats or isinstance(formats, str):
-        name = formats if isinstance(formats, str) else next(iter(unknown), "")
+    if unknown or not formats:
+        name = next(iter(unknown), "")
         raise UsageError(f"the formats of an export must be some of {', '.join(FORMATS)}, but got {name!r}", hint=nearest(name, FORMATS))
 
 

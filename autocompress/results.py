@@ -24,7 +24,10 @@ class _Read(BaseModel):
 
 
 class LayerChange(_Read):
-    """One layer of the teacher and what a policy makes of it; latencies (seconds) are predictions. `rank`: where it is factorised."""
+    """One layer of the network that students are derived from, as a rule the teacher, and what a policy makes of it.
+
+    Latencies (seconds) are predictions. rank: where it is factorised.
+    """
 
     name: str
     kind: str = ""

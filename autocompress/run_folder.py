@@ -7,7 +7,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import socket
 import tempfile
@@ -20,8 +19,10 @@ from autocompress.errors import RunFolderError, UsageError
 from autocompress.units import format_size
 
 LOCK, FRONT, REPORT, PARETO = ".lock", "front.json", "report.html", "pareto.png"
-UNFINISHED = re.compile(r"\.(front\.json|report\.html|pareto\.png|task\.toml|teacher\.safetensors)\.\w{8}")
-"""Files of a run folder while they are written."""
+PARTIAL = ".partial"
+"""Ends the names of files while they are written; with a dot before, the file's own name, and what makes it unique."""
+WRITTEN_IN = ("", "models")
+"""Where in a run folder files are written that nothing removes with their folder."""
 POLICY_FILES, MANY_POLICIES = 3, 20
 """Files of weights that a policy keeps: as they were trained, as they ship, and in the runtime's format; and policies of a long search."""
 
@@ -44,7 +45,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """
     payload = content.encode() if isinstance(content, str) else content
     with writing(path):
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(payload)
@@ -92,6 +93,10 @@ def locked(run: Path) -> Iterator[None]:
     The kernel drops the lock when its holder dies, so a killed search leaves nothing to clean up.
     """
     try:
+        str(run).encode()
+    except UnicodeEncodeError:  # runtimes, reports and JSON take text
+        raise UsageError(f"the path of a run folder must be text in UTF-8, but is {str(run)!r}", hint="choose another --out") from None
+    try:
         run.mkdir(parents=True, exist_ok=True)
         # not through a link, which in a folder of somebody else's leads elsewhere
         file = os.fdopen(os.open(run / LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644), "a+")
@@ -121,17 +126,16 @@ def locked(run: Path) -> Iterator[None]:
 
 def _sweep(run: Path) -> None:
     """Remove what `write_atomically` left where it was killed; only who holds the folder writes into it."""
-    for left in run.iterdir():
-        if UNFINISHED.fullmatch(left.name) and left.is_file():
+    for folder in WRITTEN_IN:
+        for left in (run / folder).glob(f".*{PARTIAL}"):
             left.unlink(missing_ok=True)
 
 
 def require_space(run: Path, model_bytes: int, *, begun: bool = False) -> str:
-    """What to tell where the disk has room for fewer than MANY_POLICIES; raises RunFolderError where there is none for even one.
-
-    But not of a search that has `begun`: it may have hardly anything left to write.
+    """A warning where fewer than MANY_POLICIES fit on the disk, else nothing. Raises RunFolderError where not even one fits.
 
     Args:
+        begun: of a search that is resumed, which may have little left to write: it is only warned.
         model_bytes: of the original's file. What is kept of a policy takes at most POLICY_FILES times as much.
     """
     free, each = shutil.disk_usage(run).free, POLICY_FILES * model_bytes

@@ -20,7 +20,7 @@ from autocompress.candidates.feasibility import Feasibility
 from autocompress.candidates.forecast import Forecast
 from autocompress.controller.begin import ask_teacher, know_baseline, profile_device, propose
 from autocompress.controller.conclude import conclude
-from autocompress.controller.findings import TAKEN_OVER, Findings, TakenOver
+from autocompress.controller.findings import Findings, TakenOver
 from autocompress.controller.rungs import Rungs
 from autocompress.controller.warm_start import take_over
 from autocompress.data import Data
@@ -31,7 +31,7 @@ from autocompress.front import measured
 from autocompress.ledger import Ledger
 from autocompress.policy import Policy
 from autocompress.preparation import TEACHER_WEIGHTS, UNFINISHED_TEACHER, contents, kept_teacher, load, prepare, train_demo_teacher
-from autocompress.progress import Progress, SilentProgress, make_progress
+from autocompress.progress import Progress, SilentProgress, counting, make_progress
 from autocompress.records import Budget, Outcome
 from autocompress.references import OBJECT, require_name
 from autocompress.report.figures import in_colour
@@ -53,6 +53,7 @@ from autocompress.study.database import (
     require_same_subject,
 )
 from autocompress.study.journal import Journal
+from autocompress.study.notes import Note
 from autocompress.suggesters import LevelSuggester
 from autocompress.task import TASK_FILE, Task, find_task, load_task
 from autocompress.units import counted, format_duration, format_size
@@ -63,8 +64,6 @@ if TYPE_CHECKING:
 
     from autocompress.deploy import Exported
 
-CALIBRATION_INPUTS = "calibration_inputs"
-"""What the journal calls the number of inputs that int8 ranges are fitted to: the same for all policies of a search."""
 DEMO_TEACHER_SHARE = 0.4
 """Of the time that is left, at most: a quick machine trains it to the end in less, and all else is worthless on a slow
 one where it has not learned."""
@@ -120,7 +119,7 @@ class SearchResult:
         out: Path | str,
         *,
         pick: str = "best",
-        formats: Sequence[str] = ("onnx",),
+        formats: str | Sequence[str] = ("onnx",),
         model: nn.Module | str | None = None,
         student: str | None = None,
         device: str | None = None,
@@ -253,15 +252,14 @@ def run_search(
     fresh = not run.exists()
     with locked(run), stopped_by_signals() as stop, recording(run):
         told = Attentive(progress or SilentProgress(), stop)
-        journal = open_journal(run, task, resume=resume, sampler=sampler)
-        told.message(f"searching in {run}")
-        if not resume:
-            _forget_teacher(run)
-        elapsed_s, spent_s = _taken_before(task, run, journal)
-        clock = Clock.start(task.search_seconds, already=clock.elapsed + elapsed_s)
         with _leaving_nothing(run, fresh=fresh):
+            journal = open_journal(run, task, resume=resume, sampler=sampler)
+            told.message(f"searching in {run}")
             if not resume:
+                _forget_teacher(run)
                 _keep_task(task, run)
+            elapsed_s, spent_s = _taken_before(task, run, journal)
+            clock = Clock.start(task.search_seconds, already=clock.elapsed + elapsed_s)
             known = _known_before(task, journal, run, told)
             setting = _prepared(task, run, journal, known, Ledger(spent_s), told, model=model, data=data, device=device)
         if resume:  # only now: a resume that is refused changes nothing
@@ -291,19 +289,17 @@ def _prepared(task: Task, run: Path, journal: Journal, known: Journal | None, le
     Raises UsageError where that is something else than what the search that is resumed, or the one that is learned from, had.
     """
     with ledger.spend("prepare"):
-        loaded = load(task, weights=kept_teacher(task, run, begun=journal.has_begun), **given)
-        if loaded.output:
-            progress.message(f"{task.model} has several outputs: {loaded.output!r} is what is compressed")
-        if loaded.data.note:
-            progress.message(loaded.data.note)
+        loaded = load(task, weights=kept_teacher(task, run, begun=journal.has_begun), tick=counting(progress), **given)
+        for note in loaded.notes:
+            progress.message(note)
         found = contents(task, loaded)
         require_same_contents(journal, run, found)
         require_same_machine(journal, run, identity(loaded.device.environment()))
         if known is not None:
             require_same_subject(known, Path(task.from_run or ""), found)
         setting = replace(prepare(task, run, loaded), ledger=ledger)
-    if (told := journal.noted(CALIBRATION_INPUTS)) is None:
-        journal.note(CALIBRATION_INPUTS, setting.calibration_inputs)
+    if (told := journal.noted(Note.CALIBRATION_INPUTS)) is None:
+        journal.note(Note.CALIBRATION_INPUTS, setting.calibration_inputs)
     if tight := require_space(run, setting.baseline.size_bytes, begun=told is not None):
         progress.message(tight)
     return replace(setting, calibration_inputs=told or setting.calibration_inputs)
@@ -321,7 +317,7 @@ def _taken_before(task: Task, run: Path, journal: Journal) -> tuple[float, dict[
     That begins again when the search is resumed, and in the time that is left it would not learn enough to be worth compressing.
     """
     began_only = task.is_demo and not journal.has_begun and kept_teacher(task, run, begun=False) is None
-    return (0.0, {}) if began_only else (journal.noted("elapsed_s") or 0.0, journal.noted("spent_s") or {})
+    return (0.0, {}) if began_only else (journal.noted(Note.ELAPSED_S) or 0.0, journal.noted(Note.SPENT_S) or {})
 
 
 def _forget_teacher(run: Path) -> None:
@@ -335,10 +331,10 @@ def _forget_teacher(run: Path) -> None:
 
 def _known_before(task: Task, journal: Journal, run: Path, progress: Progress) -> Journal | None:
     """The journal of the search that this one is to learn from, unless it has done so; with the demonstration's teacher."""
-    if task.from_run is None or TakenOver.model_validate(journal.noted(TAKEN_OVER) or {}).complete:
+    if task.from_run is None or TakenOver.model_validate(journal.noted(Note.TAKEN_OVER) or {}).complete:
         return None
     before = Path(task.from_run)
-    if journal.noted("contents") is not None and not before.is_dir():
+    if journal.noted(Note.CONTENTS) is not None and not before.is_dir():
         progress.message(f"{before} is gone: the search goes on with what it had taken over")
         return None
     known = read_journal(before, task)
@@ -361,7 +357,7 @@ def _assemble(
     else:
         named = find_suggest(task.space, graph, profile, reference=task.student)
     forecast = Forecast.start(setting, named, task.limits)
-    history = [ProgressPoint.model_validate(point) for point in journal.noted("progress") or []]
+    history = [ProgressPoint.model_validate(point) for point in journal.noted(Note.PROGRESS) or []]
     return Findings(task, run, journal, forecast, clock, progress, history)
 
 
@@ -458,10 +454,10 @@ def _nearest(findings: Findings) -> str:
     return f"the nearest policy took {format_duration(nearest.latency_s.high)} and {format_size(nearest.size_bytes)}"
 
 
-def plan(task: Task) -> dict[str, Any]:
+def plan(task: Task, progress: Progress) -> dict[str, Any]:
     """What a search would do, without doing it: sizes of the space, budget, time, three policies in words."""
     found = task.absolute()
-    loaded = load(found)
+    loaded = load(found, tick=counting(progress))
     graph, data = loaded.graphs[task.student], loaded.data
     suggest = find_suggest(found.space, graph, loaded.device.profile, reference=task.student)
     generator = np.random.default_rng(task.seed)
@@ -481,4 +477,4 @@ def plan(task: Task) -> dict[str, Any]:
         "train": len(data.train),
         "val": len(data.val),
         "test": len(data.test),
-    } | ({"note": data.note} if data.note else {})
+    } | ({"notes": list(loaded.notes)} if loaded.notes else {})

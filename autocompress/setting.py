@@ -122,8 +122,8 @@ class Setting:
         """Export a student of this search as a bundle."""
         with self.ledger.spend("export"):
             return write_bundle(
-                folder, student, policy, (self.example,), model=self.model_reference, classes=self.data.classes, seed=self.seed,
-                normalisation=self.data.normalisation,
+                folder, student, policy, (self.example,), model=self.model_reference, classes=self.data.classes,
+                class_names=self.data.class_names, seed=self.seed, normalisation=self.data.normalisation,
             )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ TASK_FILE = "task.toml"
 """What a search was asked for, in its run folder."""
 CHANGEABLE = ("search_time", "trials", "target_accuracy", "batch_size", "learning_rate")
 """What a resumed search may have otherwise."""
-MOVABLE = ("model", "weights", "data")
+MOVABLE = ("model", "weights", "data", "space")
 """Names that may be others when a search is resumed: files are moved, and what they hold is compared by content."""
 
 
@@ -119,7 +119,7 @@ class Task(Record):
         """The first field in which another task differs, so that their policies cannot share a run folder.
 
         How long to search and how to train is free; a budget and a device are the same in other words. What the model and the data are
-        named is free too, since their contents are compared once they are loaded.
+        named is free too, since their contents are compared once they are loaded; so is where the file of a space is.
         """
         if self.is_demo != other.is_demo:
             return "model"
@@ -127,6 +127,8 @@ class Task(Record):
             return "budget"
         if not same_device(self.device, other.device):
             return "device"
+        if _place_free(self.space) != _place_free(other.space):
+            return "space"
         return self._differs(other, [name for name in Task.model_fields if name not in (*CHANGEABLE, *MOVABLE, "budget", "device")])
 
     def other_subject(self, other: Task) -> str | None:
@@ -134,9 +136,9 @@ class Task(Record):
 
         What the names of models, data and files stand for is compared by content: a run may have come from another machine.
         """
-        functions = ["space"] if draws_itself(self.space) or draws_itself(other.space) else []
-        demo = ["model"] if self.is_demo != other.is_demo else []
-        return self._differs(other, ["batch", "student", *functions, *demo])
+        if (draws_itself(self.space) or draws_itself(other.space)) and _place_free(self.space) != _place_free(other.space):
+            return "space"
+        return self._differs(other, ["batch", "student", *(["model"] if self.is_demo != other.is_demo else [])])
 
     def _differs(self, other: Task, fields: Iterable[str]) -> str | None:
         return next((name for name in fields if getattr(self, name) != getattr(other, name)), None)
@@ -175,6 +177,14 @@ class Task(Record):
             ) from None
         _ = task.search_seconds
         return task
+
+
+def _place_free(space: str) -> str:
+    """A space's name without the folder that its file lies in; what files of spaces hold is compared by content."""
+    if draws_itself(space):
+        file, colon, function = space.rpartition(":")
+        return f"{Path(file).name}{colon}{function}"
+    return ".toml" if space.endswith(".toml") else space
 
 
 def same_device(one: str, other: str) -> bool:

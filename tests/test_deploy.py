@@ -298,10 +298,24 @@ def test_the_teachers_weights_are_those_that_are_named(run):
         autocompress.recreate(bundle, MODEL, weights=run / "teacher.safetensor")
 
 
-@pytest.mark.parametrize("formats", [("onnx", "openvno"), (), "openvino"], ids=["mistyped", "none", "a string"])
+@pytest.mark.parametrize("formats", [("onnx", "openvno"), (), "openvno"], ids=["mistyped", "none", "a string"])
 def test_formats_are_checked_from_python_too(run, tmp_path, formats):
     with pytest.raises(UsageError, match="must be some of onnx, openvino, torch"):
         export_run(run, out=tmp_path / "out", formats=formats)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_format_needs_no_list(run, tmp_path):
+    assert (export_run(run, out=tmp_path / "out", formats="onnx").folder / "model.onnx").is_file()
+
+
+def test_what_a_format_cannot_hold_is_told_as_such(run, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no rule for aten.frobnicate")
+
+    monkeypatch.setattr("torch.export.save", fail)
+    with pytest.raises(UsageError, match=r"policy 00000 cannot be written for torch: RuntimeError: no rule for aten\.frobnicate"):
+        export_run(run, out=tmp_path / "out", formats="torch", model=MODEL)
     assert not (tmp_path / "out").exists()
 
 

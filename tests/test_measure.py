@@ -9,6 +9,7 @@ import pytest
 from autocompress import measure as module
 from autocompress.cli import main
 from autocompress.devices.runtime import TITLES, Runtime
+from autocompress.errors import UsageError
 from autocompress.measure import measure_file, measure_file_on
 from autocompress.records import Measurement
 
@@ -42,6 +43,17 @@ def test_several_devices_take_turns_and_each_is_told_by_its_middle_one(asked, ti
 def test_one_device_is_asked_once(asked, tiny):
     assert measure_file(tiny, device="restless").median == 9.0
     assert asked == ["restless"]
+
+
+def test_a_model_that_cannot_be_exported_is_told_as_such(monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("Message onnx.ModelProto exceeds maximum protobuf size of 2GB")
+
+    monkeypatch.setattr(module, "write_bundle", fail)
+    with pytest.raises(
+        UsageError, match=r"autocompress.testing.models:tiny_resnet cannot be measured: ValueError: .* maximum protobuf size"
+    ):
+        module.measure_reference("autocompress.testing.models:tiny_resnet", devices=["onnxruntime:cpu"], input="3x16x16")
 
 
 @pytest.mark.skipif(not Runtime("openvino").is_here, reason="openvino is not installed")

@@ -91,14 +91,16 @@ def test_what_was_being_written_when_a_search_was_killed_is_removed_by_the_next(
         raise Killed
 
     (tmp_path / ".front.json.notours1234").write_text("kept")
+    (tmp_path / "models").mkdir()
     monkeypatch.setattr(Path, "replace", kill)
     monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
-    with pytest.raises(Killed):
-        write_atomically(tmp_path / "front.json", "{}")
+    for path in (tmp_path / "front.json", tmp_path / "models" / "interrupted-1.safetensors"):
+        with pytest.raises(Killed):
+            write_atomically(path, "{}")
     monkeypatch.undo()
-    assert len(list(tmp_path.iterdir())) == 2
+    assert [len(list(folder.iterdir())) for folder in (tmp_path, tmp_path / "models")] == [3, 1]
     with locked(tmp_path):
-        assert {path.name for path in tmp_path.iterdir()} == {".lock", ".front.json.notours1234"}
+        assert {path.name for path in tmp_path.rglob("*")} == {".lock", ".front.json.notours1234", "models"}
 
 
 def test_a_folder_that_is_gone_is_a_run_folder_error(tmp_path):
@@ -134,6 +136,11 @@ def test_a_folder_has_one_writer_and_a_killed_one_leaves_it_free(tmp_path):
 def test_a_folder_that_cannot_be_made_is_a_usage_error(tmp_path, place):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written"), locked(tmp_path / place):
+        pass
+
+
+def test_a_path_that_is_no_text_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="must be text in UTF-8"), locked(Path(os.fsdecode(bytes(tmp_path) + b"/r\xff"))):
         pass
 
 

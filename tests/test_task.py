@@ -130,6 +130,21 @@ def test_files_may_have_been_moved_when_a_search_is_resumed():
     assert before.difference(moved) is None
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        ("/old/own.toml", "/new/own.toml", True),
+        ("/old/own.py:space", "/new/own.py:space", True),
+        ("/old/own.py:space", "/new/own.py:other", False),
+        ("/old/own.toml", "default", False),
+        ("default", "prune", False),
+    ],
+)
+def test_the_file_of_a_space_may_have_been_moved(before, now, same):
+    assert (Task(space=before).difference(Task(space=now)) is None) is same
+    assert (Task(space=before).other_subject(Task(space=now)) is None) is (same or ":" not in before)
+
+
 def test_a_budget_in_other_words_is_the_same_task():
     assert Task(budget=("10ms", "4MB")).difference(Task(budget=("4000kB", "0.01s"))) is None
 

@@ -21,11 +21,10 @@ from autocompress.graph import Structure
 from autocompress.policy import Policy
 from autocompress.ranks import partial_rank_correlation
 from autocompress.study.journal import AppraisedTrial, Journal
+from autocompress.study.notes import Note
 
 MOST_RULED_OUT = 150
 """Suggestions in a row that prediction rules out before the search turns to its own draws."""
-DIMENSIONS_FIRST = "dimensions_first"
-"""What the journal calls it that dimensions are appraised alone, and that what is foreseen is what they lose."""
 RECENT = 7
 """The last so many appraisals say what one takes."""
 MOST_REPEATED = 50
@@ -210,10 +209,10 @@ class Appraisals:
 
     def start_with_dimensions(self) -> None:
         """From now on, in a resumed search too, what is foreseen of policies is what their dimensions lose alone."""
-        if not self.journal.noted(DIMENSIONS_FIRST):
-            self.journal.note(DIMENSIONS_FIRST, True)
+        if not self.journal.noted(Note.DIMENSIONS_FIRST):
+            self.journal.note(Note.DIMENSIONS_FIRST, True)
 
     @property
     def is_sensitivity_known(self) -> bool:
         """Whether dimensions were to be appraised alone, and enough of them were."""
-        return bool(self.journal.noted(DIMENSIONS_FIRST)) and self.sensitivity.missing == 0
+        return bool(self.journal.noted(Note.DIMENSIONS_FIRST)) and self.sensitivity.missing == 0

@@ -6,7 +6,7 @@ import functools
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +21,7 @@ from autocompress.failures import policy_errors
 from autocompress.graph import Graph, Structure
 from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.policy import Policy
+from autocompress.progress import PhaseTick
 from autocompress.records import Budget, Measurement, Outcome, Prediction, Workload
 from autocompress.schedule import FEWEST_EXAMPLES
 from autocompress.search_space import Suggest, with_default_distillation
@@ -41,9 +42,6 @@ MOST_WEIGHT_BYTES = 2**31 - 2**27
 FEASIBILITY_SLACK = 1.5
 """Latency is a step function of channels, so that the smallest policy need not be the fastest: within this factor of a limit a budget is
 not refused before the space was looked at."""
-
-Tick = Callable[[str, int, int], None]
-"""Called with a phase, and how much of it is done out of how much."""
 
 
 @dataclass(frozen=True)
@@ -218,9 +216,9 @@ class Forecast:
         return self.violation(proposal.workload, slower * self.model.predict(proposal.workload).low)
 
     def settled_excess(self, proposal: Proposal, *, margin: float = 0.0) -> float:
-        """The same; where prediction leaves open whether there is any, the untrained network is measured.
+        """Relative excess over the budget, were the policy slower by `margin`; measured, where prediction leaves open whether there is any.
 
-        That takes seconds, and training what turns out to be over the budget takes minutes.
+        To measure the untrained network takes seconds, and to train what turns out to be over the budget takes minutes.
         """
         slower, least = 1 + margin, self.least_excess(proposal, margin=margin)
         highest = self.model.predict(proposal.workload).high
@@ -261,7 +259,7 @@ class Forecast:
         """Fit the latency model to all that has been measured."""
         self.model.fit([(workload, originals * self.recent_baseline_s) for workload, originals in self.networks.values()])
 
-    def profile_device(self, seconds: float, seed: int, tick: Tick, *, networks: int | None = None) -> None:
+    def profile_device(self, seconds: float, seed: int, tick: PhaseTick, *, networks: int | None = None) -> None:
         """Measure operators for half of the time, then whole networks of the latencies of interest, without training.
 
         networks: how many at most; None: the few that a search can afford.

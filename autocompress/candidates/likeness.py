@@ -1,6 +1,6 @@
 """What a policy is worth before anything is trained: how much its student, reconstructed and rounded to its bits, answers like the teacher.
 
-The second rung of the search. Each policy is built and reconstructed by itself, with fewer inputs than before training (some seconds),
+The search appraises by it. Each policy is built and reconstructed by itself, with fewer inputs than before training (some seconds),
 rather than assembled from a database of layers that were reconstructed alone, as SPDY does (Frantar & Alistarh 2022, arXiv 2201.13096,
 section 3.3): a layer that knows what the layers before it have lost makes up for a part of it. `benchmarks/rungs.py` compares likeness
 with what training makes of the same students.

@@ -1,4 +1,4 @@
-"""Rung 0 of the search: what each dimension of the space costs by itself, and from that the best policies for a sweep of budgets.
+"""What each dimension of the space costs by itself, and from that the best policies for a sweep of budgets.
 
 Each dimension is moved alone away from the least compressed policy, and the student is compared with the teacher (`likeness`). Losses
 -log(likeness) are taken to add up, as in SPDY (Frantar & Alistarh 2022, arXiv 2201.13096, section 3.1) and HAWQ-V3 (Yao et al. 2021, arXiv

@@ -210,7 +210,6 @@ class _Reconstruction(fx.Interpreter):
         self._student, self._graph, self._selection = student, graph, selection
         self._aims, self._known, self._rows, self._until = aims, known, rows, until
         self._fitted: dict[str, _Fit] = {}
-        self._calls = Counter(str(node.target) for node in student.graph.nodes if node.op == "call_module")
 
     def run_node(self, n: fx.Node) -> object:
         if time.monotonic() < self._until:
@@ -218,7 +217,7 @@ class _Reconstruction(fx.Interpreter):
                 self._fit(aim)
             elif (aim := self._aims.get(n.meta.get(FIRST_OF, ""))) is not None:
                 self._fit_first(n, aim)
-        if is_folded_norm(n, self._student) and self._calls[str(n.target)] == 1:
+        if is_folded_norm(n, self._student):
             self._reestimate(n)
         return super().run_node(n)
 

@@ -12,6 +12,7 @@ from autocompress.data import sample
 from autocompress.front import measured
 from autocompress.preparation import limit_validation, score_baseline
 from autocompress.schedule import pool_seconds, profiling_seconds, reserve_seconds, teacher_seconds, validation_seconds
+from autocompress.study.notes import Note
 from autocompress.task import Task
 
 MOST_OF_TRAIN = 1000
@@ -39,9 +40,9 @@ def propose(findings: Findings) -> list[Proposal]:
 def know_baseline(findings: Findings) -> None:
     """The original's validation score; how many examples validate a policy, and how much time the end of the search needs."""
     whole = len(findings.setting.data.val)
-    findings.setting = limit_validation(findings.setting, validation_seconds(findings.clock), findings.journal.noted("val_examples"))
+    findings.setting = limit_validation(findings.setting, validation_seconds(findings.clock), findings.journal.noted(Note.VAL_EXAMPLES))
     data = findings.setting.data
-    findings.journal.note("val_examples", len(data.val))
+    findings.journal.note(Note.VAL_EXAMPLES, len(data.val))
     if len(data.val) < whole:
         findings.progress.message(f"validating on {len(data.val)} of {whole} examples: all would take too much time or memory")
     findings.show("scoring the original")

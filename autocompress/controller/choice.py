@@ -10,7 +10,7 @@ from optuna.trial import Trial
 from autocompress.candidates.appraisals import Appraised
 from autocompress.candidates.proposals import Proposal, outclassed
 from autocompress.controller.findings import Findings
-from autocompress.controller.front_json import feasible
+from autocompress.controller.standing import feasible
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.front import gain, measured
 from autocompress.graph import Structure
@@ -87,12 +87,11 @@ class Chooser:
         return self.findings.is_within_budget(margin=self.findings.drift)
 
     def _measured_leader(self, pool: list[Proposal], margin: float) -> Appraised | None:
-        """The first to lead that measuring does not rule out either.
+        """The first to lead that is within the budget by this margin when it is measured, untrained.
 
-        Where it rules out all that were tried, no margin was asked for and nothing else is within the budget, the nearest of them.
-
-        What was slower than predicted, even by what the forecast has learned from it, says that the others may be so too: the next is to be
-        within the budget by as much, where one is.
+        Where one turns out slower than even the refitted forecast says, the others may be so too: the next must have that much headroom, if
+        any has. Where all that were tried miss, the nearest of them, but only if no margin was asked for and nothing is within the budget
+        yet.
         """
         forecast, missed, aim = self.findings.forecast, list[tuple[float, Appraised]](), margin
         for _ in range(MOST_MEASURED):

@@ -16,6 +16,7 @@ from autocompress.objective import measure_beside_baseline
 from autocompress.records import Measurement, Outcome, Score
 from autocompress.schedule import FEWEST_EXAMPLES
 from autocompress.setting import Setting
+from autocompress.study.notes import Note
 
 FINAL_SECONDS_EACH, LEAST_FINAL_SECONDS_EACH = 1.5, 0.3
 FINAL_SHARE = 0.6
@@ -26,12 +27,19 @@ MOST_OVERTIME = 0.05
 
 
 def conclude(findings: Findings) -> None:
-    """Measure the front and score it; again what has come onto it, where the test split has shown that a file fails."""
+    """Measure the front and score it; again what has come onto it, where the test split has shown that a file fails.
+
+    A front that was concluded before, with nothing new on it, stays as it was told: to measure it once more in no time says less.
+    """
+    concluded = findings.journal.noted(Note.CONCLUDED)
+    if concluded is not None and {o.id for o in findings.front()} <= set(concluded):
+        return
     known: set[str] = set()
     measure_front(findings, known)
     score_test(findings)
     while measure_front(findings, known):
         score_test(findings)
+    findings.journal.note(Note.CONCLUDED, [o.id for o in findings.front()])
 
 
 def measure_front(findings: Findings, known: set[str]) -> bool:
@@ -103,8 +111,8 @@ def score_test(findings: Findings) -> None:
     per_example_s = max(1e-9, findings.per_example_s * slowness)
     least = min(LEAST_TEST, int(MOST_OVERTIME * findings.clock.total / per_example_s))
     affordable = min(setting.most_answers, max(FEWEST_EXAMPLES, least, int(left / per_example_s)))
-    wanted = findings.journal.noted("test_examples") or min(len(setting.data.test), affordable)
-    findings.journal.note("test_examples", wanted)
+    wanted = findings.journal.noted(Note.TEST_EXAMPLES) or min(len(setting.data.test), affordable)
+    findings.journal.note(Note.TEST_EXAMPLES, wanted)
     test = sample(setting.data.test, wanted)
     if len(test) < len(setting.data.test):
         findings.progress.message(

@@ -16,17 +16,8 @@ from autocompress.candidates.appraisals import Appraisals
 from autocompress.candidates.forecast import Forecast
 from autocompress.compress.arithmetic import training_hardware
 from autocompress.compress.train import Tick
-from autocompress.controller.belief import believed
-from autocompress.controller.front_json import (
-    baseline_entry,
-    entry,
-    feasible,
-    front_of,
-    ladder_of,
-    layer_changes,
-    predictions,
-    progress_point,
-)
+from autocompress.controller.front_json import baseline_entry, entry, ladder_of, layer_changes, predictions, progress_point
+from autocompress.controller.standing import believed, feasible, front_of
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import PolicyFailure
 from autocompress.export import is_intact, library_versions, now
@@ -40,6 +31,7 @@ from autocompress.run_folder import FRONT, write_atomically
 from autocompress.schedule import Clock
 from autocompress.setting import Baseline, Setting
 from autocompress.study.journal import Journal
+from autocompress.study.notes import Note
 from autocompress.task import Task
 from autocompress.units import format_duration, format_size
 
@@ -49,8 +41,6 @@ SLOW_BASELINE_QUANTILE = 0.9
 """Quantile of what the original took that stands for a slow moment: the slowest of all may be an accident."""
 MADE_BY = ("autocompress", "torch", "optuna", "onnx")
 """Libraries that networks are made with."""
-TAKEN_OVER = "taken_over"
-"""What the journal calls it."""
 
 
 class TakenOver(Record):
@@ -191,7 +181,7 @@ class Findings:
         self.best = self._best()
         self.forecast.learn([outcome])
         self.history.append(progress_point(self.outcomes(), self.setting.baseline, self.limits, self.clock.elapsed, self.journal.finished))
-        self.journal.note("progress", [point.model_dump(mode="json") for point in self.history])
+        self.journal.note(Note.PROGRESS, [point.model_dump(mode="json") for point in self.history])
         self.note_time()
         self.write_front()
         self.announce(outcome)
@@ -204,8 +194,8 @@ class Findings:
 
     def note_time(self) -> None:
         """Keep how much time has passed, and on what: a resumed search goes on from there."""
-        self.journal.note("elapsed_s", self.clock.elapsed)
-        self.journal.note("spent_s", self.setting.ledger.spent())
+        self.journal.note(Note.ELAPSED_S, self.clock.elapsed)
+        self.journal.note(Note.SPENT_S, self.setting.ledger.spent())
 
     def write_front(self) -> None:
         """Write RUN/front.json: after every policy, so that a killed search leaves a folder that can be shown and exported."""
@@ -230,7 +220,7 @@ class Findings:
 
     def retry_failures(self) -> int:
         """What made policies fail may be mended by now; a file that was lost but is intact comes back. How many there were."""
-        kills = {(o.policy.digest, o.rung) for o in self.journal.count_kills(self._how)}
+        kills = {(o.policy.digest, o.rung) for o in self._killers()}
         failed = [o for o in self.journal.outcomes if o.failure is not None and (o.policy.digest, o.rung) not in kills]
         for outcome in failed:
             if outcome.artifact is not None and is_intact((self.run / outcome.artifact).parent):
@@ -240,6 +230,11 @@ class Findings:
                 ids = tuple(id for id in self.taken_over.ids if id != outcome.id)
                 self.note_taken_over(self.taken_over.model_copy(update={"ids": ids}))
         return len(failed)
+
+    def _killers(self) -> list[Outcome]:
+        """What this search was killed over time and again, by now."""
+        self.journal.note_kill()
+        return self.journal.killed_over(self._how)
 
     def at_work(self, policy: Policy, id: str, rung: Rung) -> AbstractContextManager[None]:
         """While a policy is worked on: should that kill the search, a resumed one knows."""
@@ -253,7 +248,7 @@ class Findings:
     def leave_killers(self) -> None:
         """Let what this search was killed over, time and again, have failed: it would be killed over it once more."""
         done, taken = {(o.policy.digest, o.rung) for o in self.journal.outcomes}, {o.id for o in self.journal.outcomes}
-        for killer in self.journal.count_kills(self._how):
+        for killer in self._killers():
             if (killer.policy.digest, killer.rung) in done or (killer.rung != "short" and killer.id in taken):
                 continue
             failure = Failure(stage="train", reason="the search was killed each time that it worked on this: perhaps memory ran out")
@@ -267,12 +262,12 @@ class Findings:
         self.setting = replace(self.setting, baseline=baseline)
         scores = {name: getattr(baseline, name) for name in SCORES}
         known = {"latency_s": baseline.latency_s, **scores}
-        self.journal.note("original", {name: _json(record) for name, record in known.items()})
+        self.journal.note(Note.ORIGINAL, {name: _json(record) for name, record in known.items()})
 
     def note_taken_over(self, taken: TakenOver) -> None:
         """Keep what there is of another search by now."""
         self.taken_over = taken
-        self.journal.note(TAKEN_OVER, taken.model_dump(mode="json"))
+        self.journal.note(Note.TAKEN_OVER, taken.model_dump(mode="json"))
 
     @property
     def own_outcomes(self) -> list[Outcome]:
@@ -281,12 +276,12 @@ class Findings:
 
     def recall(self) -> None:
         """Take up what a resumed search knew, the original as it was measured last included."""
-        baseline, known = self.setting.baseline, self.journal.noted("original")
+        baseline, known = self.setting.baseline, self.journal.noted(Note.ORIGINAL)
         if known is not None:
             scores: dict[str, Any] = {name: Score.model_validate(known[name]) if known.get(name) is not None else None for name in SCORES}
             baseline = replace(baseline, latency_s=Measurement.model_validate(known["latency_s"]), **scores)
         self.record_baseline(baseline)
-        self.taken_over = TakenOver.model_validate(self.journal.noted(TAKEN_OVER) or {})
+        self.taken_over = TakenOver.model_validate(self.journal.noted(Note.TAKEN_OVER) or {})
         self.best = self._best()
 
     # -- what the user sees --------------------------------------------------------------------------------------------

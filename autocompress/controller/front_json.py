@@ -1,4 +1,4 @@
-"""What front.json holds: everything that a reader of a finished (or interrupted) search may want to know."""
+"""Results (`autocompress.results`, front.json) made of what a search has found."""
 
 from __future__ import annotations
 
@@ -11,24 +11,14 @@ from typing import Any
 import numpy as np
 
 from autocompress.candidates.forecast import Forecast
-from autocompress.front import gain, hypervolume, measured, pareto_front
+from autocompress.controller.standing import feasible, speedup
+from autocompress.front import gain, hypervolume, measured
 from autocompress.graph import Structure
-from autocompress.policy import Policy
+from autocompress.policy import Policy, StudentSpec
 from autocompress.ranks import partial_rank_correlation, rank_correlation
 from autocompress.records import Budget, Outcome
 from autocompress.results import BaselineEntry, Entry, Ladder, LayerChange, PredictionQuality, Predictions, ProgressPoint
 from autocompress.setting import Baseline
-
-
-def feasible(outcome: Outcome, limits: Budget, *, margin: float = 0.0) -> bool:
-    """Whether the outcome's artifact was measured within the budget as it was asked for, by this margin, and is still there."""
-    return outcome.failure is None and outcome.latency_s is not None and limits.allows(outcome.latency_s, outcome.size_bytes, margin=margin)
-
-
-def speedup(outcome: Outcome, baseline: Baseline) -> float:
-    """How many times as fast as the original a measured file is: as that was beside it, else as it is known now."""
-    assert outcome.latency_s is not None
-    return 1 / outcome.latency_s.relative(baseline.latency_s.median)
 
 
 def entry(outcome: Outcome, baseline: Baseline, limits: Budget, layers: tuple[LayerChange, ...], *, dominated: bool) -> Entry:
@@ -57,9 +47,9 @@ def baseline_entry(baseline: Baseline, run: Path) -> BaselineEntry:
 
 
 def layer_changes(forecast: Forecast, policy: Policy) -> tuple[LayerChange, ...]:
-    """Every layer with its predicted seconds in the original and in the policy's student."""
-    layers = forecast.setting.graph_of(policy).describe(policy)
-    before, after = (_by_layer(forecast.model.explain(forecast.workload(p)), layers) for p in (Policy(), policy))
+    """Every layer with its predicted seconds in the network that the student is derived from, unchanged, and in the student."""
+    layers, unchanged = forecast.setting.graph_of(policy).describe(policy), Policy(student=StudentSpec(reference=policy.student.reference))
+    before, after = (_by_layer(forecast.model.explain(forecast.workload(p)), layers) for p in (unchanged, policy))
     return tuple(LayerChange(**layer, teacher_latency_s=before.get(layer["name"]), latency_s=after.get(layer["name"])) for layer in layers)
 
 
@@ -120,17 +110,3 @@ def progress_point(outcomes: Sequence[Outcome], baseline: Baseline, limits: Budg
         hypervolume=hypervolume(np.array(points), (worst, usual)),
         best_val=max(within, key=lambda score: score.gain).value if within else None,
     )
-
-
-def front_of(outcomes: Sequence[Outcome], limits: Budget, baseline: Baseline, structure: Callable[[Policy], Structure]) -> list[Outcome]:
-    """The front of what was measured within the budget, fastest first; without a budget everything is within it.
-
-    Of the ways to distil one network, which take the same time, the most accurate: what is measured of them differs by noise. What the
-    original itself beats, where it is within the budget, is worth nothing to anybody.
-    """
-    within = sorted((o for o in measured(outcomes) if feasible(o, limits)), key=gain)
-    front = pareto_front({structure(o.policy): o for o in within}.values())
-    budget = limits.against(baseline.latency_s.median)
-    if baseline.val_score is None or not budget.allows(baseline.latency_s, baseline.size_bytes):
-        return front
-    return [o for o in front if gain(o) > baseline.val_score.gain or speedup(o, baseline) > 1]

@@ -22,14 +22,12 @@ from autocompress.schedule import (
     extended,
 )
 from autocompress.study.journal import MOST_KILLS
+from autocompress.study.notes import Note
 
 WITHOUT_FRONT = 0.8
 """Share of the time until the end that short runs may use while nothing within the budget was found: the end has little to measure then."""
 PROBE_SHARE = 0.01
 """Share of the time for the steps of training that tell what a step takes."""
-PROBING = "probing"
-"""What the journal calls the batch size of these steps while they are taken, once for each time that they were begun in vain. The original
-takes more memory than its students: a search that was killed over it MOST_KILLS times does without."""
 LEAST_OVERHEAD_S = 5.0
 """Seconds that a policy is taken to cost beside training, at least, until one has told."""
 
@@ -71,15 +69,16 @@ class Pace:
 
     @functools.cached_property
     def _probed(self) -> float:
+        """0 where the search was killed over these steps time and again: the original takes more memory than its students."""
         findings, batch_size = self.findings, self.findings.setting.batch_size
-        kills = (findings.journal.noted(PROBING) or []).count(batch_size)
+        kills = (findings.journal.noted(Note.PROBING) or []).count(batch_size)
         if kills >= MOST_KILLS:
             return 0.0
-        findings.journal.note(PROBING, [batch_size] * (kills + 1))
+        findings.journal.note(Note.PROBING, [batch_size] * (kills + 1))
         try:
             seconds = training_step_seconds(findings.setting, time.monotonic() + PROBE_SHARE * findings.clock.total)
         finally:
-            findings.journal.note(PROBING, None)
+            findings.journal.note(Note.PROBING, None)
         return min(1.0, findings.forecast.latency_limit / findings.setting.baseline.latency_s.median) * seconds
 
     def step_cost(self, policy: Policy) -> float:

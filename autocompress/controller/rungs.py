@@ -16,8 +16,8 @@ from autocompress.beginning import interrupted_weights
 from autocompress.candidates.proposals import Proposal
 from autocompress.controller.choice import Choice, Chooser
 from autocompress.controller.findings import Findings
-from autocompress.controller.front_json import feasible
 from autocompress.controller.pace import Pace
+from autocompress.controller.standing import feasible
 from autocompress.errors import TooManyFailures
 from autocompress.front import gain, measured
 from autocompress.objective import evaluate_policy
@@ -26,6 +26,7 @@ from autocompress.promotion import cover, promoted
 from autocompress.records import Outcome, Rung
 from autocompress.schedule import Division, appraisal_seconds, extended, full_runs, full_seconds
 from autocompress.search_space import for_device
+from autocompress.study.notes import Note
 
 APPRAISED_FIRST, MOST_APPRAISED, APPRAISED_A_TRIAL = 12, 1000, 12
 """Structures that are appraised before Optuna suggests; at most in a search; at most for each policy that `--trials` allows."""
@@ -39,8 +40,6 @@ SAME_FAILURES = 3
 """Short runs in a row that may fail for one reason before the search ends."""
 NUMBER = re.compile(r"\d+(\.\d+)?(e[-+]?\d+)?|\bnan\b|\binf\b")
 """In which the reasons of failures may differ and still be one."""
-FULL_RUNG = "full_rung"
-"""What the journal calls the limits of a search that has come to its last rung."""
 WORTH_TRAINING = 0.005
 """Share of the original's score: where int8 alone costs more, the unchanged network is trained through its bits, like the others."""
 
@@ -208,7 +207,7 @@ class Rungs:
     @property
     def is_at_full_rung(self) -> bool:
         """Whether this search was interrupted on its last rung, and is to do no more than it was: it goes on there."""
-        return bool(self.findings.climbers) and self.findings.journal.noted(FULL_RUNG) == self._limits
+        return bool(self.findings.climbers) and self.findings.journal.noted(Note.FULL_RUNG) == self._limits
 
     @property
     def _limits(self) -> list[float | None]:
@@ -219,7 +218,7 @@ class Rungs:
     def full_rung(self) -> None:
         """Continue the leading policies until the time is used."""
         findings, pace = self.findings, self._pace
-        findings.journal.note(FULL_RUNG, self._limits)
+        findings.journal.note(Note.FULL_RUNG, self._limits)
         trials, each = findings.task.trials, pace.full_each()
         climbing = self._climbing(each)
         costs = [pace.step_cost(outcome.policy) for outcome in climbing]
@@ -245,10 +244,11 @@ class Rungs:
             )
 
     def _climbing(self, each: float) -> list[Outcome]:
-        """What is trained to the end, where each is meant to have so many seconds: what covers most beside what needs no training.
+        """What is trained to the end, where each is meant to have so many seconds; whose training was interrupted comes first.
 
-        Of the runs that differ in distillation only, the one that led: time is worth more in one network than in two of the same. What was
-        trained to the end before counts by its short run, as the candidates do. Whose training was interrupted comes first.
+        Those that cover most beside what is trained to the end already, or in no need of it. Of runs that differ in distillation only, the
+        best: time is worth more in one network than in two of the same. All are compared by their short runs, that is after training of
+        about the same length.
         """
         findings, structure = self.findings, self.findings.forecast.structure
         full = [o for o in findings.journal.outcomes if o.rung == "full"]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from autocompress.cache import FREE_SPACE, cache_folder
 from autocompress.errors import RunFolderError, UsageError
+from autocompress.progress import PhaseTick
 from autocompress.units import format_size
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ CANNOT_RESERVE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 EIGHT_BITS, SIXTEEN_BITS = 2**8 - 1, 2**16 - 1
 
 
-def decode_folder(folder: Path, size: int, channels: int = 3) -> tuple[tuple[Tensor, Tensor], list[str]]:
+def decode_folder(folder: Path, size: int, channels: int = 3, tick: PhaseTick | None = None) -> tuple[tuple[Tensor, Tensor], list[str]]:
     """((images n x channels x size x size uint8, labels n), class names in order) of `folder/CLASS/*.jpg`.
 
     Images are resized and cropped in the middle; `channels` is 3 (colour) or 1 (grey). Hidden folders are none of the classes. Raises
@@ -52,10 +53,10 @@ def decode_folder(folder: Path, size: int, channels: int = 3) -> tuple[tuple[Ten
             hint=f"remove it, or add images (files that end in {', '.join(sorted(EXTENSIONS))})",
         )
     labels = torch.tensor([label for _, label in files], dtype=torch.long)
-    return (torch.from_numpy(_decoded(folder, [path for path, _ in files], size, channels)), labels), classes
+    return (torch.from_numpy(_decoded(folder, [path for path, _ in files], size, channels, tick)), labels), classes
 
 
-def _decoded(folder: Path, files: list[Path], size: int, channels: int) -> np.ndarray:
+def _decoded(folder: Path, files: list[Path], size: int, channels: int, tick: PhaseTick | None) -> np.ndarray:
     stamp = "\n".join(map(_stamp, files))
     form = f"{size}" if channels == 3 else f"{size}, {channels} channels"
     name = hashlib.sha256(f"{folder.resolve()}\n{form}\n{stamp}".encode(errors="surrogateescape")).hexdigest()[:24]
@@ -64,7 +65,7 @@ def _decoded(folder: Path, files: list[Path], size: int, channels: int) -> np.nd
         partial = target.with_suffix(f".{os.getpid()}.npy")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            _decode_all(files, size, channels, partial)
+            _decode_all(files, size, channels, partial, tick)
             partial.replace(target)
         except OSError as error:
             raise UsageError(f"the cache {str(target.parent)!r} cannot be written: {error.strerror}", hint=FREE_SPACE) from None
@@ -87,7 +88,7 @@ def _unreadable(path: Path, reason: object) -> UsageError:
     return UsageError(f"the image {str(path)!r} cannot be read: {reason}", hint="remove or replace it")
 
 
-def _decode_all(files: list[Path], size: int, channels: int, target: Path) -> None:
+def _decode_all(files: list[Path], size: int, channels: int, target: Path, tick: PhaseTick | None) -> None:
     shape = (len(files), channels, size, size)
     _require_space(target.parent, math.prod(shape))
     array = np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=shape)
@@ -97,7 +98,9 @@ def _decode_all(files: list[Path], size: int, channels: int, target: Path) -> No
         array[item[0]] = _decode(item[1], size, channels)
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(store, enumerate(files)))
+        for done, _ in enumerate(pool.map(store, enumerate(files)), 1):
+            if tick is not None:
+                tick("decoding images", done, len(files))
     array.flush()
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from autocompress.data.splits import IMAGENET_MEAN, IMAGENET_STD, Data, Split, stratified
+from autocompress.data.splits import IMAGENET_MEAN, IMAGENET_STD, Data, Split, as_split, stratified
 from autocompress.errors import UsageError, one_line
+from autocompress.progress import PhaseTick
 from autocompress.references import DATA_ROOT, call_function, parse_reference
 
 VAL_FRACTION = 0.1
@@ -28,8 +29,10 @@ Splits = Sequence[Any]
 """Two or three of `Split` or (inputs, targets): train, validation, test."""
 
 
-def load_data(reference: str) -> Data:
+def load_data(reference: str, tick: PhaseTick | None = None) -> Data:
     """`digits`, `torchvision:CIFAR10?root=DIR`, `imagefolder:DIR?size=224` or `file.py:function`.
+
+    tick: told of how many images are decoded.
 
     Raises UsageError for anything that does not load.
     """
@@ -40,7 +43,7 @@ def load_data(reference: str) -> Data:
     if name.startswith("torchvision:"):
         return _torchvision(name.removeprefix("torchvision:"), options)
     if name.startswith("imagefolder:"):
-        return _image_folder(Path(name.removeprefix("imagefolder:")), options)
+        return _image_folder(Path(name.removeprefix("imagefolder:")), options, tick)
     if ":" in name:
         _known_options(options, set(), name)
         return as_data(call_function(name), f"what {name} returns")
@@ -90,13 +93,16 @@ def _flag(options: dict[str, str], key: str, default: bool) -> bool:
     return value == "true"
 
 
-def _normalised(splits: tuple[Split, Split, Split], classes: int, options: dict[str, str], *, flip: bool = True, note: str = "") -> Data:
+def _normalised(
+    splits: tuple[Split, Split, Split], class_names: Sequence[str], options: dict[str, str], *, flip: bool = True, note: str = ""
+) -> Data:
     channels, height = splits[0].input_shape[:2]
     mean = IMAGENET_MEAN if channels == 3 else (0.5,) * channels
     std = IMAGENET_STD if channels == 3 else (0.5,) * channels
     return Data(
         *splits,
-        classes=classes,
+        classes=len(class_names),
+        class_names=tuple(class_names),
         mean=_channel_values(options, "mean", mean),
         std=_channel_values(options, "std", std),
         flip=_flag(options, "flip", flip),
@@ -132,7 +138,7 @@ def _torchvision(name: str, options: dict[str, str]) -> Data:
         ) from None
     whole = _array_split(train)
     splits = _fill_missing(whole, None, _array_split(test))
-    return _normalised(splits, len(train.classes), options, flip=name not in WRITING)
+    return _normalised(splits, train.classes, options, flip=name not in WRITING)
 
 
 def _array_split(dataset: Any) -> Split:
@@ -141,7 +147,7 @@ def _array_split(dataset: Any) -> Split:
     return Split(images, torch.as_tensor(np.asarray(dataset.targets), dtype=torch.long))
 
 
-def _image_folder(folder: Path, options: dict[str, str]) -> Data:
+def _image_folder(folder: Path, options: dict[str, str], tick: PhaseTick | None) -> Data:
     from autocompress.data.images import decode_folder
 
     _known_options(options, {"size", "channels", "mean", "std", "flip"}, f"imagefolder:{folder}")
@@ -158,10 +164,10 @@ def _image_folder(folder: Path, options: dict[str, str]) -> Data:
         )
     size, channels = int(text), int(options.get("channels", "3"))
     parts = _parts(folder) or {"train": folder}
-    train, classes = decode_folder(parts["train"], size, channels)
-    val, test = (_held_out(parts[name], size, channels, classes) if name in parts else None for name in ("val", "test"))
+    train, classes = decode_folder(parts["train"], size, channels, tick)
+    val, test = (_held_out(parts[name], size, channels, classes, tick) if name in parts else None for name in ("val", "test"))
     note = OUT_OF_TRAIN.format(parts["train"]) if val is test is None else ""
-    return _normalised(_fill_missing(Split(*train), val, test), len(classes), options, note=note)
+    return _normalised(_fill_missing(Split(*train), val, test), classes, options, note=note)
 
 
 def _parts(folder: Path) -> dict[str, Path] | None:
@@ -185,10 +191,10 @@ def _parts(folder: Path) -> dict[str, Path] | None:
     return parts
 
 
-def _held_out(folder: Path, size: int, channels: int, classes: list[str]) -> Split:
+def _held_out(folder: Path, size: int, channels: int, classes: list[str], tick: PhaseTick | None) -> Split:
     from autocompress.data.images import decode_folder
 
-    (images, labels), found = decode_folder(folder, size, channels)
+    (images, labels), found = decode_folder(folder, size, channels, tick)
     unknown = [name for name in found if name not in classes]
     if unknown:
         raise UsageError(
@@ -221,21 +227,10 @@ def as_data(made: Any, reference: str) -> Data:
     if isinstance(made, Data):
         return made
     if isinstance(made, (tuple, list)) and len(made) in (2, 3):
-        splits = [_as_split(part, reference) for part in made]
+        splits = [as_split(part, reference).with_classes(reference) for part in made]
         train, val, test = splits if len(splits) == 3 else _fill_missing(splits[0], splits[1], None)
         return Data(train, val, test)
     raise UsageError(
         f"{reference} must be autocompress.Data or (train, val, test) of (inputs, targets), but is {type(made).__name__}",
         hint="make it autocompress.Data(train, val, test)",
     )
-
-
-def _as_split(part: Any, reference: str) -> Split:
-    if isinstance(part, Split):
-        return part.with_classes(reference)
-    if not isinstance(part, (tuple, list)) or len(part) != 2:
-        raise UsageError(
-            f"each split of {reference} must be (inputs, targets) arrays, but got {type(part).__name__}",
-            hint="return three pairs: (train_x, train_y), (val_x, val_y), (test_x, test_y)",
-        )
-    return Split(*part).with_classes(reference)

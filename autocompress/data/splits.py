@@ -119,8 +119,8 @@ def _rows_of(values: Any, what: str) -> Tensor:
             hint="stack them into one tensor, and wrap the model in a module that takes it apart",
         )
     try:
-        rows = torch.as_tensor(values.copy() if isinstance(values, np.ndarray) and min(values.strides, default=0) < 0 else values)
-    except (TypeError, ValueError, RuntimeError):
+        rows = _tensor_of(values)
+    except Exception:  # whatever the user's own kind of array raises
         rows = torch.tensor(0)
     if rows.dim() == 0:
         raise UsageError(
@@ -130,6 +130,27 @@ def _rows_of(values: Any, what: str) -> Tensor:
     return rows
 
 
+def _tensor_of(values: Any) -> Tensor:
+    """On the CPU. A column of pandas, which torch would ask for its rows by their labels, is the array that it holds."""
+    if isinstance(values, Tensor):
+        return values.detach().cpu()
+    is_foreign = hasattr(values, "__array__") and not isinstance(values, np.ndarray)
+    array = np.array(values) if is_foreign else values  # a copy: what pandas shows of its own is read-only
+    return torch.as_tensor(array.copy() if isinstance(array, np.ndarray) and min(array.strides, default=0) < 0 else array)
+
+
+def as_split(part: Any, reference: str) -> Split:
+    """A split, or (inputs, targets) as one. Raises UsageError for anything else; `reference` says whose part it is."""
+    if isinstance(part, Split):
+        return part
+    if not isinstance(part, (tuple, list)) or len(part) != 2:
+        raise UsageError(
+            f"each split of {reference} must be (inputs, targets) arrays, but got {type(part).__name__}",
+            hint="return three pairs: (train_x, train_y), (val_x, val_y), (test_x, test_y)",
+        )
+    return Split(*part)
+
+
 @dataclass(frozen=True)
 class Data:
     """The splits of one task and how to read them.
@@ -137,7 +158,9 @@ class Data:
     The search sees `train` and `val` only; `test` is scored once, for the front that is reported.
 
     Args:
+        train, val, test: splits, or pairs (inputs, targets).
         classes: number of classes; None: as many as the targets name, or none for tasks that bring their own `loss` and `score`.
+        class_names: what the classes are called, in their order, where that is known: the manifest says it beside the file.
         mean, std: per-channel normalisation of uint8 images (scaled to [0, 1] first); None leaves inputs as they are.
         flip: whether a mirrored input is as good as the original.
         shift: largest shift in pixels of the augmentation (0: none).
@@ -152,6 +175,7 @@ class Data:
     val: Split
     test: Split
     classes: int | None = None
+    class_names: tuple[str, ...] = ()
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     flip: bool = False
@@ -164,6 +188,7 @@ class Data:
 
     def __post_init__(self) -> None:
         for name in SPLITS:
+            object.__setattr__(self, name, as_split(getattr(self, name), "autocompress.Data"))
             if len(getattr(self, name)) == 0:
                 raise UsageError(
                     f"the {name} split must hold at least one input, but is empty",
@@ -184,6 +209,7 @@ class Data:
         else:
             for name in SPLITS:
                 object.__setattr__(self, name, getattr(self, name).with_float32())
+        self._take_class_names()
 
     def _require_one_form(self) -> None:
         forms = {name: getattr(self, name).form for name in SPLITS}
@@ -234,12 +260,27 @@ class Data:
                     f"inputs must be finite, but some of {name} are NaN or infinite", hint="fill in or leave out such examples"
                 )
 
+    def _take_class_names(self) -> None:
+        """Raises UsageError unless they are text, and one a class."""
+        names = tuple(self.class_names)
+        wrong = next((name for name in names if not isinstance(name, str)), None)
+        if isinstance(self.class_names, str) or wrong is not None or (names and len(names) != self.classes):
+            given = (
+                repr(self.class_names) if isinstance(self.class_names, str) else repr(wrong) if wrong is not None else f"{len(names)} names"
+            )
+            raise UsageError(
+                f"`class_names` must be a text for each of the {self.classes} classes, but got {given}",
+                hint='give one name a class, in their order: class_names=("cat", "dog")',
+            )
+        object.__setattr__(self, "class_names", tuple(map(str, names)))  # numpy's texts are other ones
+
     def _take_classes(self) -> None:
         """Targets in int64, and how many classes they name."""
         for name in SPLITS:
             object.__setattr__(self, name, getattr(self, name).with_classes(name))
         if self.classes is None:
-            object.__setattr__(self, "classes", max(int(getattr(self, name).targets.max()) for name in SPLITS) + 1)
+            named = max(int(getattr(self, name).targets.max()) for name in SPLITS) + 1
+            object.__setattr__(self, "classes", max(named, len(self.class_names)))
 
     def require_labels(self) -> None:
         """Raises UsageError unless all targets lie in 0..classes - 1; nothing is asked of data without classes."""

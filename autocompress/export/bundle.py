@@ -45,6 +45,7 @@ class Manifest(Record):
     schema_version: Literal[1] = Field(1, alias="schema")
     model: str
     classes: int | None = None
+    class_names: tuple[str, ...] = ()
     seed: int = 0
     policy_digest: str
     artifact: str = MODEL
@@ -91,6 +92,7 @@ def write_bundle(
     *,
     model: str,
     classes: int | None = None,
+    class_names: tuple[str, ...] = (),
     seed: int = 0,
     normalisation: Normalisation | None = None,
 ) -> Manifest:
@@ -100,13 +102,14 @@ def write_bundle(
         student: quantized and calibrated as the policy says, in eval mode; not changed.
         example: inputs at the deployment batch, which the file keeps.
         model: reference of the teacher. classes: how many it tells apart; None for other tasks.
+        class_names: what they are called, in the order of the outputs, where that is known.
         seed: of the weights that a network without a weights file had; which channels a student keeps follows from them.
         normalisation: of the images that the student was trained on.
     """
     names = [node.name for node in student.graph.nodes if node.op == "placeholder"]
     files = {POLICY: policy.to_json().encode(), STUDENT: weights_bytes(student), MODEL: onnx_bytes(student, policy.quant, example)}
     manifest = Manifest(
-        model=model, classes=classes, seed=seed, policy_digest=policy.digest,
+        model=model, classes=classes, class_names=class_names, seed=seed, policy_digest=policy.digest,
         sha256={name: hashlib.sha256(content).hexdigest() for name, content in files.items()}, size_bytes=len(files[MODEL]),
         inputs={name: _input(value) for name, value in zip(names, example, strict=False)},
         normalisation=normalisation, batch=len(example[0]), created_at=now(), environment=library_versions(),

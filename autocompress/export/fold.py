@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import torch
 from torch import fx, nn
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
@@ -28,14 +26,13 @@ def _scaled(norm: nn.Module) -> nn.Module:
 
 
 def fold_norms(module: fx.GraphModule) -> None:
-    """Fold every convolution or linear layer with the batch norm that alone reads it (in place); not what is called more than once."""
-    calls = Counter(str(node.target) for node in module.graph.nodes if node.op == "call_module")
+    """Fold every convolution or linear layer with the batch norm that alone reads it (in place)."""
     for node in list(module.graph.nodes):
         kind = kind_of(node, module)
         if kind not in ("conv", "linear"):
             continue
         norm = fused(node, module).norm
-        if norm is None or calls[str(node.target)] > 1 or calls[str(norm.target)] > 1:
+        if norm is None:
             continue
         layer, batch_norm = module.get_submodule(str(node.target)), _scaled(module.get_submodule(str(norm.target)))
         folded = fuse_conv_bn_eval(layer, batch_norm) if kind == "conv" else fuse_linear_bn_eval(layer, batch_norm)  # type: ignore[type-var, arg-type]

@@ -73,9 +73,12 @@ def _name(layers: list[str], taken: set[str]) -> str:
 
 
 def drop(module: fx.GraphModule, branches: list[Branch]) -> None:
-    """Remove branches from the graph in place: each addition becomes its skip, and a ReLU of a ReLU becomes one."""
+    """Remove branches from the graph in place: each addition becomes its skip, and a ReLU of a ReLU becomes one.
+
+    branches: in order. The last goes first, so that of a branch in a branch the end is still where it was.
+    """
     nodes = {node.name: node for node in module.graph.nodes}
-    for branch in branches:
+    for branch in reversed(branches):
         add = nodes[branch.add]
         skip = next(operand for operand in add.all_input_nodes if operand.name != branch.end)
         users = list(add.users)

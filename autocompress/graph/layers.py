@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,22 @@ from torch import Tensor, fx, nn
 
 from autocompress.graph.channels import Ids, Layout
 from autocompress.graph.flow import PRODUCT, STATISTIC, Flow, NotUnderstood, title
-from autocompress.graph.nodes import RECURRENT, Conv, arguments, is_depthwise, is_layer, is_norm, module_of, normalized_axes, value_of
+from autocompress.graph.nodes import (
+    RECURRENT,
+    Conv,
+    arguments,
+    is_depthwise,
+    is_layer,
+    is_norm,
+    module_of,
+    name_of,
+    normalized_axes,
+    value_of,
+)
 
 Rule = Callable[[Flow, fx.Node], Layout]
+AXES = re.compile(r"(\d)d")
+"""In the name of an operator: how many axes behind that of the channels it slides along."""
 
 
 def of_module(flow: Flow, node: fx.Node) -> Layout:
@@ -45,7 +59,10 @@ def _new(flow: Flow, node: fx.Node) -> Layout:
 
 def spatial(flow: Flow, node: fx.Node) -> Layout:
     """What slides over a map keeps its channels."""
-    source = flow.only(node)
+    source, (given,) = flow.only(node), node.all_input_nodes
+    slides, before, after = AXES.search(name_of(node)), given.meta["shape"], node.meta["shape"]
+    if slides is None or len(after) != int(slides[1]) + 2 or after[1] != before[1]:
+        raise NotUnderstood(f"{title(node)} slides over channels")
     flow.freeze_axes(source, [axis for axis in source if axis != 1], f"{title(node)} slides along them")
     return {axis: ids for axis, ids in source.items() if axis == 1}
 

@@ -427,13 +427,22 @@ def _propagated(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Channels
     """Channels of one input: in a larger batch an axis may hold the channels of all inputs, one after the other."""
     if all(len(tensor) == 1 for tensor in example):
         return propagate(module)
+    ranks = _ranks(module)
     try:
         annotate_shapes(module, tuple(tensor[:1] for tensor in example))
-    except Exception:  # as a norm raises that has nothing to average over, or what squeezes the batch away
+        is_same = _ranks(module) == ranks  # unless a squeeze takes the batch away
+    except Exception:  # as a norm raises that has nothing to average over
+        is_same = False
+    if not is_same:
         annotate_shapes(module, example)
     channels = propagate(module)
     annotate_shapes(module, example)
     return channels
+
+
+def _ranks(module: fx.GraphModule) -> list[int]:
+    """Of every tensor."""
+    return [len(node.meta["shape"]) for node in module.graph.nodes if "shape" in node.meta]
 
 
 def _targets(roles: frozenset[Role], part: str, position: dict[str, int], target: dict[str, str]) -> tuple[str, ...]:

@@ -6,7 +6,8 @@ A traced network is a `torch.fx.GraphModule` of ATen's operators, and of modules
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -103,10 +104,11 @@ def kind_of(node: fx.Node, root: nn.Module) -> NodeKind:
 
 def annotate_kinds(root: fx.GraphModule) -> None:
     """Keep every node's kind with the node, so that it is looked up once."""
+    calls = Counter(str(node.target) for node in root.graph.nodes if node.op == "call_module")
     for node in root.graph.nodes:
         node.meta["kind"] = _classify(node, root)
         node.meta["relu"] = _relu_name(node)
-        node.meta["is_folded_norm"] = _is_folded(node, root)
+        node.meta["is_folded_norm"] = _is_folded(node, root, calls)
 
 
 def is_layer(module: nn.Module | None) -> bool:
@@ -215,6 +217,18 @@ def _relu_name(node: fx.Node) -> str | None:
     return name if name in ("relu", "relu6") else None
 
 
+def operands(node: fx.Node) -> list[fx.Node]:
+    """What a node reads, as often as it does: `x + x` reads it twice, where `all_input_nodes` names it once."""
+    found: list[fx.Node] = []
+
+    def note(source: fx.Node) -> fx.Node:
+        found.append(source)
+        return source
+
+    fx.node.map_arg((node.args, node.kwargs), note)
+    return found
+
+
 def is_about_sizes(node: fx.Node) -> bool:
     """Whether the value is a number that follows from the size of the batch."""
     return "shape" not in node.meta and "shapes" not in node.meta and node.op == "call_function"
@@ -250,12 +264,14 @@ def follows_batch(module: nn.Module | None) -> bool:
 
 def is_folded_norm(node: fx.Node, root: nn.Module) -> bool:
     """Whether the node is a batch norm that becomes a part of the layer before it."""
-    return node.meta["is_folded_norm"] if "is_folded_norm" in node.meta else _is_folded(node, root)
+    return bool(node.meta.get("is_folded_norm"))
 
 
-def _is_folded(node: fx.Node, root: nn.Module) -> bool:
-    """A linear layer's norm may average over another axis than that of its channels."""
+def _is_folded(node: fx.Node, root: nn.Module, calls: Mapping[str, int]) -> bool:
+    """Unless one of both is called elsewhere too; a linear layer's norm may average over another axis than that of its channels."""
     source = node.all_input_nodes[0] if node.all_input_nodes else node
+    if any(calls.get(str(each.target), 0) > 1 for each in (source, node)):
+        return False
     same_axis = kind_of(source, root) != "linear" or len(source.meta.get("shape", ())) == 2
     return kind_of(node, root) == "norm" and same_axis and not follows_batch(module_of(node, root))
 

@@ -94,9 +94,12 @@ def _opaque(model: nn.Module, example: tuple[Tensor, ...], reason: str) -> Trace
 
 def _same(outputs: Any, expected: Any) -> bool:
     if isinstance(expected, Tensor):
-        alike = isinstance(outputs, Tensor) and (outputs.shape, outputs.dtype) == (expected.shape, expected.dtype)
-        scale = float(expected.abs().max()) if expected.numel() else 0.0
-        return alike and torch.allclose(outputs, expected, rtol=TOLERANCE, atol=TOLERANCE * scale, equal_nan=True)
+        if not isinstance(outputs, Tensor) or (outputs.shape, outputs.dtype) != (expected.shape, expected.dtype):
+            return False
+        if not expected.is_floating_point() or not expected.numel():
+            return torch.equal(outputs, expected)
+        scale = float(expected.abs().max())
+        return torch.allclose(outputs, expected, rtol=TOLERANCE, atol=TOLERANCE * scale, equal_nan=True)
     if isinstance(expected, dict):
         return isinstance(outputs, dict) and all(key in outputs and _same(outputs[key], expected[key]) for key in expected)
     if isinstance(expected, (tuple, list)):

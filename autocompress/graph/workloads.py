@@ -27,6 +27,7 @@ from autocompress.graph.nodes import (
     kind_of,
     module_of,
     normalized_axes,
+    operands,
     relu_of,
 )  # fmt: skip
 from autocompress.graph.operators import Factor, operator_name, operator_of, weight_bytes
@@ -167,7 +168,7 @@ class Arithmetic:
         self._module, self._groups = module, groups
         self._nodes: list[fx.Node] = list(module.graph.nodes)
         self._number = {node: index for index, node in enumerate(self._nodes)}
-        self._inputs = [[self._number[source] for source in node.all_input_nodes] for node in self._nodes]
+        self._inputs = [[self._number[source] for source in operands(node)] for node in self._nodes]
         self._kinds = [kind_of(node, module) for node in self._nodes]
         relus = [relu_of(node) or "" for node in self._nodes]
         self._relu_names = sorted({"", *relus})

@@ -19,6 +19,7 @@ from autocompress.quiet import quiet
 from autocompress.run_folder import LOCK
 from autocompress.study.fallback import OrRandom
 from autocompress.study.journal import Journal, appraised_in, outcomes_in
+from autocompress.study.notes import Note
 from autocompress.study.sampler import FrontSampler
 from autocompress.task import Task
 
@@ -74,7 +75,13 @@ def open_journal(run: Path, task: Task, *, resume: bool, sampler: BaseSampler | 
     study.sampler = OrRandom(sampler or FrontSampler(seed=_seed(task, study)), seed=_seed(task, study))
     tpe = TPESampler(seed=_seed(task, distillations), multivariate=True)
     distillations.sampler = OrRandom(tpe, seed=_seed(task, distillations))
-    return Journal(study, distillations)
+    try:
+        return Journal(study, distillations)
+    except ValueError as error:  # of a version that kept other things
+        raise RunFolderError(
+            f"the search in {str(run)!r} was begun by a version that kept other things: {one_line(error)}",
+            hint="resume it with the version that front.json names (environment), or search again with another --out",
+        ) from None
 
 
 def read_journal(run: Path, task: Task) -> Journal:
@@ -89,9 +96,9 @@ def read_journal(run: Path, task: Task) -> Journal:
         journal = Journal(*(optuna.load_study(study_name=name, storage=storage) for name in (STUDY, DISTILLATIONS)))
     except ValueError:  # of a version that kept other things
         raise nothing from None
-    if journal.noted("task") is None:
+    if journal.noted(Note.TASK) is None:
         raise nothing
-    before = _kept_task(journal.noted("task"))
+    before = _kept_task(journal.noted(Note.TASK))
     changed = before.other_subject(task)
     if changed is not None:
         words = f"{changed} was {getattr(before, changed)!r}, now {getattr(task, changed)!r}"
@@ -139,7 +146,7 @@ def _forget_empty(path: Path) -> bool:
         storage = _storage(path)
         try:
             study = optuna.load_study(study_name=STUDY, storage=storage)
-            ours = "task" in study.user_attrs or not study.get_trials(deepcopy=False)
+            ours = Note.TASK in study.user_attrs or not study.get_trials(deepcopy=False)
             empty = ours and not outcomes_in(study) and not appraised_in(study)
         finally:
             storage.engine.dispose()
@@ -172,9 +179,9 @@ def _studies(path: Path) -> list[str] | None:
 
 
 def _require_same_task(study: optuna.Study, task: Task, run: Path) -> None:
-    known = study.user_attrs.get("task")
+    known = study.user_attrs.get(Note.TASK)
     if known is None:
-        study.set_user_attr("task", json.loads(task.to_json()))
+        study.set_user_attr(Note.TASK.value, json.loads(task.to_json()))
         return
     before, task = _kept_task(known), task.absolute()
     changed = before.difference(task)
@@ -204,9 +211,9 @@ def require_same_contents(journal: Journal, run: Path, contents: dict[str, str])
     Args:
         contents: digest by what it is of.
     """
-    known = journal.noted("contents")
+    known = journal.noted(Note.CONTENTS)
     if known is None:
-        journal.note("contents", contents)
+        journal.note(Note.CONTENTS, contents)
         return
     if changed := _changed(known, contents):
         raise UsageError(
@@ -217,9 +224,9 @@ def require_same_contents(journal: Journal, run: Path, contents: dict[str, str])
 
 def require_same_machine(journal: Journal, run: Path, machine: dict[str, str]) -> None:
     """Raises UsageError where a search is resumed on another processor or runtime than it has measured on, though its name is the same."""
-    known = journal.noted("machine")
+    known = journal.noted(Note.MACHINE)
     if known is None:
-        journal.note("machine", machine)
+        journal.note(Note.MACHINE, machine)
         return
     changed = next((what for what in {**known, **machine} if known.get(what) != machine.get(what)), None)
     if changed is not None:
@@ -232,7 +239,7 @@ def require_same_machine(journal: Journal, run: Path, machine: dict[str, str]) -
 
 def require_same_subject(journal: Journal, run: Path, contents: dict[str, str]) -> None:
     """Raises UsageError where the names of another search's task stood for something else."""
-    if changed := _changed(journal.noted("contents") or {}, contents):
+    if changed := _changed(journal.noted(Note.CONTENTS) or {}, contents):
         raise UsageError(
             f"what was learned in {str(run)!r} is of something else: the content of its {changed} has changed since",
             hint=f"search with the {changed} as it was, or leave --from out",

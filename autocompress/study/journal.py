@@ -21,13 +21,12 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from autocompress.policy import Policy
 from autocompress.records import Outcome, Rung
 from autocompress.study.fallback import OrRandom, ends_study
+from autocompress.study.notes import Note
 
 OUTCOME = "outcome:"
 MAX_RETRIES = 2
 RULED_OUT_WORTH = 0.0
 WORTH, DIGEST = "worth", "digest"
-AT_WORK, KILLED = "at_work", "killed"
-"""What is worked on now; and all that was when a search was killed."""
 MOST_KILLS = 2
 """How often a search may be killed over one policy, as by a system that has run out of memory, before a resumed one leaves it."""
 
@@ -100,32 +99,33 @@ class Journal:
     @contextmanager
     def at_work(self, policy: Policy, id: str, rung: Rung, how: Mapping[str, Any]) -> Iterator[None]:
         """Keep what is worked on, and how, while it is: nothing else can tell afterwards what a search was killed over."""
-        self.note(AT_WORK, {"how": dict(how), "outcome": _plain(Outcome(id=id, policy=policy, rung=rung))})
+        self.note(Note.AT_WORK, {"how": dict(how), "outcome": _plain(Outcome(id=id, policy=policy, rung=rung))})
         try:
             yield
         finally:
-            self.note(AT_WORK, None)
+            self.note(Note.AT_WORK, None)
 
-    def count_kills(self, how: Mapping[str, Any]) -> list[Outcome]:
+    def note_kill(self) -> None:
+        """Count what was worked on when the search was killed, where it was."""
+        if (last := self.noted(Note.AT_WORK)) is not None:
+            self.note(Note.KILLED, [*(self.noted(Note.KILLED) or []), last])
+            self.note(Note.AT_WORK, None)
+
+    def killed_over(self, how: Mapping[str, Any]) -> list[Outcome]:
         """What this search was killed over MOST_KILLS times by now, working in this way: outcomes without a score."""
-        killed = self.noted(KILLED) or []
-        if (last := self.noted(AT_WORK)) is not None:
-            killed = [*killed, last]
-            self.note(KILLED, killed)
-            self.note(AT_WORK, None)
         times = defaultdict[tuple[str, str], list[Outcome]](list)
-        for kept in killed:
+        for kept in self.noted(Note.KILLED) or []:
             outcome = Outcome.model_validate_json(json.dumps(kept["outcome"]))
             if kept["how"] == dict(how):
                 times[outcome.policy.digest, outcome.rung].append(outcome)
         return [outcomes[-1] for outcomes in times.values() if len(outcomes) >= MOST_KILLS]
 
-    def note(self, key: str, value: Any) -> None:
+    def note(self, key: Note, value: Any) -> None:
         """Keep a JSON value beside the outcomes."""
-        self.study.set_user_attr(key, value)
+        self.study.set_user_attr(key.value, value)
         self._notes[key] = value
 
-    def noted(self, key: str) -> Any:
+    def noted(self, key: Note) -> Any:
         """A value that was kept, by this search or by the one that it resumes; None where there is none."""
         return self._notes.get(key)
 

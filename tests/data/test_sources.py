@@ -40,6 +40,7 @@ def test_a_folder_of_images_is_split_and_decoded_once(tmp_path, cache):
     assert data.input_shape == (3, 16, 16)
     assert data.train.inputs.dtype == torch.uint8
     assert (data.classes, len(data.train), len(data.val), len(data.test)) == (3, 21, 3, 6)
+    assert data.class_names == ("cat", "dog", "ü fish")
     brightness = data.train.inputs.float().mean((1, 2, 3))
     assert torch.equal((brightness // 80).long(), data.train.targets), "labels belong to their images"
     written = list(cache.iterdir())
@@ -50,6 +51,19 @@ def test_a_folder_of_images_is_split_and_decoded_once(tmp_path, cache):
     os.utime(folder / "cat" / "0.png", (1, 1))
     load_data(f"imagefolder:{folder}?size=16")
     assert len(list(cache.iterdir())) == 2, "a changed image is decoded again"
+
+
+def test_decoding_tells_how_far_it_is_and_can_be_interrupted(tmp_path, cache):
+    folder, told = write_images(tmp_path / "photos"), []
+
+    def interrupted(phase, done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load_data(f"imagefolder:{folder}?size=8", interrupted)
+    assert not list(cache.iterdir()), "half of the images are none"
+    load_data(f"imagefolder:{folder}?size=8", lambda *state: told.append(state))
+    assert told == [("decoding images", done, 30) for done in range(1, 31)]
 
 
 def test_held_out_folders_are_used_as_they_are(tmp_path, cache):

@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -177,6 +178,39 @@ def test_classes_are_counted_and_converted(dtype):
     assert {part.targets.dtype for part in (data.train, data.val, data.test)} == {torch.int64}
     assert data.test.targets.tolist() == [0, 1, 0, 1, 0]
     assert replace(data, classes=7).classes == 7
+
+
+def test_columns_of_pandas_are_arrays_whatever_their_labels_are():
+    """Rows that `train_test_split` has drawn keep their labels: 0 is among them, or not."""
+    frame = pd.DataFrame({0: [1.0, 2.0, 3.0], "b": [4.0, 5.0, 6.0], "label": [0, 1, 0]}, index=[7, 0, 3])
+    split = Split(frame[[0, "b"]], frame["label"])
+    assert split.inputs.tolist() == [[1.0, 4.0], [2.0, 5.0], [3.0, 6.0]]
+    assert split.targets.tolist() == [0, 1, 0]
+    with pytest.raises(UsageError, match="its inputs are DataFrame"):
+        Split(frame.assign(b=["x", "y", "z"]), frame["label"])
+
+
+def test_tensors_that_require_gradients_are_data():
+    assert not Split(torch.ones(2, 3, requires_grad=True), [0, 1]).inputs.requires_grad
+
+
+def test_pairs_are_splits():
+    pair = np.zeros((4, 3), np.float32), [0, 1, 0, 1]
+    assert len(Data(pair, pair, pair).val) == 4
+    with pytest.raises(UsageError, match=r"must be \(inputs, targets\) arrays, but got ndarray"):
+        Data(pair, pair, pair[0])
+
+
+def test_each_class_has_a_name_or_none_has():
+    split = Split(np.zeros((4, 3), np.float32), [0, 1, 0, 1])
+    data = Data(split, split, split, class_names=("cat", "dog", "newt"))
+    assert data.classes == 3, "one without an example has a name too"
+    for names, told in ((("cat", "dog"), "2 names"), ((1, 2, 3), "1"), ("abc", "'abc'")):
+        with pytest.raises(UsageError, match=f"text for each of the 3 classes, but got {told}"):
+            replace(data, class_names=names)
+    named = replace(data, class_names=np.array(["a", "b", "c"])).class_names
+    assert named == ("a", "b", "c")
+    assert {type(name) for name in named} == {str}
 
 
 ZEROS = torch.zeros(6, dtype=torch.long)

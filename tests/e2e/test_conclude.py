@@ -106,6 +106,28 @@ def test_what_comes_onto_the_front_for_a_file_that_fails_on_the_test_split_is_me
     assert {o.id: o.test_score is not None for o in findings.front()} == {"00000": True, "00002": True}
 
 
+def test_a_front_that_was_concluded_is_measured_again_only_where_something_has_come_onto_it(findings, pool, monkeypatch):
+    monkeypatch.setattr("autocompress.controller.conclude.score_artifact", lambda *_: Score(value=0.9, n=9))
+    on_front(findings, pool, 2)
+
+    class Kept(Worn):
+        def measure(self, paths, *, seconds_each=1.0):
+            self.asked.append([path.parent.name for path in paths])
+            known = {o.id: o.latency_s.median for o in findings.journal.outcomes}
+            return [measurement(known.get(path.parent.name, 9e-3)) for path in paths]
+
+    device = Kept(measurement(9e-3))
+    with_device(findings, device)
+    conclude(findings)
+    conclude(findings)
+    assert device.asked == [["baseline", "00000", "00001"]]
+    trained(findings, pool[2].policy, 3e-3, score=0.95, id="00002", artifact="models/00002/model.onnx")
+    new = findings.journal.outcomes[-1]
+    findings.journal.record(new.model_copy(update={"latency_s": new.latency_s.beside(measurement(9e-3))}))
+    conclude(findings)
+    assert device.asked[1:] == [["baseline", "00000", "00001", "00002"]]
+
+
 def test_the_front_is_measured_again_where_the_original_beside_it_is_slower_than_it_was(findings, pool, monkeypatch):
     """Seen on a shared machine: the one policy within the budget was out of it by what everything took longer in that minute."""
 

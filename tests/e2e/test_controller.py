@@ -14,7 +14,7 @@ from autocompress.candidates.forecast import Forecast, Untrained
 from autocompress.candidates.sensitivity import Sensitivity
 from autocompress.controller.choice import INTERVAL_HEADROOM, Choice, Chooser
 from autocompress.controller.findings import Findings
-from autocompress.controller.pace import PROBING, Pace
+from autocompress.controller.pace import Pace
 from autocompress.controller.rungs import APPRAISED_A_TRIAL, APPRAISED_FIRST, MOST_SETTLING, Rungs
 from autocompress.policy import DistillSpec, Policy, PruneSpec, QuantSpec
 from autocompress.progress import SilentProgress
@@ -24,6 +24,7 @@ from autocompress.results import Ladder
 from autocompress.schedule import Clock, Division
 from autocompress.search_space import for_device, own_suggest
 from autocompress.study.journal import MOST_KILLS
+from autocompress.study.notes import Note
 
 PATIENCE = 5.0
 
@@ -247,7 +248,7 @@ def test_a_search_that_was_killed_over_the_steps_that_it_tried_does_without(find
     """The original takes more memory than its students: it would be killed over it each time that it is resumed."""
 
     def killed(setting, until):
-        noted.append(findings.journal.noted(PROBING))
+        noted.append(findings.journal.noted(Note.PROBING))
         raise KeyboardInterrupt
 
     noted = []
@@ -256,13 +257,13 @@ def test_a_search_that_was_killed_over_the_steps_that_it_tried_does_without(find
         Pace(findings).step_seconds()
     batch_size = findings.setting.batch_size
     assert noted == [[batch_size]], "should the process end here"
-    assert findings.journal.noted(PROBING) is None
+    assert findings.journal.noted(Note.PROBING) is None
     for killed_before, kills in ([batch_size], 2), ([2 * batch_size] * MOST_KILLS, 1):
-        findings.journal.note(PROBING, killed_before)
+        findings.journal.note(Note.PROBING, killed_before)
         with pytest.raises(KeyboardInterrupt):
             Pace(findings).step_seconds()
         assert noted[-1] == [batch_size] * kills
-    findings.journal.note(PROBING, [batch_size] * MOST_KILLS)
+    findings.journal.note(Note.PROBING, [batch_size] * MOST_KILLS)
     assert Pace(findings).step_seconds() == 0.0
 
 

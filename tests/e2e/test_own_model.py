@@ -66,7 +66,9 @@ def test_a_task_file_with_a_model_and_photos_of_ones_own(place, capsys, monkeypa
     assert content["failures"] == []
     assert {entry["id"].removesuffix("-full") for entry in content["points"]} == {"int8", "00000"}
     assert content["baseline"]["test_score"]["n"] >= 3
-    normalisation = json.loads((out / "manifest.json").read_text())["normalisation"]
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["class_names"] == ["cat", "dog", "newt"]
+    normalisation = manifest["normalisation"]
     assert [normalisation["mean"], normalisation["std"]] == [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], "what `imagefolder` takes"
     session = onnxruntime.InferenceSession(str(out / "model.onnx"), providers=["CPUExecutionProvider"])
     (answers,) = session.run(None, {session.get_inputs()[0].name: np.zeros((1, 3, 16, 16), dtype=np.float32)})

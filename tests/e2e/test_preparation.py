@@ -199,3 +199,16 @@ def test_a_model_that_takes_one_batch_size_only_is_refused(data, tmp_path):
     with pytest.raises(UsageError, match=r"must take inputs of shape \(2, 3, 8, 8\)") as caught:
         ready(Flat().eval(), data, tmp_path / "run")
     assert "x.flatten(1)" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("mean", "notes"), [((0.5, 0.5, 0.5), 0), ((0.0, 0.0, 0.0), 1), ((0.5,), 0)], ids=["same", "other", "of another form"]
+)
+def test_who_normalises_otherwise_than_the_weights_were_trained_with_is_told(mean, notes):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 2))
+    model.pretrained_cfg = {"mean": mean, "std": (0.5,) * len(mean)}  # as timm's models have it
+    split = Split(torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8) % 2)
+    data = Data(split, split, split, mean=(0.5,) * 3, std=(0.5,) * 3)
+    loaded = load(Task.create({"model": "own:model", "data": "own:data"}), model=model, data=data, device=FakeDevice(SLOW_CALLS))
+    assert len(loaded.notes) == notes
+    assert all("mean=0,0,0 and std=0.5,0.5,0.5" in note for note in loaded.notes)

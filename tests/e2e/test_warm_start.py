@@ -58,6 +58,7 @@ def test_another_device_and_budget_train_only_what_the_new_front_lacks(first, ne
         assert found[id].latency_s.median == pytest.approx(device.seconds_of_model(onnx.load(path)), rel=0.02)
         assert found[id].val_score == known[id].val_score, "the same file, run by the same runtime"
     assert set(taken) <= set(scored), "by the device that is new"
+    assert all(found[id].parity.n == HERE for id in taken), "how far it agrees there"
     trained = [o.policy for o in found.values() if o.rung == "short" and o.id not in taken]
     assert len(trained) <= 1, "`--trials` is about what this search trains"
     assert not {policy.digest for policy in trained} & {o.policy.digest for o in known.values()}
@@ -88,12 +89,17 @@ def test_nothing_but_the_files_of_a_bundle_is_taken_over_and_only_from_within_th
     assert any("00001" in message and "left out" in message for message in diary.messages)
 
 
+HERE = 12345
+"""Inputs that files were compared on by the device that is new."""
+
+
 def _counting(scored):
     from autocompress.objective import check_artifact
 
     def check(setting, student, path, policy):
         scored.append(path.parent.name)
-        return check_artifact(setting, student, path, policy)
+        outputs, parity = check_artifact(setting, student, path, policy)
+        return outputs, parity.model_copy(update={"n": HERE})
 
     return check
 

@@ -93,6 +93,99 @@ def test_arguments_by_keyword_are_understood():
     assert graph.classifier == "head"
 
 
+class Frozen(nn.Module):
+    """Asks for no gradients on the way, as code with a pretrained part does, and for a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.front, self.back, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.Linear(6, 5)
+
+    def forward(self, x):
+        with torch.no_grad():
+            features = torch.relu(self.front(x))
+            place = torch.arange(5.0).sin()
+        return self.head(torch.relu(self.back(features)).mean((2, 3))) + place
+
+
+def test_parts_that_ask_for_no_gradients_are_parts_like_others():
+    torch.manual_seed(0)
+    model, x = Frozen().eval(), torch.randn(2, 3, 9, 9)
+    graph = Graph.trace(model, (x,))
+    assert not graph.opaque_reason
+    assert [layer.name for layer in graph.layers] == ["front", "back", "head"]
+    assert sorted(group.size for group in graph.groups if group.prunable) == [6, 8]
+    torch.testing.assert_close(graph.module(x), model(x))
+
+
+class Squeezed(nn.Module):
+    """Drops all axes of size 1: with one input, that of the batch too."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(nn.functional.adaptive_avg_pool2d(torch.relu(self.conv(x)), 1).squeeze())
+
+
+def test_a_squeeze_that_would_take_the_batch_away_is_no_reason_to_give_up():
+    graph = Graph.trace(Squeezed().eval(), (torch.randn(4, 3, 9, 9),))
+    assert not graph.opaque_reason
+    assert [group.size for group in graph.groups if group.prunable] == [8]
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.inner, self.outer = (nn.Conv2d(n, 8, 3, padding=1) for n in (3, 8, 8))
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = x + self.outer(x)
+        return (y + self.inner(y)) + x
+
+
+def test_of_blocks_in_a_block_nothing_is_left_that_is_dropped():
+    graph = Graph.trace(Blocks().eval(), (torch.randn(1, 3, 8, 8),))
+    names = tuple(block.name for block in graph.blocks)
+    student = build_student(graph, Policy(student=StudentSpec(drop=names)))
+    assert len(names) == 3
+    assert {name for name, _ in student.named_parameters()} == {"stem.weight", "stem.bias"}
+
+
+class Maxout(nn.Module):
+    """Pools over channels: of a matrix torch takes the first axis for that of channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 32), nn.Linear(16, 12), nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = nn.functional.adaptive_avg_pool1d(torch.relu(self.first(x)), 16)
+        return self.head(torch.relu(self.second(x)))
+
+
+def test_pooling_over_channels_keeps_them_all():
+    graph = Graph.trace(Maxout().eval(), (torch.randn(2, 6),))
+    assert not graph.opaque_reason
+    assert [group.size for group in graph.groups if group.prunable] == [12]
+    policy = Policy(prune=PruneSpec(ratios={group.name: 0.5 for group in graph.groups if group.prunable}))
+    assert build_student(graph, policy)(torch.randn(2, 6)).shape == (2, 5)
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.head(x), x[:, 0] > 0
+
+
+def test_answers_that_are_no_numbers_can_be_compared():
+    assert not Graph.trace(Masked().eval(), (torch.randn(2, 6),)).opaque_reason
+
+
 def test_a_network_whose_analysis_fails_is_taken_as_a_whole(monkeypatch):
     def fail(module):
         raise IndexError("list index out of range")

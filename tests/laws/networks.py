@@ -196,6 +196,33 @@ class Mixer(nn.Module):
         return self.head((x + self.over_channels(self.norm(x))).mean(1))
 
 
+class Residual(nn.Module):
+    """A block."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(channels, 8, 3, padding=1), nn.Conv2d(8, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.second(torch.relu(self.first(x)))
+
+
+class Nested(nn.Module):
+    """Blocks in a block, and a layer that is called twice, each time before a norm of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 12, 3, padding=1), nn.Sequential(Residual(12), Residual(12))
+        self.both, self.one, self.other = nn.Conv2d(12, 16, 1), nn.BatchNorm2d(16), nn.BatchNorm2d(16)
+        self.last, self.head = nn.Conv2d(16, 16, 1), nn.Linear(16, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.body(x) + x)
+        x = torch.relu(self.one(self.both(x))) + torch.relu(self.other(self.both(x[:, :, ::2, ::2].repeat_interleave(2, 2)[:, :, :, :1])))
+        return self.head(torch.relu(self.last(x)).mean((2, 3)))
+
+
 NETWORKS = {
     "tiny_resnet": (tiny_resnet, 32),
     "resnet20": (resnet20, 32),
@@ -216,6 +243,7 @@ NETWORKS = {
     "windows": (Windows, 16),
     "up": (Up, 16),
     "recurrent": (Recurrent, 16),
+    "nested": (Nested, 16),
 }
 
 

@@ -13,7 +13,8 @@ from autocompress.errors import RunFolderError, UsageError
 from autocompress.policy import Policy, QuantSpec
 from autocompress.records import Failure, Measurement, Outcome, Score
 from autocompress.study import database as studies
-from autocompress.study.journal import AT_WORK, MAX_RETRIES, MOST_KILLS, OUTCOME, RULED_OUT_WORTH, AppraisedTrial
+from autocompress.study.journal import MAX_RETRIES, MOST_KILLS, OUTCOME, RULED_OUT_WORTH, AppraisedTrial
+from autocompress.study.notes import Note
 from autocompress.task import DEMO_MODEL, Task
 
 TASK = Task(model="own:net", data="own:data", budget=("10ms",))
@@ -53,6 +54,11 @@ def test_outcomes_come_back_as_they_were_in_another_process(journal, tmp_path):
     assert found["00001"].test_score == Score(value=0.25)
 
 
+def killed_over(journal):
+    journal.note_kill()
+    return journal.killed_over(HOW)
+
+
 def test_what_a_search_is_killed_over_again_and_again_is_known(journal, tmp_path):
     """A policy that takes more memory than there is would otherwise be the first thing that every resumed search tries."""
     other = Policy(quant=QuantSpec(bits=4))
@@ -60,19 +66,19 @@ def test_what_a_search_is_killed_over_again_and_again_is_known(journal, tmp_path
         pass
     with pytest.raises(KeyboardInterrupt), journal.at_work(other, "00000", "short", HOW):
         raise KeyboardInterrupt
-    assert again(tmp_path).count_kills(HOW) == [], "what ended by itself, or by its user, was not killed"
+    assert killed_over(again(tmp_path)) == [], "what ended by itself, or by its user, was not killed"
     killed = []
     for id in ("00000", "00001"):
         resumed = again(tmp_path)
-        assert resumed.count_kills(HOW) == []
+        assert killed_over(resumed) == []
         killed.append(resumed.at_work(INT8, id, "short", HOW))
         killed[-1].__enter__()
     assert MOST_KILLS == 2
     for _ in range(2):
         resumed = again(tmp_path)
-        assert [(o.id, o.policy, o.rung) for o in resumed.count_kills(HOW)] == [("00001", INT8, "short")]
-        assert resumed.noted(AT_WORK) is None
-        assert resumed.count_kills({"batch_size": 16}) == [], "which may need less"
+        assert [(o.id, o.policy, o.rung) for o in killed_over(resumed)] == [("00001", INT8, "short")]
+        assert resumed.noted(Note.AT_WORK) is None
+        assert resumed.killed_over({"batch_size": 16}) == [], "which may need less"
 
 
 def test_a_dashboard_is_told_what_the_objectives_are(journal, tmp_path):
@@ -81,9 +87,9 @@ def test_a_dashboard_is_told_what_the_objectives_are(journal, tmp_path):
 
 
 def test_other_values_are_no_outcomes(journal, tmp_path):
-    journal.note("elapsed_s", 3.5)
+    journal.note(Note.ELAPSED_S, 3.5)
     assert journal.outcomes == []
-    assert again(tmp_path).noted("elapsed_s") == 3.5
+    assert again(tmp_path).noted(Note.ELAPSED_S) == 3.5
 
 
 def test_what_was_appraised_is_told_with_its_constraint_and_comes_back(journal, tmp_path):
@@ -210,6 +216,12 @@ def test_a_search_is_resumed_from_its_folder_and_from_another(tmp_path, monkeypa
         again(run, Task())
 
 
+def test_outcomes_of_another_version_are_named_and_left_alone(journal, tmp_path):
+    journal.study.set_user_attr("outcome:00000", {"id": "00000", "what_another_version_kept": 1})
+    with pytest.raises(RunFolderError, match="begun by a version that kept other things"):
+        again(tmp_path)
+
+
 def test_a_name_that_stands_for_something_else_by_now_is_refused(journal, tmp_path):
     began = {"data": "a", "model": "b"}
     studies.require_same_contents(journal, tmp_path, began)
@@ -295,7 +307,7 @@ def test_a_search_that_had_evaluated_nothing_makes_room_for_another(journal, tmp
     """As after a budget that nothing can meet."""
     other = Task(model="own:net", data="own:data", budget=("20ms",))
     begun = studies.open_journal(tmp_path, other, resume=False)
-    assert begun.noted("task")["budget"] == ["20ms"]
+    assert begun.noted(Note.TASK)["budget"] == ["20ms"]
     assert begun.study.trials == []
 
 
