@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
-from autocompress.front import gain, measured, pareto_front
+from autocompress.front import cost, gain, measured, pareto_front
 from autocompress.graph import Structure
 from autocompress.policy import Policy
 from autocompress.records import Budget, Outcome
@@ -29,11 +29,14 @@ def speedup(outcome: Outcome, baseline: Baseline) -> float:
 def front_of(outcomes: Sequence[Outcome], limits: Budget, baseline: Baseline, structure: Callable[[Policy], Structure]) -> list[Outcome]:
     """The front of what was measured within the budget, fastest first; without a budget everything is within it.
 
-    Of the ways to distil one network, which take the same time, one that is believed: what is measured of them differs by noise. What the
-    original itself beats, where it is within the budget, is worth nothing to anybody.
+    Of the ways to distil one network, which take the same time, one that is believed: what is measured of them differs by noise. What was
+    trained to the end stays beside what was trained briefly, unless that is faster and better by more than is forgiven. What the original
+    itself beats, where it is within the budget, is worth nothing to anybody.
     """
     within = sorted((o for o in measured(outcomes) if feasible(o, limits)), key=lambda o: o.rung == "full")  # the longest trained last
-    front = pareto_front(believed(within, limits, baseline, lambda o: structure(o.policy)))
+    networks = believed(within, limits, baseline, lambda o: structure(o.policy))
+    best = pareto_front(networks)
+    front = sorted((o for o in networks if o in best or _is_spared(o, networks, baseline)), key=cost)
     budget = limits.against(baseline.latency_s.median)
     if baseline.val_score is None or not budget.allows(baseline.latency_s, baseline.size_bytes):
         return front
@@ -65,6 +68,13 @@ def _is_better(outcome: Outcome, before: Outcome, limits: Budget, baseline: Base
     if is_within != was_within:
         return is_within
     return gain(outcome) >= gain(before) - _forgiven(outcome, before, baseline)
+
+
+def _is_spared(outcome: Outcome, others: Sequence[Outcome], baseline: Baseline) -> bool:
+    """Whether longer training made a network that only validation examples speak against which the original has seen."""
+    beside = [o for o in others if o is not outcome and cost(o) <= cost(outcome)]
+    knows = knows_validation_like_training(baseline.train_score, baseline.val_score)
+    return knows and all(gain(outcome) > gain(o) - (_forgiven(outcome, o, baseline) if o.rung == "short" else 0.0) for o in beside)
 
 
 def _forgiven(outcome: Outcome, before: Outcome, baseline: Baseline) -> float:
