@@ -16,6 +16,7 @@ from autocompress.compress.train import CALIBRATION_INPUTS
 from autocompress.data import Data
 from autocompress.data.splits import FLOAT_BYTES
 from autocompress.devices.base import Device
+from autocompress.errors import UsageError
 from autocompress.export import Manifest, write_bundle
 from autocompress.failures import FAILURES
 from autocompress.graph import Graph, Structure
@@ -109,7 +110,15 @@ class Setting:
         return self.activations[0]
 
     def graph_of(self, policy: Policy) -> Graph:
-        return self.graphs[policy.student.reference]
+        """The network that the policy's student is derived from. Raises UsageError for one that the search does not know."""
+        try:
+            return self.graphs[policy.student.reference]
+        except KeyError:
+            known = [reference for reference in self.graphs if reference is not None]
+            raise UsageError(
+                f"the space draws students of {policy.student.reference!r}, which this search does not know",
+                hint=f"name it: --student {policy.student.reference}" + (f" (given: {known[0]})" if known else ""),
+            ) from None
 
     def structure(self, policy: Policy) -> Structure:
         return self.graph_of(policy).structure(policy)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import math
 import os
 import shutil
 import sys
@@ -13,6 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from autocompress.errors import AutocompressError, InfeasibleBudget
+from autocompress.units import finite
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -43,15 +43,7 @@ def aside() -> contextlib.AbstractContextManager[object]:
 
 def emit_json(content: Mapping[str, Any]) -> None:
     """Print a result as JSON with its schema version. NaN and infinity become null."""
-    emit(json.dumps(_plain({"schema": 1, "ok": True} | dict(content)), indent=1, allow_nan=False, default=str))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    emit(json.dumps(finite({"schema": 1, "ok": True} | dict(content)), indent=1, allow_nan=False, default=str))
 
 
 def rendered(content: RenderableType, *, whole: bool = False) -> str:
@@ -126,7 +118,7 @@ def report_error(error: AutocompressError, *, as_json: bool) -> None:
         }
         if isinstance(error, InfeasibleBudget):
             facts |= {"smallest_latency_s": error.smallest_latency_s, "binds": error.binds}
-        emit(json.dumps(_plain({"schema": 1, "ok": False, "error": facts}), indent=1))
+        emit(json.dumps(finite({"schema": 1, "ok": False, "error": facts}), indent=1))
         return
     complain(f"error: {error.message}", f"hint: {error.hint}" if error.hint else "")
 

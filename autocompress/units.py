@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from autocompress.errors import UsageError
 
@@ -81,3 +83,12 @@ def _three_digits(value: float, scale: tuple[tuple[float, str], ...]) -> str:
 def counted(n: int, what: str, several: str = "") -> str:
     """`"1 layer"`, `"2 layers"`; `several` where an s does not make the plural."""
     return f"{n} {what}" if n == 1 else f"{n} {several or what + 's'}"
+
+
+def finite(value: Any) -> Any:
+    """The value with NaN and infinity as null, which JSON can say; keys are text."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

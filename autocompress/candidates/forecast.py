@@ -16,9 +16,9 @@ import numpy as np
 from autocompress.beginning import UNTRAINED, untrained
 from autocompress.candidates.proposals import Proposal, capacity, elites, inheritance
 from autocompress.devices.timing import MOST_DRIFT
-from autocompress.errors import PolicyFailure, UsageError
+from autocompress.errors import PolicyFailure
 from autocompress.failures import policy_errors
-from autocompress.graph import Graph, Structure
+from autocompress.graph import Structure
 from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.policy import Policy
 from autocompress.progress import PhaseTick
@@ -97,10 +97,10 @@ class Forecast:
     # -- of one policy --------------------------------------------------------------------------------------------
 
     def workload(self, policy: Policy) -> Workload:
-        return self._graph_of(policy).workload(policy)
+        return self.setting.graph_of(policy).workload(policy)
 
     def structure(self, policy: Policy) -> Structure:
-        return self._graph_of(policy).structure(policy)
+        return self.setting.graph_of(policy).structure(policy)
 
     def predict(self, policy: Policy) -> Prediction:
         return self.model.predict(self.workload(policy))
@@ -130,7 +130,7 @@ class Forecast:
         known: dict[int, Proposal] = {}
         for reference in {policy.student.reference for policy in policies}:
             members = [index for index, policy in enumerate(policies) if policy.student.reference == reference]
-            graph = self._graph_of(policies[members[0]])
+            graph = self.setting.graph_of(policies[members[0]])
             own = [policies[index] for index in members]
             grown, kept = (graph.workloads(graph.population(own, grown=g)) for g in (True, False))
             facts = zip(grown, self.model.values(grown).tolist(), inheritance(kept, self.teacher_workload), capacity(grown), strict=True)
@@ -143,16 +143,6 @@ class Forecast:
         """Seconds up to which policies are of interest: the budget, else the original's latency."""
         limits = [limit for limit in (self.budget.latency_s, self.budget.p95_s) if limit is not None]
         return min([*limits, self.recent_baseline_s])
-
-    def _graph_of(self, policy: Policy) -> Graph:
-        try:
-            return self.setting.graph_of(policy)
-        except KeyError:
-            known = [reference for reference in self.setting.graphs if reference is not None]
-            raise UsageError(
-                f"the space draws students of {policy.student.reference!r}, which this search does not know",
-                hint=f"name it: --student {policy.student.reference}" + (f" (given: {known[0]})" if known else ""),
-            ) from None
 
     # -- of the whole space -----------------------------------------------------------------------------------------
 
@@ -200,7 +190,7 @@ class Forecast:
     def _draw(self, suggesters: Sequence[LevelSuggester | Variation]) -> list[Proposal]:
         policies = [self.suggest(suggester) for suggester in suggesters]
         for policy in policies:
-            self._graph_of(policy).require_known(policy)
+            self.setting.graph_of(policy).require_known(policy)
         return self.proposals(policies, [suggester.params for suggester in suggesters])
 
     def within_budget(self, pool: Sequence[Proposal], *, margin: float = 0.0) -> list[Proposal]:

@@ -283,7 +283,6 @@ class Fused:
     head: fx.Node
     norm: fx.Node | None = None
     relu: fx.Node | None = None
-    activation: str | None = None
 
     @property
     def tail(self) -> fx.Node:
@@ -300,9 +299,8 @@ def fused(head: fx.Node, root: nn.Module) -> Fused:
             norm = last = user
     if kind in ("conv", "linear", "add"):
         user = _only_user(last)
-        activation = relu_of(user) if user is not None else None
-        if user is not None and activation:
-            return Fused(head, norm, user, activation)
+        if user is not None and relu_of(user):
+            return Fused(head, norm, user)
     return Fused(head, norm)
 
 

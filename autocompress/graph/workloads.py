@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from autocompress.graph.blocks import Branch
 from autocompress.graph.nodes import (
@@ -211,16 +211,16 @@ class Arithmetic:
         return sum(1 for root in classes.tolist() if root not in changing), parts
 
     def _find_loose(self) -> list[Loose]:
-        """Parameters that not only layers and norms hold, which are counted with these."""
+        """Tensors that not only layers and norms hold, which are counted with these."""
         sizes: dict[int, tuple[int, tuple[bytes, ...]]] = {}
         readers: dict[int, list[int]] = defaultdict(list)
         counted: dict[int, list[int]] = defaultdict(list)
         for index, node in enumerate(self._nodes):
-            for parameter in _parameters(node, self._module):
+            for tensor in _tensors(node, self._module):
                 keys = tuple(key for axis, key in self._keys_of.get(index, {}).items() if self._follows(node, axis))
-                sizes[id(parameter)] = 4 * parameter.numel(), keys
+                sizes[id(tensor)] = tensor.nbytes, keys
                 kinds = counted if self._kinds[index] in ("conv", "linear", "norm") else readers
-                kinds[id(parameter)].append(index)
+                kinds[id(tensor)].append(index)
         return [Loose(*sizes[key], readers[key], counted[key]) for key in readers]
 
     def _follows(self, node: fx.Node, axis: int) -> bool:
@@ -461,11 +461,12 @@ def _numbered(dimensions: Sequence[Column]) -> Column:
     return Column(np.arange(size), number)
 
 
-def _parameters(node: fx.Node, module: fx.GraphModule) -> list[nn.Parameter]:
+def _tensors(node: fx.Node, module: fx.GraphModule) -> list[Tensor]:
+    """What a file holds of a node: parameters of a module, a tensor that the network names."""
     if node.op == "call_module":
         return list(module.get_submodule(str(node.target)).parameters())
     if node.op == "get_attr":
         owner, _, name = str(node.target).rpartition(".")
         value = getattr(module.get_submodule(owner), name, None)
-        return [value] if isinstance(value, nn.Parameter) else []
+        return [value] if isinstance(value, Tensor) else []
     return []

@@ -35,8 +35,6 @@ TINY_S, TINY_RATIO = 1e-7, 1e-3
 CHECKED, MOST_CHANGE = 12, 0.08
 """Operators that are measured again before a table is believed; by how much they may differ, in the middle."""
 
-Entry = dict[str, object]
-
 
 class OperatorTable:
     """Seconds by operator signature. `lookup` gives what was measured, `estimate` also interpolates."""

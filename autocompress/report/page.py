@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from autocompress.report.figures import Figure, layers_figure, pareto_figure, prediction_figure, progress_figure
 from autocompress.report.plots import pareto_png
@@ -16,7 +14,7 @@ from autocompress.report.view import caveats, format_score, headline
 from autocompress.results import Entry, Results
 from autocompress.run_folder import PARETO, REPORT, write_atomically
 from autocompress.scores import score_interval
-from autocompress.units import format_duration, format_size
+from autocompress.units import finite, format_duration, format_size
 
 LEAST_SHARE = 0.005
 """Of the time; what took less is not listed."""
@@ -68,19 +66,10 @@ def figures(results: Results) -> dict[str, Figure]:
 
 def _script_json(value: object) -> str:
     """JSON that is safe inside a script element: `<`, `>` and `&` cannot end it or start a comment."""
-    text = json.dumps(_finite(value), allow_nan=False, separators=(",", ":"))
+    text = json.dumps(finite(value), allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
-
-
-def _finite(value: Any) -> Any:
-    """`value` with NaN and infinity as null, which JSON can say."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _tiles(results: Results) -> list[dict[str, str]]:

@@ -115,18 +115,19 @@ def test_fewer_bits_take_fewer_bytes(graph):
     assert len(set(sizes)) == 4
 
 
-def test_shared_layers_and_loose_parameters_count_once():
+def test_shared_layers_and_loose_tensors_count_once():
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
             self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
             self.offset = nn.Parameter(torch.randn(1, 4, 1, 1))
+            self.register_buffer("window", torch.rand(8, 8))
 
         def forward(self, x):
-            return self.conv(self.conv(x) + self.offset).mean((2, 3))
+            return self.conv(self.conv(x * self.window) + self.offset).mean((2, 3))
 
     graph = Graph.trace(Tied().eval(), (torch.randn(1, 4, 8, 8),))
-    assert graph.workload(Policy()).weight_bytes == 4 * (4 * 4 * 9 + 4)
+    assert graph.workload(Policy()).weight_bytes == 4 * (4 * 4 * 9 + 4 + 64)
 
 
 def test_names_that_are_not_there_are_refused():
