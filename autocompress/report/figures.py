@@ -332,24 +332,24 @@ def _layer_ticks(names: Sequence[str]) -> Figure:
 
 
 def progress_figure(results: Results) -> Figure:
-    """Hypervolume of the front by time, as a share of the last one."""
+    """Hypervolume of the front by time, as a share of the largest: it shrinks where a file turns out to be over the budget."""
     points = results.progress
-    last = max((p.hypervolume for p in points), default=0.0) or 1.0
+    largest = max((p.hypervolume for p in points), default=0.0) or 1.0
     ticks = time_ticks(max((p.elapsed_s for p in points), default=1.0))
     trace = {
         "type": "scatter",
         "mode": "lines",
         "x": [0.0, *(p.elapsed_s for p in points)],
-        "y": [0.0, *(p.hypervolume / last for p in points)],
+        "y": [0.0, *(p.hypervolume / largest for p in points)],
         "line": {"color": "$accent", "width": 2, "shape": "hv"},
         "fill": "tozeroy",
         "fillcolor": "$area",
         "text": ["start", *(_progress_words(p) for p in points)],
-        "hovertemplate": "%{y:.1%} of the final hypervolume<br>%{text}<extra></extra>",
+        "hovertemplate": "%{y:.1%} of the largest hypervolume<br>%{text}<extra></extra>",
     }
     layout = _layout(
         xaxis=_axis("time") | {"tickvals": ticks, "ticktext": [format_duration(t) if t else "0" for t in ticks]},
-        yaxis=_axis("hypervolume, final = 100 %") | {"tickformat": ".0%", "range": [0, 1.06]},
+        yaxis=_axis("hypervolume, largest = 100 %") | {"tickformat": ".0%", "range": [0, 1.06]},
         height=330,
         margin={"l": 64, "r": 16, "t": 10, "b": 56},
         showlegend=False,
