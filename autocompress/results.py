@@ -141,7 +141,8 @@ class FailedPolicy(_Read):
 class Results(_Read):
     """Everything that a finished or interrupted search says of itself.
 
-    budget: as it was asked for, but for a relative latency, which is given in seconds. front: fastest first. best: id of its most accurate.
+    budget: as it was asked for, but for a relative latency, which is given in seconds. front: fastest first. best: id of its last, which is
+    the most accurate, or was trained to the end where only validation examples speak for another that the original has seen.
     spent_s: seconds by what they went to.
     """
 

@@ -128,7 +128,8 @@ def _sweep(run: Path) -> None:
     """Remove what `write_atomically` left where it was killed; only who holds the folder writes into it."""
     for folder in WRITTEN_IN:
         for left in (run / folder).glob(f".*{PARTIAL}"):
-            left.unlink(missing_ok=True)
+            if left.is_file():
+                left.unlink(missing_ok=True)
 
 
 def require_space(run: Path, model_bytes: int, *, begun: bool = False) -> str:

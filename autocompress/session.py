@@ -83,7 +83,7 @@ class SearchResult:
 
     @property
     def best(self) -> str | None:
-        """Id of the most accurate policy within the budget."""
+        """Id of the best policy within the budget, the last of the front: see `Results`."""
         return self.content["best"]
 
     @property

@@ -11,6 +11,7 @@ from autocompress.controller.findings import Findings
 from autocompress.data import Split, sample
 from autocompress.errors import PolicyFailure, one_line
 from autocompress.evaluate import score_artifact
+from autocompress.export import is_intact
 from autocompress.failures import policy_errors
 from autocompress.objective import measure_beside_baseline
 from autocompress.records import Measurement, Outcome, Score
@@ -31,8 +32,7 @@ def conclude(findings: Findings) -> None:
 
     A front that was concluded before, with nothing new on it, stays as it was told: to measure it once more in no time says less.
     """
-    concluded = findings.journal.noted(Note.CONCLUDED)
-    if concluded is not None and {o.id for o in findings.front()} <= set(concluded):
+    if _is_concluded(findings):
         return
     known: set[str] = set()
     measure_front(findings, known)
@@ -40,6 +40,15 @@ def conclude(findings: Findings) -> None:
     while measure_front(findings, known):
         score_test(findings)
     findings.journal.note(Note.CONCLUDED, [o.id for o in findings.front()])
+
+
+def _is_concluded(findings: Findings) -> bool:
+    """Whether every file of the front is still there, was measured with the others and scored on the test split."""
+    concluded, front = findings.journal.noted(Note.CONCLUDED), findings.front()
+    if concluded is None or findings.setting.baseline.test_score is None or not {o.id for o in front} <= set(concluded):
+        return False
+    is_told = all(o.test_score is not None and o.search_latency_s is not None for o in front)
+    return is_told and all(is_intact((findings.run / (o.artifact or "")).parent) for o in front)
 
 
 def measure_front(findings: Findings, known: set[str]) -> bool:

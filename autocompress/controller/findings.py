@@ -127,11 +127,11 @@ class Findings:
         return original.gain - share * abs(original.gain) if original is not None else -math.inf
 
     def front(self) -> list[Outcome]:
-        """What is worth having by now, fastest and least accurate first."""
+        """What is worth having by now, fastest first."""
         return front_of(self.outcomes(), self.limits, self.setting.baseline, self.forecast.structure)
 
     def _best(self) -> Outcome | None:
-        """The most accurate of the front."""
+        """The slowest of the front: the most accurate, unless `front_of` has spared it."""
         front = self.front()
         return front[-1] if front else None
 

@@ -299,7 +299,7 @@ class Rungs:
             return False
         drift = findings.drift
         safe = [o.val_score for o in findings.front() if o.val_score is not None and feasible(o, findings.limits, margin=drift)]
-        return any(score.gain >= score.model_copy(update={"value": target}).gain for score in safe)
+        return any(score.gain >= score.model_copy(update={"value": target}).gain for score in safe[-1:])  # which is what ships
 
     def _has_enough(self) -> bool:
         """Whether as many policies were trained as `--trials` allows."""

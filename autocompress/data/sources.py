@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def _normalised(
     return Data(
         *splits,
         classes=len(class_names),
-        class_names=tuple(class_names),
+        class_names=tuple(os.fsencode(name).decode(errors="replace") for name in class_names),  # of folders, which may be called anything
         mean=_channel_values(options, "mean", mean),
         std=_channel_values(options, "std", std),
         flip=_flag(options, "flip", flip),

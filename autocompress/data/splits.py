@@ -261,10 +261,10 @@ class Data:
                 )
 
     def _take_class_names(self) -> None:
-        """Raises UsageError unless they are text, and one a class."""
-        names = tuple(self.class_names)
+        """Raises UsageError unless they are text, and one a class, where their number is known."""
+        names = () if self.class_names is None else tuple(self.class_names)
         wrong = next((name for name in names if not isinstance(name, str)), None)
-        if isinstance(self.class_names, str) or wrong is not None or (names and len(names) != self.classes):
+        if isinstance(self.class_names, str) or wrong is not None or (names and self.classes not in (None, len(names))):
             given = (
                 repr(self.class_names) if isinstance(self.class_names, str) else repr(wrong) if wrong is not None else f"{len(names)} names"
             )

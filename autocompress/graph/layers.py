@@ -59,8 +59,9 @@ def _new(flow: Flow, node: fx.Node) -> Layout:
 
 def spatial(flow: Flow, node: fx.Node) -> Layout:
     """What slides over a map keeps its channels."""
-    source, (given,) = flow.only(node), node.all_input_nodes
-    slides, before, after = AXES.search(name_of(node)), given.meta["shape"], node.meta["shape"]
+    source, given = flow.only(node), next(each for each in node.all_input_nodes if "shape" in each.meta)
+    slides = AXES.search(name_of(node) or type(module_of(node, flow.module)).__name__)
+    before, after = given.meta["shape"], node.meta["shape"]
     if slides is None or len(after) != int(slides[1]) + 2 or after[1] != before[1]:
         raise NotUnderstood(f"{title(node)} slides over channels")
     flow.freeze_axes(source, [axis for axis in source if axis != 1], f"{title(node)} slides along them")

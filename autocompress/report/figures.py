@@ -6,6 +6,7 @@ dark scheme; elsewhere `in_colour` replaces them by those of the light one.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from html import escape
@@ -213,12 +214,18 @@ def hover(entry: Entry) -> str:
 def _front_line(results: Results, axis: Axis) -> Figure:
     """The front as a staircase: what is reached at each latency."""
     entries = sorted(results.front, key=lambda e: e.latency_s.median)
-    x, y = [e.latency_s.median for e in entries], [e.val_score.value for e in entries]
+    x, y = [e.latency_s.median for e in entries], reached(entries)
     if entries:
         x, y = [*x, front_end(results, axis)], [*y, y[-1]]
     line = {"color": "$accent", "width": 2, "shape": "hv"}
     return {"type": "scatter", "mode": "lines", "x": x, "y": y, "line": line, "opacity": 0.55,
             "hoverinfo": "skip", "showlegend": False}  # fmt: skip
+
+
+def reached(entries: Sequence[Entry]) -> list[float]:
+    """The best score up to each of the entries, fastest first."""
+    best = itertools.accumulate((entry.val_score for entry in entries), lambda known, score: score if score.gain > known.gain else known)
+    return [score.value for score in best]
 
 
 def front_end(results: Results, axis: Axis) -> float:

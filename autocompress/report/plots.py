@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
 from autocompress.report.axes import Axis
-from autocompress.report.figures import LIGHT, front_end, latencies, latency_spread, percent, score_limits, score_spread
+from autocompress.report.figures import LIGHT, front_end, latencies, latency_spread, percent, reached, score_limits, score_spread
 from autocompress.report.view import headline
 from autocompress.results import Entry, Results
 from autocompress.run_folder import write_atomically
@@ -89,7 +89,7 @@ def _entries(axes: Any, axis: Axis, results: Results) -> None:
         if chosen:
             axes.scatter(*_xy(chosen), s=30, color=FAINT, marker=marker, linewidth=1.2, label=name, zorder=3)
     if front:
-        x, y = _xy(front)
+        x, y = _xy(front)[0], reached(front)
         axes.step([*x, front_end(results, axis)], [*y, y[-1]], where="post", color=ACCENT, alpha=0.5, linewidth=1.8, zorder=4)
     for name, color, size, chosen in (
         ("front", ACCENT, 52, [e for e in front if e.id != results.best]),

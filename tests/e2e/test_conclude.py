@@ -108,6 +108,8 @@ def test_what_comes_onto_the_front_for_a_file_that_fails_on_the_test_split_is_me
 
 def test_a_front_that_was_concluded_is_measured_again_only_where_something_has_come_onto_it(findings, pool, monkeypatch):
     monkeypatch.setattr("autocompress.controller.conclude.score_artifact", lambda *_: Score(value=0.9, n=9))
+    monkeypatch.setattr("autocompress.controller.conclude.is_intact", lambda folder: folder.name not in damaged)
+    damaged = set()
     on_front(findings, pool, 2)
 
     class Kept(Worn):
@@ -126,6 +128,13 @@ def test_a_front_that_was_concluded_is_measured_again_only_where_something_has_c
     findings.journal.record(new.model_copy(update={"latency_s": new.latency_s.beside(measurement(9e-3))}))
     conclude(findings)
     assert device.asked[1:] == [["baseline", "00000", "00001", "00002"]]
+    damaged.add("00001")
+    conclude(findings)
+    assert device.asked[2:] == [["baseline", "00000", "00001", "00002"]], "what is damaged must not stay unnoticed"
+    damaged.clear()
+    findings.record_baseline(replace(findings.setting.baseline, test_score=None))
+    conclude(findings)
+    assert len(device.asked) == 4, "the test split could not be scored, and can be now"
 
 
 def test_the_front_is_measured_again_where_the_original_beside_it_is_slower_than_it_was(findings, pool, monkeypatch):

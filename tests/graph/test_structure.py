@@ -173,6 +173,13 @@ def test_pooling_over_channels_keeps_them_all():
     assert build_student(graph, policy)(torch.randn(2, 6)).shape == (2, 5)
 
 
+@pytest.mark.parametrize("pool", [nn.AdaptiveMaxPool2d(1), nn.AdaptiveAvgPool2d(1), nn.MaxPool2d(4)], ids=repr)
+def test_pooling_over_places_keeps_channels_free(pool):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), pool, nn.Flatten(), nn.Linear(8, 5)).eval()
+    graph = Graph.trace(model, (torch.randn(2, 3, 6, 6),))
+    assert [group.size for group in graph.groups if group.prunable] == [8]
+
+
 class Masked(nn.Module):
     def __init__(self):
         super().__init__()
