@@ -6,7 +6,6 @@ dark scheme; elsewhere `in_colour` replaces them by those of the light one.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from html import escape
@@ -224,8 +223,8 @@ def _front_line(results: Results, axis: Axis) -> Figure:
 
 def reached(entries: Sequence[Entry]) -> list[float]:
     """The best score up to each of the entries, fastest first."""
-    best = itertools.accumulate((entry.val_score for entry in entries), lambda known, score: score if score.gain > known.gain else known)
-    return [score.value for score in best]
+    scores = [entry.val_score for entry in entries]
+    return [max(scores[: number + 1], key=lambda score: score.gain).value for number in range(len(scores))]
 
 
 def front_end(results: Results, axis: Axis) -> float:
