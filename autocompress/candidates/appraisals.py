@@ -139,10 +139,10 @@ class Appraisals:
             for p in self.forecast.within_budget([known.proposal], margin=margin)
         ]
 
-    def best_that_may_be_within_budget(self) -> Appraised | None:
+    def best_that_may_be_within_budget(self) -> Proposal | None:
         """Worth most of what is within the budget as measured, or as far as prediction leaves open; of equals the fastest."""
         best_first = sorted(self._known.values(), key=lambda known: (-known.worth, known.latency_s))
-        return next((known for known in best_first if self.forecast.least_excess(known.proposal) <= 0), None)
+        return next((known.proposal for known in best_first if self.forecast.least_excess(known.proposal) <= 0), None)
 
     def suggested(self, leading: Sequence[Proposal], patience_s: float) -> Appraised | None:
         """Appraise what Optuna suggests next and prediction does not rule out; what it rules out on the way costs milliseconds and is told.

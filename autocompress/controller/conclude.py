@@ -39,16 +39,14 @@ def conclude(findings: Findings) -> None:
     score_test(findings)
     while measure_front(findings, known):
         score_test(findings)
-    findings.journal.note(Note.CONCLUDED, [o.id for o in findings.front()])
 
 
 def _is_concluded(findings: Findings) -> bool:
-    """Whether every file of the front is still there, was measured with the others and scored on the test split."""
-    concluded, front = findings.journal.noted(Note.CONCLUDED), findings.front()
-    if concluded is None or findings.setting.baseline.test_score is None or not {o.id for o in front} <= set(concluded):
-        return False
+    """Whether every file of the front is still there, was measured with the others and scored on the test split, as the original was."""
+    front = findings.front()
     is_told = all(o.test_score is not None and o.search_latency_s is not None for o in front)
-    return is_told and all(is_intact((findings.run / (o.artifact or "")).parent) for o in front)
+    is_whole = all(is_intact((findings.run / (o.artifact or "")).parent) for o in front)
+    return is_told and is_whole and findings.setting.baseline.test_score is not None
 
 
 def measure_front(findings: Findings, known: set[str]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from autocompress.beginning import interrupted_weights
@@ -117,13 +117,9 @@ class Rungs:
         accurate policies would be ruled out unseen (in an hour's search on ResNet-56 it took 0.34 of the original's time instead of 0.39,
         and the budget was 0.45).
         """
-        forecast, sensitivity = self.findings.forecast, self.findings.appraisals.sensitivity
-        for _ in range(MOST_SETTLING):
-            best = next(sensitivity.best(1, until=until), None) if time.monotonic() < until else None
-            if best is None or forecast.is_measured(best.policy) or forecast.measure_untrained(best.policy) is None:
-                return
-            forecast.refit()
-            if abs(forecast.latency_s(best) / best.latency_s - 1) < AS_PREDICTED:
+        sensitivity = self.findings.appraisals.sensitivity
+        for error in self._settle(lambda: next(sensitivity.best(1, until=until), None), until):
+            if error < AS_PREDICTED:
                 return
 
     def _settle_best_appraised(self, until: float) -> None:
@@ -131,14 +127,20 @@ class Rungs:
 
         What is over it by a little as predicted would never be trained, and it is what most users are after.
         """
-        findings = self.findings
+        for _ in self._settle(self.findings.appraisals.best_that_may_be_within_budget, until):
+            pass
+
+    def _settle(self, best: Callable[[], Proposal | None], until: float) -> Iterator[float]:
+        """Measure, untrained, what is best as far as is known, which each measurement may change; yields the error of its prediction."""
+        forecast = self.findings.forecast
         for _ in range(MOST_SETTLING):
-            best = findings.appraisals.best_that_may_be_within_budget()
-            if best is None or findings.forecast.is_measured(best.policy) or self._is_over() or time.monotonic() > until:
+            if self._is_over() or time.monotonic() > until:
                 return
-            if findings.forecast.measure_untrained(best.policy) is None:
+            chosen = best()
+            if chosen is None or forecast.is_measured(chosen.policy) or forecast.measure_untrained(chosen.policy) is None:
                 return
-            findings.forecast.refit()
+            forecast.refit()
+            yield abs(forecast.latency_s(chosen) / chosen.latency_s - 1)
 
     def _singles(self, until: float, most: int) -> Iterator[Proposal]:
         """Dimensions alone, until then and up to so many appraisals; no more where that is too little to learn from.

@@ -262,17 +262,14 @@ class Data:
 
     def _take_class_names(self) -> None:
         """Raises UsageError unless they are text, and one a class, where their number is known."""
-        names = () if self.class_names is None else tuple(self.class_names)
-        wrong = next((name for name in names if not isinstance(name, str)), None)
-        if isinstance(self.class_names, str) or wrong is not None or (names and self.classes not in (None, len(names))):
-            given = (
-                repr(self.class_names) if isinstance(self.class_names, str) else repr(wrong) if wrong is not None else f"{len(names)} names"
-            )
+        given = () if self.class_names is None else self.class_names
+        are_texts = not isinstance(given, str) and all(isinstance(name, str) for name in given)
+        if not are_texts or (len(given) and self.classes not in (None, len(given))):
             raise UsageError(
-                f"`class_names` must be a text for each of the {self.classes} classes, but got {given}",
+                f"`class_names` must be a text for each of the {self.classes} classes, but got {given!r}",
                 hint='give one name a class, in their order: class_names=("cat", "dog")',
             )
-        object.__setattr__(self, "class_names", tuple(map(str, names)))  # numpy's texts are other ones
+        object.__setattr__(self, "class_names", tuple(map(str, given)))  # numpy's texts are other ones
 
     def _take_classes(self) -> None:
         """Targets in int64, and how many classes they name."""

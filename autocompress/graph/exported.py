@@ -93,14 +93,16 @@ def _recorded(model: nn.Module, batches: tuple[Tensor, ...], *, any_number: bool
 def _as_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
     """The record as a module, in which nothing is overwritten that is read by another name."""
     recorded = _plain_module(program)
-    if _writes_what_others_see(recorded.graph) or _has_regions(recorded.graph):  # torch takes several times as long to replace that
+    if _writes_what_others_see(recorded.graph) or any(
+        map(_is_region, recorded.graph.nodes)
+    ):  # torch takes several times as long to replace that
         recorded = _plain_module(program.run_decompositions({}))
     return recorded
 
 
-def _has_regions(graph: fx.Graph) -> bool:
+def _is_region(node: fx.Node) -> bool:
     """Whether a part of the code is one operator of the record, as `with torch.no_grad()` makes it."""
-    return any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in graph.nodes)
+    return isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
 def _plain_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
@@ -244,13 +246,8 @@ def _fixed(graph: fx.Graph) -> list[fx.Node]:
     fixed: dict[fx.Node, None] = {}
     for node in graph.nodes:
         draws = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        is_region = isinstance(node.target, torch._ops.HigherOrderOperator)
-        if (
-            node.op == "call_function"
-            and not draws
-            and not is_region
-            and all(n in fixed or n.op == "get_attr" for n in node.all_input_nodes)
-        ):
+        is_plain = node.op == "call_function" and not draws and not _is_region(node)
+        if is_plain and all(n in fixed or n.op == "get_attr" for n in node.all_input_nodes):
             fixed[node] = None
     return list(fixed)
 

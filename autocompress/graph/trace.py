@@ -96,7 +96,7 @@ def _same(outputs: Any, expected: Any) -> bool:
     if isinstance(expected, Tensor):
         if not isinstance(outputs, Tensor) or (outputs.shape, outputs.dtype) != (expected.shape, expected.dtype):
             return False
-        if not expected.is_floating_point() or not expected.numel():
+        if not (expected.is_floating_point() or expected.is_complex()) or not expected.numel():
             return torch.equal(outputs, expected)
         scale = float(expected.abs().max())
         return torch.allclose(outputs, expected, rtol=TOLERANCE, atol=TOLERANCE * scale, equal_nan=True)

@@ -35,8 +35,6 @@ class Note(StrEnum):
     """Latency and scores of the original, as they were measured last."""
     FULL_RUNG = "full_rung"
     """What limited the rungs below when the search came to its last one: time, trials, target."""
-    CONCLUDED = "concluded"
-    """Ids of the front that the search has ended with, measured together and scored on the test split."""
 
     # -- what it was doing, should it be killed
     AT_WORK = "at_work"

@@ -30,6 +30,19 @@ class Worn(FakeDevice):
         return [self.latency] * len(paths)
 
 
+class Faithful(Worn):
+    """Files take what they took before; the original takes this time."""
+
+    def __init__(self, findings, latency):
+        super().__init__(latency)
+        self.findings = findings
+
+    def measure(self, paths, *, seconds_each=1.0):
+        self.asked.append([path.parent.name for path in paths])
+        known = {o.id: o.latency_s for o in self.findings.journal.outcomes}
+        return [known.get(path.parent.name, self.latency) for path in paths]
+
+
 def with_device(findings, device):
     """On a device where the original takes what it took lately."""
     findings.setting = replace(findings.setting, device=device, baseline_history=[device.latency])
@@ -93,13 +106,7 @@ def test_what_comes_onto_the_front_for_a_file_that_fails_on_the_test_split_is_me
     for outcome in findings.journal.outcomes:
         findings.journal.record(outcome.model_copy(update={"latency_s": outcome.latency_s.beside(measurement(9e-3))}))
 
-    class Faithful(Worn):
-        def measure(self, paths, *, seconds_each=1.0):
-            self.asked.append([path.parent.name for path in paths])
-            known = {o.id: o.latency_s.median for o in findings.journal.outcomes}
-            return [measurement(known.get(path.parent.name, 9e-3)) for path in paths]
-
-    device = Faithful(measurement(9e-3))
+    device = Faithful(findings, measurement(9e-3))
     with_device(findings, device)
     conclude(findings)
     assert device.asked == [["baseline", "00000", "00001"], ["baseline", "00002"]]
@@ -112,13 +119,7 @@ def test_a_front_that_was_concluded_is_measured_again_only_where_something_has_c
     damaged = set()
     on_front(findings, pool, 2)
 
-    class Kept(Worn):
-        def measure(self, paths, *, seconds_each=1.0):
-            self.asked.append([path.parent.name for path in paths])
-            known = {o.id: o.latency_s.median for o in findings.journal.outcomes}
-            return [measurement(known.get(path.parent.name, 9e-3)) for path in paths]
-
-    device = Kept(measurement(9e-3))
+    device = Faithful(findings, measurement(9e-3))
     with_device(findings, device)
     conclude(findings)
     conclude(findings)
