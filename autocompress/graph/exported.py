@@ -93,10 +93,8 @@ def _recorded(model: nn.Module, batches: tuple[Tensor, ...], *, any_number: bool
 def _as_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
     """The record as a module, in which nothing is overwritten that is read by another name."""
     recorded = _plain_module(program)
-    if _writes_what_others_see(recorded.graph) or any(
-        map(_is_region, recorded.graph.nodes)
-    ):  # torch takes several times as long to replace that
-        recorded = _plain_module(program.run_decompositions({}))
+    if _writes_what_others_see(recorded.graph) or any(map(_is_region, recorded.graph.nodes)):
+        recorded = _plain_module(program.run_decompositions({}))  # not always: it takes torch several times as long
     return recorded
 
 
