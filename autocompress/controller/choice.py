@@ -72,7 +72,8 @@ class Chooser:
         """Networks that may rule out others: within the budget, and with a score that says that their training has not gone wrong."""
         findings = self.findings
         least = findings.gain_without(COLLAPSED)
-        sound = [o for o in measured(findings.journal.outcomes) if feasible(o, findings.limits) and gain(o) >= least]
+        known = [o for o in measured(findings.journal.outcomes) if feasible(o, findings.limits) and gain(o) >= least]
+        sound = [o for o in known if o.rung != "unchanged" or findings.stays_within(o)]  # nothing would be left where it falls out
         proposals = [findings.forecast.proposal(o.policy, {}) for o in sound]
         return [replace(p, latency_s=findings.forecast.latency_s(p)) for p in proposals]
 
@@ -130,12 +131,12 @@ class Chooser:
         return self.findings.appraisals.appraise(min(rest, key=lambda p: forecast.violation(p.workload, forecast.latency_s(p))))
 
     def _covered(self, merit: Callable[[Appraised], float]) -> list[tuple[float, float]]:
-        """(merit, latency) of what was trained, in vain or not, and of the unchanged network within the budget: what is beside it waits."""
+        """(merit, latency) of what was trained, and of the unchanged network if it stays within the budget: what is beside these waits."""
         findings, forecast = self.findings, self.findings.forecast
         trained = {forecast.structure(o.policy): o.policy for o in findings.journal.outcomes if o.rung != "unchanged"}
         known = map(findings.appraisals.of, trained.values())
         points = [(merit(appraised), forecast.latency_s(appraised.proposal)) for appraised in known if appraised is not None]
-        unchanged = [o for o in findings.journal.outcomes if o.rung == "unchanged" and feasible(o, findings.limits)]
+        unchanged = [o for o in findings.journal.outcomes if o.rung == "unchanged" and findings.stays_within(o)]
         return [*points, *((1.0, forecast.latency_s(forecast.proposal(o.policy, {}))) for o in unchanged)]
 
     def _untrained(self, margin: float, without: set[Structure]) -> list[Appraised]:

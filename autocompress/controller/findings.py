@@ -112,6 +112,10 @@ class Findings:
         """What was trained briefly, in vain or not, in the order in which it was."""
         return [o for o in self.journal.outcomes if o.rung == "short"]
 
+    def stays_within(self, outcome: Outcome) -> bool:
+        """Whether what is within the budget will be so when it is measured once more, as far as anybody can tell."""
+        return feasible(outcome, self.limits, margin=self.drift)
+
     @property
     def climbers(self) -> list[Outcome]:
         """Short runs within the budget: what may be trained to the end."""

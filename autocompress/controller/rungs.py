@@ -260,7 +260,9 @@ class Rungs:
         candidates = [o for o in candidates if leading.get(structure(o.policy)) is o]
         climbs = {o.id for o in candidates}
         settled = self._by_short_runs(
-            o for o in findings.outcomes() if (o.rung == "unchanged" and o.id not in climbs) or o.policy.digest in done
+            o
+            for o in findings.outcomes()
+            if (o.rung == "unchanged" and o.id not in climbs and findings.stays_within(o)) or o.policy.digest in done
         )
         count = full_runs(findings.clock.left, each, len(candidates), findings.task.trials)
         begun = [o for o in candidates if interrupted_weights(findings.setting, o.policy).exists()][:count]
@@ -299,8 +301,7 @@ class Rungs:
         findings, target = self.findings, self.findings.task.target_accuracy
         if target is None:
             return False
-        drift = findings.drift
-        safe = [o.val_score for o in findings.front() if o.val_score is not None and feasible(o, findings.limits, margin=drift)]
+        safe = [o.val_score for o in findings.front() if o.val_score is not None and findings.stays_within(o)]
         return any(score.gain >= score.model_copy(update={"value": target}).gain for score in safe[-1:])  # which is what ships
 
     def _has_enough(self) -> bool:

@@ -367,10 +367,12 @@ def test_a_network_rules_out_others_only_when_its_own_training_went_well(finding
     assert bool(told) is rules_out
 
 
-def test_what_is_over_the_budget_leads_nothing(findings):
-    findings.forecast.limits = Budget(size_bytes=8)
+@pytest.mark.parametrize("limits", [Budget(size_bytes=8), Budget(latency_s=1.01e-6)], ids=["over it", "as good as over it"])
+def test_what_is_over_the_budget_leads_nothing_and_covers_nothing(findings, limits):
+    findings.forecast.limits = limits
     trained(findings, Policy(quant=QuantSpec(bits=8)), 1e-6, id="int8", rung="unchanged")
     assert Chooser(findings).leading() == []
+    assert Chooser(findings)._covered(lambda appraised: appraised.worth) == []
 
 
 def test_what_is_over_the_budget_by_prediction_is_told_and_not_appraised(findings, monkeypatch):
