@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from autocompress.batch import random_like, tensors_of
 from autocompress.beginning import untrained
 from autocompress.data import Data, Split
 from autocompress.data.sources import load_data
@@ -44,7 +45,7 @@ def apply_policy(
     With data, the student is reconstructed and int8 ranges are fitted to it; without, ranges come from random inputs.
 
     Args:
-        input: without data, the shape of one input, as in `inspect_model`.
+        input: without data, the shapes of the inputs, as in `inspect_model`.
         policy: a policy file, whose int8 weights are kept in a range that the device computes with exactly; or `random:SEED` for one drawn
             from `space`.
         student: reference of another architecture to derive the student from; a policy file that names a user's function needs it too.
@@ -117,10 +118,7 @@ def _draw(task: Task, seed: int, setting: Setting) -> Policy:
 def _random_data(model: nn.Module, reference: str, shape: str | None) -> Data:
     """Random inputs of the model's shape, for the ranges of int8 and for comparing outputs; it has no score."""
     example = example_for(model, reference, shape=shape)
-    n = max(1, min(RANDOM_INPUTS, RANDOM_BYTES // max(1, example[:1].nbytes)))
-    generator, sizes = torch.Generator().manual_seed(0), (n, *example.shape[1:])
-    floats = example.is_floating_point()  # whole numbers are 0 and 1, which every table of embeddings has
-    inputs = torch.randn(sizes, generator=generator) if floats else torch.randint(0, 2, sizes, generator=generator, dtype=example.dtype)
-    split = Split(inputs, torch.zeros(n, dtype=torch.long))
+    n = max(1, min(RANDOM_INPUTS, RANDOM_BYTES // max(1, sum(tensor[:1].nbytes for tensor in tensors_of(example)))))
+    split = Split(random_like(example, n), torch.zeros(n, dtype=torch.long))
     parts = split, split[slice(0, 64)], split[slice(0, 1)]
     return Data(*parts, loss=lambda outputs, targets: outputs.square().mean(), score=lambda outputs, targets: float("nan"))  # never trained

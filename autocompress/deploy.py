@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from autocompress.batch import Batch, Inputs, answer, random_like, tensors_of
 from autocompress.compress.quantize import TINY, fake_quantize, is_quantized
 from autocompress.compress.student import build_student
 from autocompress.devices import open_device
@@ -39,7 +40,7 @@ from autocompress.export import (
 from autocompress.failures import refused
 from autocompress.graph import Graph
 from autocompress.graph.plain import own_copy
-from autocompress.models import answer_with_one_tensor, load_model
+from autocompress.models import as_function, load_model
 from autocompress.preparation import TEACHER_WEIGHTS, UNFINISHED_TEACHER
 from autocompress.records import Measurement
 from autocompress.references import AGENT, DEFAULT_DEVICE, MODEL_LIBRARIES, OBJECT, names_function, require_formats
@@ -229,22 +230,20 @@ def _teacher_weights(run: Path, results: Results) -> Path | None:
 
 def _write_torch(out: Path, model: nn.Module | str | None, reference: str | None, weights: Path | None, device: Device) -> None:
     student = recreate(out, model, student=reference, weights=weights, device=device)
-    torch.export.save(torch.export.export(student, (_example(read_manifest(out)),)), out / "model.pt2")
+    torch.export.save(torch.export.export(student, tensors_of(_example(read_manifest(out)))), out / "model.pt2")
 
 
-def _example(manifest: Manifest) -> Tensor:
-    """Random inputs of the kind that a model takes; whole numbers are 0 and 1, which every table of embeddings has."""
-    (wanted,) = manifest.inputs.values()
-    generator, dtype = torch.Generator().manual_seed(0), getattr(torch, wanted.dtype)
-    if dtype.is_floating_point:
-        return torch.randn(wanted.shape, generator=generator, dtype=dtype)
-    return torch.randint(0, 2, wanted.shape, generator=generator, dtype=dtype)
+def _example(manifest: Manifest) -> Inputs:
+    """Random inputs of the kind that a model takes."""
+    zeros = tuple(torch.zeros(wanted.shape, dtype=getattr(torch, wanted.dtype)) for wanted in manifest.inputs.values())
+    return random_like(Batch(zeros, tuple(manifest.inputs) if manifest.inputs_by_name else ()))
 
 
 @torch.inference_mode()
-def _require_same(student: fx.GraphModule, path: Path, example: Tensor, device: Device) -> None:
+def _require_same(student: fx.GraphModule, path: Path, example: Inputs, device: Device) -> None:
     """Which channels a student keeps may depend on its teacher's weights: another teacher of the same shape gives another student."""
-    own, expected = student(example), torch.from_numpy(device.run(path, [example.numpy()]))
+    arrays = tuple(tensor.numpy() for tensor in tensors_of(example))
+    own, expected = answer(student, example), torch.from_numpy(device.run(path, [arrays]))
     difference = float((own - expected).abs().max() / expected.abs().max().clamp_min(TINY))
     if not difference <= (SAME_INT8 if is_quantized(student) or not device.profile.is_exact else SAME_FLOAT):
         raise UsageError(
@@ -286,8 +285,8 @@ def recreate(
             torch.manual_seed(manifest.seed)
             reference = load_model(reference, weights=own, classes=manifest.classes)
     example, reference = _example(manifest), own_copy(reference)
-    answer_with_one_tensor(reference, example)
-    made = load_student(bundle, fake_quantize(build_student(Graph.trace(reference, (example,)), policy), policy.quant))
+    as_function(reference, example)
+    made = load_student(bundle, fake_quantize(build_student(Graph.trace(reference, tensors_of(example)), policy), policy.quant))
     _require_same(made, bundle / MODEL, example, device or open_device(DEFAULT_DEVICE))
     return made
 

@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from autocompress.batch import answer, joined, tensors_of
 from autocompress.data import Data, Split
 from autocompress.devices.base import Device
+from autocompress.devices.frames import Feed
 from autocompress.errors import PolicyFailure, one_line
 from autocompress.records import Score
 
@@ -47,7 +48,7 @@ def _own_score(outputs: Tensor, targets: Tensor, data: Data) -> float:
 def score_model(model: nn.Module, data: Data, split: Split, *, batch_size: int = 256) -> Score:
     """Score a live model in eval mode."""
     model.eval()
-    outputs = torch.cat([model(inputs).float() for inputs, _ in data.batches(split, batch_size)])
+    outputs = torch.cat([answer(model, inputs).float() for inputs, _ in data.batches(split, batch_size)])
     return score_outputs(outputs, split.targets, data)
 
 
@@ -56,20 +57,19 @@ def run_artifact(device: Device, path: Path, data: Data, split: Split, batch: in
     return torch.from_numpy(device.run(path, full_batches(data, split, batch))[: len(split)])
 
 
-def full_batches(data: Data, split: Split, batch: int) -> Iterator[np.ndarray]:
-    """Batches of exactly `batch` inputs: a file with a fixed batch takes no other; the last is filled up with repeats."""
+def full_batches(data: Data, split: Split, batch: int) -> Iterator[Feed]:
+    """Batches of exactly `batch` examples: a file with a fixed batch takes no other; the last is filled up with repeats."""
     together = batch * max(1, data.at_most(PREPARED, PREPARED_BYTES) // batch)
     for several, _ in data.batches(split, together):
         for inputs in several.split(batch):
-            missing = batch - len(inputs)
-            full = torch.cat([inputs, inputs[:1].expand(missing, *inputs.shape[1:])]) if missing else inputs
-            yield full.numpy()
+            full = inputs if len(inputs) == batch else joined([inputs, *[inputs[:1]] * (batch - len(inputs))])
+            yield tuple(tensor.numpy() for tensor in tensors_of(full))
 
 
 @torch.inference_mode()
 def model_answers(model: nn.Module, data: Data, split: Split, batch: int) -> Tensor:
     """What `run_artifact` answers of the split, from the model itself."""
-    return torch.cat([model(torch.from_numpy(inputs)).float() for inputs in full_batches(data, split, batch)])[: len(split)]
+    return torch.cat([model(*map(torch.from_numpy, inputs)).float() for inputs in full_batches(data, split, batch)])[: len(split)]
 
 
 def score_artifact(device: Device, path: Path, data: Data, split: Split, batch: int) -> Score:

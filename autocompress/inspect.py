@@ -7,12 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from autocompress.batch import tensors_of
 from autocompress.data.sources import load_data
 from autocompress.devices import Device, open_device
 from autocompress.graph import ChannelGroup, Graph
 from autocompress.graph.outline import outline
 from autocompress.latency import OperatorTable
-from autocompress.models import answer_with_one_tensor, example_for, load_model
+from autocompress.models import as_function, example_for, load_model
 from autocompress.policy import Policy
 from autocompress.records import Step
 
@@ -32,7 +33,8 @@ def inspect_model(
 
     Args:
         data: reference of data whose inputs the model is traced with.
-        input: without data, the shape of one input (`3x224x224`, `128:int64`); None tries the usual image shapes.
+        input: without data, the shape of one input (`3x224x224`, `128:int64`), or of several separated by commas, which may be named
+            (`ids=128:int64,mask=128:int64`); None tries the usual image shapes.
         device: where operators are measured, each by itself; None measures nothing.
 
     Raises UsageError when the model or the data do not load or do not fit, or the device is unknown.
@@ -41,10 +43,11 @@ def inspect_model(
     loaded, file = load_data(data) if data is not None else None, Path(weights) if weights is not None else None
     model = load_model(reference, weights=file, classes=loaded.classes if loaded is not None else None)
     example = loaded.example(1) if loaded is not None else example_for(model, reference, shape=input)
-    output = answer_with_one_tensor(model, example)
-    graph = Graph.trace(model, (example,))
+    output = as_function(model, example)
+    graph = Graph.trace(model, tensors_of(example))
     steps = outline(graph) if target is None else outline(graph, _measured(graph, target).lookup)
-    network = {"model": reference, "input": "x".join(map(str, example.shape)), "output": output or "all", "device": device}
+    shapes = ("x".join(map(str, tensor.shape)) for tensor in tensors_of(example))
+    network = {"model": reference, "input": ", ".join(shapes), "output": output or "all", "device": device}
     return network | summary(graph) | {
         "layers": _layers(graph, steps),
         "channel_groups": [_group(group) for group in graph.groups],

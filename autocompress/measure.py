@@ -6,8 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
-
+from autocompress.batch import tensors_of
 from autocompress.compress.student import build_student
 from autocompress.data.sources import load_data
 from autocompress.devices import Device, open_device
@@ -15,7 +14,7 @@ from autocompress.devices.timing import MOST_DRIFT
 from autocompress.export import check_onnx, write_bundle
 from autocompress.failures import refused
 from autocompress.graph import Graph
-from autocompress.models import answer_with_one_tensor, example_for, load_model
+from autocompress.models import as_function, example_for, load_model
 from autocompress.policy import Policy
 from autocompress.records import Measurement
 from autocompress.references import DEFAULT_DEVICE
@@ -38,11 +37,11 @@ def measure_reference(
     targets = [open_device(device) for device in devices]
     loaded = load_data(data) if data is not None else None
     model = load_model(reference, weights=weights, classes=loaded.classes if loaded is not None else None)
-    example: Tensor = loaded.example(batch) if loaded is not None else example_for(model, reference, batch, input)
-    answer_with_one_tensor(model, example)
-    graph = Graph.trace(model, (example,))
+    example = loaded.example(batch) if loaded is not None else example_for(model, reference, batch, input)
+    as_function(model, example)
+    graph = Graph.trace(model, tensors_of(example))
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder, refused(f"{reference} cannot be measured"):
-        manifest = write_bundle(Path(folder), build_student(graph, Policy()), Policy(), (example,), model=reference)
+        manifest = write_bundle(Path(folder), build_student(graph, Policy()), Policy(), tensors_of(example), model=reference)
         return _in_turns(Path(folder) / manifest.artifact, targets)
 
 

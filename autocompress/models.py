@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import keyword
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from autocompress.batch import Batch, Inputs, answer, each, names_of
 from autocompress.errors import UsageError, one_line
 from autocompress.references import call_function, nearest, parse_reference
 
@@ -123,13 +125,17 @@ MAIN = ("logits", "out", "last_hidden_state")
 
 
 @torch.no_grad()
-def answer_with_one_tensor(model: nn.Module, example: Tensor) -> str:
-    """Let a model in eval mode that returns outputs by name return the main one, in place: its name; empty where nothing is changed.
+def as_function(model: nn.Module, example: Inputs) -> str:
+    """Let a model in eval mode take its inputs by their place and return one tensor, in place: the output's name, where it has several.
 
-    What else it returns belongs to training, as auxiliary classifiers do. Where no output is known to be the main one all stay.
+    Inputs that are named go to the arguments of these names. Of outputs by name the main one is returned; what else there is belongs to
+    training, as auxiliary classifiers do. Where no output is known to be the main one all stay.
+    Raises UsageError where the model has no such arguments.
     """
+    if names := names_of(example):
+        _take_by_name(model, names)
     try:
-        outputs = model(example.clone())
+        outputs = answer(model, each(torch.clone, example))
     except Exception:  # whatever the user's own code raises: who uses the model tells
         return ""
     if not isinstance(outputs, Mapping):
@@ -140,6 +146,35 @@ def answer_with_one_tensor(model: nn.Module, example: Tensor) -> str:
         return ""
     model.register_forward_hook(functools.partial(_take, name=name))
     return name
+
+
+class _ByName:
+    """A model's `forward` as a function of some of its arguments; who traces it finds their names in `__signature__`."""
+
+    def __init__(self, forward: Callable[..., Any], names: tuple[str, ...]) -> None:
+        self.forward, self._names = forward, names
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        self.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        return self.forward(**dict(zip(self._names, tensors, strict=True)))
+
+    __code__ = __call__.__code__  # torch.export asks every forward for it
+
+
+def _take_by_name(model: nn.Module, names: tuple[str, ...]) -> None:
+    if isinstance(model, fx.GraphModule):  # a copy of it has the code that it was made with
+        raise UsageError("the inputs of a traced module have no names", hint="give a tuple of arrays, in the order of its inputs")
+    forward = model.forward.forward if isinstance(model.forward, _ByName) else model.forward  # a function may return one model again
+    known = inspect.signature(forward).parameters
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
+    unknown = [name for name in names if not name.isidentifier() or keyword.iskeyword(name) or (name not in known and not takes_any)]
+    if unknown:
+        raise UsageError(
+            f"inputs must be named as the arguments of {type(model).__name__}, but it has no {unknown[0]!r}",
+            hint=f"its arguments are {', '.join(known) or 'none'}; a tuple of arrays is given to the first ones",
+        )
+    model.forward = _ByName(forward, names)
 
 
 def _take(_: nn.Module, __: object, outputs: Any, *, name: str) -> Any:
@@ -157,13 +192,15 @@ FEW_NAMES = 4
 """Of a state dict that are looked for in another one, with more in front of them."""
 USUAL_SHAPES = ((3, 224, 224), (3, 299, 299), (3, 32, 32), (1, 28, 28), (1, 8, 8), (3, 16, 112, 112))
 """Inputs that a model is tried with when nothing says what it takes: images, and a video."""
-SHAPE = re.compile(r"(\d+(?:x\d+)*)(?::(\w+))?")
-DTYPES = {"float32": torch.float32, "int64": torch.int64, "int32": torch.int32}
+SHAPE = re.compile(r"(?:(\w+)=)?(\d+(?:x\d+)*)(?::(\w+))?")
+DTYPES = {"float32": torch.float32, "int64": torch.int64, "int32": torch.int32, "bool": torch.bool}
 
 
 @torch.inference_mode()
-def example_for(model: nn.Module, reference: str, batch: int = 1, shape: str | None = None) -> Tensor:
-    """A batch of zeros of the shape of one input, such as `3x224x224` or `128:int64`; None tries the usual ones.
+def example_for(model: nn.Module, reference: str, batch: int = 1, shape: str | None = None) -> Inputs:
+    """A batch of zeros of the shape of an input, such as `3x224x224` or `128:int64`; None tries the usual ones.
+
+    Several inputs are separated by commas, and may be named: `ids=128:int64,mask=128:int64`.
 
     Raises UsageError for another way to write a shape, and when the model takes none of the usual ones.
     """
@@ -182,15 +219,27 @@ def example_for(model: nn.Module, reference: str, batch: int = 1, shape: str | N
     )
 
 
-def _of_shape(shape: str, batch: int) -> Tensor:
+def _of_shape(shape: str, batch: int) -> Inputs:
+    inputs = [_input(part.strip(), batch) for part in shape.split(",")]
+    names = tuple(name for name, _ in inputs if name)
+    if names and len(set(names)) < len(inputs):
+        raise UsageError(
+            f"several inputs must all be named, each once, or none, but got {shape!r}", hint="for example ids=128:int64,mask=128:int64"
+        )
+    tensors = tuple(tensor for _, tensor in inputs)
+    return Batch(tensors, names) if names or len(tensors) > 1 else tensors[0]
+
+
+def _input(shape: str, batch: int) -> tuple[str, Tensor]:
+    """(name or nothing, zeros) of one input."""
     found = SHAPE.fullmatch(shape)
-    sizes = [int(size) for size in found[1].split("x")] if found else []
-    if found is None or 0 in sizes or (found[2] or "float32") not in DTYPES:
+    sizes = [int(size) for size in found[2].split("x")] if found else []
+    if found is None or 0 in sizes or (found[3] or "float32") not in DTYPES:
         raise UsageError(
             f"an input is written as its sizes and, where it is not float32, its type, but got {shape!r}",
             hint=f"for example 3x224x224, or 128:int64 for 128 tokens (types: {', '.join(DTYPES)})",
         )
-    return torch.zeros((batch, *sizes), dtype=DTYPES[found[2] or "float32"])
+    return found[1] or "", torch.zeros((batch, *sizes), dtype=DTYPES[found[3] or "float32"])
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

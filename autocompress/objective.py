@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
+from autocompress.batch import answer
 from autocompress.beginning import FLOAT_WEIGHTS, begin, interrupted_weights, keep_for_further_training, keep_interrupted
 from autocompress.compress.compared import compared_features
 from autocompress.compress.distill import ComparedFeatures
@@ -251,4 +252,4 @@ def _some_answers(student: fx.GraphModule, setting: Setting) -> tuple[Tensor, Te
     if any(follows_batch(module) for module in student.modules()):  # then the file's batches give other answers than larger ones
         return torch.arange(len(data.val)), model_answers(student, data, data.val, setting.batch)
     rows = sampled(len(data.val), min(COMPARED, setting.most_answers))
-    return rows, torch.cat([student(inputs).float() for inputs, _ in data.batches(data.val[rows], setting.batch_size)])
+    return rows, torch.cat([answer(student, inputs).float() for inputs, _ in data.batches(data.val[rows], setting.batch_size)])

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from autocompress.batch import Inputs, answer, each, joined, names_of, tensors_of
 from autocompress.beginning import UNTRAINED
 from autocompress.compress.arithmetic import best_training_device
 from autocompress.compress.student import build_student
@@ -35,7 +36,7 @@ from autocompress.graph import Graph
 from autocompress.graph.exported import BRANCH
 from autocompress.graph.plain import own_copy
 from autocompress.graph.trace import is_opaque
-from autocompress.models import answer_with_one_tensor, load_model, load_weights
+from autocompress.models import as_function, load_model, load_weights
 from autocompress.policy import Policy, QuantSpec
 from autocompress.progress import PhaseTick
 from autocompress.records import Measurement, Score
@@ -70,7 +71,7 @@ class Loaded:
     data: Data
     teacher: nn.Module
     graphs: dict[str | None, Graph]
-    example: Tensor
+    example: Inputs
     notes: tuple[str, ...] = ()
 
 
@@ -96,15 +97,15 @@ def load(
         torch.manual_seed(task.seed)
         student = load_model(task.student, classes=data.classes) if task.student is not None else None
     example = data.example(task.batch)
-    output = answer_with_one_tensor(teacher, example)
+    output = as_function(teacher, example)
     require_fit(teacher, data, example, task.model)
     if weights is not None:
         load_weights(teacher, weights)
-    graphs: dict[str | None, Graph] = {None: Graph.trace(teacher, (example,))}
+    graphs: dict[str | None, Graph] = {None: Graph.trace(teacher, tensors_of(example))}
     if student is not None and task.student is not None:
-        answer_with_one_tensor(student, example)
+        as_function(student, example)
         require_fit(student, data, example, task.student)
-        graphs[task.student] = Graph.trace(student, (example,))
+        graphs[task.student] = Graph.trace(student, tensors_of(example))
     several = f"{task.model} has several outputs: {output!r} is what is compressed" if output else ""
     notes = tuple(note for note in (several, data.note, _normalised_otherwise(teacher, data)) if note)
     return Loaded(device, data, teacher, graphs, example, notes)
@@ -227,14 +228,14 @@ def _loaded(task: Task, data: Data) -> nn.Module:
     return load_model(task.model, weights=Path(task.weights) if task.weights else None, classes=data.classes)
 
 
-def require_fit(model: nn.Module, data: Data, example: Tensor, reference: str) -> None:
+def require_fit(model: nn.Module, data: Data, example: Inputs, reference: str) -> None:
     """Raises UsageError unless the model is in floating point, runs on the data, at any batch, and has an output for each class.
 
     Of data with a loss of its own, unless that can be computed of the model's outputs and differentiated.
     """
     _require_float(model, reference)
     outputs = _outputs(model, example, reference, "check that the data and the model belong together (channels, size)")
-    _outputs(model, torch.cat([example, example]), reference, "training uses other batches: write x.flatten(1), not x.view(1, -1)")
+    _outputs(model, joined([example, example]), reference, "training uses other batches: write x.flatten(1), not x.view(1, -1)")
     if data.loss is not None:
         _require_loss(model, data, reference)
     if data.classes is None:
@@ -274,13 +275,14 @@ def _require_loss(model: nn.Module, data: Data, reference: str) -> None:
 
 
 @torch.inference_mode()
-def _outputs(model: nn.Module, inputs: Tensor, reference: str, hint: str) -> Tensor:
+def _outputs(model: nn.Module, inputs: Inputs, reference: str, hint: str) -> Tensor:
     """What the model makes of the inputs in eval mode. Raises UsageError with this hint unless that is a tensor with a row for each."""
     was_training = model.training
     try:
-        outputs = model.eval()(inputs.clone())  # which it may change in place
+        outputs = answer(model.eval(), each(torch.clone, inputs))  # which it may change in place
     except Exception as error:  # whatever the user's own code raises
-        rule = f"{reference} must take inputs of shape {tuple(inputs.shape)}, but raised {one_line(error)}"
+        shapes = " and ".join(str(tuple(tensor.shape)) for tensor in tensors_of(inputs))
+        rule = f"{reference} must take inputs of shape {shapes}, but raised {one_line(error)}"
         raise UsageError(rule, hint=hint) from None
     finally:
         model.train(was_training)
@@ -304,14 +306,16 @@ def _baseline(
     data: Data,
     device: Device,
     models: Path,
-    example: Tensor,
+    example: Inputs,
     reference: str,
     latency_s: Measurement | None = None,
 ) -> Baseline:
     """The original's file, checked; its latency as measured now, unless it is known."""
     with _about_the_model(reference):
         student = build_student(graph, Policy())
-        manifest = write_bundle(models / BASELINE, student.eval(), Policy(), (example,), model=reference)
+        manifest = write_bundle(
+            models / BASELINE, student.eval(), Policy(), tensors_of(example), model=reference, input_names=names_of(example)
+        )
         path = models / BASELINE / manifest.artifact
         few, batch = sample(data.val, PARITY_EXAMPLES), len(example)
         actual = run_artifact(device, path, data, few, batch)
@@ -364,7 +368,7 @@ def train_demo_teacher(setting: Setting, run: Path, seconds: float, tick: Tick) 
     with setting.ledger.spend("train"):
         train(model, data, plan, tick=tick)
     write_atomically(run / (TEACHER_WEIGHTS if time.monotonic() < deadline else UNFINISHED_TEACHER), weights_bytes(model))
-    graph = Graph.trace(model.cpu(), (setting.example,))
+    graph = Graph.trace(model.cpu(), tensors_of(setting.example))
     known = setting.baseline.latency_s  # of the same network with other weights
     baseline = _baseline(graph, model, data, setting.device, setting.models, setting.example, setting.model_reference, known)
     return replace(

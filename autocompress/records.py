@@ -19,16 +19,22 @@ Rung = Literal["unchanged", "short", "full"]
 """What a policy went through: `unchanged` is the model itself in fewer bits, calibrated; `short` and `full` say how long it was trained."""
 OperatorKind = Literal[
     "conv", "linear", "add", "mul", "maxpool", "avgpool", "norm", "activation", "concat", "pad", "slice", "matmul", "softmax",
-    "attention", "layernorm", "other",
+    "attention", "layernorm", "groupnorm", "filter", "convtranspose", "recurrent", "einsum", "resize", "move", "elementwise", "other",
 ]  # fmt: skip
-"""Pools may be adaptive; `avgpool` covers means over the whole map, `norm` only norms that cannot be folded into a layer."""
+"""Pools may be adaptive; `avgpool` covers means over the whole map, `norm` only norms that cannot be folded into a layer.
+
+`filter` is a convolution whose weight is one of its inputs, as are those of `convtranspose` and `recurrent`. `move` puts values elsewhere,
+`elementwise` computes something of each, and is what any operator is taken for that has no kind of its own; `other` costs nothing. Nor do
+operators that give several tensors, but recurrent ones.
+"""
 
 
 class Operator(Record):
     """One operator of a student as a runtime sees it: batch norm folded, fusible activation attached.
 
-    Shapes include the batch. `bits` is 8 when the operator runs in int8, else 32; `weight_bits` is what its weights
-    take in the file. `params` counts weights and biases after folding.
+    Shapes include the batch; those of recurrent layers are steps x batch x channels. `activation` is also the function of an operator that
+    is one of several of its kind, and the equation of an einsum. `bits` is 8 when the operator runs in int8, else 32; `weight_bits` is what
+    its weights take in the file. `params` counts weights and biases after folding, but none that are inputs.
     """
 
     name: str
@@ -47,11 +53,17 @@ class Operator(Record):
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates; 0 for operators without weights."""
+        """Multiply-accumulates with weights; 0 for operators without."""
         if self.kind == "conv":
             return math.prod(self.output) * self.inputs[0][1] // self.groups * math.prod(self.kernel)
         if self.kind == "linear":
             return math.prod(self.output) * self.inputs[0][-1]
+        if self.kind == "filter":
+            return math.prod(self.output) * math.prod(self.inputs[1][1:])
+        if self.kind == "convtranspose":
+            return math.prod(self.inputs[0]) * math.prod(self.inputs[1][1:])
+        if self.kind == "recurrent":
+            return math.prod(self.output[:2]) * sum(math.prod(shape) for shape in self.inputs[1:] if len(shape) == 2)
         return 0
 
     @property

@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
+from autocompress.batch import Inputs, joined, names_of, tensors_of
 from autocompress.compress.reconstruct import TeacherActivations, examples_for
 from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import CALIBRATION_INPUTS
@@ -61,7 +61,7 @@ class Setting:
     graphs: dict[str | None, Graph]
     device: Device
     baseline: Baseline
-    example: Tensor
+    example: Inputs
     models: Path
     model_reference: str
     learning_rate: float = 0.1
@@ -106,7 +106,7 @@ class Setting:
         if not self.activations:
             graph = self.graphs[None]
             n = min(self.calibration_inputs, examples_for(graph))
-            self.activations.append(TeacherActivations(graph, torch.cat([*self.data.calibration_batches(n, n)])))
+            self.activations.append(TeacherActivations(graph, joined([*self.data.calibration_batches(n, n)])))
         return self.activations[0]
 
     def graph_of(self, policy: Policy) -> Graph:
@@ -131,8 +131,8 @@ class Setting:
         """Export a student of this search as a bundle."""
         with self.ledger.spend("export"):
             return write_bundle(
-                folder, student, policy, (self.example,), model=self.model_reference, classes=self.data.classes,
-                class_names=self.data.class_names, seed=self.seed, normalisation=self.data.normalisation,
+                folder, student, policy, tensors_of(self.example), model=self.model_reference, input_names=names_of(self.example),
+                classes=self.data.classes, class_names=self.data.class_names, seed=self.seed, normalisation=self.data.normalisation,
             )  # fmt: skip
 
 

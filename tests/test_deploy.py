@@ -31,7 +31,7 @@ EXAMPLE = (torch.randn(1, 3, 16, 16),)
 
 
 def answers(path, inputs):
-    return torch.from_numpy(FakeDevice().run(path, [inputs.numpy()]))
+    return torch.from_numpy(FakeDevice().run(path, [(inputs.numpy(),)]))
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from autocompress.batch import answer, joined
 from autocompress.compress.quantize import calibrate, fake_quantize
 from autocompress.compress.reconstruct import TeacherActivations, examples_for, reconstruct
 from autocompress.compress.student import build_student
@@ -36,7 +37,7 @@ class Likeness:
         held_out = min(HELD_OUT, 4 * n, setting.most_answers)
         self.failures: list[str] = []
         """Why students were given 0 that could not be made or asked."""
-        self._setting, self._activations = setting, TeacherActivations(graph, torch.cat([*data.calibration_batches(n, n)]))
+        self._setting, self._activations = setting, TeacherActivations(graph, joined([*data.calibration_batches(n, n)]))
         self._held_out = [inputs for inputs, _ in data.batches(sample(data.val, held_out), setting.batch_size)]
         self.wanted = self.answers(graph.module)
 
@@ -74,4 +75,4 @@ class Likeness:
     @torch.no_grad()
     def answers(self, network: fx.GraphModule) -> Tensor:
         """What a network makes of the held-out inputs."""
-        return torch.cat([network(inputs).float() for inputs in self._held_out])
+        return torch.cat([answer(network, inputs).float() for inputs in self._held_out])

@@ -83,7 +83,7 @@ def inheritance(students: Workloads, teacher: Workload) -> list[float]:
     """
     whole: Counter[Shape] = Counter()
     for operator in teacher.operators:
-        whole[operator.output[2:]] += operator.macs
+        whole[_resolution(operator)] += operator.macs
     resolutions = [resolution for resolution, macs in whole.items() if macs]
     if not resolutions:
         return [1.0] * len(students)
@@ -98,7 +98,14 @@ def capacity(students: Workloads) -> list[float]:
 
 
 def _share(resolution: Shape, macs: int, operator: Operator) -> float:
-    return operator.macs / macs if operator.output[2:] == resolution else 0.0
+    return operator.macs / macs if _resolution(operator) == resolution else 0.0
+
+
+def _resolution(operator: Operator) -> Shape:
+    """Positions at which it computes: of maps their sides, of tokens and steps their number."""
+    if operator.kind == "recurrent":
+        return operator.output[:1]
+    return operator.output[2:] if operator.kernel else operator.output[1:-1]
 
 
 def outclassed(candidate: Proposal, known: Sequence[Proposal]) -> float:

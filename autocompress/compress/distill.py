@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autocompress.batch import Inputs, answer
 from autocompress.policy import AnswerLoss, DistillSpec, FeatureLoss
 
 TINY = 1e-8
@@ -91,7 +92,7 @@ class ComparedFeatures:
     hidden: tuple[Compared, ...] = ()
 
 
-def observe(model: nn.Module, inputs: Tensor, classifier: str | None, hidden: Sequence[str] = (), rows: int | None = None) -> Answers:
+def observe(model: nn.Module, inputs: Inputs, classifier: str | None, hidden: Sequence[str] = (), rows: int | None = None) -> Answers:
     """Outputs of the model, together with what its classifier and these layers were given, where they were called.
 
     rows: of what the layers inside were given only the first rows, copied: the model may overwrite it, and all of it is much.
@@ -108,7 +109,7 @@ def observe(model: nn.Module, inputs: Tensor, classifier: str | None, hidden: Se
     layers = dict.fromkeys([*hidden, *([classifier] if classifier is not None else [])])
     handles = [model.get_submodule(layer).register_forward_pre_hook(note(layer), with_kwargs=True) for layer in layers]
     try:
-        outputs = model(inputs)
+        outputs = answer(model, inputs)
     finally:
         for handle in handles:
             handle.remove()

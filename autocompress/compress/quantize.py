@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from autocompress.batch import Inputs, answer
 from autocompress.errors import PolicyFailure
 from autocompress.graph.nodes import Conv, Weighted, constant_layers, fused, int8_tensors, is_layer, kind_of, leaves
 from autocompress.graph.trace import is_opaque
@@ -271,7 +272,7 @@ def _quantize_opaque(module: fx.GraphModule, quant: QuantSpec) -> None:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def calibrate(model: nn.Module, batches: Iterable[Inputs]) -> None:
     """Set the range of every activation quantizer from what passes through it on these inputs, in float."""
     quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
     if not quantizers:
@@ -281,7 +282,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
         quantizer.observing = True
     try:
         for batch in batches:
-            model(batch)
+            answer(model, batch)
     finally:
         for quantizer in quantizers:
             quantizer.observing = False

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from autocompress.batch import Inputs, tensors_of
 from autocompress.compress.least_squares import solve
 from autocompress.compress.low_rank import FIRST_OF, leading_factors, write
 from autocompress.graph import Graph
@@ -58,10 +59,10 @@ class TeacherActivations:
     """What the teacher computes on some inputs, at the positions that are looked at: one for all students that are reconstructed on these.
 
     Args:
-        inputs: n x ..., as the network takes them. All values that a layer has for them are held at once.
+        inputs: n of them, as the network takes them. All values that a layer has for them are held at once.
     """
 
-    def __init__(self, graph: Graph, inputs: Tensor) -> None:
+    def __init__(self, graph: Graph, inputs: Inputs) -> None:
         self.graph, self.inputs = graph, inputs
         self.rows = min(ROWS, TARGET_BYTES // (4 * max(1, sum(layer.out_channels for layer in graph.layers))))
         self._kept: dict[_Value, Tensor] = {}
@@ -85,7 +86,7 @@ def reconstruct(student: fx.GraphModule, teacher: TeacherActivations, policy: Po
     graph = teacher.graph
     aims = {aim.layer.name: aim for aim in _aims(student, _roles(student, graph.module))}
     known = teacher.values({(aim.teacher, aim.last) for aim in aims.values()})
-    _Reconstruction(student, graph, graph.selection(policy), aims, known, teacher.rows, until).run(teacher.inputs)
+    _Reconstruction(student, graph, graph.selection(policy), aims, known, teacher.rows, until).run(*tensors_of(teacher.inputs))
 
 
 @dataclass(frozen=True)
@@ -181,8 +182,8 @@ class _Recorder(fx.Interpreter):
         self._wanted, self._rows = wanted, rows
         self._known: dict[_Value, Tensor] = {}
 
-    def of(self, inputs: Tensor) -> dict[_Value, Tensor]:
-        self.run(inputs)
+    def of(self, inputs: Inputs) -> dict[_Value, Tensor]:
+        self.run(*tensors_of(inputs))
         return self._known
 
     def run_node(self, n: fx.Node) -> object:

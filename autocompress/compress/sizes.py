@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from autocompress.graph import Graph
-from autocompress.graph.nodes import arguments, name_of, normalized_axes, pad_amounts, slice_bounds
+from autocompress.graph.nodes import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, arguments, name_of, normalized_axes, pad_amounts, slice_bounds
 from autocompress.graph.resize import Selection
 
 
@@ -99,6 +99,13 @@ def _new(node: fx.Node, graph: Graph, selection: Selection) -> None:
     _set(node, "size", sizes)
 
 
+def _filter(node: fx.Node, graph: Graph, selection: Selection) -> None:
+    """One of each channel by itself has as many groups as there are channels; with other groups they do not change."""
+    roots = graph.roots(arguments(node)["input"].name).get(1)
+    if roots is not None and selection.changes(roots) and arguments(node)["groups"] > 1:
+        _set(node, "groups", selection.size(roots))
+
+
 def _norm(node: fx.Node, graph: Graph, selection: Selection) -> None:
     axes, sizes = normalized_axes(node, graph.module), list(arguments(node)["normalized_shape"])
     for place, axis in enumerate(axes):
@@ -113,6 +120,7 @@ _CHANGES: dict[str, Callable[[fx.Node, Graph, Selection], None]] = {
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), _split),
     **dict.fromkeys(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full"), _new),
+    **dict.fromkeys((*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS), _filter),
     "slice": _slice,
     "rms_norm": _norm,
 }

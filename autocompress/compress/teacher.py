@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from autocompress.batch import Inputs, answer, each
 from autocompress.compress.arithmetic import fast_arithmetic, fast_layout
 from autocompress.compress.distill import Answers, observe
 from autocompress.data import Data, sample, sampled
@@ -63,13 +64,13 @@ class Teacher:
         self._kept: dict[int, _Kept] = {}
         self._mixes = any(map(follows_batch, model.modules()))
         """Whether an answer depends on what else is in the batch: then students are to be told of just theirs."""
-        self._held_out: tuple[Tensor, Tensor] | None = None
+        self._held_out: tuple[Inputs, Tensor] | None = None
 
     def view(self, epoch: int) -> int:
         """The view of the data that students see in this epoch."""
         return epoch % self.views
 
-    def answers(self, indices: Tensor, inputs: Tensor, view: int, hidden: Sequence[str] = ()) -> Answers:
+    def answers(self, indices: Tensor, inputs: Inputs, view: int, hidden: Sequence[str] = ()) -> Answers:
         """What the teacher says of `data.view(indices, view, seed)`, which the caller has drawn already as `inputs`.
 
         hidden: layers of which is told what they read of the first inputs, HIDDEN_SHARE of them. That is too much to be kept.
@@ -101,7 +102,7 @@ class Teacher:
         student.eval()
         try:
             with fast_arithmetic(torch.device("cpu")):
-                answers = torch.cat([student(part).float() for part in inputs.split(self._batch)])
+                answers = torch.cat([answer(student, part).float() for part in inputs.split(self._batch)])
         except RuntimeError:
             return 1.0
         if self._data.classes is not None:
@@ -123,7 +124,7 @@ class Teacher:
         variance = float(outputs.var()) if outputs.numel() > 1 else 0.0
         return variance if variance > 0 else 1.0, own if 0 < own < math.inf else 1.0
 
-    def _answered(self, n: int) -> tuple[Tensor, Tensor]:
+    def _answered(self, n: int) -> tuple[Inputs, Tensor]:
         """Some validation inputs, and the outputs for them."""
         inputs = self._data.prepare(sample(self._data.val, n).inputs)
         return inputs, torch.cat([self._answer(part).outputs for part in inputs.split(self._batch)])
@@ -207,15 +208,15 @@ class Teacher:
             nn.Module.to(self.model, memory_format=layout)
         return layout
 
-    def _answer(self, inputs: Tensor, hidden: Sequence[str] = (), rows: int | None = None) -> Answers:
+    def _answer(self, inputs: Inputs, hidden: Sequence[str] = (), rows: int | None = None) -> Answers:
         return self._said(inputs, self._layout, hidden, len(inputs) if rows is None else rows)
 
     @torch.no_grad()
-    def _said(self, inputs: Tensor, layout: torch.memory_format, hidden: Sequence[str] = (), rows: int = 0) -> Answers:
+    def _said(self, inputs: Inputs, layout: torch.memory_format, hidden: Sequence[str] = (), rows: int = 0) -> Answers:
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         own = inputs.to(device, copy=True)  # it may change them in place
         with fast_arithmetic(device):
-            own = own.to(memory_format=layout) if own.dim() == IMAGES else own
+            own = each(lambda tensor: tensor.to(memory_format=layout) if tensor.dim() == IMAGES else tensor, own)
             said = observe(self.model, own, self._classifier, hidden, rows)
         return Answers(said.outputs.float().cpu(), said.features.float().cpu() if said.features is not None else None, said.hidden)
 

@@ -97,7 +97,7 @@ def _flag(options: dict[str, str], key: str, default: bool) -> bool:
 def _normalised(
     splits: tuple[Split, Split, Split], class_names: Sequence[str], options: dict[str, str], *, flip: bool = True, note: str = ""
 ) -> Data:
-    channels, height = splits[0].input_shape[:2]
+    channels, height, _ = splits[0].input_shapes[0]
     mean = IMAGENET_MEAN if channels == 3 else (0.5,) * channels
     std = IMAGENET_STD if channels == 3 else (0.5,) * channels
     return Data(

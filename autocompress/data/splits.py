@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autocompress.batch import Batch, Inputs, each, names_of, tensors_of
 from autocompress.errors import UsageError
 from autocompress.records import Normalisation
 
@@ -29,6 +30,9 @@ FINITE_BYTES = 2**28
 FLOAT_BYTES = 4
 IMAGE_AXES = 3
 DIGEST_INPUTS = 8
+FEW = 5
+"""Numbers that a message lists."""
+STACK = "several arrays are one for each input of the network: stack those that are one example each (numpy.stack)"
 CALIBRATION_BYTES = 2**30
 """Of the inputs that int8 ranges are fitted to, all together."""
 
@@ -43,17 +47,18 @@ class Split:
     larger than memory.
 
     Args:
+        inputs: an array; of networks with several inputs a tuple of arrays, or a dict of them by the names of the network's arguments.
         index: the row of `inputs` that belongs to each target; None: they are in the same order.
     """
 
     def __init__(self, inputs: Any, targets: Any, index: Tensor | None = None) -> None:
-        self._array, self.targets = _rows_of(inputs, "inputs"), _rows_of(targets, "targets")
+        self._array, self.targets = _inputs_of(inputs), _rows_of(targets, "targets")
         self._index = index
         rows = len(self._array if index is None else index)
         if rows != len(self.targets):
             raise UsageError(
                 f"a split must hold as many targets as inputs, but got {rows} inputs and {len(self.targets)} targets",
-                hint="give one target for each row of the inputs",
+                hint=STACK if isinstance(self._array, Batch) and not self.input_names else "give one target for each row of the inputs",
             )
 
     def __len__(self) -> int:
@@ -66,26 +71,34 @@ class Split:
         return Split(self._array, self.targets[index], rows[index])
 
     @property
-    def inputs(self) -> Tensor:
+    def inputs(self) -> Inputs:
         """All inputs; copied where the split is a part of another one."""
         return self._array if self._index is None else self._array[self._index]
 
     @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input, without the batch."""
-        return tuple(self._array.shape[1:])
+    def input_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of each input of the network, without the batch."""
+        return tuple(tuple(tensor.shape[1:]) for tensor in tensors_of(self._array))
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self._array.dtype
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of each input of the network."""
+        return tuple(tensor.dtype for tensor in tensors_of(self._array))
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Of the network's arguments that the inputs are for, where they are named."""
+        return names_of(self._array)
 
     @property
     def form(self) -> str:
-        """Shape and type of an input, in words; floating point of any precision is one type, since models see float32."""
-        kind = "floating point" if self.dtype.is_floating_point else str(self.dtype).removeprefix("torch.")
-        return f"{self.input_shape} {kind}"
+        """Shapes, types and names of the inputs, in words; floating point of any precision is one type, since models see float32."""
+        kinds = ["floating point" if dtype.is_floating_point else str(dtype).removeprefix("torch.") for dtype in self.dtypes]
+        names = self.input_names or ("",) * len(kinds)
+        forms = zip(names, self.input_shapes, kinds, strict=True)
+        return " and ".join(f"{name} {shape} {kind}".lstrip() for name, shape, kind in forms)
 
-    def rows(self, index: Tensor) -> Tensor:
+    def rows(self, index: Tensor) -> Inputs:
         """The inputs at `index`, as they are stored."""
         return self._array[index if self._index is None else self._index[index]]
 
@@ -111,13 +124,26 @@ class Split:
         return self if targets.dtype == torch.int64 else Split(self._array, targets.long(), self._index)
 
 
-def _rows_of(values: Any, what: str) -> Tensor:
-    several = isinstance(values, dict) or (isinstance(values, (tuple, list)) and any(isinstance(v, (Tensor, np.ndarray)) for v in values))
-    if several and what == "inputs":
+def _inputs_of(values: Any) -> Inputs:
+    """One tensor, or one for each input of the network. Raises UsageError unless all of them have as many rows."""
+    if isinstance(values, Tensor | Batch):
+        return values if isinstance(values, Batch) else _rows_of(values, "inputs")
+    if isinstance(values, Mapping) and values:
+        batch = Batch(tuple(_rows_of(array, f"inputs {name!r}") for name, array in values.items()), tuple(map(str, values)))
+    elif isinstance(values, (tuple, list)) and any(isinstance(array, (Tensor, np.ndarray)) for array in values):
+        batch = Batch(tuple(_rows_of(array, f"inputs {number}") for number, array in enumerate(values)))
+    else:
+        return _rows_of(values, "inputs")
+    sizes = [len(tensor) for tensor in batch.tensors]
+    if len(set(sizes)) > 1:
         raise UsageError(
-            f"models with several inputs are not supported yet: give one array, not a {type(values).__name__} of {len(values)}",
-            hint="stack them into one tensor, and wrap the model in a module that takes it apart",
+            f"several arrays as inputs must have a row for each example, but these have {', '.join(map(str, sizes[:FEW]))} rows",
+            hint=STACK,
         )
+    return batch
+
+
+def _rows_of(values: Any, what: str) -> Tensor:
     try:
         rows = _tensor_of(values)
     except Exception:  # whatever the user's own kind of array raises
@@ -158,7 +184,7 @@ class Data:
     The search sees `train` and `val` only; `test` is scored once, for the front that is reported.
 
     Args:
-        train, val, test: splits, or pairs (inputs, targets).
+        train, val, test: splits, or pairs (inputs, targets), as `Split` takes them.
         classes: number of classes; None: as many as the targets name, or none for tasks that bring their own `loss` and `score`.
         class_names: what the classes are called, in their order, where that is known: the manifest says it beside the file.
         mean, std: per-channel normalisation of uint8 images (scaled to [0, 1] first); None leaves inputs as they are.
@@ -195,7 +221,7 @@ class Data:
                     hint="give it examples that the other splits do not hold",
                 )
         self._require_one_form()
-        self._require_shift()
+        self._require_augmentation()
         self._require_normalisation()
         self._require_finite()
         if (self.loss is None) != (self.score is None):
@@ -220,31 +246,38 @@ class Data:
                 hint="prepare the inputs of all splits alike",
             )
 
-    def _require_shift(self) -> None:
-        """Raises UsageError unless the inputs are images that can be shifted so far."""
-        if self.shift and len(self.input_shape) != IMAGE_AXES:
+    def _require_augmentation(self) -> None:
+        """Raises UsageError unless the inputs can be mirrored, and are images that can be shifted so far."""
+        shape, *others = self.train.input_shapes
+        if self.is_augmented and others:
             raise UsageError(
-                f"only images of shape channels x height x width can be shifted, but the inputs have shape {self.input_shape}",
+                f"only examples of one input can be mirrored or shifted, but these have {1 + len(others)}",
+                hint="leave `flip` and `shift` out",
+            )
+        if self.shift and len(shape) != IMAGE_AXES:
+            raise UsageError(
+                f"only images of shape channels x height x width can be shifted, but the inputs have shape {shape}",
                 hint="leave `shift` out",
             )
-        if self.shift and not 0 < self.shift < min(self.input_shape[1:]):
+        if self.shift and not 0 < self.shift < min(shape[1:]):
             raise UsageError(
-                f"`shift` must lie in 0..{min(self.input_shape[1:]) - 1} pixels, but got {self.shift}", hint="a tenth of the width is usual"
+                f"`shift` must lie in 0..{min(shape[1:]) - 1} pixels, but got {self.shift}", hint="a tenth of the width is usual"
             )
 
     def _require_normalisation(self) -> None:
         """Raises UsageError unless `mean` and `std` say how uint8 images are normalised."""
         if (self.mean is None) != (self.std is None):
             raise UsageError("data must have both `mean` and `std`, or neither", hint="give both, one value a channel")
-        if self.mean is None or self.std is None or self.train.dtype != torch.uint8:
+        images = [shape for shape, dtype in zip(self.train.input_shapes, self.train.dtypes, strict=True) if dtype == torch.uint8]
+        if self.mean is None or self.std is None or not images:
             return
-        channels = self.input_shape[0] if self.input_shape else 1
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if not isinstance(values, Sequence) or len(values) not in (1, channels):
-                raise UsageError(
-                    f"`{name}` must have a value for each of the {channels} channels, but is {values}",
-                    hint="give one value a channel, or one for all",
-                )
+        for channels in {shape[0] if shape else 1 for shape in images}:
+            for name, values in (("mean", self.mean), ("std", self.std)):
+                if not isinstance(values, Sequence) or len(values) not in (1, channels):
+                    raise UsageError(
+                        f"`{name}` must have a value for each of the {channels} channels, but is {values}",
+                        hint="give one value a channel, or one for all",
+                    )
         if not all(value > 0 for value in self.std):
             raise UsageError(
                 f"`std` must be greater than zero, but is {tuple(self.std)}", hint="give the standard deviation of each channel"
@@ -254,8 +287,9 @@ class Data:
         for name in ("train", "val"):  # nothing looks at the test split before the end
             split = getattr(self, name)
             step = self.at_most(len(split), FINITE_BYTES)  # the whole may be a mapped file that is larger than memory
-            parts = (split[slice(start, start + step)].inputs for start in range(0, len(split), step))
-            if split.dtype.is_floating_point and not all(bool(torch.isfinite(part).all()) for part in parts):
+            parts = (tensors_of(split[slice(start, start + step)].inputs) for start in range(0, len(split), step))
+            floats = (tensor for part in parts for tensor in part if tensor.is_floating_point())
+            if any(dtype.is_floating_point for dtype in split.dtypes) and not all(bool(torch.isfinite(tensor).all()) for tensor in floats):
                 raise UsageError(
                     f"inputs must be finite, but some of {name} are NaN or infinite", hint="fill in or leave out such examples"
                 )
@@ -292,11 +326,6 @@ class Data:
                 )
 
     @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input, without the batch."""
-        return self.train.input_shape
-
-    @property
     def scored_by(self) -> str:
         """The name of the score."""
         if self.score_name is not None or self.score is None:
@@ -310,19 +339,23 @@ class Data:
         told = hashlib.sha256(repr((self.classes, self.mean, self.std, self.flip, self.shift, len(self.test))).encode())
         for split in (self.train, self.val):
             few = torch.arange(DIGEST_INPUTS) * (len(split) - 1) // (DIGEST_INPUTS - 1)
-            for part in (split.targets, split.rows(few)):
+            told.update(",".join(split.input_names).encode())
+            for part in (split.targets, *tensors_of(split.rows(few))):
                 told.update(repr((part.dtype, part.shape)).encode() + part.contiguous().view(torch.uint8).numpy().tobytes())
         return told.hexdigest()[:16]
 
-    def example(self, batch: int) -> Tensor:
+    def example(self, batch: int) -> Inputs:
         """One batch of training inputs as the model takes it."""
         return self.prepare(self.train.rows(torch.arange(batch) % len(self.train)))
 
-    def prepare(self, inputs: Tensor) -> Tensor:
+    def prepare(self, inputs: Inputs) -> Inputs:
         """What the model sees: images normalised, floating point in float32; whole numbers but uint8 stay as they are.
 
         A copy, since a network may change its inputs in place.
         """
+        return each(self._prepared, inputs)
+
+    def _prepared(self, inputs: Tensor) -> Tensor:
         if inputs.dtype != torch.uint8:
             return inputs.to(torch.float32 if inputs.is_floating_point() else inputs.dtype, copy=True)
         x = inputs.float().div_(255)
@@ -334,11 +367,11 @@ class Data:
     @property
     def normalisation(self) -> Normalisation | None:
         """What `prepare` does to images of whole numbers; None where the inputs are none."""
-        if self.train.dtype != torch.uint8:
+        if torch.uint8 not in self.train.dtypes:
             return None
         return Normalisation(mean=self.mean, std=self.std) if self.mean is not None and self.std is not None else Normalisation()
 
-    def batches(self, split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, split: Split, size: int) -> Iterator[tuple[Inputs, Tensor]]:
         """The split in order, without augmentation; the last batch may be smaller."""
         for start in range(0, len(split), size):
             part = split[slice(start, start + size)]
@@ -349,22 +382,22 @@ class Data:
         """Whether epochs differ in how they show an input."""
         return self.flip or bool(self.shift)
 
-    def view(self, indices: Tensor, epoch: int, seed: int = 0) -> Tensor:
+    def view(self, indices: Tensor, epoch: int, seed: int = 0) -> Inputs:
         """Training inputs as the model sees them in this epoch: the same for every caller.
 
         Mirroring alternates between epochs (Jordan 2024, arXiv 2404.00498, section 3.6): whether image i is mirrored in
         epoch e is the parity of (hash(i) + e), so that two epochs show both.
         """
-        x = self.train.rows(indices)
+        return each(lambda rows: self._augmented(rows, indices, epoch, seed), self.train.rows(indices))
+
+    def _augmented(self, x: Tensor, indices: Tensor, epoch: int, seed: int) -> Tensor:
         if self.flip:
             side = _coin(indices, seed).logical_xor(torch.tensor(epoch % 2 == 1))
             x = torch.where(side.view((-1,) + (1,) * (x.dim() - 1)), x.flip(-1), x)
-        x = self.prepare(x)
-        if self.shift:
-            x = shifted(x, _offsets(len(self.train), self.shift, epoch, seed)[indices])
-        return x
+        x = self._prepared(x)
+        return shifted(x, _offsets(len(self.train), self.shift, epoch, seed)[indices]) if self.shift else x
 
-    def calibration_batches(self, n: int, size: int) -> Iterator[Tensor]:
+    def calibration_batches(self, n: int, size: int) -> Iterator[Inputs]:
         """`n` training inputs without augmentation, the same for every caller, in batches of `size`; fewer where they are huge."""
         generator = torch.Generator().manual_seed(SPLIT_SEED)
         index = torch.randperm(len(self.train), generator=generator)[: self.at_most(n, CALIBRATION_BYTES)]
@@ -373,7 +406,7 @@ class Data:
 
     def at_most(self, n: int, limit: int) -> int:
         """`n`, or as many inputs as take `limit` bytes as the model sees them; at least one."""
-        return max(1, min(n, limit // (FLOAT_BYTES * max(1, math.prod(self.input_shape)))))
+        return max(1, min(n, limit // (FLOAT_BYTES * max(1, sum(map(math.prod, self.train.input_shapes))))))
 
 
 def _coin(indices: Tensor, seed: int) -> Tensor:

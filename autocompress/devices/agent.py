@@ -25,7 +25,7 @@ from autocompress import machine
 from autocompress.devices import processes, processor
 from autocompress.devices.access import VARIABLE, token_of
 from autocompress.devices.blobs import Blobs
-from autocompress.devices.frames import read_array
+from autocompress.devices.frames import Feed, read_array
 from autocompress.devices.protocol import PROTOCOL
 from autocompress.devices.running import outputs_of
 from autocompress.devices.runtime import EXACT, PRECISIONS, TITLES, Guard, Runtime
@@ -86,7 +86,7 @@ class Agent:
         return processes.ask(self._runtime(request), asked | _seconds(request), _most_s(request))
 
     def run(self, request: dict[str, Any]) -> np.ndarray:
-        """First output of a file for all inputs, blobs with an array of several batches each."""
+        """First output of a file for all inputs, blobs that hold several batches each: an array for each input of the file."""
         model, *parts = self.blobs.paths([request["model"], *request["inputs"]])
         return outputs_of(model, self._runtime(request), (batch for part in parts for batch in _batches(part)))
 
@@ -116,12 +116,14 @@ def _most_s(request: dict[str, Any]) -> float:
     return min(float(request["most_s"]), MOST_WORK_S)
 
 
-def _batches(path: Path) -> Iterator[np.ndarray]:
+def _batches(path: Path) -> Iterator[Feed]:
+    arrays: list[np.ndarray] = []
     with path.open("rb") as file:
-        array = read_array(file)
-    if array is None or not array.size:
-        raise UsageError("inputs must be an array, as autocompress sends it", hint="use autocompress")
-    yield from array
+        while (array := read_array(file)) is not None:
+            arrays.append(array)
+    if not arrays or not all(array.ndim and array.size for array in arrays):
+        raise UsageError("inputs must be arrays, as autocompress sends them", hint="use autocompress")
+    yield from zip(*arrays, strict=True)
 
 
 def serve(host: str, port: int, token: bytes, limits: Limits, *, ready: Callable[[Server], None] | None = None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from autocompress.devices.frames import Feed
 from autocompress.devices.runtime import EXACT, TITLES, Runtime
 from autocompress.devices.timing import summarise
 from autocompress.errors import PolicyFailure
@@ -67,8 +68,8 @@ class Device(ABC):
     profile: DeviceProfile
 
     @abstractmethod
-    def run(self, path: Path, batches: Iterable[np.ndarray]) -> np.ndarray:
-        """First output of a file for each batch of inputs, one below the other; batches are of the size that the file takes.
+    def run(self, path: Path, batches: Iterable[Feed]) -> np.ndarray:
+        """First output of a file for each batch, one below the other; batches are of the size that the file takes.
 
         With the threads that it is measured with, perhaps in several processes; `batches` may be drawn in other threads, one at a time.
         Raises PolicyFailure when the runtime cannot run the file, crashes or hangs.

@@ -154,11 +154,15 @@ def measure_many(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(request: dict[str, Any], answers: IO[bytes]) -> None:
-    """Arrays of shape batches x inputs from stdin, of batches x outputs as answers, until stdin ends."""
+    """Arrays of shape batches x inputs from stdin, one for each input of the file, of batches x outputs as answers, until stdin ends."""
     session = _opened(request, request["path"])
-    name = session.inputs[0].name
-    while (batches := read_array(sys.stdin.buffer)) is not None:
-        write_array(answers, np.stack([session.run({name: inputs}) for inputs in batches]))
+    names = [value.name for value in session.inputs]
+    if len(names) != request["inputs"]:
+        raise ValueError(f"the file has {len(names)} inputs, but is given {request['inputs']}")
+    while (first := read_array(sys.stdin.buffer)) is not None:
+        others = (read_array(sys.stdin.buffer) for _ in names[1:])
+        columns = [first, *(array for array in others if array is not None)]
+        write_array(answers, np.stack([session.run(dict(zip(names, arrays, strict=True))) for arrays in zip(*columns, strict=True)]))
 
 
 def _opened(request: dict[str, Any], model: str | bytes) -> Session:

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import IO
 
 import numpy as np
+
+Feed = tuple[np.ndarray, ...]
+"""What a file is run on: an array for each of its inputs, in their order."""
+
+
+def stacked(batches: Sequence[Feed]) -> Feed:
+    """Several batches together: for each input an array of batches x rows x ..."""
+    return tuple(np.stack(arrays) for arrays in zip(*batches, strict=True))
 
 
 def framed(array: np.ndarray) -> tuple[bytes, memoryview]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from autocompress.devices import processes, processor
 from autocompress.devices.base import MOST_A_FILE_S, Device, measurements, profile_of
+from autocompress.devices.frames import Feed
 from autocompress.devices.running import outputs_of
 from autocompress.devices.runtime import CURES, Runtime
 from autocompress.devices.timing import FEWEST_ROUNDS
@@ -30,7 +31,7 @@ class LocalCpu(Device):
         self._runtime = runtime
         self.profile = profile_of(runtime, saturates=processor.int8_saturates(processor.flags()))
 
-    def run(self, path: Path, batches: Iterable[np.ndarray]) -> np.ndarray:
+    def run(self, path: Path, batches: Iterable[Feed]) -> np.ndarray:
         return outputs_of(path, self._runtime, batches)
 
     def measure(self, paths: Sequence[Path], *, seconds_each: float = 1.0) -> list[Measurement]:

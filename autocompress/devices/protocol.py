@@ -10,7 +10,7 @@ import numpy as np
 from autocompress.devices.blobs import Missing
 from autocompress.errors import DeviceUnavailable, PolicyFailure, UsageError, one_line
 
-PROTOCOL = 2
+PROTOCOL = 3
 HEARTBEAT_S = 5.0
 """Between signs of life while a request is worked on: who hears nothing for much longer knows that the device is gone."""
 MOST_REQUEST = 2**26

@@ -21,7 +21,7 @@ import numpy as np
 
 from autocompress.devices.access import token_of
 from autocompress.devices.base import MOST_A_FILE_S, Device, measurements, profile_of
-from autocompress.devices.frames import read_array, write_array
+from autocompress.devices.frames import Feed, read_array, stacked, write_array
 from autocompress.devices.protocol import HEARTBEAT_S, MOST_REQUEST, PROTOCOL, raise_failure
 from autocompress.devices.runtime import EXACT, Runtime
 from autocompress.devices.timing import FEWEST_ROUNDS
@@ -67,7 +67,7 @@ class RemoteCpu(Device):
         self._most_bytes = int(facts["most_bytes"])
         self.profile = profile_of(runtime, saturates=bool(facts["saturates"]))
 
-    def run(self, path: Path, batches: Iterable[np.ndarray]) -> np.ndarray:
+    def run(self, path: Path, batches: Iterable[Feed]) -> np.ndarray:
         model, outputs = path.read_bytes(), list[np.ndarray]()
         digest = _digest(model)
         for group in _grouped(_framed(batches)):
@@ -183,13 +183,14 @@ def _array(rest: io.BytesIO) -> np.ndarray:
     return array
 
 
-def _framed(batches: Iterable[np.ndarray]) -> Iterator[bytes]:
-    """Batches, which are of one size, stacked to arrays of about PART_BYTES."""
+def _framed(batches: Iterable[Feed]) -> Iterator[bytes]:
+    """Batches, which are of one size, stacked: for each input an array, of about PART_BYTES together."""
     left = iter(batches)
     for first in left:
-        more = max(1, PART_BYTES // max(1, first.nbytes)) - 1
+        more = max(1, PART_BYTES // max(1, sum(array.nbytes for array in first))) - 1
         framed = io.BytesIO()
-        write_array(framed, np.stack([first, *itertools.islice(left, more)]))
+        for array in stacked([first, *itertools.islice(left, more)]):
+            write_array(framed, array)
         yield framed.getvalue()
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from autocompress import machine
 from autocompress.devices import processes, processor
-from autocompress.devices.frames import read_array, write_array
+from autocompress.devices.frames import Feed, read_array, stacked, write_array
 from autocompress.devices.runtime import Runtime
 from autocompress.errors import PolicyFailure
 
@@ -26,12 +26,12 @@ AT_ONCE_S = 0.05
 ALONE_S = 0.5
 """Until then a process works alone: another one takes about as long to start."""
 MOST_PROCESSES, ENDING_S = 16, 10.0
-Batches = list[tuple[int, np.ndarray]]
+Batches = list[tuple[int, Feed]]
 """Each with its number."""
 
 
-def outputs_of(path: Path, runtime: Runtime, batches: Iterable[np.ndarray]) -> np.ndarray:
-    """First output of a file for each batch of inputs, one below the other.
+def outputs_of(path: Path, runtime: Runtime, batches: Iterable[Feed]) -> np.ndarray:
+    """First output of a file for each batch, one below the other.
 
     A helper that fails costs nothing but time: the first process does its batches too.
     Raises PolicyFailure when the runtime cannot run the file, crashes or hangs.
@@ -71,7 +71,7 @@ def _helpers(pid: int, threads: int) -> int:
 class _Work:
     """Batches that several threads take in turns, the processes that they give them to, and what became of them."""
 
-    def __init__(self, batches: Iterable[np.ndarray]) -> None:
+    def __init__(self, batches: Iterable[Feed]) -> None:
         self._waiting = enumerate(batches)
         self._back: Batches = []
         self._done: dict[int, np.ndarray] = {}
@@ -135,7 +135,7 @@ def _help(path: Path, runtime: Runtime, work: _Work) -> None:
 
 def _journeys(path: Path, runtime: Runtime, work: _Work) -> Iterator[subprocess.Popen[bytes]]:
     """Take more and more batches at once to a process of its own, until those of one journey take AT_ONCE_S. Raises PolicyFailure."""
-    at_once, line = 1, processes.line({"kind": "run", "path": str(path)} | runtime.asked).encode()
+    at_once, is_asked = 1, False
     with tempfile.TemporaryFile() as complaints:
         child = subprocess.Popen(
             processes.COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, env=processes.environment()
@@ -146,8 +146,9 @@ def _journeys(path: Path, runtime: Runtime, work: _Work) -> Iterator[subprocess.
             try:
                 while taken := work.take(at_once):
                     begun = time.monotonic()
-                    outputs = _answer(child, line, np.stack([batch for _, batch in taken]))
-                    line = b""
+                    request = {"kind": "run", "path": str(path), "inputs": len(taken[0][1])} | runtime.asked
+                    line = b"" if is_asked else processes.line(request).encode()
+                    outputs, is_asked = _answer(child, line, stacked([batch for _, batch in taken])), True
                     if outputs is None:
                         work.give_back(taken)
                         raise _stopped(child, runtime, path, time.monotonic() - begun, complaints)
@@ -160,14 +161,15 @@ def _journeys(path: Path, runtime: Runtime, work: _Work) -> Iterator[subprocess.
                     child.stdin.close()
 
 
-def _answer(child: subprocess.Popen[bytes], line: bytes, inputs: np.ndarray) -> np.ndarray | None:
+def _answer(child: subprocess.Popen[bytes], line: bytes, inputs: Feed) -> np.ndarray | None:
     """What the process makes of the inputs after a line with a request; None when it ends over them, or has to be ended after TIMEOUT_S."""
     assert child.stdin is not None and child.stdout is not None
     guard = threading.Timer(processes.TIMEOUT_S, child.kill)
     guard.start()
     try:
         child.stdin.write(line)
-        write_array(child.stdin, inputs)
+        for array in inputs:
+            write_array(child.stdin, array)
         return read_array(child.stdout)
     except BrokenPipeError:
         return None

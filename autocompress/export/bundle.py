@@ -38,6 +38,7 @@ class Manifest(Record):
     """What an artifact is, where it comes from, what was measured of it, on what and when.
 
     sha256: of each file that belongs to it, by name. normalisation: of the images that it was scored on; no part of the files.
+    inputs_by_name: whether the inputs are called as the arguments of the model that they are for; else they are for its first ones.
     parity: how the file's outputs differ from those of the student in student.safetensors.
     device: where latencies were measured; scored_on: where the file was run for its scores, by the search.
     """
@@ -52,6 +53,7 @@ class Manifest(Record):
     sha256: dict[str, str]
     size_bytes: int
     inputs: dict[str, Input]
+    inputs_by_name: bool = False
     normalisation: Normalisation | None = None
     outputs: tuple[str, ...] = ("output",)
     batch: int
@@ -91,6 +93,7 @@ def write_bundle(
     example: tuple[Tensor, ...],
     *,
     model: str,
+    input_names: tuple[str, ...] = (),
     classes: int | None = None,
     class_names: tuple[str, ...] = (),
     seed: int = 0,
@@ -101,17 +104,18 @@ def write_bundle(
     Args:
         student: quantized and calibrated as the policy says, in eval mode; not changed.
         example: inputs at the deployment batch, which the file keeps.
+        input_names: of the model's arguments that the inputs are for, where they are named; the file calls its inputs so too.
         model: reference of the teacher. classes: how many it tells apart; None for other tasks.
         class_names: what they are called, in the order of the outputs, where that is known.
         seed: of the weights that a network without a weights file had; which channels a student keeps follows from them.
         normalisation: of the images that the student was trained on.
     """
-    names = [node.name for node in student.graph.nodes if node.op == "placeholder"]
-    files = {POLICY: policy.to_json().encode(), STUDENT: weights_bytes(student), MODEL: onnx_bytes(student, policy.quant, example)}
+    names = input_names or tuple(node.name for node in student.graph.nodes if node.op == "placeholder")
+    files = {POLICY: policy.to_json().encode(), STUDENT: weights_bytes(student), MODEL: onnx_bytes(student, policy.quant, example, names)}
     manifest = Manifest(
         model=model, classes=classes, class_names=class_names, seed=seed, policy_digest=policy.digest,
         sha256={name: hashlib.sha256(content).hexdigest() for name, content in files.items()}, size_bytes=len(files[MODEL]),
-        inputs={name: _input(value) for name, value in zip(names, example, strict=False)},
+        inputs={name: _input(value) for name, value in zip(names, example, strict=False)}, inputs_by_name=bool(input_names),
         normalisation=normalisation, batch=len(example[0]), created_at=now(), environment=library_versions(),
     )  # fmt: skip
     with writing(folder):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +43,10 @@ class _FixedQuantizer(nn.Module):
         return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, 0, UINT8_MAX)
 
 
-def onnx_bytes(student: fx.GraphModule, quant: QuantSpec, example: tuple[Tensor, ...]) -> bytes:
+def onnx_bytes(student: fx.GraphModule, quant: QuantSpec, example: tuple[Tensor, ...], names: Sequence[str] = ()) -> bytes:
     """The student as a serialized ONNX model with the example's batch fixed; the student is not changed.
 
+    names: of its inputs; by default those of the traced network.
     Raises PolicyFailure when torch's exporter fails, or a layer's weights would not be in the bits that the policy says.
     """
     module = copy.deepcopy(student).cpu().eval()
@@ -54,7 +56,7 @@ def onnx_bytes(student: fx.GraphModule, quant: QuantSpec, example: tuple[Tensor,
     for name, child in list(module.named_modules()):
         if isinstance(child, ActivationQuantizer):
             module.set_submodule(name, _FixedQuantizer(child) if bool(child.calibrated) else nn.Identity())
-    model = _export(module, example)
+    model = _export(module, example, names or [node.name for node in module.graph.nodes if node.op == "placeholder"])
     _name_turned_weights(model, {f"{name}.weight": module.get_parameter(f"{name}.weight") for name in bits})
     _require_packed(student, bits, _pack_weights(model, bits, quant.reduced_range))
     _strip(model)
@@ -62,8 +64,7 @@ def onnx_bytes(student: fx.GraphModule, quant: QuantSpec, example: tuple[Tensor,
     return model.SerializeToString()
 
 
-def _export(module: fx.GraphModule, example: tuple[Tensor, ...]) -> onnx.ModelProto:
-    names = [node.name for node in module.graph.nodes if node.op == "placeholder"]
+def _export(module: fx.GraphModule, example: tuple[Tensor, ...], names: Sequence[str]) -> onnx.ModelProto:
     with quiet("torch.onnx"), quick_export():
         try:
             program = torch.onnx.export(

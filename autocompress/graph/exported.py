@@ -116,7 +116,7 @@ def _takes_any_number(program: torch.export.ExportedProgram) -> bool:
     named = program.graph_signature.user_inputs
     inputs = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in named]
     first = [size for value in inputs if isinstance(value, Tensor) for size in value.shape[:1]]
-    return any(isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None for size in first)
+    return bool(first) and all(isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None for size in first)
 
 
 def _for_any_number(few: fx.GraphModule, many: fx.GraphModule, n: int) -> fx.GraphModule:
@@ -317,12 +317,19 @@ def _leave_out_copies(graph: fx.Graph) -> None:
 
 
 def _write_attention_out(graph: fx.Graph) -> None:
-    """Attention over more axes than batch, heads, tokens and size is one operator of torch's, but none that is exported to ONNX."""
+    """Attention over more axes than batch, heads, tokens and size is one operator of torch's, but none that is exported to ONNX.
+
+    Keys and values that serve several heads each are repeated for them.
+    """
     aten = torch.ops.aten
     for node in list(graph.nodes):
+        if name_of(node) != "scaled_dot_product_attention":
+            continue
+        if arguments(node).get("enable_gqa"):
+            _repeat_for_heads(node)
         given = arguments(node)
-        plain = not given.get("is_causal") and not given.get("enable_gqa") and given.get("attn_mask") is None
-        if name_of(node) != "scaled_dot_product_attention" or not plain or node.meta["val"].dim() <= HEADS:
+        plain = not given.get("is_causal") and given.get("attn_mask") is None
+        if not plain or node.meta["val"].dim() <= HEADS:
             continue
         query, key, value = (given[name] for name in ("query", "key", "value"))
         scale = given["scale"] or query.meta["val"].shape[-1] ** -0.5
@@ -332,6 +339,17 @@ def _write_attention_out(graph: fx.Graph) -> None:
             written = graph.call_function(aten.matmul.default, (shares, value))
         written.meta = dict(node.meta)
         node.replace_all_uses_with(written)
+
+
+def _repeat_for_heads(node: fx.Node) -> None:
+    """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245) as the usual one."""
+    given = arguments(node) | {"enable_gqa": False}
+    for name in ("key", "value"):
+        times = int(given["query"].meta["val"].shape[-3]) // int(given[name].meta["val"].shape[-3])
+        with node.graph.inserting_before(node):
+            repeat = torch.ops.aten.repeat_interleave.self_int
+            given[name] = node.graph.call_function(repeat, (given[name], times, -3)) if times > 1 else given[name]
+    node.args, node.kwargs = (given.pop("query"), given.pop("key"), given.pop("value")), given
 
 
 def _writes_what_others_see(graph: fx.Graph) -> bool:

@@ -13,10 +13,13 @@ from torch import Tensor, fx, nn
 from autocompress.graph.channels import Ids, Layout
 from autocompress.graph.flow import PRODUCT, STATISTIC, Flow, NotUnderstood, title
 from autocompress.graph.nodes import (
+    CONVOLUTIONS,
     RECURRENT,
+    TRANSPOSED_CONVOLUTIONS,
     Conv,
     arguments,
     is_depthwise,
+    is_depthwise_call,
     is_layer,
     is_norm,
     module_of,
@@ -61,11 +64,15 @@ def spatial(flow: Flow, node: fx.Node) -> Layout:
     """What slides over a map keeps its channels."""
     source, given = flow.only(node), next(each for each in node.all_input_nodes if "shape" in each.meta)
     slides = AXES.search(name_of(node) or type(module_of(node, flow.module)).__name__)
-    before, after = given.meta["shape"], node.meta["shape"]
+    several = node.meta.get("shapes", ())  # some tell where they have found what they give
+    before, after = given.meta["shape"], several[0] if several else node.meta["shape"]
     if slides is None or len(after) != int(slides[1]) + 2 or after[1] != before[1]:
         raise NotUnderstood(f"{title(node)} slides over channels")
     flow.freeze_axes(source, [axis for axis in source if axis != 1], f"{title(node)} slides along them")
-    return {axis: ids for axis, ids in source.items() if axis == 1}
+    layout = {axis: ids for axis, ids in source.items() if axis == 1}
+    if several:
+        flow.parts[node.name] = [layout] * len(several)
+    return {} if several else layout
 
 
 def _conv(flow: Flow, node: fx.Node) -> Layout:
@@ -174,12 +181,62 @@ def _prelu(flow: Flow, node: fx.Node) -> Layout:
     return layout
 
 
+def _filter(flow: Flow, node: fx.Node) -> Layout:
+    """A convolution whose weight is computed, or is none that is trained: of each channel by itself it follows these."""
+    given = arguments(node)
+    weight, source = flow.known(given["weight"]), flow.known(given["input"])
+    if len(node.meta["shape"]) != len(given["weight"].meta["shape"]):
+        raise NotUnderstood(f"{title(node)} reads what is no batch")
+    flow.freeze_axes(source, [axis for axis in source if axis != 1], f"{title(node)} slides along them")
+    flow.freeze_axes(weight, [axis for axis in weight if axis > 1], f"{title(node)} is as large")
+    if is_depthwise_call(node):
+        return _each_by_itself(flow, node)
+    if given["groups"] != 1:
+        raise NotUnderstood
+    flow.contract(source.get(1), weight.get(1), node)
+    return _made_of(flow, node, {}, 1)
+
+
+def _functional_linear(flow: Flow, node: fx.Node) -> Layout:
+    """A product with a weight that is computed."""
+    given = arguments(node)
+    weight, source = flow.known(given["weight"]), flow.known(given["input"])
+    last = len(node.meta["shape"]) - 1
+    if len(given["weight"].meta["shape"]) != 2:
+        raise NotUnderstood
+    flow.contract(source.get(last), weight.get(1), node)
+    return _made_of(flow, node, {axis: ids for axis, ids in source.items() if axis != last}, last)
+
+
+def _made_of(flow: Flow, node: fx.Node, layout: Layout, axis: int) -> Layout:
+    """What a layer makes whose weight is a value: its rows are the channels along `axis`, and the bias follows them."""
+    given = arguments(node)
+    rows = flow.known(given["weight"]).get(0)
+    if isinstance(given["bias"], fx.Node):
+        flow.follow(flow.known(given["bias"]).get(0), rows, title(node))
+    return layout if rows is None else {**layout, axis: rows}
+
+
+def _each_by_itself(flow: Flow, node: fx.Node) -> Layout:
+    """Filters and biases follow the channels that they are for."""
+    given = arguments(node)
+    channels = flow.known(given["input"]).get(1)
+    for held in (given["weight"], given["bias"]):
+        if isinstance(held, fx.Node):
+            flow.follow(flow.known(held).get(0), channels, title(node))
+    return {1: channels} if channels is not None else {}
+
+
 def _transposed_conv(flow: Flow, node: fx.Node) -> Layout:
     given = arguments(node)
     weight, source = flow.known(given["weight"]), flow.known(given["input"])
+    if len(node.meta["shape"]) != len(given["weight"].meta["shape"]):
+        raise NotUnderstood(f"{title(node)} reads what is no batch")
+    flow.freeze_axes(source, [axis for axis in source if axis != 1], f"{title(node)} slides along them")
+    if is_depthwise_call(node):
+        return _each_by_itself(flow, node)
     if given["groups"] != 1 or given["weight"].op != "get_attr" or 1 not in weight:
         raise NotUnderstood
-    flow.freeze_axes(source, [axis for axis in source if axis != 1], f"{title(node)} slides along them")
     flow.follow(weight.get(0), source.get(1), title(node))
     if 1 in source:
         flow.channels.play(node.name, PRODUCT, source[1])
@@ -251,6 +308,6 @@ WEIGHTED: dict[str, Rule] = {
     **dict.fromkeys(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full"), _new),
     **dict.fromkeys(RECURRENT, _recurrent), "prelu": _prelu, "rms_norm": _rms_norm, "instance_norm": _instance_norm,
     "embedding": _embedding, "index": _index,
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed_conv),
+    **dict.fromkeys(TRANSPOSED_CONVOLUTIONS, _transposed_conv), **dict.fromkeys(CONVOLUTIONS, _filter), "linear": _functional_linear,
 }  # fmt: skip
 """Rules of functions that hold or are given what the network holds."""

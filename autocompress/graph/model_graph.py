@@ -385,13 +385,23 @@ class Graph:
             if not is_layer(module) and not is_norm(module) and any(True for _ in module.parameters())
         }
         held |= dict(node.meta["owner"] for node in self.module.graph.nodes if node.meta.get("owner"))
-        makers = {maker.rpartition(".")[0] for group in self.groups if group.prunable for maker in group.producers}
+        pruned = self._pruned_parameters()
         parts = [
-            Frozen(name, f"{kind} is one operator here: its weights are {'not' if name in makers else 'neither pruned nor'} quantized")
+            Frozen(name, f"{kind} is one operator here: its weights are {'not' if name in pruned else 'neither pruned nor'} quantized")
             for name, kind in held.items()
         ]
         parts += [Frozen(name, "it reads no input: what it makes is a constant, and stays in float32") for name in sorted(self._constant)]
         return (*whole, *path, *groups, *parts)
+
+    def _pruned_parameters(self) -> set[str]:
+        """Paths of what holds parameters that follow channels which may change."""
+        free = {root for group in self.groups if group.prunable for root in self._members[group.name].tolist()}
+        held = (node for node in self.module.graph.nodes if node.op == "get_attr")
+        return {
+            str(node.target).rpartition(".")[0]
+            for node in held
+            if any(not free.isdisjoint(roots.tolist()) for roots in self.roots(node.name).values())
+        }
 
     def _find_classifier(self) -> str | None:
         output = next(node for node in self.module.graph.nodes if node.op == "output")

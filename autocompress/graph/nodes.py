@@ -33,6 +33,14 @@ NodeKind = Literal[
     "softmax",
     "attention",
     "layernorm",
+    "groupnorm",
+    "filter",
+    "convtranspose",
+    "recurrent",
+    "einsum",
+    "resize",
+    "move",
+    "elementwise",
     "output",
     "other",
 ]
@@ -48,7 +56,17 @@ _MODULES: tuple[tuple[tuple[type[nn.Module], ...], NodeKind], ...] = (
     ((nn.Dropout, nn.Dropout2d, nn.Identity), "identity"),
     ((nn.AdaptiveMaxPool2d,), "maxpool"),
     ((nn.LayerNorm,), "layernorm"),
+    ((nn.GroupNorm,), "groupnorm"),
 )
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+TRANSPOSED_CONVOLUTIONS = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+UPSAMPLED = (
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
+    "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d", "_upsample_bilinear2d_aa", "upsample_trilinear3d",
+    "upsample_bicubic2d", "_upsample_bicubic2d_aa",
+)  # fmt: skip
+RECURRENT = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+"""Recurrent layers, and their gates, which are so many rows of the weights for each hidden unit."""
 _KINDS: dict[NodeKind, tuple[str, ...]] = {
     "add": ("add",),
     "mul": ("mul",),
@@ -62,9 +80,24 @@ _KINDS: dict[NodeKind, tuple[str, ...]] = {
     "slice": ("slice",),
     "reshape": ("reshape", "reshape_as", "flatten", "unflatten"),
     "identity": ("detach",),
-    "matmul": ("matmul", "bmm"),
-    "softmax": ("softmax",),
+    "matmul": ("matmul", "bmm", "mm"),
+    "softmax": ("softmax", "log_softmax"),
     "attention": ("scaled_dot_product_attention",),
+    "groupnorm": ("instance_norm",),
+    "filter": (*CONVOLUTIONS, "linear"),
+    "convtranspose": TRANSPOSED_CONVOLUTIONS,
+    "recurrent": (*RECURRENT,),
+    "einsum": ("einsum",),
+    "resize": UPSAMPLED,
+    "move": (
+        "permute", "transpose", "swapdims", "swapaxes", "t", "mT", "adjoint", "movedim", "moveaxis", "roll", "flip", "repeat", "tile",
+        "repeat_interleave", "stack", "select", "index", "index_select", "gather", "embedding", "pixel_shuffle", "pixel_unshuffle",
+        "channel_shuffle", "im2col", "col2im", "unfold", "grid_sampler",
+    ),
+    "other": (
+        "unsqueeze", "squeeze", "expand", "expand_as", "to", "type_as", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones",
+        "new_full", "zeros", "ones", "full", "arange", "alpha_dropout", "feature_alpha_dropout",
+    ),
 }  # fmt: skip
 """Operators of ATen by what they are here."""
 _OPERATORS: dict[str, NodeKind] = {name: kind for kind, names in _KINDS.items() for name in names}
@@ -73,16 +106,20 @@ FOLLOWERS = ("add", "maxpool", "avgpool", "concat", "pad", "slice", "reshape", "
 SIX = (0.0, 6.0)
 """Limits of the hard tanh that is a ReLU6."""
 ATEN = "aten::"
-RECURRENT = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
-"""Recurrent layers, and their gates, which are so many rows of the weights for each hidden unit."""
 
 
-def constant_layers(root: fx.GraphModule) -> set[str]:
-    """Layers that read no input, as those of positions do: what they make is one constant, wherever an exporter computes it."""
+def fed_nodes(root: fx.GraphModule) -> set[fx.Node]:
+    """What depends on an input, other than on how many there are; the rest is one constant, wherever an exporter computes it."""
     fed: set[fx.Node] = set()
     for node in root.graph.nodes:
         if node.op == "placeholder" or not (fed.isdisjoint(node.all_input_nodes) or is_about_sizes(node)):
             fed.add(node)
+    return fed
+
+
+def constant_layers(root: fx.GraphModule) -> set[str]:
+    """Layers that read no input, as those of positions do."""
+    fed = fed_nodes(root)
     return {str(node.target) for node in root.graph.nodes if kind_of(node, root) in ("conv", "linear") and node not in fed}
 
 
@@ -147,10 +184,12 @@ def _classify(node: fx.Node, root: nn.Module) -> NodeKind:
         module = root.get_submodule(str(node.target))
         known = _LAYERS.get(type(module)) or next((kind for types, kind in _MODULES if isinstance(module, types)), None)
         return known or "other"
-    if not isinstance(node.target, torch._ops.OpOverload) or arguments(node).get("alpha", 1) != 1:
+    if not isinstance(node.target, torch._ops.OpOverload) or is_about_sizes(node):
         return "other"
-    kind = _OPERATORS.get(name_of(node), "other")
-    return "other" if kind == "pad" and not _pads_zeros_or_copies(node) else kind
+    kind = _OPERATORS.get(name_of(node), "elementwise")
+    if arguments(node).get("alpha", 1) != 1:
+        return "elementwise"
+    return "move" if kind == "pad" and not _pads_zeros_or_copies(node) else kind
 
 
 def _pads_zeros_or_copies(node: fx.Node) -> bool:
@@ -255,6 +294,13 @@ def reduced_axes(node: fx.Node) -> list[int]:
 def is_depthwise(layer: nn.Module | None) -> bool:
     """Whether this is a convolution of each channel by itself."""
     return isinstance(layer, Conv) and 1 < layer.groups == layer.in_channels == layer.out_channels
+
+
+def is_depthwise_call(node: fx.Node) -> bool:
+    """Whether this function is a convolution, or a transposed one, of each channel by itself."""
+    given = arguments(node)
+    filters, channels, groups = given["weight"].meta["shape"], given["input"].meta["shape"][1], given["groups"]
+    return isinstance(groups, int) and 1 < groups == channels == filters[0] and filters[1] == 1
 
 
 def follows_batch(module: nn.Module | None) -> bool:

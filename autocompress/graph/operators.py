@@ -8,9 +8,22 @@ from typing import Any
 
 from torch import fx, nn
 
-from autocompress.graph.nodes import Conv, Weighted, arguments, channel_axis, follows_batch, module_of, name_of, relu_of
+from autocompress.graph.nodes import (
+    Conv,
+    Weighted,
+    arguments,
+    channel_axis,
+    follows_batch,
+    module_of,
+    name_of,
+    relu_of,
+)  # fmt: skip
+from autocompress.graph.reshaping import TURNS
 from autocompress.records import Operator, OperatorKind, Shape
 
+FUNCTIONS = ("activation", "elementwise", "move", "resize", "recurrent", "einsum")
+"""Kinds of operators of which several are told apart by the function."""
+FILTERS = ("filter", "convtranspose")
 NORM_VECTORS = 4
 """A batch norm that is not folded has weight, bias, mean and variance in the file."""
 
@@ -41,18 +54,22 @@ def operator_of(
 
     Args:
         module: the network that the node is of.
-        shapes: of its inputs that are tensors, and of its output.
+        shapes: of its inputs that are tensors, and of its output, but of a recurrent layer, which gives several.
         activation: what is fused into it; has_norm: whether a batch norm is.
         factor: which of two layers of low rank it is; None: neither.
     """
+    if kind == "recurrent":
+        shapes = _in_time(node, shapes)
     *inputs, output = shapes
+    if kind == "move" and name_of(node) not in TURNS:
+        inputs = [output]  # of a table it reads no more than it gives
     layer, name = module_of(node, module), operator_name(node)
-    activation = activation or ((relu_of(node) or name_of(node)) if kind == "activation" else None)
+    activation = activation or (_function(node) if kind in FUNCTIONS else None)
     common: dict[str, Any] = {"kind": kind, "bits": 8 if int8 else 32}
     if not isinstance(layer, Weighted):
         params = output[1] * _vectors(layer) if layer is not None and kind == "norm" else 0
         own = {"name": name, "inputs": tuple(inputs), "output": output, "activation": activation, "params": params}
-        return Operator(**common, **own, **_window(node))
+        return Operator(**common, **own, **(_filter_window(node, kind, inputs, output) if kind in FILTERS else _window(node)))
     source, target, has_bias, is_pointwise = inputs[0], output, layer.bias is not None or has_norm, False
     if factor is not None:
         name, between = name + factor.suffix, _with_channels(output, channel_axis(node, module), factor.rank)
@@ -72,6 +89,35 @@ def operator_of(
 def _vectors(norm: nn.Module) -> int:
     """Vectors of a norm in the file that is not folded; running statistics come with a weight and a bias always."""
     return sum(1 for _ in norm.parameters()) if follows_batch(norm) else NORM_VECTORS
+
+
+def _function(node: fx.Node) -> str:
+    given = arguments(node)
+    return str(given["equation"]).replace(" ", "") if "equation" in given else relu_of(node) or name_of(node)
+
+
+def _in_time(node: fx.Node, inputs: tuple[Shape, ...]) -> tuple[Shape, ...]:
+    """Shapes of what a recurrent layer reads and gives, steps x batch x channels, with its weights between; without a batch that is 1."""
+    given, first = arguments(node), inputs[0]
+    held = inputs[len(inputs) - len(given["params"]) :]
+    steps, batch = first[:2] if len(first) == 3 else (first[0], 1)
+    if given.get("batch_first") and len(first) == 3:
+        steps, batch = batch, steps
+    hidden = held[1][1]  # of what a step reads of the one before
+    return (steps, batch, first[-1]), *held, (steps, batch, (1 + bool(given.get("bidirectional"))) * hidden)
+
+
+def _filter_window(node: fx.Node, kind: OperatorKind, inputs: list[Shape], output: Shape) -> dict[str, Any]:
+    """How a convolution moves whose weight is its second input; a linear layer has no kernel. Groups follow from the channels."""
+    given, kernel = arguments(node), inputs[1][2:]
+    if not kernel:
+        return {}
+    each = {name: value for name in ("stride", "padding", "dilation") if isinstance(value := given.get(name), (list, tuple))}
+    window = {name: tuple(value) * (len(kernel) if len(value) == 1 else 1) for name, value in each.items()}
+    if given["padding"] == "valid":
+        window["padding"] = (0,) * len(kernel)
+    channels = output[1] if kind == "convtranspose" else inputs[0][1]
+    return window | {"kernel": kernel, "groups": max(1, channels // inputs[1][1])}
 
 
 def _with_channels(shape: Shape, axis: int, n: int) -> Shape:

@@ -10,12 +10,13 @@ from torch import fx, nn
 
 from autocompress.graph.model_graph import Graph
 from autocompress.graph.nodes import Conv, arguments, fused, is_about_sizes, is_depthwise, kind_of, module_of, name_of, relu_of, value_of
+from autocompress.graph.reshaping import TURNS
 from autocompress.policy import Policy
 from autocompress.records import Operator, Step
 
 ASIDE = ("identity", "output")
 """Kinds of nodes that do nothing here."""
-MOVES = ("reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand")
+MOVES = ("reshape", "reshape_as", "flatten", "unflatten", "unsqueeze", "squeeze", "expand", *TURNS)
 """What only looks at a tensor in another way: several in a row are one step."""
 
 
@@ -39,8 +40,10 @@ def outline(graph: Graph, seconds: Callable[[Operator], float | None] = lambda _
         title, shape = " · ".join(_title(part, module) for part in parts), parts[-1].meta.get("shape", ())
         if _moves_on(node):
             place[node] = sources[0]
-            before = steps[sources[0]]
-            steps[sources[0]] = before.model_copy(update={"title": f"{before.title} · {title}", "shape": shape})
+            before, moved = steps[sources[0]], operators[node.name].popleft() if operators[node.name] else None
+            took = [each for each in (before.latency_s, seconds(moved) if moved is not None else None) if each is not None]
+            latency_s = sum(took) if took else None
+            steps[sources[0]] = before.model_copy(update={"title": f"{before.title} · {title}", "shape": shape, "latency_s": latency_s})
             continue
         place |= dict.fromkeys(parts, len(steps))
         name = str(node.target) if node.op == "call_module" else node.name

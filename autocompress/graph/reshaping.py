@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from torch import fx
@@ -12,6 +13,13 @@ from autocompress.graph.nodes import arguments, name_of
 
 Move = Mapping[int, int]
 """Axis before -> axis after, of the axes that stay."""
+TRANSPOSED: Mapping[str, tuple[Any, Any]] = {
+    "transpose": ("dim0", "dim1"), "swapdims": ("dim0", "dim1"), "swapaxes": ("axis0", "axis1"), "t": (0, -1), "mT": (-2, -1),
+    "adjoint": (-2, -1),
+}  # fmt: skip
+"""What lets two axes change places: which, or the names of the arguments that say it."""
+TURNS = ("permute", "movedim", "moveaxis", *TRANSPOSED)
+"""What lets axes change places."""
 
 
 def moves(node: fx.Node) -> Move | None:
@@ -21,9 +29,12 @@ def moves(node: fx.Node) -> Move | None:
     rank = len(before)
     if name == "permute":
         return {axis % rank: place for place, axis in enumerate(given["dims"])}
-    if name in ("transpose", "t"):
-        a, b = (given["dim0"] % rank, given["dim1"] % rank) if name == "transpose" else (0, rank - 1)
+    if name in TRANSPOSED:
+        first, second = TRANSPOSED[name]
+        a, b = ((given.get(axis, axis)) % rank for axis in (first, second))
         return {axis: {a: b, b: a}.get(axis, axis) for axis in range(rank)}
+    if name in ("movedim", "moveaxis"):
+        return _moved(given["source"], given["destination"], rank)
     if name == "unsqueeze":
         place = given["dim"] % (rank + 1)
         return {axis: axis + (axis >= place) for axis in range(rank)}
@@ -33,6 +44,20 @@ def moves(node: fx.Node) -> Move | None:
         gone = [axis for axis in asked if before[axis] == 1]
         return {axis: axis - sum(d < axis for d in gone) for axis in range(rank) if axis not in gone}
     return None
+
+
+def _moved(source: int | Sequence[int], destination: int | Sequence[int], rank: int) -> Move:
+    """Some axes go where they are wanted; the others keep their order around them."""
+    wanted = [[axis % rank for axis in ([axes] if isinstance(axes, int) else axes)] for axes in (source, destination)]
+    others = [[axis for axis in range(rank) if axis not in named] for named in wanted]
+    return dict(zip(wanted[0] + others[0], wanted[1] + others[1], strict=True))
+
+
+def tied(ids: Ids, n: int, channels: Channels) -> Ids:
+    """One id for every `n` neighbours, which go together."""
+    rows = ids.reshape(-1, n)
+    channels.unify(rows, rows[:, :1])
+    return rows[:, 0]
 
 
 def split_ids(node: fx.Node, source: Layout, channels: Channels) -> Layout:

@@ -14,18 +14,26 @@ from torch import fx
 from autocompress.graph.channels import Channels, Ids, Layout
 from autocompress.graph.flow import PRODUCT, STATISTIC, Flow, NotUnderstood, axis_of, title
 from autocompress.graph.layers import WEIGHTED, Rule, of_attribute, of_module, spatial
-from autocompress.graph.nodes import arguments, is_about_sizes, name_of, pad_amounts, reduced_axes, slice_bounds
-from autocompress.graph.reshaping import moves, split_ids
+from autocompress.graph.nodes import UPSAMPLED, arguments, is_about_sizes, name_of, pad_amounts, reduced_axes, slice_bounds
+from autocompress.graph.reshaping import TURNS, moves, split_ids, tied
 
 _SAME = (
     "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu", "sigmoid", "gelu", "leaky_relu", "elu", "tanh", "mish", "selu", "celu",
-    "softplus", "log_sigmoid", "exp", "log", "sqrt", "rsqrt", "square", "neg", "abs", "erf", "sin", "cos", "reciprocal", "clamp",
-    "clamp_min", "clamp_max", "pow", "detach", "to", "type_as",
+    "softplus", "softsign", "hardshrink", "softshrink", "threshold", "log_sigmoid", "exp", "exp2", "expm1",
+    "square", "neg", "negative", "abs", "absolute", "sign", "erf", "sin", "cos", "tan", "atan", "sinh", "cosh",
+    "reciprocal", "floor", "ceil", "round", "clamp", "clamp_min", "clamp_max", "clip", "pow", "nan_to_num", "isnan", "logical_not",
+    "detach", "to", "type_as", "zeros_like", "ones_like", "full_like",
 )  # fmt: skip
-_JOIN = ("add", "sub", "rsub", "mul", "div", "maximum", "minimum", "where", "masked_fill", "addcmul", "lerp")
+_OF_SOME = ("log", "log1p", "log2", "log10", "sqrt", "rsqrt")
+"""What has no value of some numbers."""
+_JOIN = (
+    "add", "sub", "subtract", "rsub", "mul", "multiply", "div", "divide", "true_divide", "floor_divide", "remainder", "maximum", "minimum",
+    "where", "masked_fill", "addcmul", "addcdiv", "lerp", "atan2", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or",
+)  # fmt: skip
 _SPATIAL = (
     "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
-    "adaptive_avg_pool3d", "adaptive_max_pool2d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d",
+    "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "max_pool1d_with_indices",
+    "max_pool2d_with_indices", "max_pool3d_with_indices", *UPSAMPLED,
 )  # fmt: skip
 REDUCTIONS = ("mean", "sum", "amax", "amin", "var", "std", "logsumexp", "linalg_vector_norm")
 """What makes one value of all entries along an axis."""
@@ -67,6 +75,14 @@ def _same(flow: Flow, node: fx.Node) -> Layout:
     if any("shape" in other.meta for other in others):
         raise NotUnderstood
     return flow.known(first)
+
+
+def _of_some(flow: Flow, node: fx.Node) -> Layout:
+    """Of a channel that is added it may have none."""
+    layout = _same(flow, node)
+    for ids in layout.values():
+        flow.channels.play(node.name, STATISTIC, ids)
+    return layout
 
 
 def _first(flow: Flow, node: fx.Node) -> Layout:
@@ -205,6 +221,49 @@ def _repeat(flow: Flow, node: fx.Node) -> Layout:
     return {**source, axis: np.repeat(source[axis], given["repeats"])} if axis in source else source
 
 
+def _tile(flow: Flow, node: fx.Node) -> Layout:
+    """The whole tensor again and again, along any of its axes and along new ones in front."""
+    source, given, rank = flow.only(node), arguments(node), len(node.meta["shape"])
+    times = list(given["repeats"] if "repeats" in given else given["dims"])
+    times = [1] * (rank - len(times)) + times
+    shift = rank - len(node.all_input_nodes[0].meta["shape"])
+    if not all(isinstance(times[axis + shift], int) for axis in source):
+        raise NotUnderstood
+    return {axis + shift: np.tile(ids, times[axis + shift]) for axis, ids in source.items()}
+
+
+def _stack(flow: Flow, node: fx.Node) -> Layout:
+    """The tensors are the entries of a new axis."""
+    tensors = [tensor for tensor in arguments(node)["tensors"] if isinstance(tensor, fx.Node)]
+    shape, axis = tensors[0].meta["shape"], axis_of(node, "dim", of=len(node.meta["shape"]))
+    layout = flow.joined(tensors, shape, range(len(shape)), title(node))
+    return {other + (other >= axis): ids for other, ids in layout.items()}
+
+
+def _into_space(flow: Flow, node: fx.Node) -> Layout:
+    """A channel's values at one position are those of several channels before, which go together."""
+    source, rank, factor = flow.only(node), len(node.meta["shape"]), arguments(node)["upscale_factor"]
+    flow.freeze_axes(source, [rank - 2, rank - 1], f"{title(node)} spreads over them")
+    return {axis: tied(ids, factor**2, flow.channels) if axis == rank - 3 else ids for axis, ids in source.items() if axis <= rank - 3}
+
+
+def _out_of_space(flow: Flow, node: fx.Node) -> Layout:
+    """Several channels for one."""
+    source, rank, factor = flow.only(node), len(node.meta["shape"]), arguments(node)["downscale_factor"]
+    flow.freeze_axes(source, [rank - 2, rank - 1], f"{title(node)} takes them apart")
+    return {axis: np.repeat(ids, factor**2) if axis == rank - 3 else ids for axis, ids in source.items() if axis <= rank - 3}
+
+
+def _shuffle(flow: Flow, node: fx.Node) -> Layout:
+    """Groups lose the same places, so that they stay of one size."""
+    source = flow.only(node)
+    if 1 not in source:
+        return source
+    rows = source[1].reshape(arguments(node)["groups"], -1)
+    flow.channels.unify(rows, rows[:1])
+    return {**source, 1: rows.T.ravel()}
+
+
 def _expand(flow: Flow, node: fx.Node) -> Layout:
     source, before = flow.only(node), node.all_input_nodes[0].meta["shape"]
     shift = len(node.meta["shape"]) - len(before)
@@ -256,7 +315,7 @@ def _attention(flow: Flow, node: fx.Node) -> Layout:
     given = arguments(node)
     query, key, value, mask = (given[name] for name in ("query", "key", "value", "attn_mask"))
     rank = len(node.meta["shape"])
-    if given.get("enable_gqa") or any(len(t.meta["shape"]) != rank for t in (query, key, value)):
+    if any(len(t.meta["shape"]) != rank for t in (query, key, value)):
         raise NotUnderstood
     for tensor in (query, key):
         flow.freeze_axes(flow.known(tensor), [rank - 1], f"{title(node)} scales by their number")
@@ -290,10 +349,13 @@ def _einsum(flow: Flow, node: fx.Node) -> Layout:
 _RULES: dict[str, Rule] = WEIGHTED | {
     name: rule
     for rule, names in (
-        (_same, _SAME), (_join, _JOIN), (spatial, _SPATIAL), (_reduce, REDUCTIONS), (_softmax, ("softmax", "_softmax", "log_softmax")),
-        (_reshape, ("reshape", "reshape_as", "flatten", "unflatten")), (_move, ("permute", "transpose", "t", "unsqueeze", "squeeze")),
-        (_along, ("roll", "flip")), (_expand, ("expand",)), (_expand_as, ("expand_as",)), (_repeat, ("repeat_interleave",)),
-        (_split, ("split", "split_with_sizes", "chunk", "unbind")), (_part, ("getitem",)), (_concat, ("cat",)), (_slice, ("slice",)),
+        (_same, _SAME), (_of_some, _OF_SOME), (_join, _JOIN), (spatial, _SPATIAL), (_reduce, REDUCTIONS),
+        (_softmax, ("softmax", "_softmax", "log_softmax", "cumsum", "cumprod")),
+        (_reshape, ("reshape", "reshape_as", "flatten", "unflatten")),
+        (_move, (*TURNS, "unsqueeze", "squeeze")), (_along, ("roll", "flip")),
+        (_expand, ("expand",)), (_expand_as, ("expand_as",)), (_repeat, ("repeat_interleave",)), (_tile, ("repeat", "tile")),
+        (_split, ("split", "split_with_sizes", "chunk", "unbind")), (_part, ("getitem",)), (_concat, ("cat",)), (_stack, ("stack",)),
+        (_into_space, ("pixel_shuffle",)), (_out_of_space, ("pixel_unshuffle",)), (_shuffle, ("channel_shuffle",)), (_slice, ("slice",)),
         (_select, ("select",)), (_pad, ("pad", "constant_pad_nd")), (_matmul, ("matmul", "bmm")), (_glu, ("glu",)),
         (_attention, ("scaled_dot_product_attention",)), (_einsum, ("einsum",)), (_first, ("beside",)),
     )

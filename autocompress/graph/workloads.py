@@ -23,6 +23,7 @@ from autocompress.graph.nodes import (
     FOLLOWERS,
     Conv,
     channel_axis,
+    fed_nodes,
     is_folded_norm,
     kind_of,
     module_of,
@@ -37,7 +38,7 @@ from autocompress.records import Operator, OperatorKind, Shape, Workload
 
 OPERATOR_KINDS: tuple[OperatorKind, ...] = (
     "conv", "linear", "add", "mul", "maxpool", "avgpool", "norm", "activation", "concat", "pad", "slice", "matmul", "softmax", "attention",
-    "layernorm",
+    "layernorm", "groupnorm", "filter", "convtranspose", "recurrent", "einsum", "resize", "move", "elementwise",
 )  # fmt: skip
 MOST_CODES = 2**20
 """Combinations of an operator's dimensions that are numbered without looking which of them occur."""
@@ -190,8 +191,11 @@ class Arithmetic:
 
     def _find_places(self) -> Iterator[tuple[int, bool]]:
         """Where an operator may be, in execution order: its node, and whether it is the first of the two of a factorised layer."""
+        fed = fed_nodes(self._module)
         for index, kind in enumerate(self._kinds):
-            if kind in OPERATOR_KINDS and self._tensor[index]:
+            if kind not in ("conv", "linear", "norm") and self._nodes[index] not in fed:
+                continue  # whose weights are counted, though what they make is a constant
+            if kind in OPERATOR_KINDS and (self._tensor[index] or kind == "recurrent"):
                 if str(self._nodes[index].target) in self._factorable:
                     yield index, True
                 yield index, False
@@ -352,7 +356,7 @@ class Arithmetic:
         activation = self._relu[skeleton.tail[index]]
         layer = self._layer.get(str(node.target)) if self._kinds[index] in ("conv", "linear") else None
         fusions = Column.of((2 * activation + fused_norm)[of_policy])
-        tensors = [source for source in self._inputs[index] if self._tensor[source]] + [index]
+        tensors = [tensor for tensor in (*self._inputs[index], index) if self._tensor[tensor]]
         keys = dict.fromkeys(key for tensor in tensors for key in self._keys_of.get(tensor, {}).values())
         dimensions = [columns[key] for key in keys] + [fusions, Column.of(int8.astype(np.int64))]
         dimensions += [bits[layer]] if layer is not None else []

@@ -118,7 +118,7 @@ class FittedLatencyModel(LatencyModel):
 
 
 def _class_of(operator: Operator) -> str:
-    return f"conv{operator.bits}" if operator.kind in ("conv", "linear") else "other"
+    return f"conv{operator.bits}" if operator.macs else "other"
 
 
 def _solve(features: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArray[np.float64]:

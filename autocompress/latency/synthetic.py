@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import combinations, permutations
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from autocompress.graph.nodes import RECURRENT
+from autocompress.graph.reshaping import TURNS
 from autocompress.records import Operator, Shape
 
 OPSET, IR_VERSION = 21, 10
@@ -17,6 +21,16 @@ WEIGHT_REACH = 60
 """int8 weights stay within 7 bits, so that no processor saturates; speed does not depend on values."""
 MOST_PARAMS = 2**28
 """Weights of an operator that is measured alone: a gigabyte in float32."""
+STAND_INS = ("move", "elementwise")
+"""Kinds that are measured by an operator that reads and writes as much."""
+MOST_AXES = 6
+PAIRS = {"sub": "Sub", "div": "Div", "pow": "Pow", "mul": "Mul", "maximum": "Max", "minimum": "Min"}
+SINGLES = {
+    "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "rsqrt": "Sqrt", "reciprocal": "Reciprocal", "erf": "Erf", "sin": "Sin", "cos": "Cos",
+    "softplus": "Softplus", "selu": "Selu", "celu": "Celu", "neg": "Neg", "floor": "Floor", "round": "Round",
+}  # fmt: skip
+RECURRENT_NODES = {"lstm": "LSTM", "gru": "GRU"}
+"""Of the others the exporter writes every step."""
 SAME_RANK = ("pad", "slice")
 """Operators that keep the number of axes here; indexing that drops or adds one (`x[:, 0]`, `x[:, None]`) is interpolated."""
 ACTIVATIONS = {
@@ -69,7 +83,8 @@ class _Builder:
         scale = self.constant("bias_scale", np.full(n, 0.01 * SCALE, dtype=np.float32))
         return self.node("DequantizeLinear", [values, scale], axis=0)
 
-    def model(self, value: str, shape: Shape) -> bytes:
+    def model(self, value: str, shape: Shape | None) -> bytes:
+        """shape: of the value; None: whatever it is."""
         kind = TensorProto.UINT8 if self.int8 else TensorProto.FLOAT
         if self.int8:
             value = self.node("QuantizeLinear", [value, *self._range("output_range")])
@@ -91,17 +106,27 @@ def build_onnx(operator: Operator) -> bytes | None:
     makers = {
         "conv": _conv, "linear": _linear, "add": _pairwise, "mul": _pairwise, "maxpool": _pool, "avgpool": _pool,
         "norm": _norm, "activation": _activation, "concat": _concat, "pad": _pad, "slice": _slice,
-        "matmul": _matmul, "softmax": _softmax, "attention": _attention, "layernorm": _layer_norm,
+        "matmul": _matmul, "softmax": _softmax, "attention": _attention, "layernorm": _layer_norm, "groupnorm": _group_norm,
+        "filter": _filter, "convtranspose": _filter, "recurrent": _recurrent, "einsum": _einsum, "resize": _resize, "move": _move,
+        "elementwise": _elementwise,
     }  # fmt: skip
     maker = makers.get(operator.kind)
-    if maker is None or not operator.inputs:
+    if maker is None or not (operator.inputs or operator.kind in STAND_INS):
         return None
-    if operator.params > MOST_PARAMS or (operator.kind in SAME_RANK and len(operator.inputs[0]) != len(operator.output)):
+    if _weights(operator) > MOST_PARAMS or (operator.kind in SAME_RANK and len(operator.inputs[0]) != len(operator.output)):
         return None
-    value = maker(builder, operator)
+    try:
+        value = maker(builder, operator)
+    except (ArithmeticError, LookupError, TypeError, ValueError):  # of shapes that no maker has met: the operator is interpolated
+        return None
     if operator.activation in ("relu", "relu6") and operator.kind != "activation":
         value = builder.node("Relu", [value])
-    return builder.model(value, operator.output)
+    return builder.model(value, operator.output if operator.kind not in STAND_INS else None)
+
+
+def _weights(operator: Operator) -> int:
+    """How many numbers the model holds, about."""
+    return sum(map(math.prod, operator.inputs[1:])) if operator.kind in ("filter", "convtranspose", "recurrent") else operator.params
 
 
 def _conv(builder: _Builder, operator: Operator) -> str:
@@ -139,12 +164,20 @@ def _pool(builder: _Builder, operator: Operator) -> str:
             kind, [value], kernel_shape=list(operator.kernel), strides=list(operator.stride), pads=list(operator.padding) * 2,
             ceil_mode=int(rounds_up),
         )  # fmt: skip
-    if len(target) == len(source) and (largest or math.prod(target[2:]) > 1):
+    if target[:2] == source[:2] and len(target) == len(source) and (largest or math.prod(target[2:]) > 1):
         strides = [max(1, a // b) for a, b in zip(source[2:], target[2:], strict=True)]
         window = [a - (b - 1) * stride for a, b, stride in zip(source[2:], target[2:], strides, strict=True)]
         return builder.node(kind, [value], kernel_shape=window, strides=strides)
-    axes = builder.constant("axes", np.arange(2, len(source), dtype=np.int64))
+    axes = builder.constant("axes", np.array(_reduced(source, target), dtype=np.int64))
     return builder.node("ReduceMean", [value, axes], keepdims=int(len(target) == len(source)))
+
+
+def _reduced(source: Shape, target: Shape) -> tuple[int, ...]:
+    """Axes of which one value is made, the last ones where the shapes allow several."""
+    if len(source) == len(target):
+        return tuple(axis for axis, (a, b) in enumerate(zip(source, target, strict=True)) if a != b) or tuple(range(2, len(source)))
+    ways = combinations(reversed(range(len(source))), len(source) - len(target))
+    return next(axes for axes in ways if tuple(size for axis, size in enumerate(source) if axis not in axes) == target)
 
 
 def _norm(builder: _Builder, operator: Operator) -> str:
@@ -177,6 +210,101 @@ def _layer_norm(builder: _Builder, operator: Operator) -> str:
     n = operator.inputs[0][-1]
     ones = [builder.constant(name, np.ones(n, dtype=np.float32)) for name in ("scale", "shift")]
     return builder.node("LayerNormalization", [builder.input(operator.inputs[0]), *ones], axis=-1)
+
+
+def _group_norm(builder: _Builder, operator: Operator) -> str:
+    """As the exporter writes it: the groups are normalised as instances, and then scaled and shifted channel by channel."""
+    shape = operator.inputs[0]
+    rows = builder.constant("rows", np.array([shape[0], 1, -1], dtype=np.int64))
+    ones = [builder.constant(name, np.ones(1, dtype=np.float32)) for name in ("unit", "nothing")]
+    value = builder.input(shape)
+    flat = builder.node("InstanceNormalization", [builder.node("Reshape", [value, rows]), *ones])
+    back = builder.node("Reshape", [flat, builder.constant("shape", np.array(shape, dtype=np.int64))])
+    channels = (shape[1], *[1] * (len(shape) - 2))
+    scale, shift = (builder.constant(name, np.ones(channels, dtype=np.float32)) for name in ("scale", "shift"))
+    return builder.node("Add", [builder.node("Mul", [back, scale]), shift])
+
+
+def _filter(builder: _Builder, operator: Operator) -> str:
+    """A layer with any weight: a linear one, a convolution, or a transposed one, whose output may be padded."""
+    if not operator.kernel:
+        outputs, inputs = operator.inputs[1]
+        return builder.node("MatMul", [builder.input(operator.inputs[0]), builder.weight((inputs, outputs), axis=1)])
+    source, target, kernel = operator.inputs[0], operator.output, operator.kernel
+    stride, dilation = operator.stride or (1,) * len(kernel), operator.dilation or (1,) * len(kernel)
+    pads = operator.padding or tuple((k - 1) // 2 for k in kernel)
+    own: dict[str, Any] = {
+        "kernel_shape": kernel,
+        "strides": stride,
+        "dilations": dilation,
+        "pads": (*pads, *pads),
+        "group": operator.groups,
+    }
+    if operator.kind == "convtranspose":
+        reached = [(a - 1) * s - 2 * p + d * (k - 1) + 1 for a, s, p, d, k in zip(source[2:], stride, pads, dilation, kernel, strict=True)]
+        own["output_padding"] = [b - a for a, b in zip(reached, target[2:], strict=True)]
+    kind = "ConvTranspose" if operator.kind == "convtranspose" else "Conv"
+    return builder.node(kind, [builder.input(source), builder.weight(operator.inputs[1], axis=0)], **own)
+
+
+def _recurrent(builder: _Builder, operator: Operator) -> str:
+    """One node a layer, both directions together."""
+    kind, gates = RECURRENT_NODES[operator.activation or ""], RECURRENT[operator.activation or ""]
+    weights = [shape for shape in operator.inputs[1:] if len(shape) == 2]
+    hidden = weights[1][1]
+    directions = operator.output[2] // hidden
+    if len(weights) % (2 * directions) or weights[0][0] != gates * hidden:
+        raise ValueError("a layer whose states are projected has other weights")
+    own: dict[str, Any] = {"hidden_size": hidden, "direction": "bidirectional" if directions > 1 else "forward"}
+    if kind == "GRU":
+        own["linear_before_reset"] = 1
+    value, (steps, batch, _) = builder.input(operator.inputs[0]), operator.output
+    size = builder.constant("size", np.array([steps, batch, directions * hidden], dtype=np.int64))
+    for layer, (_, width) in enumerate(weights[:: 2 * directions]):
+        shapes = {"inward": (directions, gates * hidden, width), "own": (directions, gates * hidden, hidden)}
+        held = [builder.constant(f"{part}_{layer}", np.full(shape, 0.01, dtype=np.float32)) for part, shape in shapes.items()]
+        made = builder.node("Transpose", [builder.node(kind, [value, *held], **own)], perm=[0, 2, 1, 3])
+        value = builder.node("Reshape", [made, size])
+    return value
+
+
+def _einsum(builder: _Builder, operator: Operator) -> str:
+    return builder.node("Einsum", [builder.input(shape) for shape in operator.inputs], equation=operator.activation)
+
+
+def _resize(builder: _Builder, operator: Operator) -> str:
+    name, sizes = operator.activation or "", builder.constant("sizes", np.array(operator.output, dtype=np.int64))
+    source = builder.input(operator.inputs[0])
+    if "nearest" in name:
+        own = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+        return builder.node("Resize", [source, "", "", sizes], mode="nearest", **own)
+    return builder.node("Resize", [source, "", "", sizes], mode="cubic" if "cubic" in name else "linear")
+
+
+def _move(builder: _Builder, operator: Operator) -> str:
+    """Where axes change places, in the first way that makes the output's shape; what else there is reads and writes as much as it makes."""
+    if operator.activation not in TURNS or not 1 < len(operator.output) <= MOST_AXES:
+        return builder.node("Neg", [builder.input(operator.output)])
+    source = operator.inputs[0]
+    _, *orders = permutations(range(len(source)))  # the first changes nothing
+    axes = next((axes for axes in orders if tuple(source[axis] for axis in axes) == operator.output), None)
+    return builder.node("Transpose", [builder.input(source)], perm=axes or orders[-1])
+
+
+def _elementwise(builder: _Builder, operator: Operator) -> str:
+    """Of two tensors, or of the larger of what it reads and makes."""
+    name, shapes, target = operator.activation or "", operator.inputs, operator.output
+    if len(shapes) > 1 and _broadcast(*shapes[:2]) == target:
+        return builder.node(PAIRS.get(name, "Add"), [builder.input(shape) for shape in shapes[:2]])
+    source = max([target, *shapes[:1]], key=math.prod)
+    return builder.node(SINGLES.get(name, "Abs"), [builder.input(source)])
+
+
+def _broadcast(first: Shape, second: Shape) -> Shape | None:
+    try:
+        return np.broadcast_shapes(first, second)
+    except ValueError:
+        return None
 
 
 def _activation(builder: _Builder, operator: Operator) -> str:

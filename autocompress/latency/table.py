@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from autocompress.cache import cache_folder
 from autocompress.devices.base import Device
 from autocompress.errors import PolicyFailure, RunFolderError
 from autocompress.latency.synthetic import build_onnx, empty_model
-from autocompress.records import Operator, Signature, Workload
+from autocompress.records import Operator, Shape, Signature, Workload
 from autocompress.run_folder import write_atomically
 
 SCHEMA = 4
@@ -216,7 +216,20 @@ def _products(operator: Operator) -> int:
         return math.prod(operator.output) * operator.inputs[0][-1]
     if operator.kind == "attention":  # of queries with keys, and of scores with values
         return 2 * math.prod(operator.output) * operator.inputs[min(1, len(operator.inputs) - 1)][-2]
+    if operator.kind == "einsum" and operator.activation is not None:
+        terms = zip(operator.activation.partition("->")[0].split(","), operator.inputs, strict=False)
+        return math.prod({label: size for term, shape in terms for label, size in _labelled(term, shape)}.values())
     return 0
+
+
+def _labelled(term: str, shape: Shape) -> Iterator[tuple[str, int]]:
+    """Axes of an operand of an einsum by their labels; those that dots stand for are numbered from their end."""
+    front, dots, back = term.partition("...")
+    left, middle = len(front), len(shape) - len(front) - len(back)
+    yield from zip(front, shape, strict=False)
+    if dots:
+        yield from ((str(middle - place), size) for place, size in enumerate(shape[left : left + middle]))
+        yield from zip(back, shape[left + middle :], strict=False)
 
 
 def _round_up(channels: int) -> int:

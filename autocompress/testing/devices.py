@@ -12,6 +12,7 @@ import onnxruntime
 
 from autocompress.devices import processor
 from autocompress.devices.base import Device, DeviceProfile
+from autocompress.devices.frames import Feed
 from autocompress.devices.timing import summarise
 from autocompress.errors import PolicyFailure
 from autocompress.policy import Record
@@ -65,13 +66,13 @@ class FakeDevice(Device):
         self.calls = 0
         self._generator = np.random.default_rng(seed)
 
-    def run(self, path: Path, batches: Iterable[np.ndarray]) -> np.ndarray:
+    def run(self, path: Path, batches: Iterable[Feed]) -> np.ndarray:
         """What ONNX Runtime answers, in this process: the fake is about time only."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 4
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        name = session.get_inputs()[0].name
-        return np.concatenate([session.run(None, {name: inputs})[0] for inputs in batches])
+        names = [value.name for value in session.get_inputs()]
+        return np.concatenate([session.run(None, dict(zip(names, arrays, strict=True)))[0] for arrays in batches])
 
     def measure(self, paths: Sequence[Path], *, seconds_each: float = 1.0) -> list[Measurement]:
         call, self.calls = self.calls, self.calls + 1

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from autocompress.graph import Graph
-from autocompress.graph.nodes import channel_axis, kind_of, module_of, name_of, normalized_axes, reduced_axes
+from autocompress.graph.nodes import CONVOLUTIONS, channel_axis, kind_of, module_of, name_of, normalized_axes, reduced_axes
 from autocompress.graph.rules import REDUCTIONS
 from autocompress.policy import Policy
 
-PRODUCTS = ("matmul", "bmm", "einsum")
+PRODUCTS = ("matmul", "bmm", "einsum", "linear", *CONVOLUTIONS)
 """What adds over channels that it multiplies."""
 
 
@@ -66,7 +66,7 @@ class Unread(fx.Interpreter):
             self.env[source] = before
 
     def _multiplied(self, node: fx.Node) -> Any:
-        before = {source: self.env[source] for source in node.all_input_nodes}
+        before = {source: value for source in node.all_input_nodes if isinstance(value := self.env[source], Tensor)}
         self.env |= {source: self._zeroed(value, source, range(value.dim())) for source, value in before.items()}
         try:
             return super().run_node(node)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autocompress.batch import joined, names_of, tensors_of
 from autocompress.data import Data, Split, sample, shifted, stratified
 from autocompress.data import splits as module
 from autocompress.data.sources import load_data
@@ -51,7 +52,7 @@ def test_digits_are_ten_classes_in_three_disjoint_splits():
     data = load_data("digits")
     splits = (data.train, data.val, data.test)
     assert sum(len(split) for split in splits) == 1797
-    assert data.input_shape == (1, 8, 8)
+    assert data.train.input_shapes == ((1, 8, 8),)
     assert all(split.targets.unique().tolist() == list(range(10)) for split in splits)
     seen = [{tuple(x.flatten().tolist()) for x in split.inputs} for split in splits]
     assert not seen[0] & seen[2] and not seen[1] & seen[2] and not seen[0] & seen[1]
@@ -150,7 +151,7 @@ def test_parts_of_a_split_are_views_of_one_array():
     assert inner.targets.tolist() == [3, 3]
     assert torch.equal(part.rows(torch.tensor([2, 0])), inputs[[11, 7]])
     assert torch.equal(whole[inputs[:, 0] > 50].inputs, inputs[17:])
-    assert (len(part), part.input_shape) == (4, (3,))
+    assert (len(part), part.input_shapes) == (4, ((3,),))
     for split in (part, inner, whole[slice(2, 5)]):
         assert split._array.untyped_storage().data_ptr() == inputs.untyped_storage().data_ptr()
 
@@ -167,7 +168,7 @@ def test_floating_point_inputs_reach_the_model_in_float32(dtype):
 
 def test_inputs_of_reversed_channels_are_taken():
     inputs = np.zeros((4, 3, 2, 2), dtype=np.uint8)[:, ::-1]
-    assert Split(inputs, [0, 1, 0, 1]).input_shape == (3, 2, 2)
+    assert Split(inputs, [0, 1, 0, 1]).input_shapes == ((3, 2, 2),)
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int16, np.uint8, np.int64, np.bool_])
@@ -238,10 +239,86 @@ def test_targets_that_are_no_classes_are_refused(targets, message, hint):
     assert torch.equal(own.val.targets, targets), "a loss of one's own takes what it likes"
 
 
-@pytest.mark.parametrize("inputs", [(torch.zeros(4, 2), torch.zeros(4, 3)), [np.zeros((4, 2))] * 2, {"a": torch.zeros(4, 2)}])
-def test_several_inputs_are_refused_by_name(inputs):
-    with pytest.raises(UsageError, match="models with several inputs are not supported yet"):
+def several(n: int) -> dict[str, torch.Tensor]:
+    return {
+        "ids": torch.arange(3 * n).view(n, 3),
+        "mask": torch.ones(n, 3, dtype=torch.bool),
+        "weights": torch.rand(n, 2, dtype=torch.float64),
+    }
+
+
+@pytest.mark.parametrize("given", [dict, lambda inputs: (*inputs.values(),), lambda inputs: [array.numpy() for array in inputs.values()]])
+def test_several_inputs_are_cut_and_drawn_together(given):
+    inputs = several(12)
+    whole = Split(given(inputs), torch.arange(12) % 3)
+    assert whole.input_shapes == ((3,), (3,), (2,))
+    data = Data(whole[slice(0, 6)], whole[torch.tensor([7, 3])], whole[torch.tensor([11, 3, 5])][torch.tensor([2, 0])])
+    assert torch.equal(tensors_of(data.test.inputs)[0], inputs["ids"][[5, 11]])
+    drawn = data.prepare(data.val.rows(torch.tensor([1])))
+    assert [tensor.dtype for tensor in tensors_of(drawn)] == [torch.int64, torch.bool, torch.float32]
+    assert torch.equal(tensors_of(drawn)[0], inputs["ids"][[3]])
+    assert names_of(drawn) == (tuple(inputs) if given is dict else ())
+    assert [len(batch) for batch, _ in data.batches(data.train, 4)] == [4, 2]
+    assert torch.equal(tensors_of(joined([*data.calibration_batches(6, 4)]))[0].sort(0).values, inputs["ids"][:6])
+    assert torch.equal(tensors_of(data.view(torch.tensor([2, 1]), 5))[0], inputs["ids"][[2, 1]])
+
+
+def test_one_named_input_is_augmented_like_one_without_a_name():
+    images = torch.rand(6, 3, 8, 8)
+    named, plain = (Data(*[Split(inputs, torch.arange(6) % 2)] * 3, flip=True, shift=2) for inputs in ({"pixels": images}, images))
+    seen = named.view(torch.arange(6), 1)
+    assert torch.equal(tensors_of(seen)[0], plain.view(torch.arange(6), 1))
+    assert not torch.equal(tensors_of(seen)[0], images)
+
+
+def test_one_input_may_be_named():
+    split = Split({"pixels": np.zeros((4, 2))}, [0, 1, 0, 1])
+    assert names_of(split.inputs) == ("pixels",)
+
+
+@pytest.mark.parametrize("changed", ["ids", "mask", "weights"])
+def test_the_digest_tells_all_inputs(changed):
+    def made(inputs):
+        split = Split(inputs, torch.arange(8) % 2)
+        return Data(split, split, split)
+
+    first, second = several(8), several(8)
+    second["weights"] = first["weights"].clone()
+    assert made(first).digest == made(second).digest
+    second[changed][0, 0] = 0 if changed == "mask" else 7
+    assert made(first).digest != made(second).digest
+    assert made(first).digest != made({f"other_{name}": array for name, array in first.items()}).digest != made((*first.values(),)).digest
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message", "hint"),
+    [
+        ((torch.zeros(4, 2), torch.zeros(3, 2)), "must have a row for each example, but these have 4, 3 rows", "numpy.stack"),
+        ([np.zeros(7)] * 4, "7 inputs and 4 targets", "numpy.stack"),
+        ({"a": torch.zeros(4, 2), "b": "words"}, "its inputs 'b' are str", "numpy arrays"),
+        ({}, "its inputs are dict", "numpy arrays"),
+    ],
+)
+def test_several_inputs_that_are_none_are_refused(inputs, message, hint):
+    with pytest.raises(UsageError, match=message) as error:
         Split(inputs, torch.zeros(4))
+    assert hint in error.value.hint
+
+
+@pytest.mark.parametrize("options", [{"flip": True}, {"shift": 1}])
+def test_examples_of_several_inputs_are_not_augmented(options):
+    pair = Split((torch.zeros(4, 3, 8, 8), torch.zeros(4, 3, 8, 8)), [0, 1, 0, 1])
+    with pytest.raises(UsageError, match="only examples of one input can be mirrored or shifted, but these have 2"):
+        Data(pair, pair, pair, **options)
+
+
+def test_each_of_several_inputs_is_checked():
+    good, targets = several(4), [0, 1, 0, 1]
+    bad = {**good, "weights": torch.full((4, 2), torch.nan)}
+    with pytest.raises(UsageError, match="some of val are NaN"):
+        Data((good, targets), (bad, targets), (good, targets))
+    with pytest.raises(UsageError, match=r"ids \(3,\) int64 and mask \(3,\) bool and weights \(2,\) floating point and test"):
+        Data((good, targets), (good, targets), ((*good.values(),), targets))
 
 
 def test_splits_that_do_not_hold_together_are_refused():

@@ -15,3 +15,11 @@ def linear_model(n=16, inputs=None):
         [weight],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def difference_model():
+    """2 x 3 floating point numbers, less 2 x 1 whole ones."""
+    nodes = [helper.make_node("Cast", ["b"], ["c"], to=TensorProto.FLOAT), helper.make_node("Sub", ["a", "c"], ["y"])]
+    inputs = [helper.make_tensor_value_info("a", TensorProto.FLOAT, [2, 3]), helper.make_tensor_value_info("b", TensorProto.INT64, [2, 1])]
+    graph = helper.make_graph(nodes, "difference", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 3])])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)

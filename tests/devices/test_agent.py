@@ -29,7 +29,7 @@ from autocompress.devices.pack import pack
 from autocompress.devices.runtime import Runtime
 from autocompress.devices.wire import refers_elsewhere
 from autocompress.errors import DeviceUnavailable, PolicyFailure, UsageError
-from devices.files import linear_model
+from devices.files import difference_model, linear_model
 
 SHORT = 0.05
 TOKEN = "a token that is long enough"
@@ -89,7 +89,7 @@ def test_a_device_elsewhere_measures_and_runs_as_this_one_does(device, tiny, tmp
     assert 0 < fast.low <= fast.median <= fast.high < slow.median and fast.n >= 50
     assert fast.environment["processor"] == here.environment()["processor"]
     batches = list(np.random.default_rng(0).standard_normal((7, 1, 16)).astype(np.float32))
-    assert np.array_equal(device.run(tiny, iter(batches)), here.run(tiny, iter(batches)))
+    assert np.array_equal(device.run(tiny, zip(batches)), here.run(tiny, zip(batches)))
     medians = device.measure_many([linear_model().SerializeToString(), b"no model"], seconds_each=0.01)
     assert 0 < medians[0] < 0.1 and medians[1] is None
 
@@ -99,14 +99,21 @@ def test_inputs_travel_in_parts_and_only_once(device, tiny, monkeypatch):
     sent, exchange = [], remote.RemoteCpu._exchange
     monkeypatch.setattr(remote.RemoteCpu, "_exchange", lambda self, *what: sent.append(what[0]) or exchange(self, *what))
     batches = list(np.random.default_rng(1).standard_normal((7, 1, 16)).astype(np.float32))
-    first = device.run(tiny, iter(batches))
+    first = device.run(tiny, zip(batches))
     assert sent.count("POST") == 1 and sent.count("PUT") >= 3, "the model may be there already"
     sent.clear()
-    assert np.array_equal(device.run(tiny, iter(batches)), first)
+    assert np.array_equal(device.run(tiny, zip(batches)), first)
     assert (sent.count("PUT"), sent.count("POST")) == (0, 1)
     monkeypatch.setattr(remote, "GROUP_BYTES", 1)
-    assert np.array_equal(device.run(tiny, iter(batches)), first)
+    assert np.array_equal(device.run(tiny, zip(batches)), first)
     assert sent.count("POST") == 1 + 3
+
+
+def test_each_input_of_a_file_gets_its_array_there(device, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "PART_BYTES", 3 * 40)
+    onnx.save(difference_model(), tmp_path / "two.onnx")
+    batches = [(np.full((2, 3), number, np.float32), np.full((2, 1), 10 * number, np.int64)) for number in range(7)]
+    assert np.array_equal(device.run(tmp_path / "two.onnx", iter(batches)), np.concatenate([a - b for a, b in batches]))
 
 
 def test_the_command_line_measures_there(port, tiny, capsys):
@@ -261,7 +268,7 @@ def test_a_file_takes_no_more_memory_than_the_agent_allows(packed, tmp_path, mos
     with running(packed, "--most-memory-mb", most_mb) as (_, port):
         device = open_device(f"agent://127.0.0.1:{port}")
         with contextlib.nullcontext() if works else pytest.raises(PolicyFailure, match=r"hungry\.onnx|crashed"):
-            assert device.run(path, iter([np.ones((1, 1), np.float32)])).tolist() == [[1.0]]
+            assert device.run(path, [(np.ones((1, 1), np.float32),)]).tolist() == [[1.0]]
 
 
 def test_a_damaged_file_fails_and_not_the_device(device, tiny, tmp_path):
@@ -270,7 +277,7 @@ def test_a_damaged_file_fails_and_not_the_device(device, tiny, tmp_path):
     with pytest.raises(PolicyFailure, match=r"broken\.onnx is no sound ONNX model"):
         device.measure([tiny, broken], seconds_each=SHORT)
     with pytest.raises(PolicyFailure, match=r"tiny\.onnx"):
-        device.run(tiny, iter([np.zeros((1, 3), np.float32)]))
+        device.run(tiny, [(np.zeros((1, 3), np.float32),)])
     assert device.measure([tiny], seconds_each=SHORT)[0].median > 0
 
 

@@ -28,7 +28,7 @@ from autocompress.export import onnx_bytes
 from autocompress.graph import Graph
 from autocompress.policy import Policy, QuantSpec
 from autocompress.task import same_device
-from devices.files import linear_model
+from devices.files import difference_model, linear_model
 
 SHORT = 0.05
 
@@ -108,7 +108,22 @@ def test_outputs_are_those_of_the_runtime_in_the_order_of_the_inputs(each, tmp_p
     monkeypatch.setattr(running, "AT_ONCE_S", at_once_s)
     onnx.save(linear_model(4, inputs=[2, 4]), tmp_path / "two.onnx")
     batches = [np.random.default_rng(seed).standard_normal((2, 4), dtype=np.float32) for seed in range(9)]
-    np.testing.assert_array_equal(each.run(tmp_path / "two.onnx", iter(batches)), np.concatenate(batches))
+    np.testing.assert_array_equal(each.run(tmp_path / "two.onnx", zip(batches)), np.concatenate(batches))
+
+
+def test_each_input_of_a_file_gets_its_array(each, tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "AT_ONCE_S", 0.0)
+    onnx.save(difference_model(), tmp_path / "two.onnx")
+    batches = [(np.full((2, 3), number, np.float32), np.full((2, 1), 10 * number, np.int64)) for number in range(9)]
+    np.testing.assert_array_equal(each.run(tmp_path / "two.onnx", iter(batches)), np.concatenate([a - b for a, b in batches]))
+    assert each.measure([tmp_path / "two.onnx"], seconds_each=SHORT)[0].median > 0
+
+
+@pytest.mark.parametrize("arrays", [1, 3])
+def test_a_file_that_is_given_another_number_of_arrays_fails_at_once(device, tmp_path, arrays):
+    onnx.save(difference_model(), tmp_path / "two.onnx")
+    with pytest.raises(PolicyFailure, match=f"the file has 2 inputs, but is given {arrays}"):
+        device.run(tmp_path / "two.onnx", [(np.zeros((2, 3), np.float32),) * arrays])
 
 
 def test_free_dimensions_are_one(each, tmp_path):
@@ -125,7 +140,7 @@ def test_runtimes_agree_on_an_int8_network(tmp_path, monkeypatch):
     calibrate(student, [torch.randn(32, *inputs.shape[1:])])
     (tmp_path / "int8.onnx").write_bytes(onnx_bytes(snap_biases(student), policy.quant, (inputs[:1],)))
     batches = [torch.randn(1, *inputs.shape[1:]).numpy() for _ in range(24)]
-    one, other = (LocalCpu(Runtime(name)).run(tmp_path / "int8.onnx", batches) for name in TITLES)
+    one, other = (LocalCpu(Runtime(name)).run(tmp_path / "int8.onnx", zip(batches)) for name in TITLES)
     assert np.abs(one - other).max() <= 0.05 * np.abs(one).max()
     with torch.no_grad():
         own = student(torch.from_numpy(np.concatenate(batches))).numpy()
@@ -138,7 +153,7 @@ def test_bf16_is_what_was_asked_for_and_nothing_else(tmp_path):
         pytest.skip("no OpenVINO, or no instructions for bf16")
     onnx.save(linear_model(256), tmp_path / "linear.onnx")
     batches = [np.random.default_rng(seed).standard_normal((1, 256), dtype=np.float32) for seed in range(8)]
-    one, again, other = (LocalCpu(runtime).run(tmp_path / "linear.onnx", batches) for runtime in (exact, exact, rounded))
+    one, again, other = (LocalCpu(runtime).run(tmp_path / "linear.onnx", zip(batches)) for runtime in (exact, exact, rounded))
     np.testing.assert_array_equal(one, again)
     assert 1e-4 < np.abs(one - other).max() / np.abs(one).max() < 0.03
     device = LocalCpu(rounded)
@@ -166,7 +181,7 @@ def test_several_processes_share_the_batches_and_keep_their_order(device, tmp_pa
         for batch in batches:
             seen.append({p.pid for p in psutil.Process().children()})
             time.sleep(0.01)
-            yield batch
+            yield (batch,)
 
     np.testing.assert_array_equal(device.run(tmp_path / "two.onnx", slowly()), np.concatenate(batches))
     assert max(map(len, seen)) == 3
@@ -182,7 +197,7 @@ def test_what_the_inputs_raise_ends_all_processes(device, tiny, monkeypatch, fai
             if number == fails_at:
                 raise ValueError("no more")
             time.sleep(0.01)
-            yield np.zeros((1, 16), np.float32)
+            yield (np.zeros((1, 16), np.float32),)
 
     with pytest.raises(ValueError, match="no more"):
         device.run(tiny, batches())
@@ -223,7 +238,7 @@ def test_what_a_helper_fails_over_is_done_by_the_first_process(device, tmp_path,
     def slowly():
         for batch in batches:
             time.sleep(0.02)
-            yield batch
+            yield (batch,)
 
     np.testing.assert_array_equal(device.run(tmp_path / "two.onnx", slowly()), np.concatenate(batches))
 
@@ -241,7 +256,7 @@ program.main()
 
 def test_what_a_runtime_prints_is_no_answer(device, tiny, child):
     child(LOUD)
-    assert device.run(tiny, [np.zeros((1, 16), np.float32)]).shape == (1, 16)
+    assert device.run(tiny, [(np.zeros((1, 16), np.float32),)]).shape == (1, 16)
     assert device.measure([tiny], seconds_each=SHORT)[0].median > 0
     assert device.measure_many([tiny.read_bytes()], seconds_each=0.01)[0] > 0
 
@@ -250,7 +265,7 @@ def test_a_process_that_answers_with_anything_else_is_ended(device, tiny, child,
     monkeypatch.setattr(running, "ENDING_S", 0.2)
     child("import sys; print('5' if sys.stdin.buffer.readline() else '', flush=True); sys.stdin.buffer.read()")
     with pytest.raises(PolicyFailure, match="must answer with an array"):
-        device.run(tiny, [np.zeros((1, 16), np.float32)])
+        device.run(tiny, [(np.zeros((1, 16), np.float32),)])
 
 
 def test_a_runtime_of_a_vendor_is_called_by_its_own_name(monkeypatch):
@@ -276,7 +291,7 @@ def test_an_interruption_does_not_wait_for_helpers(device, tmp_path, monkeypatch
     def batches():
         while time.monotonic() < begun + 3.0:
             time.sleep(0.02)
-            yield np.zeros((2, 4), np.float32)
+            yield (np.zeros((2, 4), np.float32),)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -289,7 +304,7 @@ def test_an_interruption_does_not_wait_for_helpers(device, tmp_path, monkeypatch
 def test_a_file_that_cannot_be_run_is_a_policy_failure_that_names_it(device, tmp_path, content, rows):
     (tmp_path / "broken.onnx").write_bytes(content)
     with pytest.raises(PolicyFailure, match=r"cannot run broken\.onnx"):
-        device.run(tmp_path / "broken.onnx", [np.zeros((rows, 3), np.float32)])
+        device.run(tmp_path / "broken.onnx", [(np.zeros((rows, 3), np.float32),)])
 
 
 CRASH = "import os, signal, resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); os.kill(os.getpid(), signal.{})"
@@ -299,19 +314,19 @@ CRASH = "import os, signal, resource; resource.setrlimit(resource.RLIMIT_CORE, (
 def test_a_crash_while_it_runs_a_file_is_a_policy_failure(device, tiny, child, name):
     child(CRASH.format(name))
     with pytest.raises(PolicyFailure, match=name):
-        device.run(tiny, [np.zeros((1, 16), np.float32)])
+        device.run(tiny, [(np.zeros((1, 16), np.float32),)])
 
 
 def test_a_hang_while_it_runs_a_file_is_a_policy_failure(device, tiny, child, monkeypatch):
     child("import time; time.sleep(60)")
     monkeypatch.setattr(processes, "TIMEOUT_S", 0.5)
     with pytest.raises(PolicyFailure, match="must answer within"):
-        device.run(tiny, [np.zeros((1, 16), np.float32)])
+        device.run(tiny, [(np.zeros((1, 16), np.float32),)])
 
 
 def test_a_caller_that_stops_leaves_no_process(device, tiny):
     def batches():
-        yield np.zeros((1, 16), np.float32)
+        yield (np.zeros((1, 16), np.float32),)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

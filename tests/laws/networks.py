@@ -181,6 +181,45 @@ class Recurrent(nn.Module):
         return self.head(torch.relu(self.hidden(self.recurrent(columns)[0].mean(1))))
 
 
+class Spread(nn.Module):
+    """Channels that become space and come back, shuffled, stacked and repeated; filters of each channel by itself that nothing trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mix, self.norm = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(6, 12, 3, padding=1), nn.BatchNorm2d(12)
+        self.up, self.grouped = nn.ConvTranspose2d(12, 12, 2, 2, groups=12), nn.Conv2d(12, 12, 1, groups=3)
+        self.register_buffer("blur", torch.tensor([1.0, 2.0, 1.0]).outer(torch.tensor([1.0, 2.0, 1.0])).expand(12, 1, 3, 3) / 16)
+        self.wide, self.both, self.last = nn.Conv2d(12, 8, 1), nn.Conv3d(8, 10, (2, 1, 1)), nn.Conv2d(20, 16, 1)
+        self.out, self.split, self.head = nn.Conv2d(64, 16, 1), nn.ConvTranspose2d(16, 12, 2, groups=2), nn.Linear(12, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.pixel_shuffle(torch.relu(self.stem(x)), 2)
+        x = torch.relu(self.norm(self.mix(nn.functional.avg_pool2d(x, 2))))
+        x = nn.functional.conv2d(torch.relu(self.up(x)), self.blur, stride=2, padding=1, groups=12)
+        x = nn.functional.channel_shuffle(torch.relu(self.grouped(x)), 3)
+        x = torch.relu(self.wide(x)).movedim(1, -1).movedim(-1, 1)
+        x = torch.relu(self.both(torch.stack([x, x * (x > 0.1)], dim=2)).squeeze(2))
+        x = torch.relu(self.last(x.swapaxes(2, 3).repeat(1, 2, 1, 1)))
+        return self.head(torch.relu(self.split(torch.relu(self.out(nn.functional.pixel_unshuffle(x, 2))))).mean((2, 3)))
+
+
+class Heads(nn.Module):
+    """Attention whose keys and values serve two heads each, by the operator that knows of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.q, self.kv, self.out = nn.Conv2d(3, 24, 4, stride=4), nn.Linear(24, 32), nn.Linear(24, 32), nn.Linear(32, 24)
+        self.up, self.down, self.head = nn.Linear(24, 48), nn.Linear(48, 24), nn.Linear(24, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        n, tokens, _ = x.shape
+        q = self.q(x).view(n, tokens, 4, 8).transpose(1, 2)
+        k, v = self.kv(x).view(n, tokens, 2, 2, 8).permute(2, 0, 3, 1, 4)
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).reshape(n, tokens, -1))
+        return self.head((x + self.down(torch.relu(self.up(x)))).mean(1))
+
+
 class Mixer(nn.Module):
     """Layers over tokens and over channels in turn (Tolstikhin et al. 2021, arXiv 2105.01601)."""
 
@@ -244,6 +283,8 @@ NETWORKS = {
     "up": (Up, 16),
     "recurrent": (Recurrent, 16),
     "nested": (Nested, 16),
+    "spread": (Spread, 16),
+    "heads": (Heads, 16),
 }
 
 
