@@ -220,7 +220,13 @@ def example_for(model: nn.Module, reference: str, batch: int = 1, shape: str | N
 
 
 def _of_shape(shape: str, batch: int) -> Inputs:
-    inputs = [_input(part.strip(), batch) for part in shape.split(",")]
+    parts = [part.strip() for part in shape.split(",")]
+    if len(parts) > 1 and all(map(str.isdecimal, parts)):
+        raise UsageError(
+            f"an input is written as its sizes with an x between, but got {shape!r}",
+            hint=f"write {'x'.join(parts)}; several inputs of one size each need names: ids={parts[0]},mask={parts[1]}",
+        )
+    inputs = [_input(part, batch) for part in parts]
     names = tuple(name for name, _ in inputs if name)
     if names and len(set(names)) < len(inputs):
         raise UsageError(

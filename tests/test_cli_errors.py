@@ -137,7 +137,7 @@ USAGE = [
     ("measure truncated.onnx --batch 8", "--batch is for models", "leave --batch out"),
     ("measure truncated.onnx --input 3x8x8", "--input is for models", "leave --input out"),
     ("inspect torchvision:resnet18 --html absent/page.html", "the folder of 'absent/page.html' does not exist", "--html"),
-    ("inspect torchvision:resnet18 --input 3,8,8", "an input is written as its sizes", "3x224x224"),
+    ("inspect torchvision:resnet18 --input 3,8,8", "an input is written as its sizes", "write 3x8x8"),
     (f"show {300 * 'x'}", "cannot be used: File name too long", "check the path"),
     (f"search --model {300 * 'x'}.py:net --data digits --dry-run", "cannot be used: File name too long", "check the path"),
 ]

@@ -309,7 +309,7 @@ def test_an_input_is_written_as_sizes_and_a_type(written, shape, dtype):
     assert (tuple(example.shape), example.dtype) == (shape, dtype)
 
 
-@pytest.mark.parametrize(("written", "names"), [("4,3x8:bool", ()), ("ids=4, mask=3x8:bool", ("ids", "mask"))])
+@pytest.mark.parametrize(("written", "names"), [("4:float32,3x8:bool", ()), ("ids=4, mask=3x8:bool", ("ids", "mask"))])
 def test_several_inputs_are_separated_by_commas(written, names):
     example = example_for(net(), "own", 2, written)
     assert example.names == names
@@ -358,7 +358,7 @@ def test_inputs_of_a_traced_module_have_no_names():
         as_function(fx.symbolic_trace(net()), Batch((torch.rand(1, 4),), ("input",)))
 
 
-@pytest.mark.parametrize("written", ["", "3,", "3x", "0x3", "4:text", "-1x3", "3x4:", "x", "=3", "a b=3"])
+@pytest.mark.parametrize("written", ["", "3,", "3,4", "3x", "0x3", "4:text", "-1x3", "3x4:", "x", "=3", "a b=3"])
 def test_an_input_that_is_written_otherwise_is_refused(written):
     with pytest.raises(UsageError, match="an input is written as its sizes"):
         example_for(net(), "own", 1, written)
