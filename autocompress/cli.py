@@ -164,14 +164,14 @@ def export(
     run: options.RunFolder,
     out: options.Out,
     pick: options.Pick = "best",
-    format_: options.Formats = "onnx",
+    format_: options.Formats = None,
     model: options.Teacher = None,
     student: options.StudentSource = None,
     device: options.ExportDevice = None,
     json: options.Json = False,
 ) -> None:
     """Write one policy as the files that ship, checked and measured again."""
-    formats = tuple(part.strip() for part in format_.split(",") if part.strip())
+    formats = tuple(part.strip() for text in format_ or ["onnx"] for part in text.split(",") if part.strip())
     require_formats(formats)
     from autocompress.deploy import export_run  # torch takes seconds, wrong formats are told at once
 

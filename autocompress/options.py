@@ -116,7 +116,9 @@ Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", rich_help_p
 Json = Annotated[bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print JSON instead of text.")]
 Open = Annotated[bool, typer.Option("--open", help="Open it in the browser.")]
 Pick = Annotated[str, typer.Option("--pick", help="best, or the id of a policy.")]
-Formats = Annotated[str, typer.Option("--format", help="onnx, openvino, torch; several with commas.")]
+Formats = Annotated[
+    list[str] | None, typer.Option("--format", help="onnx (default), openvino, torch; several times, or several with commas.")
+]
 Teacher = Annotated[
     str | None, typer.Option("--model", metavar="REF", help="The run's model, for --format torch where it is a function of yours.")
 ]

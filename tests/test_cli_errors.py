@@ -123,6 +123,7 @@ USAGE = [
     ("report empty", "no front.json", "--out"),
     ("explain fine nobody", "no measured policy has the id 'nobody'", "known"),
     ("export fine --format foo --out x", "must be some of onnx, openvino, torch, but got 'foo'", "known"),
+    ("export fine --format onnx --format foo --out x", "must be some of onnx, openvino, torch, but got 'foo'", "known"),
     ("export fine --format , --out x", "must be some of onnx, openvino, torch", "known"),
     ("measure absent.onnx", "does not exist", "ONNX file"),
     ("calibrate --time 0s", "greater than zero", "10ms"),
