@@ -83,6 +83,7 @@ _KINDS: dict[NodeKind, tuple[str, ...]] = {
     "matmul": ("matmul", "bmm", "mm"),
     "softmax": ("softmax", "log_softmax"),
     "attention": ("scaled_dot_product_attention",),
+    "layernorm": ("rms_norm",),
     "groupnorm": ("instance_norm",),
     "filter": (*CONVOLUTIONS, "linear"),
     "convtranspose": TRANSPOSED_CONVOLUTIONS,

@@ -21,7 +21,7 @@ from autocompress.graph.nodes import (
 from autocompress.graph.reshaping import TURNS
 from autocompress.records import Operator, OperatorKind, Shape
 
-FUNCTIONS = ("activation", "elementwise", "move", "resize", "recurrent", "einsum")
+FUNCTIONS = ("activation", "layernorm", "elementwise", "move", "resize", "recurrent", "einsum")
 """Kinds of operators of which several are told apart by the function."""
 FILTERS = ("filter", "convtranspose")
 NORM_VECTORS = 4
@@ -69,6 +69,8 @@ def operator_of(
     if not isinstance(layer, Weighted):
         params = output[1] * _vectors(layer) if layer is not None and kind == "norm" else 0
         own = {"name": name, "inputs": tuple(inputs), "output": output, "activation": activation, "params": params}
+        if kind == "groupnorm":
+            return Operator(**common, **own, groups=_norm_groups(layer, output[1]))
         return Operator(**common, **own, **(_filter_window(node, kind, inputs, output) if kind in FILTERS else _window(node)))
     source, target, has_bias, is_pointwise = inputs[0], output, layer.bias is not None or has_norm, False
     if factor is not None:
@@ -91,9 +93,17 @@ def _vectors(norm: nn.Module) -> int:
     return sum(1 for _ in norm.parameters()) if follows_batch(norm) else NORM_VECTORS
 
 
-def _function(node: fx.Node) -> str:
+def _function(node: fx.Node) -> str | None:
+    """What the operator computes, where that is a function of ATen."""
     given = arguments(node)
-    return str(given["equation"]).replace(" ", "") if "equation" in given else relu_of(node) or name_of(node)
+    return str(given["equation"]).replace(" ", "") if "equation" in given else relu_of(node) or name_of(node) or None
+
+
+def _norm_groups(norm: nn.Module | None, channels: int) -> int:
+    """Groups of channels that are normalised together, which go as a whole; one stays one, and a function normalises each by itself."""
+    if not isinstance(norm, nn.GroupNorm):
+        return channels
+    return 1 if norm.num_groups == 1 else channels * norm.num_groups // norm.num_channels
 
 
 def _in_time(node: fx.Node, inputs: tuple[Shape, ...]) -> tuple[Shape, ...]:

@@ -208,21 +208,27 @@ def _attention(builder: _Builder, operator: Operator) -> str:
 
 def _layer_norm(builder: _Builder, operator: Operator) -> str:
     n = operator.inputs[0][-1]
+    if operator.activation == "rms_norm":
+        return _rms_norm(builder, operator, n)
     ones = [builder.constant(name, np.ones(n, dtype=np.float32)) for name in ("scale", "shift")]
     return builder.node("LayerNormalization", [builder.input(operator.inputs[0]), *ones], axis=-1)
 
 
+def _rms_norm(builder: _Builder, operator: Operator, n: int) -> str:
+    """As the exporter writes it (RMSNormalization is of a later opset)."""
+    value, axes = builder.input(operator.inputs[0]), builder.constant("axes", np.array([-1], dtype=np.int64))
+    two, little = (builder.constant(name, np.array(number, dtype=np.float32)) for name, number in (("two", 2.0), ("little", 1e-6)))
+    mean = builder.node("ReduceMean", [builder.node("Pow", [value, two]), axes])
+    factor = builder.node("Reciprocal", [builder.node("Sqrt", [builder.node("Add", [mean, little])])])
+    return builder.node("Mul", [builder.node("Mul", [value, factor]), builder.constant("scale", np.ones(n, dtype=np.float32))])
+
+
 def _group_norm(builder: _Builder, operator: Operator) -> str:
-    """As the exporter writes it: the groups are normalised as instances, and then scaled and shifted channel by channel."""
-    shape = operator.inputs[0]
-    rows = builder.constant("rows", np.array([shape[0], 1, -1], dtype=np.int64))
-    ones = [builder.constant(name, np.ones(1, dtype=np.float32)) for name in ("unit", "nothing")]
-    value = builder.input(shape)
-    flat = builder.node("InstanceNormalization", [builder.node("Reshape", [value, rows]), *ones])
-    back = builder.node("Reshape", [flat, builder.constant("shape", np.array(shape, dtype=np.int64))])
-    channels = (shape[1], *[1] * (len(shape) - 2))
-    scale, shift = (builder.constant(name, np.ones(channels, dtype=np.float32)) for name in ("scale", "shift"))
-    return builder.node("Add", [builder.node("Mul", [back, scale]), shift])
+    channels = operator.inputs[0][1]
+    ones = [builder.constant(name, np.ones(channels, dtype=np.float32)) for name in ("scale", "shift")]
+    if operator.groups == channels:
+        return builder.node("InstanceNormalization", [builder.input(operator.inputs[0]), *ones])
+    return builder.node("GroupNormalization", [builder.input(operator.inputs[0]), *ones], num_groups=operator.groups)
 
 
 def _filter(builder: _Builder, operator: Operator) -> str:
