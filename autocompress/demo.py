@@ -5,11 +5,25 @@ Nothing is downloaded: the 1,797 digits (8 x 8 pixels) come with scikit-learn.
 
 from __future__ import annotations
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WIDTHS = (64, 128, 192)
+from autocompress.compress.student import build_student
+from autocompress.devices.base import Device
+from autocompress.export.onnx import onnx_bytes
+from autocompress.graph import Graph
+from autocompress.policy import Policy
+from autocompress.references import DEMO
+
+WIDTHS = {"teacher": (64, 128, 192), "teacher_80": (80, 160, 240), "teacher_96": (96, 192, 288), "teacher_128": (128, 256, 384)}
+"""Of the stages, by the name of the function that makes the network, the narrowest first."""
 BLOCKS = (3, 3, 3)
+LEAST_OVER = 2.2
+"""How many times the budget the original should take, so that it has to be compressed: two to four times, from one width to the next."""
+MEASURE_S = 0.2
 TEACHER_EPOCHS = 12
 LEARNING_RATE = 0.05
 BATCH_SIZE = 128
@@ -36,12 +50,12 @@ class ResidualBlock(nn.Module):
 class DigitReader(nn.Module):
     """n x 1 x 8 x 8 grey images in [0, 1] -> n x 10 logits."""
 
-    def __init__(self) -> None:
+    def __init__(self, widths: tuple[int, ...]) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, WIDTHS[0], 3, 1, 1, bias=False), nn.BatchNorm2d(WIDTHS[0]), nn.ReLU())
+        self.stem = nn.Sequential(nn.Conv2d(1, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
         stages: list[nn.Module] = []
-        inputs = WIDTHS[0]
-        for index, (width, blocks) in enumerate(zip(WIDTHS, BLOCKS, strict=True)):
+        inputs = widths[0]
+        for index, (width, blocks) in enumerate(zip(widths, BLOCKS, strict=True)):
             layers = [ResidualBlock(inputs if b == 0 else width, width, 2 if index and b == 0 else 1) for b in range(blocks)]
             stages.append(nn.Sequential(*layers))
             inputs = width
@@ -54,4 +68,29 @@ class DigitReader(nn.Module):
 
 def teacher() -> nn.Module:
     """The untrained demonstration network; the search trains it before it begins."""
-    return DigitReader()
+    return DigitReader(WIDTHS["teacher"])
+
+
+def teacher_80() -> nn.Module:
+    """The same, wider, for a processor that is faster."""
+    return DigitReader(WIDTHS["teacher_80"])
+
+
+def teacher_96() -> nn.Module:
+    """Wider still."""
+    return DigitReader(WIDTHS["teacher_96"])
+
+
+def teacher_128() -> nn.Module:
+    """The widest."""
+    return DigitReader(WIDTHS["teacher_128"])
+
+
+def reference_for(device: Device, limit_s: float, batch: int) -> str:
+    """The narrowest network that takes LEAST_OVER times the limit on the device, as far as that of the first tells; else the widest."""
+    example = (torch.zeros(batch, 1, 8, 8),)
+    graph = Graph.trace(teacher().eval(), example)
+    taken = device.measure_many([onnx_bytes(build_student(graph, Policy()), Policy().quant, example)], seconds_each=MEASURE_S)[0]
+    narrowest, widest = WIDTHS["teacher"][0], [*WIDTHS][-1]
+    slow = (name for name, (width, *_) in WIDTHS.items() if (width / narrowest) ** 2 * (taken or math.inf) >= LEAST_OVER * limit_s)
+    return DEMO + next(slow, widest)

@@ -31,6 +31,8 @@ OBJECT = "python:"
 """Begins the name of what was given as an object of Python: nothing can load it."""
 MODEL_LIBRARIES, DATA_READERS = ("torchvision:", "timm:"), ("torchvision:", "imagefolder:")
 """Begin references to models and to data that name no function."""
+DEMO = "autocompress.demo:"
+"""Begins references to the networks of the demonstration."""
 OURS = re.compile(r"autocompress\.(demo|testing\.models):\w+")
 """Functions of this package that build networks."""
 USERS_ERRORS = (Exception, SystemExit)

@@ -20,6 +20,7 @@ from autocompress.references import (
     AGENT_PORT,
     DATA_READERS,
     DEFAULT_DEVICE,
+    DEMO,
     MODEL_LIBRARIES,
     OBJECT,
     absolute_data,
@@ -33,7 +34,7 @@ from autocompress.references import (
 from autocompress.run_folder import is_own_file
 from autocompress.units import parse_duration
 
-DEMO_MODEL = "autocompress.demo:teacher"
+DEMO_MODEL = f"{DEMO}teacher"
 DEMO_DATA = "digits"
 DATA_VARIABLE = "AUTOCOMPRESS_DATA"
 TASK_FILE = "task.toml"
@@ -101,7 +102,7 @@ class Task(Record):
 
     @property
     def is_demo(self) -> bool:
-        return self.model == DEMO_MODEL
+        return self.model.startswith(DEMO)
 
     @property
     def demands_trust(self) -> dict[str, str]:

@@ -65,7 +65,7 @@ def test_the_demonstration_finds_something_within_its_budget(demo):
     assert str(run / "report.html") in done.stdout
     content = json.loads((run / "front.json").read_text(), parse_constant=pytest.fail)
     best = next(entry for entry in content["front"] if entry["id"] == content["best"])
-    assert best["latency_s"]["high"] <= BUDGET_S < content["baseline"]["latency_s"]["median"], "the budget binds"
+    assert best["latency_s"]["high"] <= BUDGET_S < content["baseline"]["latency_s"]["median"] / 1.5, "the budget binds"
     assert best["val_score"]["value"] >= float(GOOD_ENOUGH)
     assert best["test_score"]["n"] >= LEAST_TEST
     assert content["elapsed_s"] <= 1.05 * parse_duration(SEARCH_TIME) + 5
