@@ -20,21 +20,26 @@ class Batch:
     tensors: tuple[Tensor, ...]
     names: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        assert len({len(tensor) for tensor in self.tensors}) == 1, "a row for each example"
+        assert len(self.names) in (0, len(self.tensors))
+
     def __len__(self) -> int:
         return len(self.tensors[0])
 
     def __getitem__(self, rows: Tensor | slice) -> Batch:
-        return self._each(lambda tensor: tensor[rows])
+        return self.map(lambda tensor: tensor[rows])
 
     def split(self, size: int) -> Iterator[Batch]:
         """Parts of `size` rows; the last one may be smaller."""
         return (self[start : start + size] for start in range(0, len(self), size))
 
-    def to(self, *args: Any, **kwargs: Any) -> Batch:
+    def to(self, device: torch.device, *, copy: bool = False) -> Batch:
         """Each tensor as `Tensor.to` gives it."""
-        return self._each(lambda tensor: tensor.to(*args, **kwargs))
+        return self.map(lambda tensor: tensor.to(device, copy=copy))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same with every tensor changed."""
         return Batch(tuple(map(change, self.tensors)), self.names)
 
 
@@ -53,7 +58,7 @@ def names_of(inputs: Inputs) -> tuple[str, ...]:
 
 def each(change: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
     """The same with every tensor changed."""
-    return inputs._each(change) if isinstance(inputs, Batch) else change(inputs)
+    return inputs.map(change) if isinstance(inputs, Batch) else change(inputs)
 
 
 def answer(network: nn.Module, inputs: Inputs) -> Any:
@@ -69,7 +74,7 @@ def joined(parts: Sequence[Inputs]) -> Inputs:
 
 
 def random_like(inputs: Inputs, n: int | None = None) -> Inputs:
-    """`n` random examples of the same kind, by default as many; whole numbers are 0 and 1, which every table of embeddings has."""
+    """`n` random examples of the same kind, by default as many, the same at every call; whole numbers are 0 and 1, as every table has."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(tensor: Tensor) -> Tensor:

@@ -5,25 +5,12 @@ Nothing is downloaded: the 1,797 digits (8 x 8 pixels) come with scikit-learn.
 
 from __future__ import annotations
 
-import math
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from autocompress.compress.student import build_student
-from autocompress.devices.base import Device
-from autocompress.export.onnx import onnx_bytes
-from autocompress.graph import Graph
-from autocompress.policy import Policy
-from autocompress.references import DEMO
 
 WIDTHS = {"teacher": (64, 128, 192), "teacher_80": (80, 160, 240), "teacher_96": (96, 192, 288), "teacher_128": (128, 256, 384)}
 """Of the stages, by the name of the function that makes the network, the narrowest first."""
 BLOCKS = (3, 3, 3)
-LEAST_OVER = 2.0
-"""How many times the budget the original should take, so that it has to be compressed."""
-MEASURE_S = 0.2
 TEACHER_EPOCHS = 12
 LEARNING_RATE = 0.05
 BATCH_SIZE = 128
@@ -84,15 +71,3 @@ def teacher_96() -> nn.Module:
 def teacher_128() -> nn.Module:
     """The widest."""
     return DigitReader(WIDTHS["teacher_128"])
-
-
-def reference_for(device: Device, limit_s: float, batch: int) -> str:
-    """The narrowest network that takes LEAST_OVER times the limit on the device; else the widest."""
-    example = (torch.zeros(batch, 1, 8, 8),)
-
-    def seconds(widths: tuple[int, ...]) -> float:
-        network = build_student(Graph.trace(DigitReader(widths).eval(), example), Policy())
-        return device.measure_many([onnx_bytes(network, Policy().quant, example)], seconds_each=MEASURE_S)[0] or math.inf
-
-    slow = (name for name, widths in WIDTHS.items() if seconds(widths) >= LEAST_OVER * limit_s)
-    return DEMO + next(slow, [*WIDTHS][-1])

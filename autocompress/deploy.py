@@ -40,7 +40,7 @@ from autocompress.export import (
 from autocompress.failures import refused
 from autocompress.graph import Graph
 from autocompress.graph.plain import own_copy
-from autocompress.models import as_function, load_model
+from autocompress.models import load_model, simplify_call
 from autocompress.preparation import TEACHER_WEIGHTS, UNFINISHED_TEACHER
 from autocompress.records import Measurement
 from autocompress.references import AGENT, DEFAULT_DEVICE, MODEL_LIBRARIES, OBJECT, names_function, require_formats
@@ -285,7 +285,7 @@ def recreate(
             torch.manual_seed(manifest.seed)
             reference = load_model(reference, weights=own, classes=manifest.classes)
     example, reference = _example(manifest), own_copy(reference)
-    as_function(reference, example)
+    simplify_call(reference, example)
     made = load_student(bundle, fake_quantize(build_student(Graph.trace(reference, tensors_of(example)), policy), policy.quant))
     _require_same(made, bundle / MODEL, example, device or open_device(DEFAULT_DEVICE))
     return made

@@ -13,7 +13,7 @@ from autocompress.devices import Device, open_device
 from autocompress.graph import ChannelGroup, Graph
 from autocompress.graph.outline import outline
 from autocompress.latency import OperatorTable
-from autocompress.models import as_function, example_for, load_model
+from autocompress.models import example_for, load_model, simplify_call
 from autocompress.policy import Policy
 from autocompress.records import Step
 
@@ -43,7 +43,7 @@ def inspect_model(
     loaded, file = load_data(data) if data is not None else None, Path(weights) if weights is not None else None
     model = load_model(reference, weights=file, classes=loaded.classes if loaded is not None else None)
     example = loaded.example(1) if loaded is not None else example_for(model, reference, shape=input)
-    output = as_function(model, example)
+    output = simplify_call(model, example)
     graph = Graph.trace(model, tensors_of(example))
     steps = outline(graph) if target is None else outline(graph, _measured(graph, target).lookup)
     shapes = ("x".join(map(str, tensor.shape)) for tensor in tensors_of(example))

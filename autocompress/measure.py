@@ -14,7 +14,7 @@ from autocompress.devices.timing import MOST_DRIFT
 from autocompress.export import check_onnx, write_bundle
 from autocompress.failures import refused
 from autocompress.graph import Graph
-from autocompress.models import as_function, example_for, load_model
+from autocompress.models import example_for, load_model, simplify_call
 from autocompress.policy import Policy
 from autocompress.records import Measurement
 from autocompress.references import DEFAULT_DEVICE
@@ -38,7 +38,7 @@ def measure_reference(
     loaded = load_data(data) if data is not None else None
     model = load_model(reference, weights=weights, classes=loaded.classes if loaded is not None else None)
     example = loaded.example(batch) if loaded is not None else example_for(model, reference, batch, input)
-    as_function(model, example)
+    simplify_call(model, example)
     graph = Graph.trace(model, tensors_of(example))
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder, refused(f"{reference} cannot be measured"):
         manifest = write_bundle(Path(folder), build_student(graph, Policy()), Policy(), tensors_of(example), model=reference)

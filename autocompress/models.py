@@ -125,11 +125,11 @@ MAIN = ("logits", "out", "last_hidden_state")
 
 
 @torch.no_grad()
-def as_function(model: nn.Module, example: Inputs) -> str:
-    """Let a model in eval mode take its inputs by their place and return one tensor, in place: the output's name, where it has several.
+def simplify_call(model: nn.Module, example: Inputs) -> str:
+    """Change a model in eval mode, in place, so that it takes its inputs by place and returns one tensor.
 
-    Inputs that are named go to the arguments of these names. Of outputs by name the main one is returned; what else there is belongs to
-    training, as auxiliary classifiers do. Where no output is known to be the main one all stay.
+    Returns the name of the output that is taken; empty where there is only one, or none is known to be the main one. Inputs that are named
+    go to the arguments of these names. Other outputs belong to training, as those of auxiliary classifiers do.
     Raises UsageError where the model has no such arguments.
     """
     if names := names_of(example):

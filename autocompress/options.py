@@ -38,7 +38,12 @@ Data = Annotated[
 ]
 Input = Annotated[
     str | None,
-    typer.Option("--input", metavar="SHAPE", rich_help_panel=MODEL, help="Of inputs, without --data: 3x224x224; ids=9:int64,mask=9:int64."),
+    typer.Option(
+        "--input",
+        metavar="SHAPE",
+        rich_help_panel=MODEL,
+        help="Without --data, of each input: 3x224x224; ids=9:int64,mask=9:int64.",
+    ),
 ]
 Device = Annotated[str, typer.Option("--device", rich_help_panel=MODEL, help="What to measure on; see `autocompress devices`.")]
 Devices = Annotated[

@@ -36,7 +36,7 @@ from autocompress.graph import Graph
 from autocompress.graph.exported import BRANCH
 from autocompress.graph.plain import own_copy
 from autocompress.graph.trace import is_opaque
-from autocompress.models import as_function, load_model, load_weights
+from autocompress.models import load_model, load_weights, simplify_call
 from autocompress.policy import Policy, QuantSpec
 from autocompress.progress import PhaseTick
 from autocompress.records import Measurement, Score
@@ -97,13 +97,13 @@ def load(
         torch.manual_seed(task.seed)
         student = load_model(task.student, classes=data.classes) if task.student is not None else None
     example = data.example(task.batch)
-    output = as_function(teacher, example)
+    output = simplify_call(teacher, example)
     require_fit(teacher, data, example, task.model)
     if weights is not None:
         load_weights(teacher, weights)
     graphs: dict[str | None, Graph] = {None: Graph.trace(teacher, tensors_of(example))}
     if student is not None and task.student is not None:
-        as_function(student, example)
+        simplify_call(student, example)
         require_fit(student, data, example, task.student)
         graphs[task.student] = Graph.trace(student, tensors_of(example))
     several = f"{task.model} has several outputs: {output!r} is what is compressed" if output else ""

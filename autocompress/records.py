@@ -19,22 +19,23 @@ Rung = Literal["unchanged", "short", "full"]
 """What a policy went through: `unchanged` is the model itself in fewer bits, calibrated; `short` and `full` say how long it was trained."""
 OperatorKind = Literal[
     "conv", "linear", "add", "mul", "maxpool", "avgpool", "norm", "activation", "concat", "pad", "slice", "matmul", "softmax",
-    "attention", "layernorm", "groupnorm", "filter", "convtranspose", "recurrent", "einsum", "resize", "move", "elementwise", "other",
+    "attention", "layernorm", "groupnorm", "filter", "convtranspose", "recurrent", "einsum", "resize", "transpose", "move", "elementwise",
+    "other",
 ]  # fmt: skip
 """Pools may be adaptive; `avgpool` covers means over the whole map, `norm` only norms that cannot be folded into a layer.
 
-`filter` is a convolution whose weight is one of its inputs, as are those of `convtranspose` and `recurrent`. `move` puts values elsewhere,
-`elementwise` computes something of each, and is what any operator is taken for that has no kind of its own; `other` costs nothing. Nor do
-operators that give several tensors, but recurrent ones.
+`filter` is a convolution or linear layer whose weight is one of its inputs, as it is for `convtranspose` and `recurrent`. `move` puts
+values elsewhere; `elementwise` stands for every operator without a kind of its own. `other`, and operators that give several tensors
+(recurrent ones apart), cost nothing.
 """
 
 
 class Operator(Record):
     """One operator of a student as a runtime sees it: batch norm folded, fusible activation attached.
 
-    Shapes include the batch; those of recurrent layers are steps x batch x channels. `activation` is also the function of an operator that
-    is one of several of its kind, and the equation of an einsum. `bits` is 8 when the operator runs in int8, else 32; `weight_bits` is what
-    its weights take in the file. `params` counts weights and biases after folding, but none that are inputs.
+    Shapes include the batch; those of recurrent layers are steps x batch x channels. `function` is what the operator computes, where
+    several share a kind; of an einsum its equation. `bits` is 8 when it runs in int8, else 32; `weight_bits` is what its weights take in
+    the file. `params` counts weights and biases after folding, but none that are inputs.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Operator(Record):
     dilation: tuple[int, ...] = ()
     groups: int = 1
     activation: str | None = None
+    function: str | None = None
     bits: Literal[8, 32] = 32
     weight_bits: int = 32
     params: int = 0

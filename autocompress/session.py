@@ -25,8 +25,7 @@ from autocompress.controller.rungs import Rungs
 from autocompress.controller.warm_start import take_over
 from autocompress.data import Data
 from autocompress.data.sources import Splits, as_data
-from autocompress.demo import reference_for
-from autocompress.devices import open_device
+from autocompress.demo_size import of_fitting_size
 from autocompress.devices.base import Device, identity
 from autocompress.errors import AutocompressError, InfeasibleBudget, TooManyFailures, UsageError
 from autocompress.front import measured
@@ -57,7 +56,7 @@ from autocompress.study.database import (
 from autocompress.study.journal import Journal
 from autocompress.study.notes import Note
 from autocompress.suggesters import LevelSuggester
-from autocompress.task import DEMO_MODEL, TASK_FILE, Task, find_task, load_task
+from autocompress.task import TASK_FILE, Task, find_task, load_task
 from autocompress.units import counted, format_duration, format_size
 
 if TYPE_CHECKING:
@@ -255,7 +254,9 @@ def run_search(
     with locked(run), stopped_by_signals() as stop, recording(run):
         told = Attentive(progress or SilentProgress(), stop)
         with _leaving_nothing(run, fresh=fresh):
-            task = _of_fitting_size(task, run if resume else task.from_run, device)
+            if task.is_demo and not resume:
+                told.message("choosing the demonstration's network")
+            task = of_fitting_size(task, run if resume else task.from_run, device)
             journal = open_journal(run, task, resume=resume, sampler=sampler)
             told.message(f"searching in {run}")
             if not resume:
@@ -273,23 +274,6 @@ def run_search(
         finally:
             _finish(findings)
     return _result(findings)
-
-
-def _of_fitting_size(task: Task, before: Path | str | None, device: Device | None = None) -> Task:
-    """The demonstration with a network that has to be compressed to meet the budget on this device.
-
-    before: folder of the search that is resumed, or learned from: then with the network that it had.
-    """
-    limit_s = task.limits.latency_s or task.limits.p95_s
-    if task.model != DEMO_MODEL:
-        return task
-    if before is not None:
-        kept = Path(before) / TASK_FILE
-        known = load_task(kept, {}) if kept.is_file() else task
-        return task.model_copy(update={"model": known.model}) if known.is_demo else task
-    if limit_s is None:
-        return task
-    return task.model_copy(update={"model": reference_for(device or open_device(task.device), limit_s, task.batch)})
 
 
 @contextmanager
@@ -476,7 +460,7 @@ def _nearest(findings: Findings) -> str:
 
 def plan(task: Task, progress: Progress) -> dict[str, Any]:
     """What a search would do, without doing it: sizes of the space, budget, time, three policies in words."""
-    found = _of_fitting_size(task.absolute(), task.from_run)
+    found = of_fitting_size(task.absolute(), task.from_run)
     loaded = load(found, tick=counting(progress))
     graph, data = loaded.graphs[task.student], loaded.data
     suggest = find_suggest(found.space, graph, loaded.device.profile, reference=task.student)

@@ -38,7 +38,7 @@ NAMES = (
     "torchvision:mobilenet_v3_small", "torchvision:swin_t", "torchvision:shufflenet_v2_x0_5", "timm:vit_tiny_patch16_224",
     "timm:poolformer_s12", "timm:mobilevit_xxs", "timm:fastvit_t8",
 )  # fmt: skip
-LATER = ("groupnorm", "filter", "convtranspose", "recurrent", "einsum", "resize", "move", "elementwise")
+LATER = ("groupnorm", "filter", "convtranspose", "recurrent", "einsum", "resize", "transpose", "move", "elementwise")
 """Kinds of operators that cost nothing in predictions at first."""
 OPERATORS_S, MEASURE_S = 120.0, 2.0
 

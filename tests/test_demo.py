@@ -7,12 +7,12 @@ import functools
 import pytest
 import torch
 
-from autocompress.demo import LEAST_OVER, WIDTHS, reference_for, teacher
+from autocompress.demo import WIDTHS, teacher
+from autocompress.demo_size import TIMES_BUDGET, of_fitting_size, reference_for
 from autocompress.graph import Graph
 from autocompress.models import load_model
 from autocompress.policy import Policy
 from autocompress.references import DEMO, names_function
-from autocompress.session import _of_fitting_size
 from autocompress.task import TASK_FILE, Task
 from autocompress.testing.devices import Costs, FakeDevice
 
@@ -46,13 +46,13 @@ def test_every_network_can_be_named(name):
 
 
 def test_it_is_chosen_once_for_a_search(tmp_path):
-    task, fast, slow = Task(budget=("10ms",), batch=32), on_a_processor(1.1), on_a_processor(2 * LEAST_OVER)
-    chosen = _of_fitting_size(task, None, fast)
+    task, fast, slow = Task(budget=("10ms",), batch=32), on_a_processor(1.1), on_a_processor(2 * TIMES_BUDGET)
+    chosen = of_fitting_size(task, None, fast)
     assert chosen.model == f"{DEMO}teacher_96" and chosen.is_demo
     (tmp_path / TASK_FILE).write_text(chosen.to_toml())
-    assert _of_fitting_size(task, tmp_path, slow) == chosen, "a search that is resumed, or learned from, keeps its network"
-    assert _of_fitting_size(task, tmp_path / "absent", fast) == task
-    assert _of_fitting_size(chosen, None, slow) == chosen, "as it was asked for"
+    assert of_fitting_size(task, tmp_path, slow) == chosen, "a search that is resumed, or learned from, keeps its network"
+    assert of_fitting_size(task, tmp_path / "absent", fast) == task
+    assert of_fitting_size(chosen, None, slow) == chosen, "as it was asked for"
 
 
 OTHERS = [Task(), Task(budget=("0.5x",)), Task(budget=("4MB",)), Task(budget=("1ms",), model="own:net", data="own:data")]
@@ -60,4 +60,4 @@ OTHERS = [Task(), Task(budget=("0.5x",)), Task(budget=("4MB",)), Task(budget=("1
 
 @pytest.mark.parametrize("task", OTHERS)
 def test_without_a_budget_in_seconds_it_is_the_usual_one(task):
-    assert _of_fitting_size(task, None, on_a_processor(0.1)) == task
+    assert of_fitting_size(task, None, on_a_processor(0.1)) == task

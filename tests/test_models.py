@@ -14,7 +14,7 @@ from torch import fx, nn
 from autocompress.batch import Batch
 from autocompress.errors import UsageError
 from autocompress.graph import Graph
-from autocompress.models import as_function, example_for, load_model, load_weights, read_state
+from autocompress.models import example_for, load_model, load_weights, read_state, simplify_call
 
 
 def net():
@@ -283,7 +283,7 @@ class Answers(nn.Module):
 def test_of_several_outputs_by_name_the_main_one_is_taken(outputs, name):
     model, x = Answers(outputs).eval(), torch.randn(2, 4)
     names = set(model.state_dict())
-    assert as_function(model, x) == name
+    assert simplify_call(model, x) == name
     assert torch.equal(model(x), model.head(x))
     graph = Graph.trace(model, (x,))
     assert [layer.name for layer in graph.layers] == ["head"]
@@ -295,9 +295,9 @@ def test_of_several_outputs_by_name_the_main_one_is_taken(outputs, name):
 @pytest.mark.parametrize("outputs", [lambda y, a: y, lambda y, a: {"boxes": y, "kinds": a}, lambda y, a: (y, a), lambda y, a: {"mine": 1}])
 def test_outputs_of_which_none_is_known_to_be_the_main_one_stay(outputs):
     model = Answers(outputs).eval()
-    assert as_function(model, torch.randn(2, 4)) == ""
+    assert simplify_call(model, torch.randn(2, 4)) == ""
     assert not model._forward_hooks
-    assert as_function(model, torch.randn(2, 5)) == "", "what does not run is told by who runs it"
+    assert simplify_call(model, torch.randn(2, 5)) == "", "what does not run is told by who runs it"
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ class Keywords(nn.Module):
 def test_inputs_go_to_the_arguments_of_their_names():
     a, b = torch.rand(2, 3), torch.rand(2, 3)
     model = Keywords()
-    assert as_function(model, Batch((b, a), ("b", "a"))) == ""
+    assert simplify_call(model, Batch((b, a), ("b", "a"))) == ""
     assert torch.equal(model(b, a), a - b)
     assert torch.equal(copy.deepcopy(model)(b, a), a - b)
     graph = Graph.trace(model, (b, a))
@@ -342,20 +342,20 @@ def test_a_model_that_is_given_again_takes_other_names():
     a, b = torch.rand(2, 3), torch.rand(2, 3)
     model = Keywords()
     for names, tensors in ((("a", "b"), (a, b)), (("b", "a"), (b, a))):
-        as_function(model, Batch(tensors, names))
+        simplify_call(model, Batch(tensors, names))
         assert torch.equal(model(*tensors), a - b)
 
 
 @pytest.mark.parametrize(("model", "name"), [(net(), "c"), (net(), "not a name"), (Keywords(), "class")])
 def test_inputs_of_no_argument_are_refused(model, name):
     with pytest.raises(UsageError, match=f"has no '{name}'") as error:
-        as_function(model, Batch((torch.rand(1, 4),), (name,)))
+        simplify_call(model, Batch((torch.rand(1, 4),), (name,)))
     assert "its arguments are" in error.value.hint
 
 
 def test_inputs_of_a_traced_module_have_no_names():
     with pytest.raises(UsageError, match="have no names"):
-        as_function(fx.symbolic_trace(net()), Batch((torch.rand(1, 4),), ("input",)))
+        simplify_call(fx.symbolic_trace(net()), Batch((torch.rand(1, 4),), ("input",)))
 
 
 @pytest.mark.parametrize("written", ["", "3,", "3,4", "3x", "0x3", "4:text", "-1x3", "3x4:", "x", "=3", "a b=3"])
@@ -374,5 +374,5 @@ def test_a_model_may_answer_otherwise_in_training():
             return self.head(x) if self.training else {"out": self.head(x)}
 
     model, x = Both().eval(), torch.randn(2, 4)
-    assert as_function(model, x) == "out"
+    assert simplify_call(model, x) == "out"
     assert torch.equal(model.train()(x), model.eval()(x))

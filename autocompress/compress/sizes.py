@@ -100,7 +100,7 @@ def _new(node: fx.Node, graph: Graph, selection: Selection) -> None:
 
 
 def _filter(node: fx.Node, graph: Graph, selection: Selection) -> None:
-    """One of each channel by itself has as many groups as there are channels; with other groups they do not change."""
+    """A depthwise convolution has as many groups as channels; channels of other grouped ones do not change."""
     roots = graph.roots(arguments(node)["input"].name).get(1)
     if roots is not None and selection.changes(roots) and arguments(node)["groups"] > 1:
         _set(node, "groups", selection.size(roots))

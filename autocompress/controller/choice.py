@@ -69,11 +69,11 @@ class Chooser:
         return Choice(leader.policy, leader.worth) if leader is not None else None
 
     def leading(self) -> list[Proposal]:
-        """Networks that may rule out others: within the budget, and with a score that says that their training has not gone wrong."""
+        """Networks that may rule out others: within the budget (the unchanged one by a margin), and not gone wrong in training."""
         findings = self.findings
         least = findings.gain_without(COLLAPSED)
         known = [o for o in measured(findings.journal.outcomes) if feasible(o, findings.limits) and gain(o) >= least]
-        sound = [o for o in known if o.rung != "unchanged" or findings.stays_within(o)]  # nothing would be left where it falls out
+        sound = [o for o in known if o.rung != "unchanged" or findings.stays_within(o)]  # else nothing is left near it
         proposals = [findings.forecast.proposal(o.policy, {}) for o in sound]
         return [replace(p, latency_s=findings.forecast.latency_s(p)) for p in proposals]
 

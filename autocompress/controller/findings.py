@@ -113,7 +113,7 @@ class Findings:
         return [o for o in self.journal.outcomes if o.rung == "short"]
 
     def stays_within(self, outcome: Outcome) -> bool:
-        """Whether what is within the budget will be so when it is measured once more, as far as anybody can tell."""
+        """Whether it is within the budget by as much as it may be slower when it is measured at the end (`drift`)."""
         return feasible(outcome, self.limits, margin=self.drift)
 
     @property

@@ -30,9 +30,10 @@ FINITE_BYTES = 2**28
 FLOAT_BYTES = 4
 IMAGE_AXES = 3
 DIGEST_INPUTS = 8
-FEW = 5
-"""Numbers that a message lists."""
+MOST_LISTED = 5
+"""Numbers, in a message."""
 STACK = "several arrays are one for each input of the network: stack those that are one example each (numpy.stack)"
+"""Hint where arrays may have been meant as single examples."""
 CALIBRATION_BYTES = 2**30
 """Of the inputs that int8 ranges are fitted to, all together."""
 
@@ -52,13 +53,13 @@ class Split:
     """
 
     def __init__(self, inputs: Any, targets: Any, index: Tensor | None = None) -> None:
-        self._array, self.targets = _inputs_of(inputs), _rows_of(targets, "targets")
+        self._inputs, self.targets = _inputs_of(inputs), _rows_of(targets, "targets")
         self._index = index
-        rows = len(self._array if index is None else index)
+        rows = len(self._inputs if index is None else index)
         if rows != len(self.targets):
             raise UsageError(
                 f"a split must hold as many targets as inputs, but got {rows} inputs and {len(self.targets)} targets",
-                hint=STACK if isinstance(self._array, Batch) and not self.input_names else "give one target for each row of the inputs",
+                hint=STACK if isinstance(self._inputs, Batch) and not self.input_names else "give one target for each row of the inputs",
             )
 
     def __len__(self) -> int:
@@ -66,29 +67,29 @@ class Split:
 
     def __getitem__(self, index: Tensor | slice) -> Split:
         if self._index is None and isinstance(index, slice):
-            return Split(self._array[index], self.targets[index])
+            return Split(self._inputs[index], self.targets[index])
         rows = torch.arange(len(self)) if self._index is None else self._index
-        return Split(self._array, self.targets[index], rows[index])
+        return Split(self._inputs, self.targets[index], rows[index])
 
     @property
     def inputs(self) -> Inputs:
         """All inputs; copied where the split is a part of another one."""
-        return self._array if self._index is None else self._array[self._index]
+        return self._inputs if self._index is None else self._inputs[self._index]
 
     @property
     def input_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shape of each input of the network, without the batch."""
-        return tuple(tuple(tensor.shape[1:]) for tensor in tensors_of(self._array))
+        return tuple(tuple(tensor.shape[1:]) for tensor in tensors_of(self._inputs))
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Of each input of the network."""
-        return tuple(tensor.dtype for tensor in tensors_of(self._array))
+        return tuple(tensor.dtype for tensor in tensors_of(self._inputs))
 
     @property
     def input_names(self) -> tuple[str, ...]:
         """Of the network's arguments that the inputs are for, where they are named."""
-        return names_of(self._array)
+        return names_of(self._inputs)
 
     @property
     def form(self) -> str:
@@ -100,13 +101,13 @@ class Split:
 
     def rows(self, index: Tensor) -> Inputs:
         """The inputs at `index`, as they are stored."""
-        return self._array[index if self._index is None else self._index[index]]
+        return self._inputs[index if self._index is None else self._index[index]]
 
     def with_float32(self) -> Split:
         """The split with targets of floating point in float32, as outputs are: a loss of both could not be differentiated otherwise."""
         if not self.targets.is_floating_point() or self.targets.dtype == torch.float32:
             return self
-        return Split(self._array, self.targets.float(), self._index)
+        return Split(self._inputs, self.targets.float(), self._index)
 
     def with_classes(self, name: str) -> Split:
         """The split with targets in int64. Raises UsageError for targets that are not one class a row; `name` says whose they are."""
@@ -121,26 +122,27 @@ class Split:
                 f"targets must be one class a row, of shape ({len(self)},), but those of {name} have shape {tuple(targets.shape)}",
                 hint=f"give targets[:, 0] of a single column, targets.argmax(1) of one-hot rows; {other}",
             )
-        return self if targets.dtype == torch.int64 else Split(self._array, targets.long(), self._index)
+        return self if targets.dtype == torch.int64 else Split(self._inputs, targets.long(), self._index)
 
 
 def _inputs_of(values: Any) -> Inputs:
     """One tensor, or one for each input of the network. Raises UsageError unless all of them have as many rows."""
     if isinstance(values, Tensor | Batch):
         return values if isinstance(values, Batch) else _rows_of(values, "inputs")
+    names: tuple[str, ...] = ()
     if isinstance(values, Mapping) and values:
-        batch = Batch(tuple(_rows_of(array, f"inputs {name!r}") for name, array in values.items()), tuple(map(str, values)))
+        names, tensors = tuple(map(str, values)), tuple(_rows_of(array, f"inputs {name!r}") for name, array in values.items())
     elif isinstance(values, (tuple, list)) and any(isinstance(array, (Tensor, np.ndarray)) for array in values):
-        batch = Batch(tuple(_rows_of(array, f"inputs {number}") for number, array in enumerate(values)))
+        tensors = tuple(_rows_of(array, f"inputs {number}") for number, array in enumerate(values))
     else:
         return _rows_of(values, "inputs")
-    sizes = [len(tensor) for tensor in batch.tensors]
+    sizes = [len(tensor) for tensor in tensors]
     if len(set(sizes)) > 1:
         raise UsageError(
-            f"several arrays as inputs must have a row for each example, but these have {', '.join(map(str, sizes[:FEW]))} rows",
+            f"several arrays as inputs must have a row for each example, but these have {', '.join(map(str, sizes[:MOST_LISTED]))} rows",
             hint=STACK,
         )
-    return batch
+    return Batch(tensors, names)
 
 
 def _rows_of(values: Any, what: str) -> Tensor:

@@ -121,7 +121,7 @@ def _batches(path: Path) -> Iterator[Feed]:
     with path.open("rb") as file:
         while (array := read_array(file)) is not None:
             arrays.append(array)
-    if not arrays or not all(array.ndim and array.size for array in arrays):
+    if not arrays or not all(array.ndim and array.size for array in arrays) or len({len(array) for array in arrays}) > 1:
         raise UsageError("inputs must be arrays, as autocompress sends them", hint="use autocompress")
     yield from zip(*arrays, strict=True)
 

@@ -154,7 +154,7 @@ def measure_many(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(request: dict[str, Any], answers: IO[bytes]) -> None:
-    """Arrays of shape batches x inputs from stdin, one for each input of the file, of batches x outputs as answers, until stdin ends."""
+    """Read from stdin, until it ends, an array (batches x rows x ...) for each input of the file; answer each time with the outputs."""
     session = _opened(request, request["path"])
     names = [value.name for value in session.inputs]
     if len(names) != request["inputs"]:

@@ -146,9 +146,9 @@ def _journeys(path: Path, runtime: Runtime, work: _Work) -> Iterator[subprocess.
             try:
                 while taken := work.take(at_once):
                     begun = time.monotonic()
-                    request = {"kind": "run", "path": str(path), "inputs": len(taken[0][1])} | runtime.asked
-                    line = b"" if is_asked else processes.line(request).encode()
-                    outputs, is_asked = _answer(child, line, stacked([batch for _, batch in taken])), True
+                    line = b"" if is_asked else _request(path, runtime, inputs=len(taken[0][1]))
+                    outputs = _answer(child, line, stacked([batch for _, batch in taken]))
+                    is_asked = True
                     if outputs is None:
                         work.give_back(taken)
                         raise _stopped(child, runtime, path, time.monotonic() - begun, complaints)
@@ -159,6 +159,11 @@ def _journeys(path: Path, runtime: Runtime, work: _Work) -> Iterator[subprocess.
                 child.kill()
                 with contextlib.suppress(BrokenPipeError):  # what it has not read
                     child.stdin.close()
+
+
+def _request(path: Path, runtime: Runtime, *, inputs: int) -> bytes:
+    """inputs: how many arrays each batch consists of."""
+    return processes.line({"kind": "run", "path": str(path), "inputs": inputs} | runtime.asked).encode()
 
 
 def _answer(child: subprocess.Popen[bytes], line: bytes, inputs: Feed) -> np.ndarray | None:

@@ -38,7 +38,7 @@ class Manifest(Record):
     """What an artifact is, where it comes from, what was measured of it, on what and when.
 
     sha256: of each file that belongs to it, by name. normalisation: of the images that it was scored on; no part of the files.
-    inputs_by_name: whether the inputs are called as the arguments of the model that they are for; else they are for its first ones.
+    inputs_by_name: whether the file's inputs bear the names of the model's arguments; else they are its first arguments, in their order.
     parity: how the file's outputs differ from those of the student in student.safetensors.
     device: where latencies were measured; scored_on: where the file was run for its scores, by the search.
     """

@@ -66,6 +66,7 @@ def exported(model: nn.Module, example: tuple[Tensor, ...]) -> fx.GraphModule:
     _compute_constants(recorded)
     _put_out_of_place(recorded.graph)
     _leave_out_copies(recorded.graph)
+    _repeat_heads(recorded.graph)
     _write_attention_out(recorded.graph)
     put_modules_back(recorded, model)
     module = _tidy(recorded, model)
@@ -317,19 +318,12 @@ def _leave_out_copies(graph: fx.Graph) -> None:
 
 
 def _write_attention_out(graph: fx.Graph) -> None:
-    """Attention over more axes than batch, heads, tokens and size is one operator of torch's, but none that is exported to ONNX.
-
-    Keys and values that serve several heads each are repeated for them.
-    """
+    """Attention over more axes than batch, heads, tokens and size is one operator of torch's, but none that is exported to ONNX."""
     aten = torch.ops.aten
     for node in list(graph.nodes):
-        if name_of(node) != "scaled_dot_product_attention":
-            continue
-        if arguments(node).get("enable_gqa"):
-            _repeat_for_heads(node)
         given = arguments(node)
         plain = not given.get("is_causal") and given.get("attn_mask") is None
-        if not plain or node.meta["val"].dim() <= HEADS:
+        if name_of(node) != "scaled_dot_product_attention" or not plain or node.meta["val"].dim() <= HEADS:
             continue
         query, key, value = (given[name] for name in ("query", "key", "value"))
         scale = given["scale"] or query.meta["val"].shape[-1] ** -0.5
@@ -341,15 +335,19 @@ def _write_attention_out(graph: fx.Graph) -> None:
         node.replace_all_uses_with(written)
 
 
-def _repeat_for_heads(node: fx.Node) -> None:
-    """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245) as the usual one."""
-    given = arguments(node) | {"enable_gqa": False}
-    for name in ("key", "value"):
-        times = int(given["query"].meta["val"].shape[-3]) // int(given[name].meta["val"].shape[-3])
-        with node.graph.inserting_before(node):
-            repeat = torch.ops.aten.repeat_interleave.self_int
-            given[name] = node.graph.call_function(repeat, (given[name], times, -3)) if times > 1 else given[name]
-    node.args, node.kwargs = (given.pop("query"), given.pop("key"), given.pop("value")), given
+def _repeat_heads(graph: fx.Graph) -> None:
+    """Keys and values that serve several heads each (grouped queries: Ainslie et al. 2023, arXiv 2305.13245) are repeated for them."""
+    repeat = torch.ops.aten.repeat_interleave.self_int
+    for node in list(graph.nodes):
+        given = arguments(node)
+        if not given.get("enable_gqa"):
+            continue
+        for name in ("key", "value"):
+            times = int(given["query"].meta["val"].shape[-3]) // int(given[name].meta["val"].shape[-3])
+            with graph.inserting_before(node):
+                given[name] = graph.call_function(repeat, (given[name], times, -3)) if times > 1 else given[name]
+        given["enable_gqa"] = False
+        node.args, node.kwargs = (given.pop("query"), given.pop("key"), given.pop("value")), given
 
 
 def _writes_what_others_see(graph: fx.Graph) -> bool:

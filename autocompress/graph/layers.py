@@ -182,13 +182,13 @@ def _prelu(flow: Flow, node: fx.Node) -> Layout:
 
 
 def _filter(flow: Flow, node: fx.Node) -> Layout:
-    """A convolution whose weight is computed, or is none that is trained: of each channel by itself it follows these."""
+    """A convolution as a function, whose weight is computed or a buffer; where it filters each channel by itself, filters follow these."""
     given = arguments(node)
     weight, source = flow.known(given["weight"]), flow.known(given["input"])
     if len(node.meta["shape"]) != len(given["weight"].meta["shape"]):
         raise NotUnderstood(f"{title(node)} reads what is no batch")
     flow.freeze_axes(source, [axis for axis in source if axis != 1], f"{title(node)} slides along them")
-    flow.freeze_axes(weight, [axis for axis in weight if axis > 1], f"{title(node)} is as large")
+    flow.freeze_axes(weight, [axis for axis in weight if axis > 1], f"{title(node)} has a kernel of this size")
     if is_depthwise_call(node):
         return _each_by_itself(flow, node)
     if given["groups"] != 1:

@@ -385,7 +385,7 @@ class Graph:
             if not is_layer(module) and not is_norm(module) and any(True for _ in module.parameters())
         }
         held |= dict(node.meta["owner"] for node in self.module.graph.nodes if node.meta.get("owner"))
-        pruned = self._pruned_parameters()
+        pruned = self._owners_of_pruned_parameters()
         parts = [
             Frozen(name, f"{kind} is one operator here: its weights are {'not' if name in pruned else 'neither pruned nor'} quantized")
             for name, kind in held.items()
@@ -393,7 +393,7 @@ class Graph:
         parts += [Frozen(name, "it reads no input: what it makes is a constant, and stays in float32") for name in sorted(self._constant)]
         return (*whole, *path, *groups, *parts)
 
-    def _pruned_parameters(self) -> set[str]:
+    def _owners_of_pruned_parameters(self) -> set[str]:
         """Paths of what holds parameters that follow channels which may change."""
         free = {root for group in self.groups if group.prunable for root in self._members[group.name].tolist()}
         held = (node for node in self.module.graph.nodes if node.op == "get_attr")

@@ -14,36 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-NodeKind = Literal[
-    "input",
-    "conv",
-    "linear",
-    "norm",
-    "activation",
-    "add",
-    "mul",
-    "maxpool",
-    "avgpool",
-    "concat",
-    "pad",
-    "slice",
-    "reshape",
-    "identity",
-    "matmul",
-    "softmax",
-    "attention",
-    "layernorm",
-    "groupnorm",
-    "filter",
-    "convtranspose",
-    "recurrent",
-    "einsum",
-    "resize",
-    "move",
-    "elementwise",
-    "output",
-    "other",
-]
+from autocompress.records import OperatorKind
+
+NodeKind = OperatorKind | Literal["input", "reshape", "identity", "output"]
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Weighted = Conv | nn.Linear
@@ -58,9 +31,17 @@ _MODULES: tuple[tuple[tuple[type[nn.Module], ...], NodeKind], ...] = (
     ((nn.LayerNorm,), "layernorm"),
     ((nn.GroupNorm,), "groupnorm"),
 )
+TRANSPOSED: Mapping[str, tuple[int | str, int | str]] = {
+    "transpose": ("dim0", "dim1"), "swapdims": ("dim0", "dim1"), "swapaxes": ("axis0", "axis1"), "t": (0, -1), "mT": (-2, -1),
+    "adjoint": (-2, -1),
+}  # fmt: skip
+"""What lets two axes change places: which, or the names of the arguments that say it."""
+TURNS = ("permute", "movedim", "moveaxis", *TRANSPOSED)
+"""What lets axes change places."""
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+"""As functions, whose weight is an argument."""
 TRANSPOSED_CONVOLUTIONS = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-UPSAMPLED = (
+UPSAMPLING = (
     "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
     "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d", "_upsample_bilinear2d_aa", "upsample_trilinear3d",
     "upsample_bicubic2d", "_upsample_bicubic2d_aa",
@@ -89,18 +70,18 @@ _KINDS: dict[NodeKind, tuple[str, ...]] = {
     "convtranspose": TRANSPOSED_CONVOLUTIONS,
     "recurrent": (*RECURRENT,),
     "einsum": ("einsum",),
-    "resize": UPSAMPLED,
+    "resize": UPSAMPLING,
+    "transpose": TURNS,
     "move": (
-        "permute", "transpose", "swapdims", "swapaxes", "t", "mT", "adjoint", "movedim", "moveaxis", "roll", "flip", "repeat", "tile",
-        "repeat_interleave", "stack", "select", "index", "index_select", "gather", "embedding", "pixel_shuffle", "pixel_unshuffle",
-        "channel_shuffle", "im2col", "col2im", "unfold", "grid_sampler",
+        "roll", "flip", "repeat", "tile", "repeat_interleave", "stack", "select", "index", "index_select", "gather", "embedding",
+        "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "im2col", "col2im", "unfold", "grid_sampler",
     ),
     "other": (
         "unsqueeze", "squeeze", "expand", "expand_as", "to", "type_as", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones",
         "new_full", "zeros", "ones", "full", "arange", "alpha_dropout", "feature_alpha_dropout",
     ),
 }  # fmt: skip
-"""Operators of ATen by what they are here."""
+"""Operators of ATen by what they are here. "other" costs nothing; what is not listed is "elementwise"."""
 _OPERATORS: dict[str, NodeKind] = {name: kind for kind, names in _KINDS.items() for name in names}
 FOLLOWERS = ("add", "maxpool", "avgpool", "concat", "pad", "slice", "reshape", "identity")
 """Kinds that a runtime keeps in int8 where all their inputs are."""

@@ -8,22 +8,13 @@ from typing import Any
 
 from torch import fx, nn
 
-from autocompress.graph.nodes import (
-    Conv,
-    Weighted,
-    arguments,
-    channel_axis,
-    follows_batch,
-    module_of,
-    name_of,
-    relu_of,
-)  # fmt: skip
-from autocompress.graph.reshaping import TURNS
+from autocompress.graph.nodes import Conv, Weighted, arguments, channel_axis, follows_batch, module_of, name_of, relu_of
 from autocompress.records import Operator, OperatorKind, Shape
 
 FUNCTIONS = ("activation", "layernorm", "elementwise", "move", "resize", "recurrent", "einsum")
-"""Kinds of operators of which several are told apart by the function."""
+"""Kinds that several functions share."""
 FILTERS = ("filter", "convtranspose")
+"""Kinds whose weight is the second input."""
 NORM_VECTORS = 4
 """A batch norm that is not folded has weight, bias, mean and variance in the file."""
 
@@ -54,24 +45,17 @@ def operator_of(
 
     Args:
         module: the network that the node is of.
-        shapes: of its inputs that are tensors, and of its output, but of a recurrent layer, which gives several.
+        shapes: of its inputs that are tensors, then of its output; of a recurrent layer of the inputs only, since it gives several tensors.
         activation: what is fused into it; has_norm: whether a batch norm is.
         factor: which of two layers of low rank it is; None: neither.
     """
     if kind == "recurrent":
         shapes = _in_time(node, shapes)
     *inputs, output = shapes
-    if kind == "move" and name_of(node) not in TURNS:
-        inputs = [output]  # of a table it reads no more than it gives
     layer, name = module_of(node, module), operator_name(node)
-    activation = activation or (_function(node) if kind in FUNCTIONS else None)
-    common: dict[str, Any] = {"kind": kind, "bits": 8 if int8 else 32}
+    common: dict[str, Any] = {"kind": kind, "bits": 8 if int8 else 32, "activation": activation}
     if not isinstance(layer, Weighted):
-        params = output[1] * _vectors(layer) if layer is not None and kind == "norm" else 0
-        own = {"name": name, "inputs": tuple(inputs), "output": output, "activation": activation, "params": params}
-        if kind == "groupnorm":
-            return Operator(**common, **own, groups=_norm_groups(layer, output[1]))
-        return Operator(**common, **own, **(_filter_window(node, kind, inputs, output) if kind in FILTERS else _window(node)))
+        return _without_layer(node, layer, {**common, "name": name}, inputs, output)
     source, target, has_bias, is_pointwise = inputs[0], output, layer.bias is not None or has_norm, False
     if factor is not None:
         name, between = name + factor.suffix, _with_channels(output, channel_axis(node, module), factor.rank)
@@ -91,6 +75,21 @@ def operator_of(
 def _vectors(norm: nn.Module) -> int:
     """Vectors of a norm in the file that is not folded; running statistics come with a weight and a bias always."""
     return sum(1 for _ in norm.parameters()) if follows_batch(norm) else NORM_VECTORS
+
+
+def _without_layer(node: fx.Node, module: nn.Module | None, common: dict[str, Any], inputs: list[Shape], output: Shape) -> Operator:
+    """Of anything but a convolution or linear layer that the network holds as a module."""
+    kind = common["kind"]
+    if kind == "move":
+        inputs = [output]  # of a table it reads no more than it gives
+    if kind == "norm":
+        own: dict[str, Any] = {"params": output[1] * _vectors(module) if module is not None else 0}
+    elif kind == "groupnorm":
+        own = {"groups": _norm_groups(module, output[1])}
+    else:
+        own = _filter_window(node, kind, inputs, output) if kind in FILTERS else _window(node)
+    function = _function(node) if kind in FUNCTIONS else None
+    return Operator(**common, **own, function=function, inputs=tuple(inputs), output=output)
 
 
 def _function(node: fx.Node) -> str | None:

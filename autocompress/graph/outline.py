@@ -9,8 +9,19 @@ from collections.abc import Callable, Iterator
 from torch import fx, nn
 
 from autocompress.graph.model_graph import Graph
-from autocompress.graph.nodes import Conv, arguments, fused, is_about_sizes, is_depthwise, kind_of, module_of, name_of, relu_of, value_of
-from autocompress.graph.reshaping import TURNS
+from autocompress.graph.nodes import (
+    TURNS,
+    Conv,
+    arguments,
+    fused,
+    is_about_sizes,
+    is_depthwise,
+    kind_of,
+    module_of,
+    name_of,
+    relu_of,
+    value_of,
+)
 from autocompress.policy import Policy
 from autocompress.records import Operator, Step
 
@@ -40,14 +51,13 @@ def outline(graph: Graph, seconds: Callable[[Operator], float | None] = lambda _
         title, shape = " · ".join(_title(part, module) for part in parts), parts[-1].meta.get("shape", ())
         if _moves_on(node):
             place[node] = sources[0]
-            before, moved = steps[sources[0]], operators[node.name].popleft() if operators[node.name] else None
-            took = [each for each in (before.latency_s, seconds(moved) if moved is not None else None) if each is not None]
-            latency_s = sum(took) if took else None
+            before, moved = steps[sources[0]], _next(operators[node.name])
+            latency_s = _sum(before.latency_s, seconds(moved) if moved is not None else None)
             steps[sources[0]] = before.model_copy(update={"title": f"{before.title} · {title}", "shape": shape, "latency_s": latency_s})
             continue
         place |= dict.fromkeys(parts, len(steps))
         name = str(node.target) if node.op == "call_module" else node.name
-        groups, found = graph.groups_of(parts[-1].name), operators[name].popleft() if operators[name] else None
+        groups, found = graph.groups_of(parts[-1].name), _next(operators[name])
         step = Step(
             name=name,
             title=title,
@@ -62,6 +72,16 @@ def outline(graph: Graph, seconds: Callable[[Operator], float | None] = lambda _
         )
         steps.append(step)
     return steps
+
+
+def _next(waiting: deque[Operator]) -> Operator | None:
+    return waiting.popleft() if waiting else None
+
+
+def _sum(*seconds: float | None) -> float | None:
+    """Of what is known."""
+    known = [each for each in seconds if each is not None]
+    return sum(known) if known else None
 
 
 def _moves_on(node: fx.Node) -> bool:

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from torch import fx
 
 from autocompress.graph.channels import Channels, Ids, Layout
-from autocompress.graph.nodes import arguments, name_of
+from autocompress.graph.nodes import TRANSPOSED, arguments, name_of
 
 Move = Mapping[int, int]
 """Axis before -> axis after, of the axes that stay."""
-TRANSPOSED: Mapping[str, tuple[Any, Any]] = {
-    "transpose": ("dim0", "dim1"), "swapdims": ("dim0", "dim1"), "swapaxes": ("axis0", "axis1"), "t": (0, -1), "mT": (-2, -1),
-    "adjoint": (-2, -1),
-}  # fmt: skip
-"""What lets two axes change places: which, or the names of the arguments that say it."""
-TURNS = ("permute", "movedim", "moveaxis", *TRANSPOSED)
-"""What lets axes change places."""
 
 
 def moves(node: fx.Node) -> Move | None:
@@ -31,7 +23,7 @@ def moves(node: fx.Node) -> Move | None:
         return {axis % rank: place for place, axis in enumerate(given["dims"])}
     if name in TRANSPOSED:
         first, second = TRANSPOSED[name]
-        a, b = ((given.get(axis, axis)) % rank for axis in (first, second))
+        a, b = ((axis if isinstance(axis, int) else given[axis]) % rank for axis in (first, second))
         return {axis: {a: b, b: a}.get(axis, axis) for axis in range(rank)}
     if name in ("movedim", "moveaxis"):
         return _moved(given["source"], given["destination"], rank)

@@ -14,18 +14,18 @@ from torch import fx
 from autocompress.graph.channels import Channels, Ids, Layout
 from autocompress.graph.flow import PRODUCT, STATISTIC, Flow, NotUnderstood, axis_of, title
 from autocompress.graph.layers import WEIGHTED, Rule, of_attribute, of_module, spatial
-from autocompress.graph.nodes import UPSAMPLED, arguments, is_about_sizes, name_of, pad_amounts, reduced_axes, slice_bounds
-from autocompress.graph.reshaping import TURNS, moves, split_ids, tied
+from autocompress.graph.nodes import TURNS, UPSAMPLING, arguments, is_about_sizes, name_of, pad_amounts, reduced_axes, slice_bounds
+from autocompress.graph.reshaping import moves, split_ids, tied
 
 _SAME = (
     "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu", "sigmoid", "gelu", "leaky_relu", "elu", "tanh", "mish", "selu", "celu",
     "softplus", "softsign", "hardshrink", "softshrink", "threshold", "log_sigmoid", "exp", "exp2", "expm1",
     "square", "neg", "negative", "abs", "absolute", "sign", "erf", "sin", "cos", "tan", "atan", "sinh", "cosh",
-    "reciprocal", "floor", "ceil", "round", "clamp", "clamp_min", "clamp_max", "clip", "pow", "nan_to_num", "isnan", "logical_not",
+    "floor", "ceil", "round", "clamp", "clamp_min", "clamp_max", "clip", "nan_to_num", "isnan", "logical_not",
     "detach", "to", "type_as", "zeros_like", "ones_like", "full_like",
 )  # fmt: skip
-_OF_SOME = ("log", "log1p", "log2", "log10", "sqrt", "rsqrt")
-"""What has no value of some numbers."""
+_PARTIAL = ("log", "log1p", "log2", "log10", "sqrt", "rsqrt", "reciprocal", "pow")
+"""Functions that are not finite for every number."""
 _JOIN = (
     "add", "sub", "subtract", "rsub", "mul", "multiply", "div", "divide", "true_divide", "floor_divide", "remainder", "maximum", "minimum",
     "where", "masked_fill", "addcmul", "addcdiv", "lerp", "atan2", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or",
@@ -33,7 +33,7 @@ _JOIN = (
 _SPATIAL = (
     "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
     "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "max_pool1d_with_indices",
-    "max_pool2d_with_indices", "max_pool3d_with_indices", *UPSAMPLED,
+    "max_pool2d_with_indices", "max_pool3d_with_indices", *UPSAMPLING,
 )  # fmt: skip
 REDUCTIONS = ("mean", "sum", "amax", "amin", "var", "std", "logsumexp", "linalg_vector_norm")
 """What makes one value of all entries along an axis."""
@@ -77,10 +77,11 @@ def _same(flow: Flow, node: fx.Node) -> Layout:
     return flow.known(first)
 
 
-def _of_some(flow: Flow, node: fx.Node) -> Layout:
-    """Of a channel that is added it may have none."""
-    layout = _same(flow, node)
-    for ids in layout.values():
+def _partial(flow: Flow, node: fx.Node) -> Layout:
+    """What is added may be zero or negative, where these have no value: such channels are not grown."""
+    layout, power = _same(flow, node), arguments(node).get("exponent")
+    is_whole = isinstance(power, (int, float)) and power >= 0 and power == int(power)
+    for ids in () if is_whole else layout.values():
         flow.channels.play(node.name, STATISTIC, ids)
     return layout
 
@@ -349,14 +350,14 @@ def _einsum(flow: Flow, node: fx.Node) -> Layout:
 _RULES: dict[str, Rule] = WEIGHTED | {
     name: rule
     for rule, names in (
-        (_same, _SAME), (_of_some, _OF_SOME), (_join, _JOIN), (spatial, _SPATIAL), (_reduce, REDUCTIONS),
+        (_same, _SAME), (_partial, _PARTIAL), (_join, _JOIN), (spatial, _SPATIAL), (_reduce, REDUCTIONS),
         (_softmax, ("softmax", "_softmax", "log_softmax", "cumsum", "cumprod")),
         (_reshape, ("reshape", "reshape_as", "flatten", "unflatten")),
         (_move, (*TURNS, "unsqueeze", "squeeze")), (_along, ("roll", "flip")),
         (_expand, ("expand",)), (_expand_as, ("expand_as",)), (_repeat, ("repeat_interleave",)), (_tile, ("repeat", "tile")),
         (_split, ("split", "split_with_sizes", "chunk", "unbind")), (_part, ("getitem",)), (_concat, ("cat",)), (_stack, ("stack",)),
         (_into_space, ("pixel_shuffle",)), (_out_of_space, ("pixel_unshuffle",)), (_shuffle, ("channel_shuffle",)), (_slice, ("slice",)),
-        (_select, ("select",)), (_pad, ("pad", "constant_pad_nd")), (_matmul, ("matmul", "bmm")), (_glu, ("glu",)),
+        (_select, ("select",)), (_pad, ("pad", "constant_pad_nd")), (_matmul, ("matmul", "bmm", "mm")), (_glu, ("glu",)),
         (_attention, ("scaled_dot_product_attention",)), (_einsum, ("einsum",)), (_first, ("beside",)),
     )
     for name in names

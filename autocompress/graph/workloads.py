@@ -12,7 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,10 +36,7 @@ from autocompress.graph.resize import Groups, Roots
 from autocompress.policy import rank_of
 from autocompress.records import Operator, OperatorKind, Shape, Workload
 
-OPERATOR_KINDS: tuple[OperatorKind, ...] = (
-    "conv", "linear", "add", "mul", "maxpool", "avgpool", "norm", "activation", "concat", "pad", "slice", "matmul", "softmax", "attention",
-    "layernorm", "groupnorm", "filter", "convtranspose", "recurrent", "einsum", "resize", "move", "elementwise",
-)  # fmt: skip
+OPERATOR_KINDS = tuple(kind for kind in get_args(OperatorKind) if kind != "other")
 MOST_CODES = 2**20
 """Combinations of an operator's dimensions that are numbered without looking which of them occur."""
 MOST_OPERATORS = 2**18
@@ -194,7 +191,7 @@ class Arithmetic:
         fed = fed_nodes(self._module)
         for index, kind in enumerate(self._kinds):
             if kind not in ("conv", "linear", "norm") and self._nodes[index] not in fed:
-                continue  # whose weights are counted, though what they make is a constant
+                continue  # constants cost nothing; layers and norms stay, since their weights are counted
             if kind in OPERATOR_KINDS and (self._tensor[index] or kind == "recurrent"):
                 if str(self._nodes[index].target) in self._factorable:
                     yield index, True

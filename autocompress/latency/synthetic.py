@@ -12,7 +12,6 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from autocompress.graph.nodes import RECURRENT
-from autocompress.graph.reshaping import TURNS
 from autocompress.records import Operator, Shape
 
 OPSET, IR_VERSION = 21, 10
@@ -21,13 +20,18 @@ WEIGHT_REACH = 60
 """int8 weights stay within 7 bits, so that no processor saturates; speed does not depend on values."""
 MOST_PARAMS = 2**28
 """Weights of an operator that is measured alone: a gigabyte in float32."""
-STAND_INS = ("move", "elementwise")
-"""Kinds that are measured by an operator that reads and writes as much."""
+STAND_INS, STAND_IN = ("move", "elementwise"), "Abs"
+"""Kinds whose model may give another shape than the operator does, and what stands in for functions that are not listed."""
 MOST_AXES = 6
-PAIRS = {"sub": "Sub", "div": "Div", "pow": "Pow", "mul": "Mul", "maximum": "Max", "minimum": "Min"}
-SINGLES = {
+"""Of a transposition whose order is looked for among all that there are."""
+BINARY = {
+    "sub": "Sub", "subtract": "Sub", "div": "Div", "divide": "Div", "true_divide": "Div", "multiply": "Mul", "pow": "Pow", "maximum": "Max",
+    "minimum": "Min",
+}  # fmt: skip
+"""ONNX's operators for functions of ATen; a sum stands in for the others."""
+UNARY = {
     "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "rsqrt": "Sqrt", "reciprocal": "Reciprocal", "erf": "Erf", "sin": "Sin", "cos": "Cos",
-    "softplus": "Softplus", "selu": "Selu", "celu": "Celu", "neg": "Neg", "floor": "Floor", "round": "Round",
+    "softplus": "Softplus", "selu": "Selu", "celu": "Celu", "neg": "Neg", "negative": "Neg", "floor": "Floor", "round": "Round",
 }  # fmt: skip
 RECURRENT_NODES = {"lstm": "LSTM", "gru": "GRU"}
 """Of the others the exporter writes every step."""
@@ -37,6 +41,10 @@ ACTIVATIONS = {
     "relu": "Relu", "relu6": "Relu", "hardswish": "HardSwish", "hardsigmoid": "HardSigmoid", "sigmoid": "Sigmoid", "tanh": "Tanh",
     "gelu": "Gelu", "elu": "Elu", "leaky_relu": "LeakyRelu", "mish": "Mish",
 }  # fmt: skip
+
+
+class _NotBuilt(Exception):
+    """An operator that no small model stands for: it is interpolated."""
 
 
 @dataclass
@@ -107,8 +115,8 @@ def build_onnx(operator: Operator) -> bytes | None:
         "conv": _conv, "linear": _linear, "add": _pairwise, "mul": _pairwise, "maxpool": _pool, "avgpool": _pool,
         "norm": _norm, "activation": _activation, "concat": _concat, "pad": _pad, "slice": _slice,
         "matmul": _matmul, "softmax": _softmax, "attention": _attention, "layernorm": _layer_norm, "groupnorm": _group_norm,
-        "filter": _filter, "convtranspose": _filter, "recurrent": _recurrent, "einsum": _einsum, "resize": _resize, "move": _move,
-        "elementwise": _elementwise,
+        "filter": _filter, "convtranspose": _filter, "recurrent": _recurrent, "einsum": _einsum, "resize": _resize, "transpose": _transpose,
+        "move": _move, "elementwise": _elementwise,
     }  # fmt: skip
     maker = makers.get(operator.kind)
     if maker is None or not (operator.inputs or operator.kind in STAND_INS):
@@ -117,7 +125,7 @@ def build_onnx(operator: Operator) -> bytes | None:
         return None
     try:
         value = maker(builder, operator)
-    except (ArithmeticError, LookupError, TypeError, ValueError):  # of shapes that no maker has met: the operator is interpolated
+    except (_NotBuilt, ArithmeticError, LookupError, ValueError):  # or of shapes that no maker has met
         return None
     if operator.activation in ("relu", "relu6") and operator.kind != "activation":
         value = builder.node("Relu", [value])
@@ -177,7 +185,10 @@ def _reduced(source: Shape, target: Shape) -> tuple[int, ...]:
     if len(source) == len(target):
         return tuple(axis for axis, (a, b) in enumerate(zip(source, target, strict=True)) if a != b) or tuple(range(2, len(source)))
     ways = combinations(reversed(range(len(source))), len(source) - len(target))
-    return next(axes for axes in ways if tuple(size for axis, size in enumerate(source) if axis not in axes) == target)
+    found = next((axes for axes in ways if tuple(size for axis, size in enumerate(source) if axis not in axes) == target), None)
+    if found is None:
+        raise _NotBuilt
+    return found
 
 
 def _norm(builder: _Builder, operator: Operator) -> str:
@@ -208,7 +219,7 @@ def _attention(builder: _Builder, operator: Operator) -> str:
 
 def _layer_norm(builder: _Builder, operator: Operator) -> str:
     n = operator.inputs[0][-1]
-    if operator.activation == "rms_norm":
+    if operator.function == "rms_norm":
         return _rms_norm(builder, operator, n)
     ones = [builder.constant(name, np.ones(n, dtype=np.float32)) for name in ("scale", "shift")]
     return builder.node("LayerNormalization", [builder.input(operator.inputs[0]), *ones], axis=-1)
@@ -255,12 +266,15 @@ def _filter(builder: _Builder, operator: Operator) -> str:
 
 def _recurrent(builder: _Builder, operator: Operator) -> str:
     """One node a layer, both directions together."""
-    kind, gates = RECURRENT_NODES[operator.activation or ""], RECURRENT[operator.activation or ""]
+    kind = RECURRENT_NODES.get(operator.function or "")
+    if kind is None:
+        raise _NotBuilt
+    gates = RECURRENT[operator.function or ""]
     weights = [shape for shape in operator.inputs[1:] if len(shape) == 2]
     hidden = weights[1][1]
     directions = operator.output[2] // hidden
     if len(weights) % (2 * directions) or weights[0][0] != gates * hidden:
-        raise ValueError("a layer whose states are projected has other weights")
+        raise _NotBuilt  # states that are projected have other weights
     own: dict[str, Any] = {"hidden_size": hidden, "direction": "bidirectional" if directions > 1 else "forward"}
     if kind == "GRU":
         own["linear_before_reset"] = 1
@@ -275,11 +289,11 @@ def _recurrent(builder: _Builder, operator: Operator) -> str:
 
 
 def _einsum(builder: _Builder, operator: Operator) -> str:
-    return builder.node("Einsum", [builder.input(shape) for shape in operator.inputs], equation=operator.activation)
+    return builder.node("Einsum", [builder.input(shape) for shape in operator.inputs], equation=operator.function)
 
 
 def _resize(builder: _Builder, operator: Operator) -> str:
-    name, sizes = operator.activation or "", builder.constant("sizes", np.array(operator.output, dtype=np.int64))
+    name, sizes = operator.function or "", builder.constant("sizes", np.array(operator.output, dtype=np.int64))
     source = builder.input(operator.inputs[0])
     if "nearest" in name:
         own = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
@@ -287,23 +301,27 @@ def _resize(builder: _Builder, operator: Operator) -> str:
     return builder.node("Resize", [source, "", "", sizes], mode="cubic" if "cubic" in name else "linear")
 
 
-def _move(builder: _Builder, operator: Operator) -> str:
-    """Where axes change places, in the first way that makes the output's shape; what else there is reads and writes as much as it makes."""
-    if operator.activation not in TURNS or not 1 < len(operator.output) <= MOST_AXES:
-        return builder.node("Neg", [builder.input(operator.output)])
+def _transpose(builder: _Builder, operator: Operator) -> str:
+    """In the first order of the axes that makes the output's shape."""
     source = operator.inputs[0]
+    if not 1 < len(source) == len(operator.output) <= MOST_AXES:
+        raise _NotBuilt
     _, *orders = permutations(range(len(source)))  # the first changes nothing
-    axes = next((axes for axes in orders if tuple(source[axis] for axis in axes) == operator.output), None)
-    return builder.node("Transpose", [builder.input(source)], perm=axes or orders[-1])
+    axes = next((axes for axes in orders if tuple(source[axis] for axis in axes) == operator.output), orders[-1])
+    return builder.node("Transpose", [builder.input(source)], perm=axes)
+
+
+def _move(builder: _Builder, operator: Operator) -> str:
+    return builder.node(STAND_IN, [builder.input(operator.output)])
 
 
 def _elementwise(builder: _Builder, operator: Operator) -> str:
     """Of two tensors, or of the larger of what it reads and makes."""
-    name, shapes, target = operator.activation or "", operator.inputs, operator.output
+    name, shapes, target = operator.function or "", operator.inputs, operator.output
     if len(shapes) > 1 and _broadcast(*shapes[:2]) == target:
-        return builder.node(PAIRS.get(name, "Add"), [builder.input(shape) for shape in shapes[:2]])
+        return builder.node(BINARY.get(name, "Add"), [builder.input(shape) for shape in shapes[:2]])
     source = max([target, *shapes[:1]], key=math.prod)
-    return builder.node(SINGLES.get(name, "Abs"), [builder.input(source)])
+    return builder.node(UNARY.get(name, STAND_IN), [builder.input(source)])
 
 
 def _broadcast(first: Shape, second: Shape) -> Shape | None:
@@ -315,9 +333,9 @@ def _broadcast(first: Shape, second: Shape) -> Shape | None:
 
 def _activation(builder: _Builder, operator: Operator) -> str:
     value = builder.input(operator.inputs[0])
-    if operator.activation == "silu":
+    if operator.function == "silu":
         return builder.node("Mul", [value, builder.node("Sigmoid", [value])])
-    return builder.node(ACTIVATIONS.get(operator.activation or "relu", "Relu"), [value])
+    return builder.node(ACTIVATIONS.get(operator.function or "relu", "Relu"), [value])
 
 
 def _concat(builder: _Builder, operator: Operator) -> str:

@@ -25,7 +25,7 @@ from autocompress.latency.synthetic import build_onnx, empty_model
 from autocompress.records import Operator, Shape, Signature, Workload
 from autocompress.run_folder import write_atomically
 
-SCHEMA = 4
+SCHEMA = 5
 SECONDS_EACH = 0.02
 CHUNK = 24
 NEIGHBOURS = 3
@@ -216,8 +216,8 @@ def _products(operator: Operator) -> int:
         return math.prod(operator.output) * operator.inputs[0][-1]
     if operator.kind == "attention":  # of queries with keys, and of scores with values
         return 2 * math.prod(operator.output) * operator.inputs[min(1, len(operator.inputs) - 1)][-2]
-    if operator.kind == "einsum" and operator.activation is not None:
-        terms = zip(operator.activation.partition("->")[0].split(","), operator.inputs, strict=False)
+    if operator.kind == "einsum" and operator.function is not None:
+        terms = zip(operator.function.partition("->")[0].split(","), operator.inputs, strict=False)
         return math.prod({label: size for term, shape in terms for label, size in _labelled(term, shape)}.values())
     return 0
 

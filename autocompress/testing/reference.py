@@ -14,7 +14,7 @@ from autocompress.graph.nodes import CONVOLUTIONS, channel_axis, kind_of, module
 from autocompress.graph.rules import REDUCTIONS
 from autocompress.policy import Policy
 
-PRODUCTS = ("matmul", "bmm", "einsum", "linear", *CONVOLUTIONS)
+PRODUCTS = ("matmul", "bmm", "mm", "einsum", "linear", *CONVOLUTIONS)
 """What adds over channels that it multiplies."""
 
 

@@ -210,7 +210,7 @@ def test_splits_of_a_folder_share_its_mapped_file(tmp_path, cache):
     write_images(tmp_path / "d" / "test", n=4)
     held_out = load_data(f"imagefolder:{tmp_path / 'd'}?size=8")
     for splits in ((whole.train, whole.val, whole.test), (held_out.val, held_out.test)):
-        assert len({split._array.data_ptr() for split in splits}) == 1
+        assert len({split._inputs.data_ptr() for split in splits}) == 1
         seen = [{tuple(x.flatten().tolist()) for x in split.inputs} for split in splits]
         assert sum(map(len, seen)) == len(set.union(*seen)), "and no image is in two"
 

@@ -60,7 +60,7 @@ def accesses() -> tuple[type[Split], list[tuple[str, int]], Diary]:
             seen.append((diary.phases[-1] if diary.phases else "", count))
 
         def __getitem__(self, index):
-            part = Split(self._array[index], self.targets[index])
+            part = Split(self._inputs[index], self.targets[index])
             self._note(len(part))
             return part
 

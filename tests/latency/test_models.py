@@ -115,8 +115,19 @@ def test_what_attention_is_made_of_is_measured_too(name):
             assert open_device("onnxruntime:cpu").measure_many([built.SerializeToString()])[0] > 0
 
 
+def assert_measured(operators):
+    """Each can be built alone, and the real runtime runs it."""
+    distinct = [*{operator.signature: operator for operator in operators}.values()]
+    models = [build_onnx(operator) for operator in distinct]
+    for operator, model in zip(distinct, models, strict=True):
+        assert model is not None, operator
+        onnx.checker.check_model(onnx.shape_inference.infer_shapes(onnx.load_from_string(model), check_type=True, strict_mode=True))
+    seconds = open_device("onnxruntime:cpu").measure_many(models, seconds_each=0.002)
+    assert all(each is not None and each > 0 for each in seconds), [o for o, s in zip(distinct, seconds, strict=True) if s is None]
+
+
 class Words(nn.Module):
-    """What reads words, and writes some of it by other names."""
+    """An embedding, a recurrent layer, and operators that only move, resize or contract."""
 
     def __init__(self, kind):
         super().__init__()
@@ -133,42 +144,31 @@ class Words(nn.Module):
 def test_recurrent_layers_are_measured_layer_by_layer(kind):
     graph = Graph.trace(Words(kind).eval(), (torch.randint(0, 9, (3, 7)),))
     operators = graph.workload(Policy()).operators
-    assert {"recurrent", "einsum", "resize", "move", "elementwise"} <= {operator.kind for operator in operators}
+    assert {"recurrent", "einsum", "resize", "transpose", "move", "elementwise"} <= {operator.kind for operator in operators}
     (read,) = (operator for operator in operators if operator.kind == "recurrent")
     assert (read.inputs[0], read.output) == ((7, 3, 12), (7, 3, 40))
     assert read.macs == 21 * sum(p.numel() for p in kind(12, 20, 2, bidirectional=True).parameters() if p.dim() == 2)
     half = graph.workload(Policy(prune=PruneSpec(ratios={group.name: 0.5 for group in graph.groups if group.prunable})))
     (fewer,) = (operator for operator in half.operators if operator.kind == "recurrent")
     assert fewer.output == (7, 3, 20) and fewer.macs < 0.5 * read.macs
-    measured(operators)
+    assert_measured(operators)
 
 
 @pytest.mark.parametrize(
     ("name", "kinds"),
     [
         ("up", {"convtranspose", "groupnorm"}),
-        ("spread", {"filter", "convtranspose", "move", "elementwise"}),
+        ("spread", {"filter", "convtranspose", "transpose", "move", "elementwise"}),
         ("statistics", {"groupnorm", "elementwise"}),
         ("group_norms", {"groupnorm"}),
-        ("heads", {"move", "attention"}),
+        ("heads", {"transpose", "attention"}),
     ],
 )
 def test_whatever_takes_time_is_measured(name, kinds):
     model, inputs = network(name)
     operators = Graph.trace(model, (inputs[:1],)).workload(Policy()).operators
     assert kinds <= {operator.kind for operator in operators}
-    measured(operators)
-
-
-def measured(operators):
-    """Each alone, by the real runtime."""
-    distinct = [*{operator.signature: operator for operator in operators}.values()]
-    models = [build_onnx(operator) for operator in distinct]
-    for operator, model in zip(distinct, models, strict=True):
-        assert model is not None, operator
-        onnx.checker.check_model(onnx.shape_inference.infer_shapes(onnx.load_from_string(model), check_type=True, strict_mode=True))
-    seconds = open_device("onnxruntime:cpu").measure_many(models, seconds_each=0.002)
-    assert all(each is not None and each > 0 for each in seconds), [o for o, s in zip(distinct, seconds, strict=True) if s is None]
+    assert_measured(operators)
 
 
 POOLS = {
