@@ -152,7 +152,9 @@ def _linear(builder: _Builder, operator: Operator) -> str:
     if len(source) == 2:
         weight = builder.weight((target[-1], source[-1]), axis=0)
         return builder.node("Gemm", [builder.input(source), weight, builder.bias(target[-1])], transB=1)
-    return builder.node("MatMul", [builder.input(source), builder.weight((source[-1], target[-1]), axis=1)])
+    product = builder.node("MatMul", [builder.input(source), builder.weight((source[-1], target[-1]), axis=1)])
+    has_bias = operator.params > source[-1] * target[-1]
+    return builder.node("Add", [product, builder.constant("bias", np.zeros(target[-1], dtype=np.float32))]) if has_bias else product
 
 
 def _pairwise(builder: _Builder, operator: Operator) -> str:
