@@ -460,7 +460,8 @@ def _nearest(findings: Findings) -> str:
 
 def plan(task: Task, progress: Progress) -> dict[str, Any]:
     """What a search would do, without doing it: sizes of the space, budget, time, three policies in words."""
-    found = of_fitting_size(task.absolute(), task.from_run)
+    task = of_fitting_size(task, task.from_run)
+    found = task.absolute()
     loaded = load(found, tick=counting(progress))
     graph, data = loaded.graphs[task.student], loaded.data
     suggest = find_suggest(found.space, graph, loaded.device.profile, reference=task.student)
@@ -469,7 +470,7 @@ def plan(task: Task, progress: Progress) -> dict[str, Any]:
     suggest(drawn)
     policies = [with_default_distillation(suggest)(LevelSuggester(generator)) for _ in range(3)]
     return {
-        "task": found.model_dump(mode="json"),
+        "task": task.model_dump(mode="json"),
         "budget": Budget.parse(task.budget).in_words() if task.budget else "none",
         "search_time_s": task.search_seconds,
         "dimensions": len(drawn.params),

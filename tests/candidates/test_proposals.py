@@ -125,6 +125,21 @@ def test_inheritance_is_the_geometric_mean_over_resolutions():
     assert inherited(work(conv(8, 16, "a"), conv(8, 16, "b"), conv(8, 8, "c")), teacher) == pytest.approx(0.25**0.5)
 
 
+def test_what_a_pruned_width_leaves_of_a_layer_on_tokens_counts():
+    """The positions at which it computes are the tokens, however many channels it has for each."""
+
+    def mlp(hidden: int) -> Workload:
+        shapes = ((1, 49, 16), (1, 49, hidden), (1, 49, 16))
+        return work(*(Operator(name=str(i), kind="linear", inputs=(a,), output=b) for i, (a, b) in enumerate(itertools.pairwise(shapes))))
+
+    def read(hidden: int) -> Workload:
+        shapes = ((7, 1, 16), (4 * hidden, 16), (4 * hidden, hidden))
+        return work(Operator(name="lstm", kind="recurrent", inputs=shapes, output=(7, 1, hidden), function="lstm"))
+
+    assert inherited(mlp(16), mlp(64)) == pytest.approx(0.25)
+    assert inherited(read(8), read(16)) == pytest.approx(8 * (16 + 8) / (16 * (16 + 16)))
+
+
 def test_losing_a_whole_stage_weighs_more_than_the_same_arithmetic_everywhere():
     teacher = work(*(conv(8, size, f"{size}{i}") for size in (32, 16) for i in range(2)))
     spread, lost = work(conv(8, 32), conv(8, 16)), work(conv(8, 32, "a"), conv(8, 32, "b"))
