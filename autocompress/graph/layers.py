@@ -182,7 +182,7 @@ def _prelu(flow: Flow, node: fx.Node) -> Layout:
 
 
 def _filter(flow: Flow, node: fx.Node) -> Layout:
-    """A convolution as a function, whose weight is computed or a buffer; where it filters each channel by itself, filters follow these."""
+    """A convolution as a function, transposed or not; where it filters each channel by itself, filters follow these."""
     given = arguments(node)
     weight, source = flow.known(given["weight"]), flow.known(given["input"])
     if len(node.meta["shape"]) != len(given["weight"].meta["shape"]):
@@ -193,6 +193,8 @@ def _filter(flow: Flow, node: fx.Node) -> Layout:
         return _each_by_itself(flow, node)
     if given["groups"] != 1:
         raise NotUnderstood
+    if name_of(node) in TRANSPOSED_CONVOLUTIONS:
+        return _transposed_conv(flow, node)
     flow.contract(source.get(1), weight.get(1), node)
     return _made_of(flow, node, {}, 1)
 
@@ -228,14 +230,10 @@ def _each_by_itself(flow: Flow, node: fx.Node) -> Layout:
 
 
 def _transposed_conv(flow: Flow, node: fx.Node) -> Layout:
+    """Its weight has the channels that it makes along the second axis."""
     given = arguments(node)
     weight, source = flow.known(given["weight"]), flow.known(given["input"])
-    if len(node.meta["shape"]) != len(given["weight"].meta["shape"]):
-        raise NotUnderstood(f"{title(node)} reads what is no batch")
-    flow.freeze_axes(source, [axis for axis in source if axis != 1], f"{title(node)} slides along them")
-    if is_depthwise_call(node):
-        return _each_by_itself(flow, node)
-    if given["groups"] != 1 or given["weight"].op != "get_attr" or 1 not in weight:
+    if given["weight"].op != "get_attr" or 1 not in weight:
         raise NotUnderstood
     flow.follow(weight.get(0), source.get(1), title(node))
     if 1 in source:
@@ -308,6 +306,6 @@ WEIGHTED: dict[str, Rule] = {
     **dict.fromkeys(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full"), _new),
     **dict.fromkeys(RECURRENT, _recurrent), "prelu": _prelu, "rms_norm": _rms_norm, "instance_norm": _instance_norm,
     "embedding": _embedding, "index": _index,
-    **dict.fromkeys(TRANSPOSED_CONVOLUTIONS, _transposed_conv), **dict.fromkeys(CONVOLUTIONS, _filter), "linear": _functional_linear,
+    **dict.fromkeys((*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS), _filter), "linear": _functional_linear,
 }  # fmt: skip
 """Rules of functions that hold or are given what the network holds."""
