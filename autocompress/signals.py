@@ -1,12 +1,14 @@
 """Ctrl-C and the signals that end a search, heard even where Python swallows what their handlers raise.
 
 An exception that is raised while a weak reference's callback or a destructor runs is printed and forgotten: a database that is busy has
-many of these, so that one Ctrl-C in ten was lost. What was raised in vain is raised again as soon as the search tells of its progress.
+many of these, so that one Ctrl-C in ten was lost. What was raised in vain is not printed, and raised again as soon as the search tells of
+its progress.
 """
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +34,10 @@ class Stop:
         self._error = KeyboardInterrupt() if number == signal.SIGINT else _Signalled(signal.Signals(number).name)
         raise self._error
 
+    def is_told_by(self, swallowed: sys.UnraisableHookArgs) -> bool:
+        """Whether what Python could not raise is what a signal has asked for."""
+        return self._error is not None and swallowed.exc_value is self._error
+
     def raise_again(self) -> None:
         """What was raised in vain."""
         if self._error is not None:
@@ -51,11 +57,14 @@ def stopped_by_signals() -> Iterator[Stop]:
     heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) not in (signal.SIG_IGN, None)]
     heard += [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []
     before = {number: signal.signal(number, stop.handle) for number in heard}
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda swallowed: None if stop.is_told_by(swallowed) else hook(swallowed)
     try:
         yield stop
     except _Signalled as signalled:
         raise Terminated(f"the search was terminated by {signalled}", hint="what is finished is kept: resume it") from None
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 

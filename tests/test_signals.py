@@ -42,25 +42,33 @@ def test_a_signal_that_is_ignored_already_stays_ignored(handlers, number):
 
 
 class Dying:
-    """Is interrupted where Python forgets what is raised."""
+    """Does something where Python forgets what is raised."""
 
-    def __init__(self, number):
-        self.number = number
+    def __init__(self, last, *args):
+        self.last, self.args = last, args
 
     def __del__(self):
-        signal.raise_signal(self.number)
+        self.last(*self.args)
 
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
 def test_what_python_has_swallowed_is_raised_again(handlers, monkeypatch, number, error):
-    """Seen in a search: the callbacks of weak references, of which a database has many, swallowed one Ctrl-C in ten."""
+    """Seen in searches: the callbacks of weak references, of which a database has many, swallowed one Ctrl-C in ten, and printed it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     swallowed, reached = [], []
     monkeypatch.setattr(sys, "unraisablehook", swallowed.append)
     with pytest.raises(error), stopped_by_signals() as stop:
         progress = Attentive(SilentProgress(), stop)
         progress.update(**NOW)
-        Dying(number)
+        Dying(signal.raise_signal, number)
         reached.append("on")
         progress.update(**NOW)
-    assert (len(swallowed), reached) == (1, ["on"])
+    assert (swallowed, reached) == ([], ["on"])
+
+
+def test_what_python_swallows_else_is_still_printed(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda swallowed: told.append(swallowed.exc_value))
+    with stopped_by_signals():
+        Dying(int, "no number")
+    assert [type(error) for error in told] == [ValueError]
