@@ -22,7 +22,7 @@ from autocompress.failures import refused
 from autocompress.models import example_for, load_model
 from autocompress.objective import check_artifact
 from autocompress.policy import Policy
-from autocompress.preparation import load, prepare
+from autocompress.preparation import limit_validation, load, prepare
 from autocompress.references import DEFAULT_DEVICE
 from autocompress.report.view import agreement, format_score
 from autocompress.search_space import find_suggest, with_default_distillation, with_exact_int8
@@ -34,6 +34,8 @@ from autocompress.units import format_duration, format_size
 RANDOM = "random:"
 RANDOM_INPUTS, RANDOM_BYTES = 256, 2**28
 """At most, where there is no data."""
+MOST_VALIDATION_S = 60.0
+"""Of the original: of more examples a part is scored that is always the same."""
 
 
 def apply_policy(
@@ -65,13 +67,13 @@ def apply_policy(
     })  # fmt: skip
     cannot = refused(f"the policy {policy!r} cannot become a file that runs")
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder, cannot, whole_folder(out) as made:
-        setting = prepare(task, Path(folder), load(task, data=loaded))
+        setting = limit_validation(prepare(task, Path(folder), load(task, data=loaded)), MOST_VALIDATION_S)
         chosen = with_exact_int8(given, setting.device.profile) if given else _draw(task, seed, setting)
         compressed = untrained(setting, chosen, reconstructed=data is not None)
         path = made / setting.write(made, compressed, chosen).artifact
         outputs, parity = check_artifact(setting, compressed, path, chosen)
         before, after = setting.device.measure([setting.baseline.path, path])
-        score = score_outputs(outputs, loaded.val.targets, loaded) if data is not None else None
+        score = score_outputs(outputs, setting.data.val.targets, setting.data) if data is not None else None
         update_manifest(
             made,
             {
@@ -92,7 +94,7 @@ def apply_policy(
             "size_bytes": path.stat().st_size, "original_size_bytes": setting.baseline.size_bytes,
             "agreement_with_student": agreement(parity),
             "largest_difference": parity.relative,
-            "validation": format_score(score) if score else "no data: nothing to score",
+            "validation": f"{format_score(score)} of {score.n} examples" if score else "no data: nothing to score",
             "trained": "no: search trains, apply only reconstructs layers" if data is not None else "no: search trains, apply does not",
         }  # fmt: skip
 

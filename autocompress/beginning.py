@@ -16,6 +16,7 @@ from autocompress.compress.student import build_student
 from autocompress.compress.train import TrainPlan, train_quantized
 from autocompress.export import weights_bytes
 from autocompress.failures import note_error
+from autocompress.models import load_tensor_state
 from autocompress.policy import Policy
 from autocompress.run_folder import write_atomically
 from autocompress.setting import Setting
@@ -76,7 +77,7 @@ def begin(setting: Setting, student: fx.GraphModule, policy: Policy, continues: 
 def _continue_from(student: fx.GraphModule, path: Path) -> bool:
     """Whether the weights of a lower rung are there: a missing or damaged checkpoint costs training time, not the policy."""
     try:
-        student.load_state_dict(load_file(path))
+        load_tensor_state(student, load_file(path))
     except (OSError, SafetensorError):
         return False
     return True

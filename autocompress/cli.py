@@ -140,7 +140,7 @@ def _show(run: Path, *, json: bool) -> None:
         emit_json(read_front(run))
         return
     emit(front_table(results, terminal_width()))
-    emit("\n" + summary(results))
+    emit("\n" + summary(results, run))
 
 
 @app.command()

@@ -47,6 +47,7 @@ from autocompress.references import AGENT, DEFAULT_DEVICE, MODEL_LIBRARIES, OBJE
 from autocompress.results import Entry, Results
 from autocompress.run_folder import is_own_file, writing
 from autocompress.task import TASK_FILE, load_task, same_device
+from autocompress.timed import seconds_for
 
 OTHER_FORMATS = ("model.xml", "model.bin", "model.pt2")
 UNFINISHED, ABANDONED_S = ".export-", 3600.0
@@ -98,16 +99,18 @@ def export_run(
     require_free(out)
     target = open_device(measured_on)
     with whole_folder(out) as made:
-        for name in BUNDLE:
-            shutil.copyfile(source / name, made / name)
+        with writing(out):
+            for name in BUNDLE:
+                shutil.copyfile(source / name, made / name)
         if "openvino" in formats:
-            with refused(f"policy {entry.id} cannot be written for openvino"):
+            with writing(out), refused(f"policy {entry.id} cannot be written for openvino"):
                 _write_openvino(made)
         if "torch" in formats:
-            with refused(f"policy {entry.id} cannot be written for torch"):
+            with writing(out), refused(f"policy {entry.id} cannot be written for torch"):
                 _write_torch(made, model, student, _teacher_weights(run, results), target)
         with refused(f"policy {entry.id} cannot be measured on {target.name}"):
-            before, after = target.measure([baseline, made / MODEL], seconds_each=EXPORT_MEASURE_S)
+            seconds = seconds_for(results.limits, results.baseline.latency_s.median, EXPORT_MEASURE_S)
+            before, after = target.measure([baseline, made / MODEL], seconds_each=seconds)
         after = after.beside(before)
         manifest = update_manifest(made, _facts(results, entry, target.name, before, after))
     return Exported(out, manifest, results.limits.allows(after, manifest.size_bytes))
@@ -123,8 +126,10 @@ def whole_folder(out: Path) -> Iterator[Path]:
             for left in out.glob(f"{UNFINISHED}*"):  # by an export that was killed, not by one that runs
                 if time.time() - left.stat().st_mtime > ABANDONED_S:
                     shutil.rmtree(left, ignore_errors=True)
-            with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=out) as name:
-                yield Path(name)
+            folder = tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=out)
+        with folder as name:
+            yield Path(name)
+            with writing(out):
                 made = {file.name: file for file in Path(name).iterdir()}
                 for file_name in (*OTHER_FORMATS, *BUNDLE):  # the manifest last: it tells whether the others belong to it
                     if file_name in made:
@@ -158,7 +163,7 @@ def _bundle_folder(run: Path, entry: Entry) -> Path:
             hint="the folder was changed by hand: search again, or take the front.json of the search",
         )
     if not artifact.is_file():
-        raise RunFolderError(f"{str(artifact)!r} was deleted", hint="pick another policy, or search again")
+        raise RunFolderError(f"{str(artifact)!r} was deleted", hint="pick another policy, or resume the search: it goes on without it")
     return artifact.parent
 
 

@@ -39,7 +39,7 @@ def examine(folder: Path) -> dict[str, Any]:
         "cpu": processor.name(),
         "cpu_flags": processor.listed_flags(),
         "cores": machine.usable(),
-        "governor": processor.governor() or "unknown",
+        "governor": processor.governor() or processor.UNKNOWN,
         "load": round(os.getloadavg()[0], 2),
         "free_disk": format_size(free),
         "versions": {name: found or "missing" for name, found in versions.items()},
@@ -56,10 +56,8 @@ def version(package: str) -> str | None:
 
 
 def _advice() -> list[str]:
-    advice = []
-    governor, load = processor.governor(), os.getloadavg()[0]
-    if governor not in (None, "performance"):
-        advice.append(f"the CPU governor is {governor!r}: latencies vary less with 'performance'")
+    advice = [warning] if (warning := processor.clock_warning(processor.governor())) else []
+    load = os.getloadavg()[0]
     if load > 0.5 * (os.cpu_count() or 1):
         advice.append(f"the load is {load:.1f}: other programs disturb latency measurements")
     flags = processor.flags()

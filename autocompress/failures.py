@@ -46,6 +46,12 @@ def refused(what: str) -> Iterator[None]:
         raise UsageError(f"{what}: {failure.message}", hint=failure.hint) from failure
 
 
+def fix_and_resume(log: Path) -> str:
+    """What to do where policies fail for one reason, which is not theirs."""
+    where = f" (tracebacks are in {log})" if log.is_file() else ""
+    return f"fix that{where}, then --resume; another --batch-size or --learning-rate may be given"
+
+
 def note_error(log: Path) -> None:
     """Add the traceback of the error that is being handled: what a search goes on after may be a bug of ours all the same."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # a link in a folder of somebody else's leads elsewhere

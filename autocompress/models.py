@@ -186,6 +186,7 @@ STATES = ("state_dict", "model_state_dict", "model")
 """Names that training scripts give the state dict in a checkpoint."""
 COUNTER = "num_batches_tracked"
 """Of batch norms; files of old versions of torch lack it, and nothing depends on it."""
+CUT_SHORT = re.compile("Incomplete|central directory|EOF|HeaderTooSmall", re.IGNORECASE)
 REFUSED = re.compile(r"Unsupported (?:global|class|operand)[^.]*?: ?(?:GLOBAL )?([\w.]+)")
 """What torch says of a file that holds more than tensors."""
 FEW_NAMES = 4
@@ -248,9 +249,20 @@ def _input(shape: str, batch: int) -> tuple[str, Tensor]:
     return found[1] or "", torch.zeros((batch, *sizes), dtype=DTYPES[found[3] or "float32"])
 
 
+def tensor_state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name. What else a state dict may hold (`get_extra_state`) is no weight, and stays with the module."""
+    return {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+
+
+def load_tensor_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """The other way round. Raises RuntimeError unless every name and shape fits."""
+    others = {name: value for name, value in module.state_dict().items() if not isinstance(value, Tensor)}
+    module.load_state_dict({**others, **state})
+
+
 def load_weights(model: nn.Module, path: Path) -> None:
     """Copy a file of weights into the model. Raises UsageError unless every name and shape fits."""
-    own = model.state_dict()
+    own = tensor_state(model)
     state = _unwrapped(read_state(path), own)
     missing, unexpected = _missing(own, state), sorted(set(state) - set(own))
     if unexpected or missing:
@@ -314,7 +326,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # safetensors, zipfile, pickle and torch each raise their own kinds
         hint = "give a state dict (torch.save(model.state_dict(), ...)) or safetensors; for a whole model use --model file.py:function"
         refused = REFUSED.search(str(error))
-        reason = f"it holds more than tensors ({refused[1]})" if refused else type(error).__name__
+        cut = "it ends before its last tensor" if CUT_SHORT.search(str(error)) else type(error).__name__
+        reason = f"it holds more than tensors ({refused[1]})" if refused else cut
         raise UsageError(f"the weights {str(path)!r} ({path.stat().st_size} bytes) cannot be read: {reason}", hint=hint) from None
     inside = next((key for key in STATES if isinstance(state, dict) and isinstance(state.get(key), dict)), None)
     state = state[inside] if inside is not None else state

@@ -9,7 +9,6 @@ import itertools
 import math
 import shutil
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,25 +24,21 @@ from autocompress.compress.student import build_student
 from autocompress.compress.train import Distillation, Tick, TrainPlan, quantizes, train, train_quantized
 from autocompress.data import sampled
 from autocompress.devices.base import identity
-from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import PolicyFailure
 from autocompress.evaluate import model_answers, run_artifact, score_outputs
 from autocompress.export import BUNDLE, check_onnx, check_parity, load_student, read_manifest
 from autocompress.failures import policy_errors
 from autocompress.graph.nodes import follows_batch
 from autocompress.policy import Policy
-from autocompress.records import Failure, Measurement, Outcome, Parity, Prediction, Rung, Score, Stage
+from autocompress.records import Failure, Outcome, Parity, Prediction, Rung, Score, Stage
 from autocompress.run_folder import writing
 from autocompress.setting import Setting
+from autocompress.timed import measure_beside_baseline
 
 LEAST_RECONSTRUCTION_S = 10.0
 """A student's reconstruction may take as long as its training, and so long in any case: half reconstructed it would be worth little."""
 COMPARED = 1000
 """Inputs for which a file must answer as its student: enough to tell 0.5 %; all of them take as long as a tenth of the training."""
-SECONDS_EACH = 0.5
-"""Of measuring a file in a search: half of what a figure deserves, since the front is measured again, for longer, at the end."""
-DRIFT_RETRIES = 3
-DRIFT_PAUSE_S = 1.0
 PROBED_STEPS = 3
 """Of training, before the first policy tells what a step takes; the first loads kernels."""
 
@@ -73,11 +68,12 @@ def evaluate_policy(
     started = time.monotonic()
     known = {"id": id, "policy": policy, "rung": rung, "predicted_latency_s": predicted, "worth": worth}
     stage: Stage = "compress"
-    training_s, steps = 0.0, 0
+    training_s, steps, reached = 0.0, 0, 0.0
 
     def count(progress: float) -> None:
-        nonlocal steps
-        steps += 1
+        nonlocal steps, reached
+        steps = steps + 1 if progress >= reached else 1  # training that diverged begins again
+        reached = progress
         if tick is not None:
             tick(progress)
 
@@ -102,6 +98,7 @@ def evaluate_policy(
             _, latency = measure_beside_baseline(setting, [path])
     except PolicyFailure as error:
         interrupted_weights(setting, policy).unlink(missing_ok=True)
+        shutil.rmtree(setting.models / id, ignore_errors=True)
         failure = Failure(stage=stage, reason=error.message)
         return Outcome(**known, failure=failure, seconds=time.monotonic() - started, training_s=training_s)
     keep_for_further_training(setting, policy, path.parent)
@@ -218,31 +215,6 @@ def check_artifact(setting: Setting, student: fx.GraphModule, path: Path, policy
     layers = [layer.name for layer in setting.graph_of(policy).layers]
     decisions, is_exact = setting.data.classes is not None, setting.device.profile.is_exact
     return outputs, check_parity(expected, outputs[rows], policy.quant, layers, decisions=decisions, is_exact=is_exact)
-
-
-def measure_beside_baseline(
-    setting: Setting, paths: Sequence[Path], *, seconds_each: float = SECONDS_EACH, until: float = math.inf
-) -> list[Measurement]:
-    """Latencies of the baseline and of files, interleaved; where the baseline is not what it was lately, wait and measure again.
-
-    Measurements whose baseline stays away from that are flagged noisy: they cannot be compared with others. Lately is the median of the
-    last times, so that one odd measurement is outvoted, whether it was the first or not. Nothing is measured again after `until`.
-    """
-    with setting.ledger.spend("measure"):
-        for attempt in range(DRIFT_RETRIES):
-            begun = time.monotonic()
-            expected = setting.recent_baseline.median
-            baseline, *others = setting.device.measure([setting.baseline.path, *paths], seconds_each=seconds_each)
-            setting.baseline_history.append(baseline)
-            drift = baseline.median / expected - 1
-            if abs(drift) <= MOST_DRIFT:
-                return [baseline, *(latency.beside(baseline) for latency in others)]
-            now = time.monotonic()
-            if attempt == DRIFT_RETRIES - 1 or now + DRIFT_PAUSE_S + (now - begun) > until:
-                break
-            time.sleep(DRIFT_PAUSE_S)
-        reason = f"the baseline beside it took {100 * drift:+.0f} % of its time"
-        return [baseline, *(latency.beside(baseline).mistrusted(reason) for latency in others)]
 
 
 @torch.inference_mode()

@@ -25,7 +25,7 @@ from autocompress.compress.train import Tick, TrainPlan, train
 from autocompress.data import Data, Split, sample
 from autocompress.data.sources import load_data
 from autocompress.demo import BATCH_SIZE, LEARNING_RATE, TEACHER_EPOCHS
-from autocompress.devices import open_device
+from autocompress.devices import open_device, processor
 from autocompress.devices.base import Device
 from autocompress.errors import PolicyFailure, UsageError, one_line
 from autocompress.evaluate import model_answers, run_artifact, score_artifact
@@ -107,7 +107,8 @@ def load(
         require_fit(student, data, example, task.student)
         graphs[task.student] = Graph.trace(student, tensors_of(example))
     several = f"{task.model} has several outputs: {output!r} is what is compressed" if output else ""
-    notes = tuple(note for note in (several, data.note, _normalised_otherwise(teacher, data)) if note)
+    told = (several, data.note, _normalised_otherwise(teacher, data), processor.clock_warning(device.environment().get("governor")))
+    notes = tuple(note for note in told if note)
     return Loaded(device, data, teacher, graphs, example, notes)
 
 
@@ -180,8 +181,9 @@ def prepare(task: Task, run: Path, loaded: Loaded) -> Setting:
 
 
 def _teacher(model: nn.Module, graph: Graph, data: Data, seed: int) -> Teacher:
-    """model: the graph's network, in whatever form answers."""
-    return Teacher(model.to(best_training_device()), data, classifier=graph.classifier, seed=seed)
+    """model: the graph's network, in whatever form answers; where its path depends on the data, its classifier may not be called."""
+    classifier = None if graph.module.meta.get(BRANCH) else graph.classifier
+    return Teacher(model.to(best_training_device()), data, classifier=classifier, seed=seed)
 
 
 def _folded(graph: Graph, model: nn.Module) -> nn.Module:

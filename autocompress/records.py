@@ -135,11 +135,16 @@ class Prediction(Record):
     high: float
 
 
+FEWEST_FOR_TAIL = 59
+"""Samples of which the largest exceeds the 95th percentile with 95 %: 0.95^59 < 0.05."""
+
+
 class Measurement(Record):
     """Latency of one artifact on one device, in seconds. [low, high] is the 95 % interval of the median.
 
-    p95_high: what the 95th percentile is below, with 95 %; of fewer than 59 samples the largest, which it may well exceed.
+    p95_high: what the 95th percentile is below, with 95 %; of fewer than FEWEST_FOR_TAIL samples the largest, which it may well exceed.
     original_s: median of the original, where both were measured in turns: what a speed-up and a relative budget refer to.
+    samples: what the device told, rounds x samples; of no part in JSON, and not known of what was read.
     """
 
     median: float = Field(gt=0)
@@ -154,6 +159,7 @@ class Measurement(Record):
     noisy: bool = False
     noise_reason: str = ""
     environment: dict[str, str] = {}
+    samples: tuple[tuple[float, ...], ...] = Field((), exclude=True, repr=False)
 
     @property
     def tail(self) -> float:
@@ -176,7 +182,7 @@ class Measurement(Record):
         """The same on a machine that takes so many times as long."""
         names = ("median", "low", "high", "p95", "p95_high", "iqr", "first_call", "original_s")
         known = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return self.model_copy(update={name: factor * value for name, value in known.items()})
+        return self.model_copy(update={"samples": ()} | {name: factor * value for name, value in known.items()})
 
 
 class Normalisation(Record):

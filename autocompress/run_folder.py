@@ -27,6 +27,10 @@ POLICY_FILES, MANY_POLICIES = 3, 20
 """Files of weights that a policy keeps: as they were trained, as they ship, and in the runtime's format; and policies of a long search."""
 
 
+NETWORK = frozenset({"afs", "cifs", "fuse.sshfs", "nfs", "nfs4", "smb3", "smbfs"})
+"""File systems of other machines."""
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Raises RunFolderError when the disk is full or `path` cannot be written."""
@@ -53,9 +57,20 @@ def write_atomically(path: Path, content: str | bytes) -> None:
                 os.fsync(file.fileno())
             Path(name).chmod(0o644)
             Path(name).replace(path)
+            _sync(path.parent)
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+
+
+def _sync(folder: Path) -> None:
+    """A replaced file is the new one after a power cut only once its folder is on the disk; not every file system can do that."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def remember_own(path: Path) -> None:
@@ -146,6 +161,19 @@ def require_space(run: Path, model_bytes: int, *, begun: bool = False) -> str:
             hint="free space or choose another --out",
         )
     return f"only {format_size(free)} are free in {run}: this search may fill the disk" if free < MANY_POLICIES * each else ""
+
+
+def network_warning(run: Path) -> str:
+    """A warning where the folder is on another machine, else nothing: SQLite relies on locks that network file systems often lack."""
+    import psutil  # slow to import, and of no use to who reads results
+
+    place = run.resolve()
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if place.is_relative_to(mount.mountpoint)]
+    innermost = sorted(mounts, key=lambda mount: len(mount.mountpoint))[-1:]  # of several at one place, as autofs has them, the last
+    system = innermost[0].fstype if innermost else ""
+    if system not in NETWORK:
+        return ""
+    return f"{run} is on a network file system ({system}), whose locks may fail: an --out on a disk of this machine is safer"
 
 
 def new_run() -> Path:

@@ -28,6 +28,7 @@ from autocompress.data.sources import Splits, as_data
 from autocompress.demo_size import of_fitting_size
 from autocompress.devices.base import Device, identity
 from autocompress.errors import AutocompressError, InfeasibleBudget, TooManyFailures, UsageError
+from autocompress.failures import fix_and_resume
 from autocompress.front import measured
 from autocompress.ledger import Ledger
 from autocompress.policy import Policy
@@ -39,7 +40,16 @@ from autocompress.report.figures import in_colour
 from autocompress.report.page import figures, write_report
 from autocompress.report.tables import frame
 from autocompress.results import Entry, ProgressPoint, Results
-from autocompress.run_folder import PARETO, locked, new_run, read_front, remember_own, require_space, write_atomically
+from autocompress.run_folder import (
+    PARETO,
+    locked,
+    network_warning,
+    new_run,
+    read_front,
+    remember_own,
+    require_space,
+    write_atomically,
+)
 from autocompress.schedule import Clock
 from autocompress.search_space import find_suggest, own_suggest, with_default_distillation
 from autocompress.setting import Setting
@@ -304,8 +314,9 @@ def _prepared(task: Task, run: Path, journal: Journal, known: Journal | None, le
         setting = replace(prepare(task, run, loaded), ledger=ledger)
     if (told := journal.noted(Note.CALIBRATION_INPUTS)) is None:
         journal.note(Note.CALIBRATION_INPUTS, setting.calibration_inputs)
-    if tight := require_space(run, setting.baseline.size_bytes, begun=told is not None):
-        progress.message(tight)
+    for warning in (require_space(run, setting.baseline.size_bytes, begun=told is not None), network_warning(run)):
+        if warning:
+            progress.message(warning)
     return replace(setting, calibration_inputs=told or setting.calibration_inputs)
 
 
@@ -393,6 +404,7 @@ def _recall(findings: Findings) -> None:
         findings.progress.message(f"{counted(lost, 'interrupted trial')} will be repeated")
     if failed := findings.retry_failures():
         findings.progress.message(f"what made {counted(failed, 'policy', 'policies')} fail may be tried again")
+        findings.look_for_best()
     findings.leave_killers()
     if findings.best is None:
         Feasibility(findings.forecast).require_hope()
@@ -422,7 +434,7 @@ def _result(findings: Findings) -> SearchResult:
     if failures and not points:
         raise TooManyFailures(
             f"no policy became a file that works; the first failed to {failures[0]['stage']}: {failures[0]['reason']}",
-            hint="fix that, then --resume (another --batch-size or --learning-rate may be given)",
+            hint=fix_and_resume(findings.setting.log),
         )
     run = shlex.quote(str(findings.run))
     if not points and not findings.task.budget:

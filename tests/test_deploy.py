@@ -386,6 +386,16 @@ def test_a_policy_file_is_applied_to_data_in_a_range_that_the_device_does_not_sa
     assert read_manifest(tmp_path / "out").val_score.n == 32
 
 
+def test_of_many_examples_a_part_is_scored(tmp_path, monkeypatch):
+    monkeypatch.setattr("autocompress.preparation.open_device", lambda name: FakeDevice())
+    monkeypatch.setattr("autocompress.apply.MOST_VALIDATION_S", 0.0)
+    monkeypatch.setattr("autocompress.preparation.FEWEST_EXAMPLES", 8)
+    (tmp_path / "own.py").write_text(SPLITS)
+    told = apply_policy(MODEL, policy="random:1", data=f"{tmp_path / 'own.py'}:splits", out=tmp_path / "out", batch=8)
+    assert read_manifest(tmp_path / "out").val_score.n == 8
+    assert "of 8 examples" in told["validation"]
+
+
 @pytest.mark.parametrize("place", ["file/out", "/proc/nowhere/out"])
 def test_a_folder_that_cannot_be_written_is_named(run, tmp_path, monkeypatch, place):
     monkeypatch.chdir(run)

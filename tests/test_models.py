@@ -13,8 +13,9 @@ from torch import fx, nn
 
 from autocompress.batch import Batch
 from autocompress.errors import UsageError
+from autocompress.export import weights_bytes
 from autocompress.graph import Graph
-from autocompress.models import example_for, load_model, load_weights, read_state, simplify_call
+from autocompress.models import example_for, load_model, load_tensor_state, load_weights, read_state, simplify_call, tensor_state
 
 
 def net():
@@ -83,6 +84,28 @@ def test_what_a_file_holds_beside_tensors_is_named(tmp_path):
         read_state(write(tmp_path / "c.ckpt", {"state_dict": state(), "hyper_parameters": {"folder": Path("x")}}))
 
 
+class Remembering(nn.Linear):
+    """Keeps something else than tensors in its state, as modules of vendors do."""
+
+    def get_extra_state(self):
+        return {"scale": 1.0}
+
+    def set_extra_state(self, state):
+        assert state == {"scale": 1.0}
+
+
+def test_what_a_state_holds_beside_tensors_is_no_weight(tmp_path):
+    model = nn.Sequential(Remembering(3, 2))
+    (tmp_path / "w.safetensors").write_bytes(weights_bytes(model))
+    other = nn.Sequential(Remembering(3, 2))
+    load_weights(other, tmp_path / "w.safetensors")
+    assert torch.equal(other[0].weight, model[0].weight)
+    load_tensor_state(other, {name: value + 1 for name, value in tensor_state(model).items()})
+    assert torch.equal(other[0].weight, model[0].weight + 1)
+    with pytest.raises(RuntimeError, match="bias"):
+        load_tensor_state(other, {"0.weight": model[0].weight})
+
+
 def test_a_model_may_have_a_part_that_is_called_as_what_wraps_others(tmp_path):
     model = nn.Sequential(OrderedDict(module=net()))
     load_weights(model, write(tmp_path / "w.pt", {f"module.{name}": value for name, value in state().items()}))
@@ -122,7 +145,7 @@ def test_truncated_weights_are_refused(tmp_path, suffix, kept):
     path = write(tmp_path / f"w{suffix}", state())
     whole = path.read_bytes()
     path.write_bytes(whole[: int(kept * len(whole))])
-    with pytest.raises(UsageError, match="cannot be read") as caught:
+    with pytest.raises(UsageError, match="cannot be read: it ends before its last tensor") as caught:
         load_weights(net(), path)
     assert path.name in caught.value.message
     assert "state dict" in caught.value.hint

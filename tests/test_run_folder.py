@@ -16,6 +16,7 @@ from autocompress.run_folder import (
     POLICY_FILES,
     is_own_file,
     locked,
+    network_warning,
     read_front,
     remember_own,
     require_space,
@@ -44,6 +45,22 @@ def test_a_disk_without_room_for_one_policy_is_refused_and_one_for_a_few_is_told
     assert "only 2 MB are free" in require_space(tmp_path, 10**6, begun=True), "there may be hardly anything left to write"
     assert "only 3 MB are free" in told(POLICY_FILES * 10**6)
     assert told(POLICY_FILES * MANY_POLICIES * 10**6) == ""
+
+
+def test_a_folder_of_another_machine_is_told(tmp_path, monkeypatch):
+    def mounted(*systems):
+        mounts = [SimpleNamespace(mountpoint=str(folder), fstype=system) for folder, system in systems]
+        monkeypatch.setattr("psutil.disk_partitions", lambda all: mounts)
+        return network_warning(tmp_path / "run")
+
+    assert mounted(("/", "ext4")) == ""
+    assert mounted(("/", "nfs4"), (tmp_path, "ext4")) == "", "the innermost counts"
+    assert mounted(("/", "ext4"), (tmp_path.parent, "tmpfs"), (tmp_path, "nfs")).startswith(
+        f"{tmp_path / 'run'} is on a network file system (nfs)"
+    )
+    assert "(nfs4)" in mounted((tmp_path, "autofs"), (tmp_path, "nfs4")), "the later of two at one place"
+    assert mounted((tmp_path / "ru", "nfs")) == "", "another folder, though its name begins alike"
+    assert mounted() == ""
 
 
 FILL_DISK = """

@@ -179,6 +179,7 @@ def train_quantized(
 ) -> fx.GraphModule:
     """Train in float, insert fake quantizers, train the rest through them; returns the quantized student in eval mode.
 
+    What was learned is in `student` too, in float, also where a signal ends the training.
     One schedule spans both parts. With `plan.steps == 0` this is post-training quantization: calibration only.
     """
 
@@ -205,9 +206,18 @@ def _train_quantized(
     if plan.steps:
         begun = steps.done
         steps.upkeep = _upkeep(quantized, begun=begun)
-        _run(quantized, data, plan, steps, until=1.0, distillation=distillation, tick=tick)
-        _reestimate_norms(quantized, data, plan, steps.done - begun)
+        try:
+            _run(quantized, data, plan, steps, until=1.0, distillation=distillation, tick=tick)
+            _reestimate_norms(quantized, data, plan, steps.done - begun)
+        finally:  # a signal may end it here; whoever goes on does so from the student
+            _learn_from(student, quantized)
     return snap_biases(quantized.eval())
+
+
+def _learn_from(student: nn.Module, quantized: nn.Module) -> None:
+    """Give a student the weights that were trained through its quantizers, which are in float under the same names."""
+    own = student.state_dict().keys()
+    student.load_state_dict({name: value for name, value in quantized.state_dict().items() if name in own}, strict=False)
 
 
 class Rates(NamedTuple):

@@ -13,11 +13,11 @@ from autocompress.errors import PolicyFailure, one_line
 from autocompress.evaluate import score_artifact
 from autocompress.export import is_intact
 from autocompress.failures import policy_errors
-from autocompress.objective import measure_beside_baseline
 from autocompress.records import Measurement, Outcome, Score
 from autocompress.schedule import FEWEST_EXAMPLES
 from autocompress.setting import Setting
 from autocompress.study.notes import Note
+from autocompress.timed import measure_beside_baseline, seconds_for
 
 FINAL_SECONDS_EACH, LEAST_FINAL_SECONDS_EACH = 1.5, 0.3
 FINAL_SHARE = 0.6
@@ -80,7 +80,8 @@ def _measured_again(findings: Findings, front: list[Outcome]) -> tuple[Measureme
     Where not even the baseline can be measured, which was so often before, nothing is said against any of them.
     """
     setting, left = findings.setting, max(0.0, findings.clock.until_end)
-    seconds = max(LEAST_FINAL_SECONDS_EACH, min(FINAL_SECONDS_EACH, FINAL_SHARE * left / (len(front) + 1)))
+    wanted = seconds_for(findings.limits, setting.baseline.latency_s.median, FINAL_SECONDS_EACH)
+    seconds = max(LEAST_FINAL_SECONDS_EACH, min(wanted, FINAL_SHARE * left / (len(front) + 1)))
     until = time.monotonic() + FINAL_SHARE * left
 
     def measure(paths: list[Path]) -> list[Measurement]:

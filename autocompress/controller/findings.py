@@ -30,6 +30,8 @@ from autocompress.results import FailedPolicy, Ladder, ProgressPoint, Results
 from autocompress.run_folder import FRONT, write_atomically
 from autocompress.schedule import Clock
 from autocompress.setting import Baseline, Setting
+from autocompress.study.backup import back_up
+from autocompress.study.database import DATABASE
 from autocompress.study.journal import Journal
 from autocompress.study.notes import Note
 from autocompress.task import Task
@@ -134,10 +136,10 @@ class Findings:
         """What is worth having by now, fastest first."""
         return front_of(self.outcomes(), self.limits, self.setting.baseline, self.forecast.structure)
 
-    def _best(self) -> Outcome | None:
-        """The slowest of the front: the most accurate, unless `front_of` has spared it."""
+    def look_for_best(self) -> None:
+        """Note the slowest of the front as `best`: the most accurate, unless `front_of` has spared it."""
         front = self.front()
-        return front[-1] if front else None
+        self.best = front[-1] if front else None
 
     def results(self) -> Results:
         """What front.json holds now."""
@@ -182,7 +184,7 @@ class Findings:
         """Record what became of a policy, learn from it, and tell of it."""
         self.journal.record(outcome)
         self.adopt_drifted_baseline()
-        self.best = self._best()
+        self.look_for_best()
         self.forecast.learn([outcome])
         self.history.append(progress_point(self.outcomes(), self.setting.baseline, self.limits, self.clock.elapsed, self.journal.finished))
         self.journal.note(Note.PROGRESS, [point.model_dump(mode="json") for point in self.history])
@@ -203,6 +205,7 @@ class Findings:
 
     def write_front(self) -> None:
         """Write RUN/front.json: after every policy, so that a killed search leaves a folder that can be shown and exported."""
+        back_up(self.run / DATABASE)
         write_atomically(self.run / FRONT, self.results().to_json())
 
     def announce(self, outcome: Outcome) -> None:
@@ -286,7 +289,7 @@ class Findings:
             baseline = replace(baseline, latency_s=Measurement.model_validate(known["latency_s"]), **scores)
         self.record_baseline(baseline)
         self.taken_over = TakenOver.model_validate(self.journal.noted(Note.TAKEN_OVER) or {})
-        self.best = self._best()
+        self.look_for_best()
 
     # -- what the user sees --------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from autocompress.controller.findings import Findings
 from autocompress.controller.pace import Pace
 from autocompress.controller.standing import feasible
 from autocompress.errors import TooManyFailures
+from autocompress.failures import fix_and_resume
 from autocompress.front import gain, measured
 from autocompress.objective import evaluate_policy
 from autocompress.policy import Policy, QuantSpec
@@ -201,7 +202,7 @@ class Rungs:
             stage, reason = failures[-1].stage, failures[-1].reason
             raise TooManyFailures(
                 f"{SAME_FAILURES} policies in a row failed to {stage}: {reason}",
-                hint="fix that, then --resume (another --batch-size or --learning-rate may be given)",
+                hint=fix_and_resume(self.findings.setting.log),
             )
 
     # -- full training -------------------------------------------------------------------------------------------------

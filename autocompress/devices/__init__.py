@@ -14,7 +14,7 @@ MOST_THREADS = 1024
 
 
 def open_device(name: str) -> Device:
-    """The device of a name. Raises UsageError for an unknown name or option, DeviceUnavailable when it is not there."""
+    """The device of a name. Raises UsageError for what this machine does not have, DeviceUnavailable where another one does not answer."""
     from autocompress.devices.local import LocalCpu
     from autocompress.references import AGENT, nearest, parse_reference
 

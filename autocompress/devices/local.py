@@ -14,7 +14,7 @@ from autocompress.devices.frames import Feed
 from autocompress.devices.running import outputs_of
 from autocompress.devices.runtime import CURES, Runtime
 from autocompress.devices.timing import FEWEST_ROUNDS
-from autocompress.errors import DeviceUnavailable
+from autocompress.errors import UsageError
 from autocompress.records import Measurement
 
 
@@ -23,10 +23,10 @@ class LocalCpu(Device):
 
     def __init__(self, runtime: Runtime) -> None:
         if not runtime.is_here:
-            raise DeviceUnavailable(f"{runtime.title} is not installed", hint=CURES[runtime.name])
+            raise UsageError(f"{runtime.title} is not installed", hint=CURES[runtime.name])
         if not runtime.can_compute:
             asked = f"precision={runtime.precision}"
-            raise DeviceUnavailable(f"this processor has no instructions for {runtime.precision}", hint=f"leave {asked} out")
+            raise UsageError(f"this processor has no instructions for {runtime.precision}", hint=f"leave {asked} out")
         self.name = runtime.device
         self._runtime = runtime
         self.profile = profile_of(runtime, saturates=processor.int8_saturates(processor.flags()))

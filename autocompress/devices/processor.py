@@ -11,6 +11,8 @@ FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "
 """The instruction sets that matter here."""
 VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 BOARD = Path("/proc/device-tree/model")
+UNKNOWN = "unknown"
+"""How an environment tells of what the system does not say."""
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
@@ -36,6 +38,11 @@ def governor() -> str | None:
         return GOVERNOR.read_text(encoding="ascii").strip()
     except OSError:
         return None
+
+
+def clock_warning(governor: str | None) -> str:
+    """What to tell who measures where the clock follows the load; nothing where it is fixed, or the system does not say."""
+    return "" if governor in (None, UNKNOWN, "performance") else f"the CPU governor is {governor!r}: latencies vary less with 'performance'"
 
 
 def int8_saturates(here: frozenset[str]) -> bool:

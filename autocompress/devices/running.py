@@ -128,7 +128,7 @@ class _Work:
 
 
 def _help(path: Path, runtime: Runtime, work: _Work) -> None:
-    with contextlib.suppress(PolicyFailure, OSError):  # no memory, no more processes: the first one is there
+    with contextlib.suppress(PolicyFailure, OSError, MemoryError):  # no memory, no more processes: the first one is there
         for _ in _journeys(path, runtime, work):
             pass
 
@@ -142,6 +142,7 @@ def _journeys(path: Path, runtime: Runtime, work: _Work) -> Iterator[subprocess.
         )
         assert child.stdin is not None
         work.employ(child)
+        taken: Batches = []
         with child:
             try:
                 while taken := work.take(at_once):
@@ -150,12 +151,13 @@ def _journeys(path: Path, runtime: Runtime, work: _Work) -> Iterator[subprocess.
                     outputs = _answer(child, line, stacked([batch for _, batch in taken]))
                     is_asked = True
                     if outputs is None:
-                        work.give_back(taken)
                         raise _stopped(child, runtime, path, time.monotonic() - begun, complaints)
                     work.put(taken, outputs)
+                    taken = []
                     at_once *= 2 if time.monotonic() - begun < AT_ONCE_S else 1
                     yield child
             finally:
+                work.give_back(taken)  # what it has failed over, in whatever way
                 child.kill()
                 with contextlib.suppress(BrokenPipeError):  # what it has not read
                     child.stdin.close()

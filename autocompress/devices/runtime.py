@@ -82,7 +82,7 @@ class Runtime:
             "processor": processor.name(),
             "flags": " ".join(processor.listed_flags()),
             "cpus": str(os.cpu_count()),
-            "governor": processor.governor() or "unknown",
+            "governor": processor.governor() or processor.UNKNOWN,
             "load": f"{os.getloadavg()[0]:.2f}",
             "threads": str(self.threads),
             "measured_on": _measured_on(self.threads),

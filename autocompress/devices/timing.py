@@ -104,4 +104,5 @@ def summarise(rounds: ArrayLike, *, first_call: float, environment: dict[str, st
         median=median, low=low, high=high, p95=float(np.percentile(values, 95)), p95_high=p95_high(values), n=int(values.size),
         iqr=float(np.subtract(*np.percentile(values, [75, 25]))), first_call=first_call,
         noisy=bool(reason), noise_reason=reason, environment=environment,
+        samples=tuple(map(tuple, values.tolist())),
     )  # fmt: skip

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from autocompress.errors import AutocompressError, RunFolderError, UsageError, one_line
 from autocompress.export.onnx import onnx_bytes
 from autocompress.export.weights import weights_bytes
+from autocompress.models import load_tensor_state
 from autocompress.policy import Policy, Record
 from autocompress.records import Measurement, Normalisation, Parity, Prediction, Score, Shape
 from autocompress.run_folder import write_atomically, writing
@@ -185,7 +186,7 @@ def load_student(folder: Path, student: fx.GraphModule) -> fx.GraphModule:
     except (OSError, SafetensorError) as error:
         raise RunFolderError(f"{str(path)!r} cannot be read: {one_line(error)}", hint="export the policy again") from None
     try:
-        student.load_state_dict(state)
+        load_tensor_state(student, state)
     except RuntimeError as error:
         raise UsageError(
             f"the weights of {str(path)!r} do not fit the student of this teacher: {str(error).splitlines()[-1].strip()}",

@@ -41,6 +41,8 @@ def compare(expected: Tensor, actual: Tensor, *, decisions: bool = True) -> Pari
     """Compare the student's outputs (n x ...) with the file's; `decisions`: whether a row's largest output is its answer."""
     if expected.shape != actual.shape:
         raise PolicyFailure(f"the file's outputs must have shape {tuple(expected.shape)}, but have {tuple(actual.shape)}")
+    if not torch.isfinite(expected).all():
+        raise PolicyFailure("the student's outputs must be finite, but are not")
     differing, undecided = None, 0
     if decisions and expected.dim() == 2 and expected.shape[1] > 1:
         changed = expected.argmax(1) != actual.argmax(1)

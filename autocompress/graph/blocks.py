@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from autocompress.graph.nodes import drop_unread, kind_of, relu_of
+from autocompress.graph.nodes import constant_layers, drop_unread, kind_of, relu_of
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class Branch:
 
 
 def find_branches(module: fx.GraphModule) -> list[Branch]:
-    """All additions of a tensor to what was computed from it, and is read by nobody else, in order."""
+    """All additions of a tensor to what layers made of it, and is read by nobody else, in order; not where these read no input."""
     branches: list[Branch] = []
+    constant = constant_layers(module)
     nodes = list(module.graph.nodes)
     calls = Counter(str(node.target) for node in nodes)
     position = {node: index for index, node in enumerate(nodes)}
@@ -37,7 +38,7 @@ def find_branches(module: fx.GraphModule) -> list[Branch]:
             inside = _between(skip, branch, nodes[position[skip] + 1 : position[node]])
             closed = all(user is node or user in inside for part in inside for user in part.users)
             called = [n for n in inside if n.op == "call_module" and calls[str(n.target)] == 1]
-            layers = [n for n in called if kind_of(n, module) in ("conv", "linear")]
+            layers = [n for n in called if kind_of(n, module) in ("conv", "linear") and str(n.target) not in constant]
             if closed and layers and skip.meta.get("shape") == node.meta.get("shape"):
                 modules = tuple(str(n.target) for n in called)
                 name = _name([str(n.target) for n in layers], {b.name for b in branches})

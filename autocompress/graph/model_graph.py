@@ -203,17 +203,23 @@ class Graph:
 
     def structure(self, policy: Policy) -> Structure:
         """What the policy makes of this network; what it says of parts that it drops is left out."""
-        gone = self._layers_in(policy.student.drop)
+        dropped = self._with_inner(policy.student.drop)
+        gone = self._layers_in(dropped)
         alive = {group.name for group in self.groups if not gone.issuperset(group.producers)}
         bits = tuple((layer.name, policy.quant.of(layer.name)) for layer in self.layers if layer.name not in gone)
         return Structure(
             reference=policy.student.reference,
-            dropped=policy.student.drop,
+            dropped=dropped,
             channels=tuple((name, count) for name, count in self.sizes(policy).items() if name in alive),
             ranks=tuple((name, rank) for name, rank in self.ranks(policy).items() if name not in gone),
             bits=bits,
             reduced_range=policy.quant.reduced_range and any(n == 8 for _, n in bits),
         )
+
+    def _with_inner(self, dropped: tuple[str, ...]) -> tuple[str, ...]:
+        """These blocks, and those inside of them, in order."""
+        gone = [set(branch.nodes) for branch in self._branches if branch.name in dropped]
+        return tuple(b.name for b in self._branches if b.name in dropped or any(set(b.nodes) < nodes for nodes in gone))
 
     def _layers_in(self, blocks: tuple[str, ...]) -> set[str]:
         return {layer for block in self.blocks if block.name in blocks for layer in block.layers}

@@ -53,7 +53,11 @@ def put_modules_back(recorded: fx.GraphModule, model: nn.Module) -> None:
     """In place: each call of a layer, norm or dropout whose weights nothing else computes with becomes a call of a module."""
     calls = {node: call for node in recorded.graph.nodes if (call := _call(node, recorded, model)) is not None}
     calls = _without_those_that_share(calls)
-    left = {str(n.target) for n in recorded.graph.nodes if n.op == "get_attr" and any(user not in calls for user in n.users)}
+    left = {
+        str(n.target)
+        for n in recorded.graph.nodes
+        if n.op == "get_attr" and any(user not in calls or n not in _held(user) for user in n.users)
+    }
     names = _names(list(calls.values()), left)
     turned: dict[str, nn.Parameter] = {}
     own = dict(model.named_modules())
@@ -75,6 +79,11 @@ def _roles(node: fx.Node) -> dict[str, Any]:
     given = arguments(node)
     renamed = PRODUCTS.get(name_of(node), {})
     return {renamed.get(name, name): value for name, value in given.items()}
+
+
+def _held(node: fx.Node) -> list[fx.Node]:
+    """The parameters and buffers that the module would hold; what it is called on may be one too, as learned queries are."""
+    return [given for given in node.all_input_nodes if given.op == "get_attr" and given is not _source(node)]
 
 
 def _source(node: fx.Node) -> Any:
@@ -194,14 +203,12 @@ def _without_those_that_share(calls: dict[fx.Node, _Call]) -> dict[fx.Node, _Cal
 
     Nor may one read it the other way round.
     """
-    straight = {n for node in calls if name_of(node) not in PRODUCTS for n in node.all_input_nodes if n.op == "get_attr"}
-    calls = {node: call for node, call in calls.items() if name_of(node) not in PRODUCTS or straight.isdisjoint(node.all_input_nodes)}
+    straight = {held for node in calls if name_of(node) not in PRODUCTS for held in _held(node)}
+    calls = {node: call for node, call in calls.items() if name_of(node) not in PRODUCTS or straight.isdisjoint(_held(node))}
     while True:
-        read_elsewhere = {
-            source for call in calls.values() for source in call.node.all_input_nodes
-            if source.op == "get_attr" and any(user not in calls for user in source.users)
-        }  # fmt: skip
-        left = {node: call for node, call in calls.items() if read_elsewhere.isdisjoint(node.all_input_nodes)}
+        held = {value for node in calls for value in _held(node)}
+        read_elsewhere = {value for value in held if any(user not in calls or value not in _held(user) for user in value.users)}
+        left = {node: call for node, call in calls.items() if read_elsewhere.isdisjoint(_held(node))}
         if len(left) == len(calls):
             return left
         calls = left

@@ -16,7 +16,7 @@ from scipy.optimize import nnls
 
 from autocompress.graph import Workloads
 from autocompress.latency.base import LatencyModel
-from autocompress.latency.table import OperatorTable
+from autocompress.latency.table import NNLS_STEPS, OperatorTable
 from autocompress.ranks import rank_correlation
 from autocompress.records import Operator, Prediction, Workload
 from autocompress.results import PredictionQuality
@@ -125,5 +125,5 @@ def _solve(features: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArr
     """Non-negative scales with least relative error; ridge towards PRIOR."""
     rows = np.vstack([features / seconds[:, None], RIDGE * np.eye(len(PRIOR))])
     targets = np.concatenate([np.ones(len(seconds)), RIDGE * PRIOR])
-    scales: NDArray[np.float64] = nnls(rows, targets)[0]
+    scales: NDArray[np.float64] = nnls(rows, targets, maxiter=NNLS_STEPS)[0]
     return scales

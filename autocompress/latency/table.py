@@ -27,6 +27,8 @@ from autocompress.run_folder import write_atomically
 
 SCHEMA = 5
 SECONDS_EACH = 0.02
+NNLS_STEPS = 1000
+"""scipy allows three a column, which columns that are nearly alike may take, and raises after them."""
 CHUNK = 24
 NEIGHBOURS = 3
 LEAST_TO_LEARN = 4
@@ -186,7 +188,7 @@ class _Interpolation:
 
     def __init__(self, operators: Sequence[Operator], seconds: NDArray[np.float64]) -> None:
         features = np.array([_features(operator) for operator in operators])
-        self._coefficients, _ = nnls(features / seconds[:, None], np.ones(len(seconds)))
+        self._coefficients, _ = nnls(features / seconds[:, None], np.ones(len(seconds)), maxiter=NNLS_STEPS)
         fitted = np.maximum(features @ self._coefficients, TINY_S)
         self._places = np.log1p(features)
         self._ratios = np.log(seconds / fitted)

@@ -35,7 +35,7 @@ def render(results: Results, run: Path) -> str:
         results=results,
         run=shlex.quote(str(run)),
         headline=headline(results).replace(" %", "\N{NO-BREAK SPACE}%"),
-        caveats=caveats(results),
+        caveats=caveats(results, run),
         tiles=_tiles(results),
         figures=_script_json(figures(results)),
         shown=_shown(results),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocompress.policy import bits_name
@@ -85,9 +86,9 @@ def _interval(low: float, high: float) -> str:
     return f"{format_duration(low)} - {format_duration(high)}"
 
 
-def summary(results: Results) -> str:
-    """What is best under the budget, in words."""
-    cautions = [f"  note: {text}" for text in caveats(results)]
+def summary(results: Results, run: Path | None = None) -> str:
+    """What is best under the budget, in words; `run` as in `caveats`."""
+    cautions = [f"  note: {text}" for text in caveats(results, run)]
     return "\n".join([headline(results), *(f"  {line}" for line in details(results)), *cautions])
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from autocompress.ranks import is_low
-from autocompress.records import Measurement, Parity, Score
+from autocompress.records import FEWEST_FOR_TAIL, Measurement, Parity, Score
 from autocompress.results import BaselineEntry, Results
 from autocompress.scores import is_share, score_interval, validation_beats_test
 from autocompress.units import format_duration, format_size
@@ -61,7 +63,8 @@ def latency_line(latency: Measurement) -> str:
     """`"9.87 ms (95 % interval 9.8 ms to 9.95 ms, p95 10.1 ms, at most 10.3 ms, n = 120)"`, and whether it is noisy."""
     spread = f"95 % interval {format_duration(latency.low)} to {format_duration(latency.high)}"
     noise = f"; noisy: {latency.noise_reason}" if latency.noisy else ""
-    tail = f"p95 {format_duration(latency.p95)}" + (f", at most {format_duration(latency.tail)}" if latency.p95_high is not None else "")
+    bound = "at most" if latency.n >= FEWEST_FOR_TAIL else "the longest took"
+    tail = f"p95 {format_duration(latency.p95)}" + (f", {bound} {format_duration(latency.tail)}" if latency.p95_high is not None else "")
     return f"{format_duration(latency.median)} ({spread}, {tail}, n = {latency.n}{noise})"
 
 
@@ -73,9 +76,31 @@ def score_line(score: Score, original: Score | None, split: str) -> str:
     return f"{score.name} {format_score(score)} ({examples}), original {format_score(original)}"
 
 
-def caveats(results: Results) -> list[str]:
-    """What a reader should know before trusting the numbers: each a sentence with its cure; usually none."""
-    return [text for text in (_seen_validation(results.baseline), _noisy_front(results), _lying_ladder(results)) if text]
+def caveats(results: Results, run: Path | None = None) -> list[str]:
+    """What a reader should know before trusting the numbers: each a sentence with its cure; usually none.
+
+    run: the folder of the search, where its files are looked for.
+    """
+    told = (_seen_validation(results.baseline), _noisy_front(results), _lying_ladder(results), _few_for_the_tail(results))
+    return [text for text in (*told, _deleted(results, run) if run is not None else "") if text]
+
+
+def _deleted(results: Results, run: Path) -> str:
+    gone = [entry.id for entry in results.listed if not (run / (entry.artifact or "")).is_file()]
+    if not gone:
+        return ""
+    return f"the files of {', '.join(gone)} are no longer in {str(run)!r}. Resume the search: it goes on without them"
+
+
+def _few_for_the_tail(results: Results) -> str:
+    """A budget of the 95th percentile that is held against the largest of a few samples."""
+    few = [entry.id for entry in results.front if entry.latency_s.n < FEWEST_FOR_TAIL] if results.budget.p95_s is not None else []
+    if not few:
+        return ""
+    return (
+        f"the 95th percentile of {', '.join(few)} was estimated from fewer than {FEWEST_FOR_TAIL} calls, and may lie above all of them. "
+        "Export measures again, or search longer"
+    )
 
 
 def _seen_validation(original: BaselineEntry) -> str:

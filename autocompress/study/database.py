@@ -17,6 +17,7 @@ from sqlalchemy.engine import URL
 from autocompress.errors import RunFolderError, UsageError, one_line
 from autocompress.quiet import quiet
 from autocompress.run_folder import LOCK
+from autocompress.study.backup import BACKUP, how_to_restore
 from autocompress.study.fallback import OrRandom
 from autocompress.study.journal import Journal, appraised_in, outcomes_in
 from autocompress.study.notes import Note
@@ -37,7 +38,7 @@ def require_own(run: Path, *, resume: bool) -> None:
     """
     try:
         studies = _studies(run / DATABASE)
-        left = {LOCK, *(DATABASE + suffix for suffix in SUFFIXES if studies == [])}
+        left = {LOCK, BACKUP, *(DATABASE + suffix for suffix in SUFFIXES if studies == [])}
         others = sorted(entry.name for entry in run.iterdir() if entry.name not in left) if run.is_dir() else []
     except OSError as error:
         raise UsageError(f"the run folder {str(run)!r} cannot be read: {error.strerror}", hint="choose another --out") from None
@@ -50,7 +51,8 @@ def require_own(run: Path, *, resume: bool) -> None:
 
 
 def _nothing_to_resume(run: Path) -> UsageError:
-    return UsageError(f"there is no search to resume in {str(run)!r}", hint="leave --resume out to start one")
+    hint = how_to_restore(run / DATABASE) if (run / BACKUP).is_file() else "leave --resume out to start one"
+    return UsageError(f"there is no search to resume in {str(run)!r}", hint=hint)
 
 
 def open_journal(run: Path, task: Task, *, resume: bool, sampler: BaseSampler | None = None) -> Journal:
@@ -129,8 +131,9 @@ def _storage(path: Path) -> optuna.storages.RDBStorage:
     try:
         return optuna.storages.RDBStorage(template, engine_kwargs={"connect_args": {"timeout": 30}})
     except RuntimeError as error:
-        what = str(error).split(". ")[0]
-        hint = "resume with the version of Optuna that began it, or choose another --out"
+        what, *cure = str(error).split(". ")
+        upgrade = next((f" or {part.strip(' .')}," for part in cure if "upgrade" in part), "")
+        hint = f"resume with the version of Optuna that began it,{upgrade} or choose another --out"
         raise RunFolderError(f"{str(path)!r} cannot be read: {what}", hint=hint) from None
 
 
@@ -153,8 +156,8 @@ def _forget_empty(path: Path) -> bool:
     except ValueError:  # of another version of ours
         return False
     if empty:
-        for suffix in SUFFIXES:
-            path.with_name(path.name + suffix).unlink(missing_ok=True)
+        for name in (BACKUP, *(path.name + suffix for suffix in SUFFIXES)):
+            path.with_name(name).unlink(missing_ok=True)
     return empty
 
 
@@ -172,10 +175,10 @@ def _studies(path: Path) -> list[str] | None:
             if "studies" not in tables:
                 return None if tables else []
             return [name for (name,) in connection.execute("SELECT study_name FROM studies")]
+    except sqlite3.OperationalError as error:  # no permission, or somebody holds it
+        raise RunFolderError(f"{str(path)!r} cannot be read: {error}", hint="end what else has it open, or choose another --out") from None
     except sqlite3.DatabaseError as error:
-        raise RunFolderError(
-            f"{str(path)!r} is damaged: {error}", hint="restore it from a copy, or start again with another --out"
-        ) from None
+        raise RunFolderError(f"{str(path)!r} is damaged: {error}", hint=how_to_restore(path)) from None
 
 
 def _require_same_task(study: optuna.Study, task: Task, run: Path) -> None:

@@ -23,7 +23,7 @@ from autocompress.devices import local as module
 from autocompress.devices import open_device, processes, running
 from autocompress.devices.local import LocalCpu
 from autocompress.devices.runtime import TITLES, Runtime
-from autocompress.errors import DeviceUnavailable, PolicyFailure
+from autocompress.errors import DeviceUnavailable, PolicyFailure, UsageError
 from autocompress.export import onnx_bytes
 from autocompress.graph import Graph
 from autocompress.policy import Policy, QuantSpec
@@ -164,7 +164,7 @@ def test_bf16_is_what_was_asked_for_and_nothing_else(tmp_path):
 
 def test_a_runtime_that_is_not_installed_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(Runtime, "is_here", False)
-    with pytest.raises(DeviceUnavailable, match="OpenVINO is not installed") as error:
+    with pytest.raises(UsageError, match="OpenVINO is not installed") as error:
         LocalCpu(Runtime("openvino"))
     assert error.value.hint == 'pip install "autocompress[openvino]"'
 

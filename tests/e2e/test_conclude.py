@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from running import measurement, trained
 from tasks import Diary
 
 from autocompress.beginning import untrained
 from autocompress.controller.conclude import conclude, measure_front, score_test
 from autocompress.errors import PolicyFailure
-from autocompress.records import Score
+from autocompress.records import Budget, Score
 from autocompress.schedule import FEWEST_EXAMPLES, Clock
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
@@ -147,7 +148,7 @@ def test_the_front_is_measured_again_where_the_original_beside_it_is_slower_than
             self.asked.append([path.parent.name for path in paths])
             return [measurement(slowness * self.latency.median)] * len(paths)
 
-    monkeypatch.setattr("autocompress.objective.DRIFT_PAUSE_S", 0.0)
+    monkeypatch.setattr("autocompress.timed.DRIFT_PAUSE_S", 0.0)
     on_front(findings, pool, n=1)
     device = Restless(measurement(1e-3))
     with_device(findings, device)
@@ -176,6 +177,18 @@ def test_the_less_time_is_left_the_shorter_the_front_is_measured(findings, pool)
         measure_front(findings, set())
         asked.append(device.asked[0])
     assert asked[0] == 1.5 > asked[1] > asked[2] == 0.3
+
+
+def test_a_budget_of_the_95th_percentile_is_measured_until_that_is_known(findings, pool):
+    on_front(findings, pool)
+    device = Worn(measurement(1e-3))
+    seconds = []
+    device.measure = lambda paths, *, seconds_each: seconds.append(seconds_each) or [device.latency] * len(paths)
+    with_device(findings, device)
+    findings.record_baseline(replace(findings.setting.baseline, latency_s=measurement(0.05)))
+    findings.forecast.limits = Budget(p95_s=1.0)
+    measure_front(findings, set())
+    assert seconds[0] == pytest.approx(59 * 0.05)
 
 
 def test_a_file_that_was_lost_comes_back_when_it_is_intact_and_else_its_policy_may_be_tried_again(findings, pool):

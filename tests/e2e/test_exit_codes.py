@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from tasks import SLOW_CALLS, BrokenDevice
@@ -11,6 +12,7 @@ from tasks import SLOW_CALLS, BrokenDevice
 from autocompress import session
 from autocompress.cli import main
 from autocompress.errors import DeviceUnavailable
+from autocompress.failures import FAILURES
 from autocompress.testing.devices import FakeDevice
 
 run_search = session.run_search
@@ -62,6 +64,26 @@ def test_4_a_device_that_is_gone(search, capsys):
     assert explained(capsys) == ("the board does not answer", "plug it in")
 
 
+def test_4_a_device_that_is_lost_in_the_middle_of_a_search_which_goes_on_when_it_is_back(search, capsys, tmp_path):
+    lost = FakeDevice(SLOW_CALLS)
+    assert search(lost, "--trials", "1") == 0
+    known = json.loads((tmp_path / "run" / "front.json").read_text(encoding="utf-8"))["points"]
+    lost = FakeDevice(SLOW_CALLS, failures={number: DeviceUnavailable("the board does not answer") for number in range(1, 99)})
+    assert search(lost, "--resume", "--trials", "2") == 4
+    assert explained(capsys)[0] == "the board does not answer"
+    after = json.loads((tmp_path / "run" / "front.json").read_text(encoding="utf-8"))["points"]
+    assert [entry["id"] for entry in after] == [entry["id"] for entry in known], "what is finished is kept"
+    assert search(FakeDevice(SLOW_CALLS), "--resume", "--trials", "2") == 0
+
+
+def test_6_a_disk_without_room_for_one_policy(search, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    assert search(FakeDevice(SLOW_CALLS)) == 6
+    error, hint = explained(capsys)
+    assert "only 1 kB are free" in error and "--out" in hint
+    assert not (tmp_path / "run").exists()
+
+
 def test_5_policies_that_keep_failing_for_one_reason_until_it_is_mended(search, capsys, tmp_path):
     def content():
         return json.loads((tmp_path / "run" / "front.json").read_text(encoding="utf-8"))
@@ -69,7 +91,8 @@ def test_5_policies_that_keep_failing_for_one_reason_until_it_is_mended(search, 
     assert search(BrokenDevice(None)) == 5
     error, hint = explained(capsys)
     assert "3 policies in a row failed to measure: the device is on fire" in error
-    assert "--resume" in hint
+    assert "--resume" in hint and str(tmp_path / "run" / FAILURES) in hint
+    assert "the device is on fire" in (tmp_path / "run" / FAILURES).read_text()
     assert len(content()["failures"]) == 3
     assert [entry["id"] for entry in content()["points"]] == ["int8"], "what is finished is kept"
     assert search(FakeDevice(SLOW_CALLS), "--resume", "--trials", "1") == 0

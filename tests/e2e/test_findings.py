@@ -135,7 +135,7 @@ def test_a_relative_budget_follows_the_original_where_the_machine_has_changed(fi
 
 def test_an_original_that_was_measured_too_fast_is_known_better_before_a_policy_is_chosen(findings, monkeypatch):
     """Seen on a shared machine: a budget relative to a moment of turbo was one that the device could not meet from then on."""
-    monkeypatch.setattr("autocompress.objective.DRIFT_PAUSE_S", 0.0)
+    monkeypatch.setattr("autocompress.timed.DRIFT_PAUSE_S", 0.0)
     truth = findings.setting.baseline.latency_s
     hasty = truth.model_copy(update={"median": 0.77 * truth.median, "high": 0.77 * truth.high})
     findings.setting = replace(findings.setting, baseline=replace(findings.setting.baseline, latency_s=hasty), baseline_history=[hasty])

@@ -6,6 +6,7 @@ import copy
 import time
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from running import INT8, TASK, ready
@@ -22,12 +23,14 @@ from autocompress.deploy import recreate
 from autocompress.devices.local import LocalCpu
 from autocompress.devices.runtime import Runtime
 from autocompress.errors import DeviceUnavailable, PolicyFailure
+from autocompress.export import verify_bundle
 from autocompress.failures import FAILURES
 from autocompress.objective import PROBED_STEPS, evaluate_policy, training_step_seconds
 from autocompress.policy import LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import load, prepare, score_baseline
 from autocompress.search_space import with_exact_int8
 from autocompress.testing.devices import FakeDevice
+from autocompress.timed import COLUMNS, SAMPLES, measure_beside_baseline
 
 
 def realised(setting):
@@ -216,10 +219,28 @@ class Changing(FakeDevice):
     ids=["steady", "odd start", "odd once", "slower and slower"],
 )
 def test_a_measurement_is_noisy_where_the_original_beside_it_does_not_settle(net, data, tmp_path, monkeypatch, speeds, noisy):
-    monkeypatch.setattr("autocompress.objective.DRIFT_PAUSE_S", 0.0)
+    monkeypatch.setattr("autocompress.timed.DRIFT_PAUSE_S", 0.0)
     latency = realised(ready(net, data, tmp_path / "run", Changing(speeds))).latency_s
     assert latency.noisy is noisy
     assert ("baseline beside it" in latency.noise_reason) is noisy
+
+
+def test_every_sample_is_kept_beside_the_file_that_it_is_of(net, data, tmp_path):
+    setting = ready(net, data, tmp_path / "run", FakeDevice(SLOW_CALLS, noise=0.01))
+    latency = realised(setting).latency_s
+    path = setting.models / "00000" / "model.onnx"
+    (_, again) = measure_beside_baseline(setting, [path])
+    table = pd.read_csv(path.parent / SAMPLES)
+    assert tuple(table.columns) == COLUMNS
+    own = table[table.file == path.name]
+    assert len(own) == latency.n + again.n
+    assert own.seconds[: latency.n].median() == pytest.approx(latency.median, rel=1e-3)
+    assert own.seconds[latency.n :].median() == pytest.approx(again.median, rel=1e-3)
+    original = table[table.file == "original"].seconds[: latency.n]
+    assert original.median() == pytest.approx(latency.original_s, rel=1e-3)
+    assert own["round"].max() == latency.n / own.groupby("round").size().iloc[0] * 2 - 1
+    assert latency.samples == (), "they are not carried any further"
+    assert verify_bundle(path.parent) is None
 
 
 class Tied(Net):
@@ -307,6 +328,39 @@ def test_training_that_is_interrupted_goes_on_from_there(net, data, tmp_path, mo
     assert all(torch.equal(value, learned[name]) for name, value in begun[0].items())
     assert not left.exists()
     assert not torch.equal(begun[1]["b.conv1.weight"], learned["b.conv1.weight"]), "what is finished is no longer interrupted"
+
+
+def test_training_through_bits_that_is_interrupted_goes_on_from_there(net, data, tmp_path):
+    """All of the unchanged network's training is through its bits."""
+    setting, policy, progress = ready(net, data, tmp_path / "run"), Policy(quant=QuantSpec(bits=3)), []
+
+    def stop(share):
+        progress.append(share)
+        if len(progress) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_policy(setting, policy, id="00000-full", rung="full", seconds=60.0, tick=stop)
+    (left,) = setting.models.glob(f"{INTERRUPTED}*")
+    learned, teacher = load_file(left), setting.graphs[None].module.state_dict()
+    assert learned.keys() == teacher.keys()
+    assert not torch.equal(learned["b.conv1.weight"], teacher["b.conv1.weight"])
+
+
+def test_training_that_begins_again_counts_its_steps_anew_and_a_failure_leaves_no_files(net, data, tmp_path, monkeypatch):
+    setting, policy = ready(net, data, tmp_path / "run"), Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}))
+
+    def train(student, *_, tick, **__):
+        for progress in (0.1, 0.5, 0.9, 0.2, 0.6):
+            tick(progress)
+        return student
+
+    monkeypatch.setattr("autocompress.objective.train_quantized", train)
+    assert evaluate_policy(setting, policy, id="00000", rung="short", seconds=1.0).steps == 2
+    assert (setting.models / "00000").is_dir()
+    setting.device.failures = {setting.device.calls: ValueError("no kernel")}
+    assert evaluate_policy(setting, policy, id="00001", rung="short", seconds=1.0).failure.stage == "measure"
+    assert not (setting.models / "00001").exists()
 
 
 def test_what_was_trained_is_kept_until_it_is_measured(net, data, tmp_path, monkeypatch):

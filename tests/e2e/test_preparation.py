@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from running import INT8, TASK, ready
-from tasks import SLOW_CALLS, Net
+from tasks import CLASSES, SLOW_CALLS, Net, blobs
 from torch import nn
 
 from autocompress.data import Data, Split
@@ -84,6 +84,36 @@ def test_a_device_that_cannot_run_the_original_says_so(net, data, tmp_path):
         ready(net, data, tmp_path / "run", FakeDevice(failures={0: ValueError("no such operator")}))
     with pytest.raises(DeviceUnavailable):
         ready(net, data, tmp_path / "run", FakeDevice(failures={0: DeviceUnavailable("gone")}))
+
+
+@pytest.mark.parametrize(("governor", "told"), [("powersave", True), ("performance", False), ("unknown", False), (None, False)])
+def test_a_clock_that_follows_the_load_is_told(net, data, monkeypatch, governor, told):
+    monkeypatch.setattr(FakeDevice, "environment", lambda self: {"governor": governor} if governor else {})
+    notes = load(TASK, model=net, data=data, device=FakeDevice()).notes
+    assert any("'performance'" in note for note in notes) is told
+
+
+class Exits(Net):
+    """Has another head for what is out of the ordinary."""
+
+    def __init__(self):
+        super().__init__()
+        self.early = nn.Linear(3, CLASSES)
+
+    def forward(self, x):
+        if x.abs().max() > 1e4:
+            return self.early(x.mean((2, 3)))
+        return super().forward(x)
+
+
+def test_a_network_that_seldom_takes_another_exit_can_be_asked(tmp_path):
+    data = blobs()
+    data.train.inputs[200:] *= 1e6
+    setting = ready(Exits().eval(), data, tmp_path / "run")
+    assert "depends on the data" in setting.graphs[None].frozen[0].reason
+    setting.teacher.prepare(60.0)
+    answers = setting.teacher.answers(torch.arange(190, 210), data.view(torch.arange(190, 210), 0, 0), 0)
+    assert answers.outputs.shape == (20, CLASSES)
 
 
 def test_the_demonstrations_teacher_is_trained_whatever_the_batch_of_students(net, data, tmp_path, monkeypatch):

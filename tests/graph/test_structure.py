@@ -153,6 +153,51 @@ def test_of_blocks_in_a_block_nothing_is_left_that_is_dropped():
     assert {name for name, _ in student.named_parameters()} == {"stem.weight", "stem.bias"}
 
 
+def test_a_block_that_is_dropped_inside_of_one_that_is_makes_no_other_network():
+    graph = Graph.trace(Blocks().eval(), (torch.randn(1, 3, 8, 8),))
+    outer = max(graph.blocks, key=lambda block: len(block.layers)).name
+    alone = Policy(student=StudentSpec(drop=(outer,)))
+    for inner in {block.name for block in graph.blocks} - {outer}:
+        both = Policy(student=StudentSpec(drop=tuple(sorted((outer, inner)))))
+        same = set(build_student(graph, both).state_dict()) == set(build_student(graph, alone).state_dict())
+        assert (graph.structure(both) == graph.structure(alone)) is same
+    assert any(
+        graph.structure(Policy(student=StudentSpec(drop=tuple(sorted((outer, block.name)))))) == graph.structure(alone)
+        for block in graph.blocks
+        if block.name != outer
+    )
+
+
+class Queries(nn.Module):
+    """Learned queries, improved by layers of their own, look at an image, as decoders of detection do."""
+
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(1, 5, 16))
+        self.first, self.second, self.key = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 16)
+        self.stem, self.wide, self.narrow, self.head = nn.Conv2d(3, 16, 3), nn.Linear(16, 24), nn.Linear(24, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        query = self.query + self.second(torch.relu(self.first(self.query)))
+        places = torch.relu(self.stem(x)).flatten(2).transpose(1, 2)
+        seen = torch.softmax(query @ self.key(places).transpose(1, 2), dim=-1) @ places
+        return self.head((seen + self.narrow(torch.relu(self.wide(seen)))).mean(1))
+
+
+def test_layers_that_read_a_parameter_are_constant_and_no_reason_to_give_up():
+    model, x = Queries().eval(), torch.randn(1, 3, 8, 8)
+    graph = Graph.trace(model, (x,))
+    assert not graph.opaque_reason
+    assert [layer.name for layer in graph.layers] == ["stem", "key", "wide", "narrow", "head"]
+    assert [block.layers for block in graph.blocks] == [("wide", "narrow")]
+    assert {"first", "second"} <= {frozen.name for frozen in graph.frozen}
+    with torch.no_grad():
+        torch.testing.assert_close(build_student(graph, Policy())(x), model(x))
+        smaller = build_student(graph, Policy(student=StudentSpec(drop=(graph.blocks[0].name,)), prune=PruneSpec(ratios={"key": 0.5})))
+        assert smaller(x).shape == (1, 4)
+    assert smaller.key.weight.shape == (8, 16)
+
+
 class Maxout(nn.Module):
     """Pools over channels: of a matrix torch takes the first axis for that of channels."""
 

@@ -19,6 +19,8 @@ def test_outputs_that_are_not_finite_are_no_parity(bad):
         for decisions in (False, True):
             with pytest.raises(PolicyFailure):
                 require_parity(compare(outputs, broken, decisions=decisions), {bits})
+            with pytest.raises(PolicyFailure, match="the student's outputs must be finite"):
+                compare(broken, outputs, decisions=decisions)
 
 
 def test_every_changed_decision_counts_and_shapes_must_match():

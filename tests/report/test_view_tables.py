@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from autocompress.records import Score
 from autocompress.report.axes import Axis, time_ticks
 from autocompress.report.tables import FRAME_COLUMNS, frame, front_table, layer_table, note, summary
-from autocompress.report.view import caveats, details, format_score, headline
+from autocompress.report.view import caveats, details, format_score, headline, latency_line
 from autocompress.results import LayerChange, Results
 from autocompress.scores import score_interval
 from autocompress.terminal import rendered
@@ -128,6 +128,28 @@ def test_noise_and_a_ladder_that_lies_are_told_of(content):
     assert len(told) == 2
     assert front[0]["id"] in told[0]
     assert "-0.50" in told[1]
+
+
+def test_files_that_were_deleted_are_told_of_where_the_run_is_looked_at(content, tmp_path):
+    sound = Results.read(with_scores(content, 0.94, 0.935) | {"ladder": {}})
+    first, *rest = sound.front
+    for entry in rest:
+        (tmp_path / entry.artifact).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / entry.artifact).touch()
+    (told,) = caveats(sound, tmp_path)
+    assert first.id in told and "Resume" in told
+    assert not any(entry.id in told for entry in rest)
+    assert told in summary(sound, tmp_path).replace("\n", " ")
+
+
+@pytest.mark.parametrize(("n", "budget", "told"), [(37, 0.1, True), (59, 0.1, False), (37, None, False)])
+def test_a_tail_of_few_samples_is_told_of_where_the_budget_limits_it(content, n, budget, told):
+    point = content["front"][0]
+    front = [point | {"latency_s": point["latency_s"] | {"n": n, "p95_high": 2 * point["latency_s"]["median"]}}]
+    results = Results.read(with_scores(content, 0.94, 0.935) | {"front": front, "ladder": {}, "budget": {"p95_s": budget}})
+    assert any("95th percentile" in text for text in caveats(results)) is told
+    assert ("at most" in latency_line(results.front[0].latency_s)) is (n >= 59)
+    assert ("the longest took" in latency_line(results.front[0].latency_s)) is (n < 59)
 
 
 @pytest.mark.parametrize(("rho", "told"), [(-0.2, True), (0.2, True), (0.6, False), (None, False)])

@@ -13,6 +13,7 @@ from autocompress.errors import RunFolderError, UsageError
 from autocompress.policy import Policy, QuantSpec
 from autocompress.records import Failure, Measurement, Outcome, Score
 from autocompress.study import database as studies
+from autocompress.study.backup import BACKUP, back_up
 from autocompress.study.journal import MAX_RETRIES, MOST_KILLS, OUTCOME, RULED_OUT_WORTH, AppraisedTrial
 from autocompress.study.notes import Note
 from autocompress.task import DEMO_MODEL, Task
@@ -246,6 +247,60 @@ def test_a_damaged_database_is_named_and_left_alone(journal, tmp_path, damage):
     with pytest.raises(RunFolderError, match=r"study\.db' is damaged"):
         again(tmp_path)
     assert path.read_bytes() == before
+
+
+def test_a_damaged_database_is_put_back_as_the_message_says(journal, tmp_path, monkeypatch):
+    path = tmp_path / studies.DATABASE
+    journal.record(outcome("00000"))
+    back_up(path)
+    sound = (tmp_path / BACKUP).read_bytes()
+    journal.study._storage.remove_session()
+    path.write_bytes(b"\0" * 64 + path.read_bytes()[64:])
+    path.with_name(path.name + "-journal").write_bytes(b"what a killed search had left")
+    back_up(path)
+    assert (tmp_path / BACKUP).read_bytes() == sound, "what is damaged does not replace it"
+    with pytest.raises(RunFolderError, match=r"study\.db' is damaged") as caught:
+        again(tmp_path)
+    subprocess.run(caught.value.hint.split(": ")[-1], shell=True, check=True)
+    assert [o.id for o in again(tmp_path).outcomes] == ["00000"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([BACKUP, studies.DATABASE])
+
+
+@pytest.mark.parametrize("left", [b"", None], ids=["empty", "gone"])
+def test_where_nothing_is_left_of_a_database_its_copy_is_named(journal, tmp_path, left):
+    path = tmp_path / studies.DATABASE
+    journal.record(outcome("00000"))
+    back_up(path)
+    journal.study._storage.remove_session()
+    path.unlink()
+    if left is not None:
+        path.write_bytes(left)
+    with pytest.raises(UsageError, match="no search to resume") as caught:
+        studies.require_own(tmp_path, resume=True)
+    subprocess.run(caught.value.hint.split(": ")[-1], shell=True, check=True)
+    studies.require_own(tmp_path, resume=True)
+    assert [o.id for o in again(tmp_path).outcomes] == ["00000"]
+
+
+def test_a_database_that_may_not_be_read_is_not_called_damaged(journal, tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise sqlite3.OperationalError("unable to open database file")
+
+    monkeypatch.setattr("autocompress.study.database.sqlite3.connect", refused)
+    with pytest.raises(RunFolderError, match="cannot be read: unable to open"):
+        studies.require_own(tmp_path, resume=True)
+
+
+def test_a_copy_that_cannot_be_written_ends_the_search_with_its_reason(journal, tmp_path, monkeypatch):
+    def full(*_):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    back_up(tmp_path / studies.DATABASE)
+    monkeypatch.setattr("autocompress.study.backup._is_copied", full)
+    with pytest.raises(RunFolderError, match="disk is full") as caught:
+        back_up(tmp_path / studies.DATABASE)
+    assert "--resume" in caught.value.hint
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([BACKUP, studies.DATABASE]), "the one before stays"
 
 
 @pytest.mark.parametrize("name", ["100%25", "a#b", "what?", "a?b=c#d%41", "{run}", "ü b"])

@@ -1,0 +1,75 @@
+"""Latencies of files beside the original's, measured in turns, with every sample kept beside the file that it is of."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from autocompress.devices.timing import MOST_DRIFT
+from autocompress.records import FEWEST_FOR_TAIL, Budget, Measurement
+from autocompress.run_folder import writing
+from autocompress.setting import Setting
+
+SECONDS_EACH = 0.5
+"""Of measuring a file in a search: half of what a figure deserves, since the front is measured again, for longer, at the end."""
+DRIFT_RETRIES = 3
+DRIFT_PAUSE_S = 1.0
+SAMPLES = "latency.csv"
+COLUMNS = ("time", "file", "round", "seconds")
+
+
+def measure_beside_baseline(
+    setting: Setting, paths: Sequence[Path], *, seconds_each: float = SECONDS_EACH, until: float = math.inf
+) -> list[Measurement]:
+    """Latencies of the baseline and of files, interleaved; where the baseline is not what it was lately, wait and measure again.
+
+    Measurements whose baseline stays away from that are flagged noisy: they cannot be compared with others. Lately is the median of the
+    last times, so that one odd measurement is outvoted, whether it was the first or not. Nothing is measured again after `until`.
+    """
+    with setting.ledger.spend("measure"):
+        for attempt in range(DRIFT_RETRIES):
+            begun = time.monotonic()
+            expected = setting.recent_baseline.median
+            baseline, *others = _measured(setting, paths, seconds_each)
+            setting.baseline_history.append(baseline)
+            drift = baseline.median / expected - 1
+            if abs(drift) <= MOST_DRIFT:
+                return [baseline, *(latency.beside(baseline) for latency in others)]
+            now = time.monotonic()
+            if attempt == DRIFT_RETRIES - 1 or now + DRIFT_PAUSE_S + (now - begun) > until:
+                break
+            time.sleep(DRIFT_PAUSE_S)
+        reason = f"the baseline beside it took {100 * drift:+.0f} % of its time"
+        return [baseline, *(latency.beside(baseline).mistrusted(reason) for latency in others)]
+
+
+def seconds_for(limits: Budget, original_s: float, usual: float) -> float:
+    """Of measuring a file beside an original that takes `original_s`: for a budget of the 95th percentile so long that this is known."""
+    return max(usual, FEWEST_FOR_TAIL * original_s) if limits.p95_s is not None else usual
+
+
+def _measured(setting: Setting, paths: Sequence[Path], seconds_each: float) -> list[Measurement]:
+    """The baseline and files in turns; their samples are written, and not carried any further."""
+    baseline, *others = setting.device.measure([setting.baseline.path, *paths], seconds_each=seconds_each)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    for path, latency in zip(paths, others, strict=True):
+        if latency.samples:  # not every device tells them
+            _keep_samples(path, now, {"original": baseline, path.name: latency})
+    return [latency.model_copy(update={"samples": ()}) for latency in (baseline, *others)]
+
+
+def _keep_samples(path: Path, now: str, latencies: dict[str, Measurement]) -> None:
+    """Append the samples to a table beside the file; a file that is measured again, as the front is at the end, has all of them."""
+    rows = io.StringIO()
+    table, target = csv.writer(rows, lineterminator="\n"), path.parent / SAMPLES
+    if not target.exists():
+        table.writerow(COLUMNS)
+    for name, latency in latencies.items():
+        table.writerows((now, name, number, f"{s:.4g}") for number, samples in enumerate(latency.samples) for s in samples)
+    with writing(target), target.open("a", encoding="utf-8") as file:
+        file.write(rows.getvalue())
