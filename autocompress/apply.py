@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from autocompress.batch import random_like, tensors_of
-from autocompress.beginning import untrained
 from autocompress.data import Data, Split
 from autocompress.data.sources import load_data
 from autocompress.deploy import require_free, require_harmless, whole_folder
@@ -27,6 +26,7 @@ from autocompress.references import DEFAULT_DEVICE
 from autocompress.report.view import agreement, format_score
 from autocompress.search_space import find_suggest, with_default_distillation, with_exact_int8
 from autocompress.setting import Setting
+from autocompress.starting import untrained_student
 from autocompress.suggesters import LevelSuggester
 from autocompress.task import Task
 from autocompress.units import format_duration, format_size
@@ -69,7 +69,7 @@ def apply_policy(
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder, cannot, whole_folder(out) as made:
         setting = limit_validation(prepare(task, Path(folder), load(task, data=loaded)), MOST_VALIDATION_S)
         chosen = with_exact_int8(given, setting.device.profile) if given else _draw(task, seed, setting)
-        compressed = untrained(setting, chosen, reconstructed=data is not None)
+        compressed = untrained_student(setting, chosen, reconstructed=data is not None)
         path = made / setting.write(made, compressed, chosen).artifact
         outputs, parity = check_artifact(setting, compressed, path, chosen)
         before, after = setting.device.measure([setting.baseline.path, path])

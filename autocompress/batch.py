@@ -56,12 +56,12 @@ def names_of(inputs: Inputs) -> tuple[str, ...]:
     return inputs.names if isinstance(inputs, Batch) else ()
 
 
-def each(change: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
+def map_inputs(change: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
     """The same with every tensor changed."""
     return inputs.map(change) if isinstance(inputs, Batch) else change(inputs)
 
 
-def answer(network: nn.Module, inputs: Inputs) -> Any:
+def call_network(network: nn.Module, inputs: Inputs) -> Any:
     """What a network makes of the inputs."""
     return network(*tensors_of(inputs))
 
@@ -83,4 +83,4 @@ def random_like(inputs: Inputs, n: int | None = None) -> Inputs:
             return torch.randn(sizes, generator=generator, dtype=tensor.dtype)
         return torch.randint(0, 2, sizes, generator=generator).to(tensor.dtype)
 
-    return each(drawn, inputs)
+    return map_inputs(drawn, inputs)

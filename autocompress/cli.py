@@ -87,10 +87,10 @@ def search(
 
 def _dry_run(task: Task, *, quiet: bool, json: bool) -> None:
     from autocompress.progress import make_progress
-    from autocompress.session import plan
+    from autocompress.session import dry_run
 
     with aside(), make_progress(quiet) as progress:
-        content = plan(task, progress)
+        content = dry_run(task, progress)
     emit_json(content) if json else emit_record(content)
 
 

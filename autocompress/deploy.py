@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from autocompress.batch import Batch, Inputs, answer, random_like, tensors_of
+from autocompress.batch import Batch, Inputs, call_network, random_like, tensors_of
+from autocompress.beside_baseline import seconds_for
 from autocompress.compress.quantize import TINY, fake_quantize, is_quantized
 from autocompress.compress.student import build_student
 from autocompress.devices import open_device
@@ -47,7 +48,6 @@ from autocompress.references import AGENT, DEFAULT_DEVICE, MODEL_LIBRARIES, OBJE
 from autocompress.results import Entry, Results
 from autocompress.run_folder import is_own_file, writing
 from autocompress.task import TASK_FILE, load_task, same_device
-from autocompress.timed import seconds_for
 
 OTHER_FORMATS = ("model.xml", "model.bin", "model.pt2")
 UNFINISHED, ABANDONED_S = ".export-", 3600.0
@@ -248,7 +248,7 @@ def _example(manifest: Manifest) -> Inputs:
 def _require_same(student: fx.GraphModule, path: Path, example: Inputs, device: Device) -> None:
     """Which channels a student keeps may depend on its teacher's weights: another teacher of the same shape gives another student."""
     arrays = tuple(tensor.numpy() for tensor in tensors_of(example))
-    own, expected = answer(student, example), torch.from_numpy(device.run(path, [arrays]))
+    own, expected = call_network(student, example), torch.from_numpy(device.run(path, [arrays]))
     difference = float((own - expected).abs().max() / expected.abs().max().clamp_min(TINY))
     if not difference <= (SAME_INT8 if is_quantized(student) or not device.profile.is_exact else SAME_FLOAT):
         raise UsageError(

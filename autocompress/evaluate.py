@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from autocompress.batch import answer, joined, tensors_of
+from autocompress.batch import call_network, joined, tensors_of
 from autocompress.data import Data, Split
 from autocompress.devices.base import Device
 from autocompress.devices.frames import Feed
@@ -48,7 +48,7 @@ def _own_score(outputs: Tensor, targets: Tensor, data: Data) -> float:
 def score_model(model: nn.Module, data: Data, split: Split, *, batch_size: int = 256) -> Score:
     """Score a live model in eval mode."""
     model.eval()
-    outputs = torch.cat([answer(model, inputs).float() for inputs, _ in data.batches(split, batch_size)])
+    outputs = torch.cat([call_network(model, inputs).float() for inputs, _ in data.batches(split, batch_size)])
     return score_outputs(outputs, split.targets, data)
 
 

@@ -15,7 +15,7 @@ from autocompress.graph.outline import outline
 from autocompress.latency import OperatorTable
 from autocompress.models import example_for, load_model, simplify_call
 from autocompress.policy import Policy
-from autocompress.records import Step
+from autocompress.records import OutlineStep
 
 MEASURE_S = 120.0
 """For measuring operators, at most."""
@@ -64,9 +64,9 @@ def _measured(graph: Graph, device: Device) -> OperatorTable:
     return table
 
 
-def _layers(graph: Graph, steps: list[Step]) -> list[dict[str, Any]]:
+def _layers(graph: Graph, steps: list[OutlineStep]) -> list[dict[str, Any]]:
     """What each layer costs, as shares of what all operators cost, and where it belongs; one that is called twice costs twice."""
-    called: dict[str, list[Step]] = defaultdict(list)
+    called: dict[str, list[OutlineStep]] = defaultdict(list)
     for step in steps:
         called[step.name].append(step)
     totals = {key: _total(steps, key) for key in ("macs", "latency_s")}
@@ -82,7 +82,7 @@ def _layers(graph: Graph, steps: list[Step]) -> list[dict[str, Any]]:
     return rows
 
 
-def _total(steps: list[Step], key: str) -> float:
+def _total(steps: list[OutlineStep], key: str) -> float:
     return sum(getattr(step, key) or 0 for step in steps)
 
 

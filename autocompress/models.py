@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from autocompress.batch import Batch, Inputs, answer, each, names_of
+from autocompress.batch import Batch, Inputs, call_network, map_inputs, names_of
 from autocompress.errors import UsageError, one_line
 from autocompress.references import call_function, nearest, parse_reference
 
@@ -135,7 +135,7 @@ def simplify_call(model: nn.Module, example: Inputs) -> str:
     if names := names_of(example):
         _take_by_name(model, names)
     try:
-        outputs = answer(model, each(torch.clone, example))
+        outputs = call_network(model, map_inputs(torch.clone, example))
     except Exception:  # whatever the user's own code raises: who uses the model tells
         return ""
     if not isinstance(outputs, Mapping):

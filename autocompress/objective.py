@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
-from autocompress.batch import answer
-from autocompress.beginning import FLOAT_WEIGHTS, begin, interrupted_weights, keep_for_further_training, keep_interrupted
+from autocompress.batch import call_network
+from autocompress.beside_baseline import measure_beside_baseline
 from autocompress.compress.compared import compared_features
 from autocompress.compress.distill import ComparedFeatures
 from autocompress.compress.quantize import fake_quantize
@@ -30,14 +30,14 @@ from autocompress.export import BUNDLE, check_onnx, check_parity, load_student, 
 from autocompress.failures import policy_errors
 from autocompress.graph.nodes import follows_batch
 from autocompress.policy import Policy
-from autocompress.records import Failure, Outcome, Parity, Prediction, Rung, Score, Stage
+from autocompress.records import Failure, FailureStage, Outcome, Parity, Prediction, Rung, Score
 from autocompress.run_folder import writing
 from autocompress.setting import Setting
-from autocompress.timed import measure_beside_baseline
+from autocompress.starting import FLOAT_WEIGHTS, interrupted_weights, keep_for_further_training, keep_interrupted, start_student
 
 LEAST_RECONSTRUCTION_S = 10.0
 """A student's reconstruction may take as long as its training, and so long in any case: half reconstructed it would be worth little."""
-COMPARED = 1000
+PARITY_INPUTS = 1000
 """Inputs for which a file must answer as its student: enough to tell 0.5 %; all of them take as long as a tenth of the training."""
 PROBED_STEPS = 3
 """Of training, before the first policy tells what a step takes; the first loads kernels."""
@@ -67,7 +67,7 @@ def evaluate_policy(
     """
     started = time.monotonic()
     known = {"id": id, "policy": policy, "rung": rung, "predicted_latency_s": predicted, "worth": worth}
-    stage: Stage = "compress"
+    stage: FailureStage = "compress"
     training_s, steps, reached = 0.0, 0, 0.0
 
     def count(progress: float) -> None:
@@ -82,7 +82,7 @@ def evaluate_policy(
         with policy_errors(setting.log):
             student = build_student(setting.graph_of(policy), policy)
             stage = "train"
-            begin(setting, student, policy, continues, until=min(latest, started + max(LEAST_RECONSTRUCTION_S, seconds)))
+            start_student(setting, student, policy, continues, until=min(latest, started + max(LEAST_RECONSTRUCTION_S, seconds)))
             begun = time.monotonic()
             with setting.ledger.spend("train"):
                 student = _trained(setting, student, policy, rung, min(latest, begun + seconds), count)
@@ -208,7 +208,7 @@ def _features(setting: Setting, policy: Policy) -> ComparedFeatures | None:
 
 
 def check_artifact(setting: Setting, student: fx.GraphModule, path: Path, policy: Policy) -> tuple[Tensor, Parity]:
-    """Outputs of the exported file on the validation split. Raises PolicyFailure unless they are the student's on COMPARED of them."""
+    """Outputs of the exported file on the validation split. Raises PolicyFailure unless they are the student's on PARITY_INPUTS of them."""
     with setting.ledger.spend("score"):
         outputs = run_artifact(setting.device, path, setting.data, setting.data.val, setting.batch)
         rows, expected = _some_answers(student, setting)
@@ -223,5 +223,5 @@ def _some_answers(student: fx.GraphModule, setting: Setting) -> tuple[Tensor, Te
     data = setting.data
     if any(follows_batch(module) for module in student.modules()):  # then the file's batches give other answers than larger ones
         return torch.arange(len(data.val)), model_answers(student, data, data.val, setting.batch)
-    rows = sampled(len(data.val), min(COMPARED, setting.most_answers))
-    return rows, torch.cat([answer(student, inputs).float() for inputs, _ in data.batches(data.val[rows], setting.batch_size)])
+    rows = sampled(len(data.val), min(PARITY_INPUTS, setting.most_answers))
+    return rows, torch.cat([call_network(student, inputs).float() for inputs, _ in data.batches(data.val[rows], setting.batch_size)])

@@ -37,7 +37,7 @@ class Record(BaseModel):
             return cls.model_validate_json(text)
         except ValidationError as error:
             raise UsageError(
-                f"not a valid {cls.__name__}: {explain(error)}", hint="mend this field; a valid policy.json stands beside every model"
+                f"not a valid {cls.__name__}: {first_problem(error)}", hint="mend this field; a valid policy.json stands beside every model"
             ) from None
 
     @property
@@ -47,7 +47,7 @@ class Record(BaseModel):
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def explain(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
     """The first problem of a pydantic error as `field: message (got value)`."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or "document"

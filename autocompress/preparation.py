@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autocompress.batch import Inputs, answer, each, joined, names_of, tensors_of
-from autocompress.beginning import UNTRAINED
+from autocompress.batch import Inputs, call_network, joined, map_inputs, names_of, tensors_of
 from autocompress.compress.arithmetic import best_training_device
 from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
@@ -33,7 +32,7 @@ from autocompress.export import check_parity, weights_bytes, write_bundle
 from autocompress.export.fold import fold_norms
 from autocompress.failures import policy_errors
 from autocompress.graph import Graph
-from autocompress.graph.exported import BRANCH
+from autocompress.graph.exported import DATA_DEPENDENT
 from autocompress.graph.plain import own_copy
 from autocompress.graph.trace import is_opaque
 from autocompress.models import load_model, load_weights, simplify_call
@@ -45,6 +44,7 @@ from autocompress.run_folder import write_atomically
 from autocompress.schedule import FEWEST_EXAMPLES
 from autocompress.search_space import load_space
 from autocompress.setting import Baseline, Setting, affordable_calibration
+from autocompress.starting import UNTRAINED
 from autocompress.task import Task
 
 BASELINE = "baseline"
@@ -182,7 +182,7 @@ def prepare(task: Task, run: Path, loaded: Loaded) -> Setting:
 
 def _teacher(model: nn.Module, graph: Graph, data: Data, seed: int) -> Teacher:
     """model: the graph's network, in whatever form answers; where its path depends on the data, its classifier may not be called."""
-    classifier = None if graph.module.meta.get(BRANCH) else graph.classifier
+    classifier = None if graph.module.meta.get(DATA_DEPENDENT) else graph.classifier
     return Teacher(model.to(best_training_device()), data, classifier=classifier, seed=seed)
 
 
@@ -191,7 +191,7 @@ def _folded(graph: Graph, model: nn.Module) -> nn.Module:
 
     (`benchmarks/steps.py`)
     """
-    if is_opaque(graph.module) or graph.module.meta.get(BRANCH):
+    if is_opaque(graph.module) or graph.module.meta.get(DATA_DEPENDENT):
         return model
     folded = copy.deepcopy(graph.module)
     fold_norms(folded)
@@ -281,7 +281,7 @@ def _outputs(model: nn.Module, inputs: Inputs, reference: str, hint: str) -> Ten
     """What the model makes of the inputs in eval mode. Raises UsageError with this hint unless that is a tensor with a row for each."""
     was_training = model.training
     try:
-        outputs = answer(model.eval(), each(torch.clone, inputs))  # which it may change in place
+        outputs = call_network(model.eval(), map_inputs(torch.clone, inputs))  # which it may change in place
     except Exception as error:  # whatever the user's own code raises
         shapes = " and ".join(str(tuple(tensor.shape)) for tensor in tensors_of(inputs))
         rule = f"{reference} must take inputs of shape {shapes}, but raised {one_line(error)}"

@@ -83,7 +83,7 @@ class Operator(Record):
         return tuple(value for field, value in self if field != "name")
 
 
-class Step(Record):
+class OutlineStep(Record):
     """One operator of a network as a person reads it, with what a runtime folds into it.
 
     name: of its layer, or of the operator. inputs: positions of the steps that it reads. group: the channel group that most of its channels
@@ -305,14 +305,14 @@ class Budget(Record):
         return ", ".join(limits) or "none"
 
 
-Stage = Literal["compress", "train", "export", "check", "measure", "test"]
+FailureStage = Literal["compress", "train", "export", "check", "measure", "test"]
 """Of what a policy goes through, in order."""
 
 
 class Failure(Record):
     """Why a policy did not become an artifact, or lost it."""
 
-    stage: Stage
+    stage: FailureStage
     reason: str
 
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
 
 from autocompress.errors import RunFolderError, UsageError
-from autocompress.policy import Policy, explain
+from autocompress.policy import Policy, first_problem
 from autocompress.records import Budget, Measurement, Parity, Prediction, Rung, Score
 from autocompress.references import nearest
 from autocompress.run_folder import read_front
@@ -169,7 +169,9 @@ class Results(_Read):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            raise RunFolderError(f"front.json is damaged: {explain(error)}", hint="resume the search: it writes the file again") from None
+            raise RunFolderError(
+                f"front.json is damaged: {first_problem(error)}", hint="resume the search: it writes the file again"
+            ) from None
 
     @classmethod
     def load(cls, run: Path) -> Self:

@@ -33,7 +33,7 @@ from autocompress.policy import (
     QuantSpec,
     Record,
     StudentSpec,
-    explain,
+    first_problem,
 )
 from autocompress.references import call_function, draws_itself, nearest, require_name
 from autocompress.suggesters import DefaultDistillation, SmallEnd, Suggester
@@ -163,7 +163,7 @@ def load_space(name: str) -> SpaceSpec:
         ) from None
     except ValidationError as error:
         raise UsageError(
-            f"the search space {str(path)!r} is not valid: {explain(error)}",
+            f"the search space {str(path)!r} is not valid: {first_problem(error)}",
             hint=nearest(str(error.errors()[0]["loc"][-1]), SpaceSpec.model_fields),
         ) from None
 
@@ -262,7 +262,7 @@ class SearchSpace:
             total, least = len(stage.blocks), min(self.spec.depth.min_blocks, len(stage.blocks))
             if total > least:
                 keep = suggester.suggest_int(f"depth:{stage.name}", least, total)
-                kept = set(spread(total, keep))
+                kept = set(evenly_spaced(total, keep))
                 dropped += [block for i, block in enumerate(stage.blocks) if i not in kept]
         return tuple(dropped)
 
@@ -319,7 +319,7 @@ def _groups(stage: Stage) -> tuple[str, ...]:
     return ((stage.stream,) if stage.stream else ()) + stage.inner
 
 
-def spread(total: int, keep: int) -> list[int]:
+def evenly_spaced(total: int, keep: int) -> list[int]:
     """`keep` indices out of `total`, spread evenly, the first included: (9, 5) -> [0, 2, 4, 6, 8]."""
     if keep <= 1:
         return [0][:keep]

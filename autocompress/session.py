@@ -15,12 +15,11 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from autocompress.beginning import forget_interrupted
 from autocompress.candidates.feasibility import Feasibility
 from autocompress.candidates.forecast import Forecast
-from autocompress.controller.begin import ask_teacher, know_baseline, profile_device, propose
 from autocompress.controller.conclude import conclude
 from autocompress.controller.findings import Findings, TakenOver
+from autocompress.controller.opening import ask_teacher, know_baseline, profile_device, propose
 from autocompress.controller.rungs import Rungs
 from autocompress.controller.warm_start import take_over
 from autocompress.data import Data
@@ -54,6 +53,7 @@ from autocompress.schedule import Clock
 from autocompress.search_space import find_suggest, own_suggest, with_default_distillation
 from autocompress.setting import Setting
 from autocompress.signals import Attentive, stopped_by_signals
+from autocompress.starting import forget_interrupted
 from autocompress.study.database import (
     open_journal,
     read_journal,
@@ -470,7 +470,7 @@ def _nearest(findings: Findings) -> str:
     return f"the nearest policy took {format_duration(nearest.latency_s.high)} and {format_size(nearest.size_bytes)}"
 
 
-def plan(task: Task, progress: Progress) -> dict[str, Any]:
+def dry_run(task: Task, progress: Progress) -> dict[str, Any]:
     """What a search would do, without doing it: sizes of the space, budget, time, three policies in words."""
     task = of_fitting_size(task, task.from_run)
     found = task.absolute()

@@ -27,7 +27,7 @@ from autocompress.schedule import FEWEST_EXAMPLES
 
 MOST_CALIBRATION_S = 20.0
 MOST_ANSWER_BYTES = 2**30
-RECENT = 7
+RECENT_BASELINES = 7
 """Of the baseline's measurements: what it takes now is their median."""
 
 
@@ -97,7 +97,7 @@ class Setting:
     @property
     def recent_baseline(self) -> Measurement:
         """What the baseline took lately: the median, so that one odd measurement is outvoted."""
-        last = self.baseline_history[-RECENT:] or [self.baseline.latency_s]
+        last = self.baseline_history[-RECENT_BASELINES:] or [self.baseline.latency_s]
         return sorted(last, key=lambda measurement: measurement.median)[(len(last) - 1) // 2]
 
     @property

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, ValidationError, field_validator
 
 from autocompress.errors import UsageError
-from autocompress.policy import Record, explain
+from autocompress.policy import Record, first_problem
 from autocompress.records import Budget
 from autocompress.references import (
     AGENT,
@@ -174,7 +174,7 @@ class Task(Record):
             task = cls.model_validate(values)
         except ValidationError as error:
             raise UsageError(
-                f"the task is not valid: {explain(error)}", hint="`autocompress search --help` says what each option takes"
+                f"the task is not valid: {first_problem(error)}", hint="`autocompress search --help` says what each option takes"
             ) from None
         _ = task.search_seconds
         return task

@@ -36,7 +36,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
 from autocompress import Data, Split
-from autocompress.beginning import untrained
 from autocompress.calibrate import NETWORKS
 from autocompress.candidates.forecast import UNTRAINED_SECONDS_EACH, Forecast
 from autocompress.errors import PolicyFailure
@@ -48,6 +47,7 @@ from autocompress.ranks import rank_correlation
 from autocompress.records import Workload
 from autocompress.schedule import FEWEST_EXAMPLES
 from autocompress.search_space import find_suggest, for_device
+from autocompress.starting import untrained_student
 from autocompress.suggesters import LevelSuggester
 from autocompress.task import Task
 
@@ -131,7 +131,7 @@ class Truth:
         """What the policy's file takes in units of the original beside it, twice."""
         with tempfile.TemporaryDirectory(dir=self.setting.models) as name, policy_errors():
             folder = Path(name)
-            manifest = self.setting.write(folder, untrained(self.setting, policy, calibration_inputs=FEWEST_EXAMPLES), policy)
+            manifest = self.setting.write(folder, untrained_student(self.setting, policy, calibration_inputs=FEWEST_EXAMPLES), policy)
             paths = [self.setting.baseline.path, folder / manifest.artifact]
             pairs = [self.setting.device.measure(paths, seconds_each=UNTRAINED_SECONDS_EACH) for _ in range(2)]
             return [own.median / original.median for original, own in pairs]

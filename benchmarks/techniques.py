@@ -29,7 +29,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
-from autocompress.beginning import untrained
 from autocompress.compress.teacher import Teacher
 from autocompress.evaluate import score_artifact
 from autocompress.graph import Graph
@@ -38,6 +37,7 @@ from autocompress.policy import DistillSpec, LowRankSpec, Policy, PruneSpec, Qua
 from autocompress.preparation import load, prepare
 from autocompress.search_space import for_device
 from autocompress.setting import Setting
+from autocompress.starting import untrained_student
 from autocompress.task import Task
 
 HERE = Path(__file__).parent
@@ -129,7 +129,7 @@ def _gentlest(setting: Setting, technique: Technique, share: float) -> Policy:
 def _share_of(setting: Setting, policy: Policy) -> float:
     """Of the original's latency, what the policy's untrained file takes in turns with it."""
     with tempfile.TemporaryDirectory() as name:
-        manifest = setting.write(Path(name), untrained(setting, policy), policy)
+        manifest = setting.write(Path(name), untrained_student(setting, policy), policy)
         original, own = setting.device.measure([setting.baseline.path, Path(name) / manifest.artifact], seconds_each=0.5)
     return own.median / original.median
 

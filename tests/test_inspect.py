@@ -14,7 +14,7 @@ from autocompress.graph import Graph
 from autocompress.graph.outline import outline
 from autocompress.inspect import inspect_model, summary
 from autocompress.policy import Policy
-from autocompress.records import Step
+from autocompress.records import OutlineStep
 from autocompress.report.network import lay_out, network_page
 from autocompress.testing.devices import FakeDevice
 from autocompress.testing.models import tiny_resnet
@@ -104,7 +104,7 @@ def test_every_tensor_keeps_a_lane_of_its_own_until_its_last_reader(reads):
 
 
 def step_of(inputs):
-    return Step(name="s", title="s", shape=(1,), inputs=inputs, group=None, block=None, params=0, macs=0, line="")
+    return OutlineStep(name="s", title="s", shape=(1,), inputs=inputs, group=None, block=None, params=0, macs=0, line="")
 
 
 def test_the_page_shows_every_step_in_the_colour_of_its_group_and_escapes_names():

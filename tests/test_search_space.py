@@ -12,13 +12,13 @@ from autocompress.policy import KERNEL_BITS, STORAGE_BITS, DistillSpec, Policy, 
 from autocompress.search_space import (
     SearchSpace,
     SpaceSpec,
+    evenly_spaced,
     fastest,
     find_suggest,
     load_space,
     own_suggest,
     smallest,
     spaces_folder,
-    spread,
     stages_of,
     with_default_distillation,
 )
@@ -187,7 +187,7 @@ def test_mistyped_names_come_with_the_nearest(tmp_path):
 
 @pytest.mark.parametrize(("total", "keep", "kept"), [(9, 5, [0, 2, 4, 6, 8]), (4, 1, [0]), (4, 0, []), (3, 3, [0, 1, 2])])
 def test_kept_blocks_are_spread(total, keep, kept):
-    assert spread(total, keep) == kept
+    assert evenly_spaced(total, keep) == kept
 
 
 OWN = """

@@ -25,7 +25,7 @@ from autocompress.study.notes import Note
 
 MOST_RULED_OUT = 150
 """Suggestions in a row that prediction rules out before the search turns to its own draws."""
-RECENT = 7
+RECENT_APPRAISALS = 7
 """The last so many appraisals say what one takes."""
 MOST_REPEATED = 50
 """Suggestions in a row that were appraised before: then the space is exhausted."""
@@ -63,7 +63,7 @@ class Appraisals:
     @property
     def seconds_each(self) -> float:
         """What an appraisal took lately, as a rule; 0 before the first."""
-        return statistics.median_low(self._seconds[-RECENT:] or [0.0])
+        return statistics.median_low(self._seconds[-RECENT_APPRAISALS:] or [0.0])
 
     @functools.cached_property
     def _original(self) -> Proposal:

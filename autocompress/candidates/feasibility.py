@@ -139,7 +139,7 @@ class Feasibility:
         """What takes most of the time: with seconds where operators have been measured, else by arithmetic."""
         forecast = self.forecast
         if len(forecast.model.table):
-            parts = heapq.nlargest(3, forecast.model.explain(workload), key=lambda part: part[1])
+            parts = heapq.nlargest(3, forecast.model.seconds_by_operator(workload), key=lambda part: part[1])
             return ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in parts)
         return ", ".join(operator.name for operator in heapq.nlargest(3, workload.operators, key=lambda operator: operator.macs))
 

@@ -13,7 +13,6 @@ from typing import Any, Self
 
 import numpy as np
 
-from autocompress.beginning import UNTRAINED, untrained
 from autocompress.candidates.proposals import Proposal, capacity, elites, inheritance
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import PolicyFailure
@@ -26,6 +25,7 @@ from autocompress.records import Budget, Measurement, Outcome, Prediction, Workl
 from autocompress.schedule import FEWEST_EXAMPLES
 from autocompress.search_space import Suggest, with_default_distillation
 from autocompress.setting import Setting
+from autocompress.starting import UNTRAINED, untrained_student
 from autocompress.suggesters import LevelSuggester, Variation
 
 DRAWS, MOST_DRAWS = 64, 4096
@@ -262,11 +262,11 @@ class Forecast:
                 self.setting.device, workloads, 0.5 * seconds, lambda done, total: tick("measuring operators", done, total)
             )
         by_latency = self._of_interest({self.structure(policy): policy for policy in policies}.values())
-        spread = np.unique(np.linspace(0, len(by_latency) - 1, networks or WHOLE_NETWORKS).round().astype(int))
-        for done, index in enumerate(generator.permutation(spread)):  # where time is short, not the fastest only
+        chosen = np.unique(np.linspace(0, len(by_latency) - 1, networks or WHOLE_NETWORKS).round().astype(int))
+        for done, index in enumerate(generator.permutation(chosen)):  # where time is short, not the fastest only
             if time.monotonic() > until and done >= LEAST_NETWORKS:
                 break
-            tick("measuring whole networks", done, len(spread))
+            tick("measuring whole networks", done, len(chosen))
             self.add_to_baseline_history(self.measure_untrained(by_latency[index]))
         self._note(Policy(), 1.0)
         self.refit()
@@ -298,7 +298,9 @@ class Forecast:
             folder = Path(name)
             try:
                 with policy_errors(self.setting.log):
-                    manifest = self.setting.write(folder, untrained(self.setting, policy, calibration_inputs=FEWEST_EXAMPLES), policy)
+                    manifest = self.setting.write(
+                        folder, untrained_student(self.setting, policy, calibration_inputs=FEWEST_EXAMPLES), policy
+                    )
                     beside_it = [self.setting.baseline.path] if self.recent_baseline_s <= SLOW_ORIGINAL_S else []
                     paths = [*beside_it, folder / manifest.artifact]
                     *beside, latency = self.setting.device.measure(paths, seconds_each=UNTRAINED_SECONDS_EACH)

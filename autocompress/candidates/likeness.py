@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from autocompress.batch import answer, joined
+from autocompress.batch import call_network, joined
 from autocompress.compress.quantize import calibrate, fake_quantize
 from autocompress.compress.reconstruct import TeacherActivations, examples_for, reconstruct
 from autocompress.compress.student import build_student
@@ -75,4 +75,4 @@ class Likeness:
     @torch.no_grad()
     def answers(self, network: fx.GraphModule) -> Tensor:
         """What a network makes of the held-out inputs."""
-        return torch.cat([answer(network, inputs).float() for inputs in self._held_out])
+        return torch.cat([call_network(network, inputs).float() for inputs in self._held_out])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autocompress.batch import Inputs, answer
+from autocompress.batch import Inputs, call_network
 from autocompress.policy import AnswerLoss, DistillSpec, FeatureLoss
 
 TINY = 1e-8
@@ -109,7 +109,7 @@ def observe(model: nn.Module, inputs: Inputs, classifier: str | None, hidden: Se
     layers = dict.fromkeys([*hidden, *([classifier] if classifier is not None else [])])
     handles = [model.get_submodule(layer).register_forward_pre_hook(note(layer), with_kwargs=True) for layer in layers]
     try:
-        outputs = answer(model, inputs)
+        outputs = call_network(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -192,10 +192,10 @@ def value_loss(own: Tensor, wanted: Tensor, axis: int = 1) -> Tensor:
     its answers, since the classifier is inherited (SimKD: Chen et al. 2022, arXiv 2203.14001, equation 3, where a projector stands in for
     channels that correspond).
     """
-    return F.mse_loss(own, wanted) / spread(wanted, axis)
+    return F.mse_loss(own, wanted) / channel_variance(wanted, axis)
 
 
-def spread(values: Tensor, axis: int = 1) -> Tensor:
+def channel_variance(values: Tensor, axis: int = 1) -> Tensor:
     """The variance of a channel over batch and positions, on average of all channels; where a channel has one value, its square. Never 0.
 
     Two passes: several times as fast as torch's own over several axes.

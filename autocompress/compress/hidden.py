@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autocompress.compress.distill import Answers, ComparedFeatures, Selected, selected, spread
+from autocompress.compress.distill import Answers, ComparedFeatures, Selected, channel_variance, selected
 
 
 def compare_hidden(student: Answers, teacher: Answers, compared: ComparedFeatures) -> Tensor | None:
@@ -23,7 +23,7 @@ def compare_hidden(student: Answers, teacher: Answers, compared: ComparedFeature
             continue
         own, wanted = student.hidden[layer.layer], selected(teacher.hidden[layer.counterpart].detach(), layer.wanted)
         if _shape(own, len(wanted), layer.own) == wanted.shape:  # of networks whose shapes depend on the data they may differ
-            losses.append(_SquaredDifference.apply(own, wanted.to(own), layer.own) / spread(wanted, layer.axis))
+            losses.append(_SquaredDifference.apply(own, wanted.to(own), layer.own) / channel_variance(wanted, layer.axis))
     return torch.stack(losses).mean() if losses else None
 
 

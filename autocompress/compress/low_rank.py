@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, fx, nn
 
-from autocompress.compress.layers import pointwise, unfilled
+from autocompress.compress.new_layers import pointwise, unfilled
 from autocompress.graph.nodes import Weighted
 
 FIRST_OF = "first_of"

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from autocompress.batch import Inputs, answer
+from autocompress.batch import Inputs, call_network
 from autocompress.errors import PolicyFailure
 from autocompress.graph.nodes import Conv, Weighted, constant_layers, fused, int8_tensors, is_layer, kind_of, leaves
 from autocompress.graph.trace import is_opaque
@@ -282,7 +282,7 @@ def calibrate(model: nn.Module, batches: Iterable[Inputs]) -> None:
         quantizer.observing = True
     try:
         for batch in batches:
-            answer(model, batch)
+            call_network(model, batch)
     finally:
         for quantizer in quantizers:
             quantizer.observing = False

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from autocompress.compress.layers import unfilled
 from autocompress.compress.low_rank import factorise
+from autocompress.compress.new_layers import unfilled
 from autocompress.compress.sizes import resize_arguments
 from autocompress.graph import Graph
 from autocompress.graph.nodes import Conv, Weighted, channel_axis, module_of, normalized_axes, value_of

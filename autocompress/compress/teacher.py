@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from autocompress.batch import Inputs, answer, each
+from autocompress.batch import Inputs, call_network, map_inputs
 from autocompress.compress.arithmetic import fast_arithmetic, fast_layout
 from autocompress.compress.distill import Answers, observe
 from autocompress.data import Data, sample, sampled
@@ -29,7 +29,7 @@ LEAST_VIEWS = 4
 BATCH = 256
 BATCH_BYTES = 2**28
 """Of the inputs of a batch: what a network computes of them takes several times as much."""
-COMPARED = 256
+DISTANCE_INPUTS = 256
 """Validation inputs that tell how far a student is from its teacher."""
 TIMED_BATCHES = 4
 SAME = 0.02
@@ -91,18 +91,18 @@ class Teacher:
         return answers
 
     @torch.no_grad()
-    def distance(self, student: nn.Module, most: int = COMPARED) -> float:
+    def distance(self, student: nn.Module, most: int = DISTANCE_INPUTS) -> float:
         """How far a student is from its teacher on inputs as they are deployed, from 0 to 1; it is on the CPU, and left in eval mode.
 
         Of classifiers the share of decisions that differ, of other networks the squared difference relative to the variance. 1 where the
         student cannot answer, for want of memory. `most` limits the inputs: the first call decides.
         """
-        inputs, wanted = self._held_out or self._answered(min(most, COMPARED))
+        inputs, wanted = self._held_out or self._answered(min(most, DISTANCE_INPUTS))
         self._held_out = inputs, wanted
         student.eval()
         try:
             with fast_arithmetic(torch.device("cpu")):
-                answers = torch.cat([answer(student, part).float() for part in inputs.split(self._batch)])
+                answers = torch.cat([call_network(student, part).float() for part in inputs.split(self._batch)])
         except RuntimeError:
             return 1.0
         if self._data.classes is not None:
@@ -115,7 +115,7 @@ class Teacher:
 
         What a network predicts may be thousands or thousandths. A loss that has no sound value there is counted as it is.
         """
-        indices = sampled(len(self._data.train), min(self._batch, COMPARED, len(self._data.train)))
+        indices = sampled(len(self._data.train), min(self._batch, DISTANCE_INPUTS, len(self._data.train)))
         outputs, targets = self._answer(self._data.view(indices, 0, self._seed)).outputs, self._data.train.targets[indices]
         own = 0.0
         with suppress(Exception):  # whatever the user's own code raises over a constant
@@ -216,7 +216,7 @@ class Teacher:
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         own = inputs.to(device, copy=True)  # it may change them in place
         with fast_arithmetic(device):
-            own = each(lambda tensor: tensor.to(memory_format=layout) if tensor.dim() == IMAGES else tensor, own)
+            own = map_inputs(lambda tensor: tensor.to(memory_format=layout) if tensor.dim() == IMAGES else tensor, own)
             said = observe(self.model, own, self._classifier, hidden, rows)
         return Answers(said.outputs.float().cpu(), said.features.float().cpu() if said.features is not None else None, said.hidden)
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from autocompress.batch import Inputs, answer
+from autocompress.batch import Inputs, call_network
 from autocompress.compress.arithmetic import best_training_device, fast_arithmetic, fast_layout, free_memory
 from autocompress.compress.distill import (
     Compared,
@@ -350,7 +350,7 @@ def _reestimate_norms(model: nn.Module, data: Data, plan: TrainPlan, steps: int)
         norm.train()  # these only: what is dropped in training would change the statistics
     with fast_arithmetic(device):
         for indices, epoch in itertools.islice(_draws(len(data.train), plan, start=0), min(steps, MOST_BATCHES)):
-            answer(model, data.view(indices, epoch, plan.seed).to(device))
+            call_network(model, data.view(indices, epoch, plan.seed).to(device))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.cpu().to(memory_format=torch.contiguous_format)

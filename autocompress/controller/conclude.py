@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from autocompress.beside_baseline import measure_beside_baseline, seconds_for
 from autocompress.controller.findings import Findings
 from autocompress.data import Split, sample
 from autocompress.errors import PolicyFailure, one_line
@@ -17,7 +18,6 @@ from autocompress.records import Measurement, Outcome, Score
 from autocompress.schedule import FEWEST_EXAMPLES
 from autocompress.setting import Setting
 from autocompress.study.notes import Note
-from autocompress.timed import measure_beside_baseline, seconds_for
 
 FINAL_SECONDS_EACH, LEAST_FINAL_SECONDS_EACH = 1.5, 0.3
 FINAL_SHARE = 0.6

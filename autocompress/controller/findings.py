@@ -24,7 +24,7 @@ from autocompress.export import is_intact, library_versions, now
 from autocompress.front import measured
 from autocompress.policy import Policy, Record
 from autocompress.progress import Progress
-from autocompress.records import Budget, Failure, Measurement, Outcome, Rung, Score, Stage
+from autocompress.records import Budget, Failure, FailureStage, Measurement, Outcome, Rung, Score
 from autocompress.report.view import format_score
 from autocompress.results import FailedPolicy, Ladder, ProgressPoint, Results
 from autocompress.run_folder import FRONT, write_atomically
@@ -219,7 +219,7 @@ class Findings:
                 f"{format_duration(outcome.latency_s.median)}, {format_size(outcome.size_bytes)} ({words})"
             )
 
-    def lose(self, outcome: Outcome, error: PolicyFailure, stage: Stage) -> None:
+    def lose(self, outcome: Outcome, error: PolicyFailure, stage: FailureStage) -> None:
         """Its file no longer works: it was damaged or taken away, or the runtime fails on it now."""
         lost = outcome.model_copy(update={"failure": Failure(stage=stage, reason=error.message)})
         self.journal.record(lost)

@@ -49,7 +49,7 @@ def baseline_entry(baseline: Baseline, run: Path) -> BaselineEntry:
 def layer_changes(forecast: Forecast, policy: Policy) -> tuple[LayerChange, ...]:
     """Every layer with its predicted seconds in the network that the student is derived from, unchanged, and in the student."""
     layers, unchanged = forecast.setting.graph_of(policy).describe(policy), Policy(student=StudentSpec(reference=policy.student.reference))
-    before, after = (_by_layer(forecast.model.explain(forecast.workload(p)), layers) for p in (unchanged, policy))
+    before, after = (_by_layer(forecast.model.seconds_by_operator(forecast.workload(p)), layers) for p in (unchanged, policy))
     return tuple(LayerChange(**layer, teacher_latency_s=before.get(layer["name"]), latency_s=after.get(layer["name"])) for layer in layers)
 
 

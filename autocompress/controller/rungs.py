@@ -2,7 +2,7 @@
 
 Appraisal (structures that Optuna suggests, reconstructed and compared with the teacher; the forecast rules out) -> short rung (the best of
 these, spread over the latencies, then other ways to distil them) -> full rung (policies that lead, spread over the latencies). What comes
-before them is in `begin`, what follows in `conclude`.
+before them is in `opening`, what follows in `conclude`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from autocompress.beginning import interrupted_weights
 from autocompress.candidates.proposals import Proposal
 from autocompress.controller.choice import Choice, Chooser
 from autocompress.controller.findings import Findings
@@ -27,6 +26,7 @@ from autocompress.promotion import cover, promoted
 from autocompress.records import Outcome, Rung
 from autocompress.schedule import Division, appraisal_seconds, extended, full_runs, full_seconds
 from autocompress.search_space import for_device
+from autocompress.starting import interrupted_weights
 from autocompress.study.notes import Note
 
 APPRAISED_FIRST, MOST_APPRAISED, APPRAISED_A_TRIAL = 12, 1000, 12

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autocompress.batch import Batch, Inputs, each, names_of, tensors_of
+from autocompress.batch import Batch, Inputs, map_inputs, names_of, tensors_of
 from autocompress.errors import UsageError
 from autocompress.records import Normalisation
 
@@ -355,7 +355,7 @@ class Data:
 
         A copy, since a network may change its inputs in place.
         """
-        return each(self._prepared, inputs)
+        return map_inputs(self._prepared, inputs)
 
     def _prepared(self, inputs: Tensor) -> Tensor:
         if inputs.dtype != torch.uint8:
@@ -390,7 +390,7 @@ class Data:
         Mirroring alternates between epochs (Jordan 2024, arXiv 2404.00498, section 3.6): whether image i is mirrored in
         epoch e is the parity of (hash(i) + e), so that two epochs show both.
         """
-        return each(lambda rows: self._augmented(rows, indices, epoch, seed), self.train.rows(indices))
+        return map_inputs(lambda rows: self._augmented(rows, indices, epoch, seed), self.train.rows(indices))
 
     def _augmented(self, x: Tensor, indices: Tensor, epoch: int, seed: int) -> Tensor:
         if self.flip:

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from autocompress.records import Measurement
+from autocompress.scores import Z95
 
-Z95 = 1.96
 MEDIAN_FACTOR = 1.2533  # standard error of a median against that of a mean, for normal data: sqrt(pi / 2)
 OUTLIER_SCORE = 14.8  # modified z-score of hyperfine
 RELATIVE_FLOOR = 0.01  # the spread below which no sample is called an outlier

@@ -25,7 +25,7 @@ from autocompress.quick import quick_trace
 from autocompress.quiet import quiet
 
 TORCH = Path(torch.__file__).parent
-BRANCH = "branch"
+DATA_DEPENDENT = "branch"
 """Where a traced network keeps the place in the code where the values of the example have decided which operators it calls."""
 ONE_NUMBER = "its code is for one number of inputs"
 FACTORIES = {"zeros": "new_zeros", "ones": "new_ones", "full": "new_full", "empty": "new_empty"}
@@ -70,7 +70,7 @@ def exported(model: nn.Module, example: tuple[Tensor, ...]) -> fx.GraphModule:
     _write_attention_out(recorded.graph)
     put_modules_back(recorded, model)
     module = _tidy(recorded, model)
-    module.meta[BRANCH] = branch
+    module.meta[DATA_DEPENDENT] = branch
     return module
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from autocompress.errors import UsageError, one_line
 from autocompress.graph.blocks import Branch, drop, find_branches
 from autocompress.graph.channels import Channels, Role, frozen_roots, group_ids
-from autocompress.graph.exported import BRANCH, save_only
+from autocompress.graph.exported import DATA_DEPENDENT, save_only
 from autocompress.graph.flow import PRODUCT, STATISTIC
 from autocompress.graph.importance import channel_scores
 from autocompress.graph.nodes import Weighted, channel_axis, constant_layers, is_layer, is_norm, kind_of, leaves, module_of
@@ -383,7 +383,7 @@ class Graph:
     def _find_frozen(self) -> tuple[Frozen, ...]:
         whole = [Frozen("the whole network", self.opaque_reason)] if self.opaque_reason else []
         groups = [Frozen(group.name, group.reason) for group in self.groups if not group.prunable]
-        branch = self.module.meta.get(BRANCH)
+        branch = self.module.meta.get(DATA_DEPENDENT)
         path = [Frozen("the path through the code", f"it depends on the data, and the example's was taken: {branch}")] if branch else []
         held = {
             name: type(module).__name__

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from autocompress.graph.nodes import arguments, name_of, value_of
 
-CONVOLUTIONS: dict[str, tuple[Any, int]] = {"conv1d": (nn.Conv1d, 1), "conv2d": (nn.Conv2d, 2), "conv3d": (nn.Conv3d, 3)}
+CONVOLUTION_MODULES: dict[str, tuple[Any, int]] = {"conv1d": (nn.Conv1d, 1), "conv2d": (nn.Conv2d, 2), "conv3d": (nn.Conv3d, 3)}
 BATCH_NORMS: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 """By the axes of what they normalise."""
 COMPUTED = "constant_"
@@ -121,7 +121,7 @@ _Maker = Callable[[fx.Node, _Values, _Options], Callable[[], nn.Module] | None]
 
 
 def _convolution(kind: str) -> _Maker:
-    layer, dims = CONVOLUTIONS[kind]  # which says that a kernel has one size or two, and takes either
+    layer, dims = CONVOLUTION_MODULES[kind]  # which says that a kernel has one size or two, and takes either
 
     def maker(source: fx.Node, values: _Values, options: _Options) -> Callable[[], nn.Module] | None:
         weight, groups = values.get("weight"), options["groups"]
@@ -189,7 +189,7 @@ def _dropout(module: type[nn.Module]) -> _Maker:
 
 
 _MAKERS: dict[str, _Maker] = {
-    **{kind: _convolution(kind) for kind in CONVOLUTIONS}, "linear": _linear, **dict.fromkeys(PRODUCTS, _product),
+    **{kind: _convolution(kind) for kind in CONVOLUTION_MODULES}, "linear": _linear, **dict.fromkeys(PRODUCTS, _product),
     **dict.fromkeys(("batch_norm", FUNCTIONAL_NORM), _batch_norm), "layer_norm": _layer_norm, "group_norm": _group_norm,
     "dropout": _dropout(nn.Dropout), "feature_dropout": _dropout(nn.Dropout2d), "adaptive_max_pool2d": _adaptive_max_pool,
 }  # fmt: skip

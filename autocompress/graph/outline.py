@@ -23,7 +23,7 @@ from autocompress.graph.nodes import (
     value_of,
 )
 from autocompress.policy import Policy
-from autocompress.records import Operator, Step
+from autocompress.records import Operator, OutlineStep
 
 ASIDE = ("identity", "output")
 """Kinds of nodes that do nothing here."""
@@ -31,13 +31,13 @@ MOVES = ("reshape", "reshape_as", "flatten", "unflatten", "unsqueeze", "squeeze"
 """What only looks at a tensor in another way: several in a row are one step."""
 
 
-def outline(graph: Graph, seconds: Callable[[Operator], float | None] = lambda _: None) -> list[Step]:
+def outline(graph: Graph, seconds: Callable[[Operator], float | None] = lambda _: None) -> list[OutlineStep]:
     """The steps of a network, its inputs first; `seconds`: what an operator takes, where that is known."""
     module = graph.module
     operators: dict[str, deque[Operator]] = defaultdict(deque)  # a layer that is called twice is two of them
     for operator in graph.workload(Policy()).operators:
         operators[operator.name].append(operator)
-    steps: list[Step] = []
+    steps: list[OutlineStep] = []
     place: dict[fx.Node, int] = {}
     counted: set[int] = set()
     for node in module.graph.nodes:
@@ -58,7 +58,7 @@ def outline(graph: Graph, seconds: Callable[[Operator], float | None] = lambda _
         place |= dict.fromkeys(parts, len(steps))
         name = str(node.target) if node.op == "call_module" else node.name
         groups, found = graph.groups_of(parts[-1].name), _next(operators[name])
-        step = Step(
+        step = OutlineStep(
             name=name,
             title=title,
             shape=shape,

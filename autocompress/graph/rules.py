@@ -13,9 +13,9 @@ from torch import fx
 
 from autocompress.graph.channels import Channels, Ids, Layout
 from autocompress.graph.flow import PRODUCT, STATISTIC, Flow, NotUnderstood, axis_of, title
-from autocompress.graph.layers import WEIGHTED, Rule, of_attribute, of_module, spatial
 from autocompress.graph.nodes import TURNS, UPSAMPLING, arguments, is_about_sizes, name_of, pad_amounts, reduced_axes, slice_bounds
 from autocompress.graph.reshaping import moves, split_ids, tied
+from autocompress.graph.weighted_rules import WEIGHTED, Rule, of_attribute, of_module, spatial
 
 _SAME = (
     "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu", "sigmoid", "gelu", "leaky_relu", "elu", "tanh", "mish", "selu", "celu",

@@ -15,5 +15,5 @@ class LatencyModel(ABC):
         """Seconds of one call, with a 90 % interval."""
 
     @abstractmethod
-    def explain(self, workload: Workload) -> list[tuple[str, float]]:
+    def seconds_by_operator(self, workload: Workload) -> list[tuple[str, float]]:
         """(operator name, seconds) in execution order; together with the overhead of a call they make the prediction."""

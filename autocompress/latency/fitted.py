@@ -50,7 +50,7 @@ class FittedLatencyModel(LatencyModel):
     def predict(self, workload: Workload) -> Prediction:
         if not workload.operators:
             return self._predict_whole(workload)
-        value = max(LEAST_S, self.table.call_overhead + sum(seconds for _, seconds in self.explain(workload)))
+        value = max(LEAST_S, self.table.call_overhead + sum(seconds for _, seconds in self.seconds_by_operator(workload)))
         return Prediction(value=value, low=value / (1 + self._spread), high=value * (1 + self._spread))
 
     def values(self, workloads: Workloads) -> NDArray[np.float64]:
@@ -68,7 +68,7 @@ class FittedLatencyModel(LatencyModel):
         _, seconds = min(known, key=lambda pair: abs(pair[0] - workload.weight_bytes))
         return Prediction(value=seconds, low=seconds / UNTRACED_SPREAD, high=seconds * UNTRACED_SPREAD)
 
-    def explain(self, workload: Workload) -> list[tuple[str, float]]:
+    def seconds_by_operator(self, workload: Workload) -> list[tuple[str, float]]:
         converted = zip(workload.operators, workload.converted, strict=True)
         return [(operator.name, self._seconds(operator) + self._conversion_s * elements) for operator, elements in converted]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autocompress.records import Step
+from autocompress.records import OutlineStep
 from autocompress.report.templates import filled
 
 ROW, LANE, DOT = 30, 13, 4.2
@@ -28,7 +28,7 @@ class Row:
     is_read: bool
 
 
-def lay_out(steps: Sequence[Step]) -> list[Row]:
+def lay_out(steps: Sequence[OutlineStep]) -> list[Row]:
     """A lane for each tensor, from the step that makes it to the last that reads it; the leftmost that is free."""
     last = {source: reader for reader, step in enumerate(steps) for source in step.inputs}
     lanes: list[int | None] = []
@@ -60,7 +60,7 @@ def drawing(row: Row, colours: Sequence[str], number: int) -> str:
 
 def network_page(content: Mapping[str, Any]) -> str:
     """The page of what `inspect_model` tells."""
-    steps = [Step.model_validate(step) for step in content["steps"]]
+    steps = [OutlineStep.model_validate(step) for step in content["steps"]]
     groups = {group["name"]: group for group in content["channel_groups"]}
     hues = {name: _hue(index) for index, name in enumerate(name for name, group in groups.items() if group["can_change"])}
     colours = [NONE if step.group is None else hues.get(step.group, FIXED) for step in steps]

@@ -46,7 +46,7 @@ def test_layers_of_another_architecture_are_held_against_its_own():
     forecast = SimpleNamespace(
         setting=SimpleNamespace(graph_of=lambda _: SimpleNamespace(describe=lambda _: [layer])),
         workload=lambda p: p,
-        model=SimpleNamespace(explain=lambda p: [("conv1", seconds[p.student.reference] * p.student.width)]),
+        model=SimpleNamespace(seconds_by_operator=lambda p: [("conv1", seconds[p.student.reference] * p.student.width)]),
     )
     (first,) = layer_changes(forecast, policy)
     assert (first.teacher_latency_s, first.latency_s) == (2.0, 1.0)

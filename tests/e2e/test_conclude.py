@@ -8,11 +8,11 @@ import pytest
 from running import measurement, trained
 from tasks import Diary
 
-from autocompress.beginning import untrained
 from autocompress.controller.conclude import conclude, measure_front, score_test
 from autocompress.errors import PolicyFailure
 from autocompress.records import Budget, Score
 from autocompress.schedule import FEWEST_EXAMPLES, Clock
+from autocompress.starting import untrained_student
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
 
@@ -148,7 +148,7 @@ def test_the_front_is_measured_again_where_the_original_beside_it_is_slower_than
             self.asked.append([path.parent.name for path in paths])
             return [measurement(slowness * self.latency.median)] * len(paths)
 
-    monkeypatch.setattr("autocompress.timed.DRIFT_PAUSE_S", 0.0)
+    monkeypatch.setattr("autocompress.beside_baseline.DRIFT_PAUSE_S", 0.0)
     on_front(findings, pool, n=1)
     device = Restless(measurement(1e-3))
     with_device(findings, device)
@@ -194,7 +194,7 @@ def test_a_budget_of_the_95th_percentile_is_measured_until_that_is_known(finding
 def test_a_file_that_was_lost_comes_back_when_it_is_intact_and_else_its_policy_may_be_tried_again(findings, pool):
     on_front(findings, pool)
     for id, proposal in zip(("00000", "00001"), pool, strict=False):
-        findings.setting.write(findings.run / "models" / id, untrained(findings.setting, proposal.policy), proposal.policy)
+        findings.setting.write(findings.run / "models" / id, untrained_student(findings.setting, proposal.policy), proposal.policy)
     (findings.run / "models" / "00001" / "model.onnx").write_bytes(b"damaged")
     with_device(findings, Worn(measurement(1e-3), broken=("00000", "00001", "00002")))
     measure_front(findings, set())

@@ -11,9 +11,9 @@ from running import TASK, measurement, trained
 from tasks import SLOW_CALLS, Diary
 
 from autocompress.candidates.forecast import Untrained
-from autocompress.controller.begin import know_baseline, profile_device
 from autocompress.controller.choice import Chooser
 from autocompress.controller.findings import Findings
+from autocompress.controller.opening import know_baseline, profile_device
 from autocompress.controller.pace import LEAST_OVERHEAD_S, Pace
 from autocompress.controller.rungs import Rungs
 from autocompress.data import SPLITS, Split
@@ -135,7 +135,7 @@ def test_a_relative_budget_follows_the_original_where_the_machine_has_changed(fi
 
 def test_an_original_that_was_measured_too_fast_is_known_better_before_a_policy_is_chosen(findings, monkeypatch):
     """Seen on a shared machine: a budget relative to a moment of turbo was one that the device could not meet from then on."""
-    monkeypatch.setattr("autocompress.timed.DRIFT_PAUSE_S", 0.0)
+    monkeypatch.setattr("autocompress.beside_baseline.DRIFT_PAUSE_S", 0.0)
     truth = findings.setting.baseline.latency_s
     hasty = truth.model_copy(update={"median": 0.77 * truth.median, "high": 0.77 * truth.high})
     findings.setting = replace(findings.setting, baseline=replace(findings.setting.baseline, latency_s=hasty), baseline_history=[hasty])
@@ -183,7 +183,7 @@ def test_an_original_that_hardly_beats_guessing_is_asked_for_its_weights(finding
     data = findings.setting.data
     parts = {name: Split(part.inputs, part.targets % classes) for name in SPLITS for part in [getattr(data, name)]}
     findings.setting = replace(findings.setting, data=replace(data, classes=classes, **parts))
-    monkeypatch.setattr("autocompress.controller.begin.score_baseline", lambda setting, split: Score(value=score))
+    monkeypatch.setattr("autocompress.controller.opening.score_baseline", lambda setting, split: Score(value=score))
     know_baseline(findings)
     assert any("hardly more than guessing" in message for message in diary.messages) == told
 

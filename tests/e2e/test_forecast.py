@@ -124,7 +124,7 @@ def test_a_machine_that_is_slower_now_and_then_changes_no_prediction(setting):
 
 def test_a_network_that_is_only_timed_is_hardly_calibrated(setting, monkeypatch):
     plans = []
-    monkeypatch.setattr("autocompress.beginning.train_quantized", lambda student, quant, data, plan: plans.append(plan) or student.eval())
+    monkeypatch.setattr("autocompress.starting.train_quantized", lambda student, quant, data, plan: plans.append(plan) or student.eval())
     forecast(setting).measure_untrained(Policy(student=StudentSpec(width=0.5)))
     assert [plan.calibration_inputs for plan in plans] == [FEWEST_EXAMPLES]
 

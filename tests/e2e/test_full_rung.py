@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 from running import trained
 
-from autocompress.beginning import interrupted_weights
 from autocompress.controller.findings import Findings
 from autocompress.controller.rungs import Rungs
 from autocompress.policy import DistillSpec, Policy, QuantSpec
 from autocompress.records import Budget
+from autocompress.starting import interrupted_weights
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import weight_norm as old_weight_norm
 
-from autocompress.beginning import FLOAT_WEIGHTS, INTERRUPTED
+from autocompress.beside_baseline import COLUMNS, SAMPLES, measure_beside_baseline
 from autocompress.compress.student import build_student
 from autocompress.data import Data, Split
 from autocompress.deploy import recreate
@@ -29,8 +29,8 @@ from autocompress.objective import PROBED_STEPS, evaluate_policy, training_step_
 from autocompress.policy import LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import load, prepare, score_baseline
 from autocompress.search_space import with_exact_int8
+from autocompress.starting import FLOAT_WEIGHTS, INTERRUPTED
 from autocompress.testing.devices import FakeDevice
-from autocompress.timed import COLUMNS, SAMPLES, measure_beside_baseline
 
 
 def realised(setting):
@@ -118,7 +118,7 @@ def test_the_unchanged_network_is_calibrated_first_and_trained_through_its_bits_
 def test_a_student_is_reconstructed_once_and_only_where_something_was_cut(net, data, tmp_path, monkeypatch):
     reconstructed = []
     monkeypatch.setattr(
-        "autocompress.beginning.reconstruct", lambda student, reference, policy, until: reconstructed.append(len(reference.inputs))
+        "autocompress.starting.reconstruct", lambda student, reference, policy, until: reconstructed.append(len(reference.inputs))
     )
     setting, narrow = ready(net, data, tmp_path / "run"), Policy(student=StudentSpec(width=0.5))
 
@@ -140,7 +140,7 @@ def test_training_has_its_time_after_the_reconstruction_and_both_end_at_the_late
         untils.append(until)
         time.sleep(1.0)
 
-    monkeypatch.setattr("autocompress.beginning.reconstruct", slow)
+    monkeypatch.setattr("autocompress.starting.reconstruct", slow)
     setting, narrow = ready(net, data, tmp_path / "run"), Policy(student=StudentSpec(width=0.5))
     outcome = evaluate_policy(setting, narrow, id="00000", rung="short", seconds=1.0)
     assert outcome.failure is None
@@ -163,7 +163,7 @@ def test_a_student_that_cannot_be_reconstructed_is_trained_as_it_is(net, data, t
         begun.append(student.head.weight.clone())
         raise PolicyFailure("enough")
 
-    monkeypatch.setattr("autocompress.beginning.reconstruct", broken)
+    monkeypatch.setattr("autocompress.starting.reconstruct", broken)
     monkeypatch.setattr("autocompress.objective.train_quantized", trained)
     narrow = Policy(student=StudentSpec(width=0.5))
     setting = ready(net, data, tmp_path / "run")
@@ -219,7 +219,7 @@ class Changing(FakeDevice):
     ids=["steady", "odd start", "odd once", "slower and slower"],
 )
 def test_a_measurement_is_noisy_where_the_original_beside_it_does_not_settle(net, data, tmp_path, monkeypatch, speeds, noisy):
-    monkeypatch.setattr("autocompress.timed.DRIFT_PAUSE_S", 0.0)
+    monkeypatch.setattr("autocompress.beside_baseline.DRIFT_PAUSE_S", 0.0)
     latency = realised(ready(net, data, tmp_path / "run", Changing(speeds))).latency_s
     assert latency.noisy is noisy
     assert ("baseline beside it" in latency.noise_reason) is noisy
@@ -311,7 +311,7 @@ def test_training_that_is_interrupted_goes_on_from_there(net, data, tmp_path, mo
         if len(progress) == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("autocompress.beginning.reconstruct", lambda *_, **__: None)
+    monkeypatch.setattr("autocompress.starting.reconstruct", lambda *_, **__: None)
     with pytest.raises(KeyboardInterrupt):
         evaluate_policy(setting, policy, id="00000", rung="short", seconds=60.0, tick=stop)
     (left,) = setting.models.glob(f"{INTERRUPTED}*")

@@ -13,7 +13,7 @@ from tasks import CLASSES, SIZE, SLOW_CALLS, blobs
 from torch import nn
 
 from autocompress.apply import apply_policy
-from autocompress.batch import Batch, answer
+from autocompress.batch import Batch, call_network
 from autocompress.data import Data, Split
 from autocompress.deploy import recreate
 from autocompress.errors import UsageError
@@ -93,7 +93,7 @@ def test_a_search_ships_files_that_take_the_inputs_by_their_names(teacher, data,
     arrays = {name: tensor.numpy() for name, tensor in zip(one.names, one.tensors, strict=True)}
     student = recreate(folder, teacher)
     with torch.no_grad():
-        np.testing.assert_allclose(session.run(None, arrays)[0], answer(student, one).numpy(), rtol=0.05, atol=0.05)
+        np.testing.assert_allclose(session.run(None, arrays)[0], call_network(student, one).numpy(), rtol=0.05, atol=0.05)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert "forward" not in vars(teacher), "the model that was given is never touched"
 

@@ -400,7 +400,7 @@ def test_the_explanation_adds_up_to_the_prediction(workloads):
     model = FittedLatencyModel(calibrated(device, workloads[:10]))
     model.fit([(workload, 1.3 * device.seconds_of(workload)) for workload in workloads[:10]])
     for workload in workloads[:5]:
-        rows = model.explain(workload)
+        rows = model.seconds_by_operator(workload)
         assert [name for name, _ in rows] == [operator.name for operator in workload.operators]
         assert model.table.call_overhead + sum(s for _, s in rows) == pytest.approx(model.predict(workload).value)
 

@@ -29,7 +29,9 @@ INTERRUPTED = "interrupted-"
 """Begins the name of what a student has learned and that is not evaluated yet, or not learned to the end; its policy's digest follows."""
 
 
-def untrained(setting: Setting, policy: Policy, *, reconstructed: bool = False, calibration_inputs: int | None = None) -> fx.GraphModule:
+def untrained_student(
+    setting: Setting, policy: Policy, *, reconstructed: bool = False, calibration_inputs: int | None = None
+) -> fx.GraphModule:
     """The student's structure with calibrated quantizers: as fast as the trained one, without its accuracy.
 
     `reconstructed`, it has some of that. A few `calibration_inputs` are enough where only its latency is asked for.
@@ -65,7 +67,7 @@ def forget_interrupted(setting: Setting) -> None:
         left.unlink(missing_ok=True)
 
 
-def begin(setting: Setting, student: fx.GraphModule, policy: Policy, continues: str | None, until: float) -> None:
+def start_student(setting: Setting, student: fx.GraphModule, policy: Policy, continues: str | None, until: float) -> None:
     """Let a student begin where its training was interrupted, or the lower rung ended; else reconstructed where it has another shape."""
     known = [interrupted_weights(setting, policy), *([setting.models / continues / FLOAT_WEIGHTS] if continues is not None else [])]
     if any(_continue_from(student, path) for path in known):
