@@ -86,8 +86,8 @@ def search(
 
 
 def _dry_run(task: Task, *, quiet: bool, json: bool) -> None:
+    from autocompress.dry_run import dry_run
     from autocompress.progress import make_progress
-    from autocompress.session import dry_run
 
     with aside(), make_progress(quiet) as progress:
         content = dry_run(task, progress)

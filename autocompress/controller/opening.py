@@ -10,13 +10,16 @@ from autocompress.candidates.proposals import Proposal
 from autocompress.controller.findings import Findings
 from autocompress.data import sample
 from autocompress.front import measured
-from autocompress.preparation import limit_validation, score_baseline
+from autocompress.preparation import kept_teacher, limit_validation, score_baseline, train_demo_teacher
 from autocompress.schedule import pool_seconds, profiling_seconds, reserve_seconds, teacher_seconds, validation_seconds
 from autocompress.study.notes import Note
 from autocompress.task import Task
 
 MOST_OF_TRAIN = 1000
 """Training examples that the original is scored on, at most: enough to tell whether it knows validation examples less well."""
+DEMO_TEACHER_SHARE = 0.4
+"""Of the time that is left, at most: a quick machine trains it to the end in less, and all else is worthless on a slow
+one where it has not learned."""
 GUESSING = 0.05
 """Share of the way from guessing to no error: an original that has not gone so far looks untrained, which is told."""
 
@@ -35,6 +38,16 @@ def propose(findings: Findings) -> list[Proposal]:
     if findings.best is None:
         Feasibility(findings.forecast).require_feasible(pool)
     return pool
+
+
+def train_teacher_of_demo(findings: Findings) -> None:
+    """The demonstration's original learns only now, when the budget is known to be within reach."""
+    if kept_teacher(findings.task, findings.run, begun=findings.journal.has_begun) is not None:
+        return
+    tick = findings.percent("training the demonstration teacher")
+    seconds = DEMO_TEACHER_SHARE * findings.clock.left
+    findings.setting = train_demo_teacher(findings.setting, findings.run, seconds, tick)
+    findings.record_baseline(findings.setting.baseline)
 
 
 def know_baseline(findings: Findings) -> None:

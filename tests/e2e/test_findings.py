@@ -16,13 +16,13 @@ from autocompress.controller.findings import Findings
 from autocompress.controller.opening import know_baseline, profile_device
 from autocompress.controller.pace import LEAST_OVERHEAD_S, Pace
 from autocompress.controller.rungs import Rungs
+from autocompress.controller.verdict import require_found
 from autocompress.data import SPLITS, Split
 from autocompress.errors import InfeasibleBudget, TooManyFailures
 from autocompress.policy import Policy, QuantSpec
 from autocompress.progress import SilentProgress
 from autocompress.records import Budget, Failure, Measurement, Outcome, Score
 from autocompress.schedule import FULL_FACTOR, LEAST_FULL_STEPS, Clock, Division
-from autocompress.session import _result
 from autocompress.study.journal import MOST_KILLS
 from autocompress.testing.devices import FakeDevice
 
@@ -195,7 +195,7 @@ def test_a_search_in_which_nothing_met_the_budget_says_how_fast_the_fastest_was(
     trained(findings, pool[1].policy, 1e-3, id="00001")
     findings.write_front()
     with pytest.raises(InfeasibleBudget, match="the nearest policy took 1 ms") as caught:
-        _result(findings)
+        require_found(findings)
     assert caught.value.smallest_latency_s == 1e-3
 
 
@@ -208,7 +208,7 @@ def test_a_search_in_which_nothing_could_be_measured_says_so(findings, budget, t
     findings.task, findings.run = findings.task.model_copy(update={"budget": budget}), findings.setting.models.parent
     findings.write_front()
     with pytest.raises(InfeasibleBudget, match=told):
-        _result(findings)
+        require_found(findings)
 
 
 def test_a_file_within_the_budget_comes_before_a_better_one_of_the_same_policy_that_is_not(findings, pool):
@@ -271,7 +271,7 @@ def test_a_search_in_which_all_failed_says_why(findings, pool):
     findings.run = findings.setting.models.parent
     findings.write_front()
     with pytest.raises(TooManyFailures, match="the first failed to export: the exporter failed"):
-        _result(findings)
+        require_found(findings)
 
 
 def test_a_policy_whose_prediction_straddles_the_budget_is_measured_before_it_is_trained(findings, pool, monkeypatch):

@@ -114,7 +114,7 @@ def test_on_the_same_device_nothing_is_scored_again_and_a_resumed_search_takes_n
     known, found = ({o.id: o for o in journal_of(folder).outcomes if o.rung == "short"} for folder in (first, run))
     assert found.keys() == known.keys()
     assert appraised(run) == appraised(first)
-    monkeypatch.setattr("autocompress.session.take_over", lambda *_: pytest.fail("all of it is known"))
+    monkeypatch.setattr("autocompress.controller.run.take_over", lambda *_: pytest.fail("all of it is known"))
     run_search(wanted, run, resume=True, model=net, data=data, device=FakeDevice(SLOW_CALLS))
 
 
