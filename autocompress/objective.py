@@ -19,9 +19,11 @@ from autocompress.batch import call_network
 from autocompress.beside_baseline import measure_beside_baseline
 from autocompress.compress.compared import compared_features
 from autocompress.compress.distill import ComparedFeatures
+from autocompress.compress.loss import Distillation
 from autocompress.compress.quantize import fake_quantize
+from autocompress.compress.rates import TrainPlan
 from autocompress.compress.student import build_student
-from autocompress.compress.train import Distillation, Tick, TrainPlan, quantizes, train, train_quantized
+from autocompress.compress.train import Tick, train, train_quantized
 from autocompress.data import sampled
 from autocompress.devices.base import identity
 from autocompress.errors import PolicyFailure
@@ -177,7 +179,7 @@ def training_step_seconds(setting: Setting, until: float) -> float:
 def _trained(setting: Setting, student: fx.GraphModule, policy: Policy, rung: Rung, deadline: float, tick: Tick) -> fx.GraphModule:
     """Train a student of another shape; the teacher in fewer bits is calibrated first, and trained through them on the full rung."""
     reshaped = setting.changes_shape(policy)
-    needs_training = reshaped or (rung == "full" and quantizes(policy.quant))
+    needs_training = reshaped or (rung == "full" and policy.quant.rounds)
     plan = TrainPlan(
         steps=10**9 if needs_training else 0,
         deadline=deadline if needs_training else math.inf,

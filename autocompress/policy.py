@@ -149,6 +149,11 @@ class QuantSpec(Record):
                 raise ValueError(f"bits must be one of {sorted(KERNEL_BITS + STORAGE_BITS)}, but got {bits}")
         return value
 
+    @property
+    def rounds(self) -> bool:
+        """Whether any layer gets fewer than 32 bits."""
+        return self.bits < 32 or any(bits < 32 for bits in self.layers.values())
+
     def of(self, layer: str) -> int:
         """Bits of one layer; `LAYER.0` and `LAYER.1`, into which one may be factorised, have the layer's."""
         return self.layers.get(layer, self.layers.get(layer.rpartition(".")[0], self.bits))
@@ -159,7 +164,7 @@ class DistillSpec(Record):
 
     soft = how unlike the teacher's answers are, by one of ANSWER_LOSSES (compress/distill.py) at temperature T.
     loss = (1 - features) * (alpha * soft + (1 - alpha) * cross_entropy(student, labels)) + features * (scaled difference of features:
-    compress/train.py), batch means; where student or teacher has no classifier, without the latter.
+    compress/loss.py), batch means; where student or teacher has no classifier, without the latter.
     The difference of features is (1 - hidden) * (`feature_loss` of the inputs of the classifiers) + hidden * (mean difference of values
     where the residual blocks begin), the former alone where student and teacher have no layers inside in common.
     standardized: logits have mean 0 and deviation 1 before they are compared (Sun et al. 2024, arXiv 2403.01427).

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from autocompress.batch import Inputs, call_network, joined, map_inputs, names_of, tensors_of
 from autocompress.compress.arithmetic import best_training_device
+from autocompress.compress.rates import TrainPlan
 from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
-from autocompress.compress.train import Tick, TrainPlan, train
+from autocompress.compress.train import Tick, train
 from autocompress.data import Data, Split, sample
 from autocompress.data.sources import load_data
 from autocompress.demo import BATCH_SIZE, LEARNING_RATE, TEACHER_EPOCHS

@@ -10,9 +10,9 @@ from pathlib import Path
 from torch import fx
 
 from autocompress.batch import Inputs, joined, names_of, tensors_of
+from autocompress.compress.quantize import CALIBRATION_INPUTS
 from autocompress.compress.reconstruct import TeacherActivations, examples_for
 from autocompress.compress.teacher import Teacher
-from autocompress.compress.train import CALIBRATION_INPUTS
 from autocompress.data import Data
 from autocompress.data.splits import FLOAT_BYTES
 from autocompress.devices.base import Device

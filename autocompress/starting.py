@@ -11,9 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import fx
 
+from autocompress.compress.rates import TrainPlan
 from autocompress.compress.reconstruct import reconstruct
 from autocompress.compress.student import build_student
-from autocompress.compress.train import TrainPlan, train_quantized
+from autocompress.compress.train import train_quantized
 from autocompress.export import weights_bytes
 from autocompress.failures import note_error
 from autocompress.models import load_tensor_state

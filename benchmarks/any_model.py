@@ -206,7 +206,6 @@ def law3_mixed(graph: Any, example: Tensor) -> dict[str, float | None]:
 
     from autocompress.compress.quantize import calibrate, fake_quantize, snap_biases
     from autocompress.compress.student import build_student
-    from autocompress.compress.train import quantizes
     from autocompress.devices import DeviceProfile, processor
     from autocompress.errors import PolicyFailure
     from autocompress.export import onnx_bytes
@@ -216,7 +215,7 @@ def law3_mixed(graph: Any, example: Tensor) -> dict[str, float | None]:
     profile = DeviceProfile(runtime="onnxruntime", channel_multiple=8, reduced_range=processor.int8_saturates(processor.flags()))
     suggest = find_suggest("default", graph, profile)
     drawn = (suggest(LevelSuggester(np.random.default_rng(seed))) for seed in range(MOST_DRAWN))
-    policy = next((policy for policy in drawn if quantizes(policy.quant)), None)
+    policy = next((policy for policy in drawn if policy.quant.rounds), None)
     if policy is None:
         return {"law3_mixed_db": None}
     inputs = [like(example) for _ in range(2 * CALIBRATED)]

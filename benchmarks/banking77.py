@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cifar10 import folder
 
 from autocompress import Data, Split
-from autocompress.compress.train import TrainPlan, train
+from autocompress.compress.rates import TrainPlan
+from autocompress.compress.train import train
 from autocompress.data import stratified
 from autocompress.evaluate import score_model
 

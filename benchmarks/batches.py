@@ -23,10 +23,12 @@ from rates import RATES, RESULTS, SCORED, trained
 from reconstruct import examples, students
 
 from autocompress.compress.compared import compared_features
+from autocompress.compress.loss import Distillation
+from autocompress.compress.rates import TrainPlan
 from autocompress.compress.reconstruct import TeacherActivations, reconstruct
 from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
-from autocompress.compress.train import Distillation, TrainPlan, train
+from autocompress.compress.train import train
 from autocompress.data import sample
 from autocompress.devices import open_device
 from autocompress.evaluate import score_model

@@ -33,9 +33,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
 from autocompress.compress.distill import Compared, ComparedFeatures
+from autocompress.compress.loss import Distillation
+from autocompress.compress.rates import TrainPlan
 from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
-from autocompress.compress.train import Distillation, TrainPlan, train_quantized
+from autocompress.compress.train import train_quantized
 from autocompress.data import Data
 from autocompress.devices import open_device
 from autocompress.evaluate import score_artifact

@@ -28,9 +28,10 @@ from torch.nn.functional import interpolate
 sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
-from autocompress.compress.quantize import calibrate, fake_quantize, snap_biases
+from autocompress.compress.quantize import CALIBRATION_BATCH, CALIBRATION_INPUTS, calibrate, fake_quantize, snap_biases
+from autocompress.compress.rates import TrainPlan
 from autocompress.compress.student import build_student
-from autocompress.compress.train import CALIBRATION_BATCH, CALIBRATION_INPUTS, TrainPlan, train
+from autocompress.compress.train import train
 from autocompress.data import Data, sample
 from autocompress.devices import open_device
 from autocompress.evaluate import run_artifact

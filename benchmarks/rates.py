@@ -6,7 +6,7 @@
 First as a search trains it, whose rates follow from the distance to the teacher.
 Steps are counted and not timed, so that a busy machine changes nothing.
 Float32 students of `reconstruct.students`, scored on up to 2,000
-validation examples: what is found here sets constants of `compress/train.py`. Writes benchmarks/results/rates_MODEL.{json,md}.
+validation examples: what is found here sets constants of `compress/rates.py`. Writes benchmarks/results/rates_MODEL.{json,md}.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ import cifar10
 from reconstruct import examples, students
 
 from autocompress.compress.compared import compared_features
+from autocompress.compress.loss import Distillation
+from autocompress.compress.rates import TrainPlan
 from autocompress.compress.reconstruct import TeacherActivations, reconstruct
 from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
-from autocompress.compress.train import Distillation, TrainPlan, train, train_quantized
+from autocompress.compress.train import train, train_quantized
 from autocompress.data import Data, sample
 from autocompress.data.sources import load_data
 from autocompress.demo import LEARNING_RATE, TEACHER_EPOCHS

@@ -25,10 +25,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
 from autocompress.compress.compared import compared_features
+from autocompress.compress.loss import Distillation
+from autocompress.compress.quantize import CALIBRATION_INPUTS
+from autocompress.compress.rates import TrainPlan
 from autocompress.compress.reconstruct import TeacherActivations, examples_for, reconstruct
 from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
-from autocompress.compress.train import CALIBRATION_INPUTS, Distillation, TrainPlan, train
+from autocompress.compress.train import train
 from autocompress.data import Data
 from autocompress.devices import open_device
 from autocompress.evaluate import score_model

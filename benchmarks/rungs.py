@@ -37,9 +37,11 @@ from autocompress.candidates.likeness import Likeness
 from autocompress.candidates.proposals import Proposal
 from autocompress.compress.compared import compared_features
 from autocompress.compress.distill import soft_loss
+from autocompress.compress.loss import Distillation
+from autocompress.compress.rates import TrainPlan
 from autocompress.compress.reconstruct import TeacherActivations, reconstruct
 from autocompress.compress.student import build_student
-from autocompress.compress.train import Distillation, TrainPlan, train
+from autocompress.compress.train import train
 from autocompress.data import Data, sample
 from autocompress.devices import open_device
 from autocompress.evaluate import score_model

@@ -31,9 +31,11 @@ from reconstruct import students
 from autocompress.compress import train as training
 from autocompress.compress.compared import compared_features
 from autocompress.compress.distill import Answers, ComparedFeatures, value_loss
+from autocompress.compress.loss import Distillation
+from autocompress.compress.rates import TrainPlan
 from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
-from autocompress.compress.train import Distillation, TrainPlan, train
+from autocompress.compress.train import train
 from autocompress.data import Data
 from autocompress.devices import open_device
 from autocompress.export.fold import fold_norms

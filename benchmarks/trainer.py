@@ -33,10 +33,12 @@ from autocompress.compress import teacher as teaching
 from autocompress.compress import train as training
 from autocompress.compress.arithmetic import best_training_device
 from autocompress.compress.compared import compared_features
+from autocompress.compress.loss import Distillation
+from autocompress.compress.rates import TrainPlan
 from autocompress.compress.reconstruct import TeacherActivations, reconstruct
 from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
-from autocompress.compress.train import Distillation, TrainPlan, train
+from autocompress.compress.train import train
 from autocompress.data import Data
 from autocompress.devices import open_device
 from autocompress.evaluate import score_model

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, fx
 
 from autocompress.batch import call_network, joined
-from autocompress.compress.quantize import calibrate, fake_quantize
+from autocompress.compress.quantize import CALIBRATION_BATCH, calibrate, fake_quantize
 from autocompress.compress.reconstruct import TeacherActivations, examples_for, reconstruct
 from autocompress.compress.student import build_student
-from autocompress.compress.train import CALIBRATION_BATCH, quantizes
 from autocompress.data import sample
 from autocompress.errors import PolicyFailure
 from autocompress.failures import policy_errors
@@ -67,7 +66,7 @@ class Likeness:
         student = build_student(graph, policy)
         if self._setting.changes_shape(policy):
             reconstruct(student, self._activations, policy)
-        if quantizes(policy.quant):
+        if policy.quant.rounds:
             student = fake_quantize(student.eval(), policy.quant)
             calibrate(student, self._activations.inputs.split(CALIBRATION_BATCH))
         return student.eval()

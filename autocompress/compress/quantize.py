@@ -28,6 +28,8 @@ INT8_MAX = 127
 REDUCED_MAX = 64
 """vpmaddubsw adds two products of uint8 and int8 in 16 bits: 2 * 255 * 64 is the most that fits."""
 UINT8_MAX = 255
+CALIBRATION_INPUTS, CALIBRATION_BATCH = 512, 64
+"""That ranges are fitted to, as a rule, and at once."""
 SAMPLES = 32_768
 """Values of a tensor that its range is fitted to, from eight batches."""
 CLIP_FRACTIONS = tuple(0.3 + 0.02 * step for step in range(36))

@@ -24,8 +24,9 @@ from autocompress.compress.quantize import (
     round_weight,
     weight_scale,
 )
+from autocompress.compress.rates import TrainPlan
 from autocompress.compress.student import build_student
-from autocompress.compress.train import TrainPlan, train_quantized
+from autocompress.compress.train import train_quantized
 from autocompress.data import Data, Split
 from autocompress.errors import PolicyFailure
 from autocompress.graph import Graph

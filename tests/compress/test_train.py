@@ -10,12 +10,16 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 import autocompress.compress.train as train_module
-from autocompress.compress import arithmetic
+from autocompress.compress import arithmetic, memory, norms
+from autocompress.compress import rates as rates_module
 from autocompress.compress.compared import compared_features
+from autocompress.compress.loss import Distillation
 from autocompress.compress.muon import Muon
+from autocompress.compress.optimizer import Optimizer
+from autocompress.compress.rates import Schedule, TrainPlan, one_cycle
 from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
-from autocompress.compress.train import Distillation, TrainPlan, train, train_quantized
+from autocompress.compress.train import train, train_quantized
 from autocompress.data import Data, Split
 from autocompress.devices import processor
 from autocompress.errors import PolicyFailure
@@ -193,26 +197,26 @@ def test_batch_norms_do_not_see_what_is_dropped_in_training_only(data, dropped):
     ],
 )
 def test_a_student_with_much_to_lose_is_trained_gently_where_steps_are_few(to_learn, steps, muon, sgd):
-    so_far = train_module._Steps(TrainPlan(steps, to_learn=to_learn))
+    so_far = Schedule(TrainPlan(steps, to_learn=to_learn))
     so_far.done = steps // 2
-    cycle = train_module.one_cycle(0.5)
+    cycle = one_cycle(0.5)
     assert so_far.rates == pytest.approx((sgd * cycle, muon * cycle), rel=0.01)
 
 
 def test_how_many_steps_there_will_be_is_told_by_the_clock():
-    so_far = train_module._Steps(TrainPlan(10**9, time.monotonic() + 10.0, to_learn=0.0))
+    so_far = Schedule(TrainPlan(10**9, time.monotonic() + 10.0, to_learn=0.0))
     assert so_far.rates == (0.0, 0.0), "before the first step nobody knows"
     so_far._started -= 10.0
     so_far._allowed += 10.0
     so_far.done = 15
-    cycle = train_module.one_cycle(0.5)
+    cycle = one_cycle(0.5)
     assert so_far.rates == pytest.approx((0.1 * cycle, 0.05 * cycle), rel=0.05)
 
 
 @pytest.mark.parametrize("trained", [train, trained_as_a_student], ids=["teacher", "student"])
 def test_training_that_diverges_begins_again_at_lower_rates(data, trained, monkeypatch):
-    rates, step = [], train_module._Optimizer.step
-    monkeypatch.setattr(train_module._Optimizer, "step", lambda self, given: rates.append(self._parts[0][1]) or step(self, given))
+    rates, step = [], Optimizer.step
+    monkeypatch.setattr(Optimizer, "step", lambda self, given: rates.append(self._parts[0][1]) or step(self, given))
     net = student_of(LeNet(), data)
     trained(net, data, TrainPlan(steps=60, batch_size=16, learning_rate=1e3))
     assert len(set(rates)) > 1 and rates[-60:] == [min(rates)] * 60, "rates that are bearable are kept to the end"
@@ -236,8 +240,8 @@ def test_training_that_diverges_when_its_time_is_over_fails(data, trained, monke
         calls.append(arguments)
         return torch.tensor(1.0 if len(calls) == 1 else float("nan"), requires_grad=True)
 
-    monkeypatch.setattr(train_module, "_loss", loss)
-    monkeypatch.setattr(train_module._Optimizer, "step", lambda *_: time.sleep(0.3))
+    monkeypatch.setattr(train_module, "loss_of", loss)
+    monkeypatch.setattr(Optimizer, "step", lambda *_: time.sleep(0.3))
     with pytest.raises(PolicyFailure, match="training diverged"):
         trained(student_of(LeNet(), data), data, TrainPlan(steps=10**9, deadline=time.monotonic() + 0.31, batch_size=16))
     assert len(calls) == 2
@@ -245,7 +249,7 @@ def test_training_that_diverges_when_its_time_is_over_fails(data, trained, monke
 
 def test_a_loss_that_is_not_finite_before_the_first_step_is_tried_once(data, monkeypatch):
     calls = []
-    monkeypatch.setattr(train_module, "_loss", lambda *_: calls.append(1) or torch.tensor(float("nan")))
+    monkeypatch.setattr(train_module, "loss_of", lambda *_: calls.append(1) or torch.tensor(float("nan")))
     with pytest.raises(PolicyFailure, match="nan at step 0"):
         train(student_of(LeNet(), data), data, TrainPlan(steps=3, batch_size=16))
     assert len(calls) == 1
@@ -311,7 +315,7 @@ def test_a_batch_that_does_not_fit_the_memory_is_taken_in_parts_from_the_start(d
     """A process that takes more than there is would be killed."""
     student = student_of(LeNet(), data)
     each = 4 * (3 * 8 * 8 + 2 * 6 * 8 * 8 + 6 * 4 * 4 + 2 * 8 * 4 * 4 + 8 * 4 * 4 + CLASSES)
-    monkeypatch.setattr(train_module, "free_memory", lambda device: share * 64 * each / train_module.MEMORY_SHARE)
+    monkeypatch.setattr(memory, "free_memory", lambda device: share * 64 * each / memory.MEMORY_SHARE)
     sizes = []
     student.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     train(student, data, TrainPlan(2, batch_size=64))
@@ -352,14 +356,14 @@ def test_losses_of_ones_own_do_not_depend_on_the_unit_of_what_is_predicted(data,
 def test_a_short_training_leaves_time_for_what_follows_it(monkeypatch):
     """Norms and ranges took the time of all training through fake quantization."""
     now = [100.0]
-    monkeypatch.setattr(train_module.time, "monotonic", lambda: now[0])
-    steps = train_module._Steps(TrainPlan(10**9, deadline=200.0))
+    monkeypatch.setattr(rates_module.time, "monotonic", lambda: now[0])
+    steps = Schedule(TrainPlan(10**9, deadline=200.0))
     steps.done, now[0] = 10, 150.0
     assert steps.progress == pytest.approx(0.5)
     steps.upkeep = lambda done: 4.0
     assert steps.progress == pytest.approx(0.7), "four steps of 5 s are to come"
     steps.upkeep = lambda done: 400.0
-    assert steps.progress == pytest.approx(0.5 + train_module.MOST_UPKEEP)
-    upkeep, cost = train_module._upkeep(tiny_resnet(), begun=5, calibrated=4.0), train_module.FORWARD_COST
-    assert [upkeep(done) for done in (5, 15, 5 + train_module.FEW_STEPS)] == pytest.approx([4 * cost, 14 * cost, 4 * cost])
-    assert train_module._upkeep(LeNet())(10) == 0.0, "it has no norms"
+    assert steps.progress == pytest.approx(0.5 + rates_module.MOST_UPKEEP)
+    upkeep, cost = norms.upkeep(tiny_resnet(), begun=5, calibrated=4.0), norms.FORWARD_COST
+    assert [upkeep(done) for done in (5, 15, 5 + norms.FEW_STEPS)] == pytest.approx([4 * cost, 14 * cost, 4 * cost])
+    assert norms.upkeep(LeNet())(10) == 0.0, "it has no norms"

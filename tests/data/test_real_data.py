@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from autocompress.compress.rates import TrainPlan
 from autocompress.compress.student import build_student
-from autocompress.compress.train import TrainPlan, train_quantized
+from autocompress.compress.train import train_quantized
 from autocompress.data import Data
 from autocompress.data.sources import load_data
 from autocompress.devices import processor

@@ -83,7 +83,7 @@ def test_a_student_of_low_rank_is_trained_exported_and_made_again(net, data, tmp
 def test_what_a_step_of_training_takes_is_tried_on_a_copy(net, data, tmp_path, monkeypatch):
     setting, steps = ready(net, data, tmp_path / "run"), []
     before = copy.deepcopy(setting.graphs[None].module.state_dict())
-    monkeypatch.setattr("autocompress.compress.train._Optimizer.step", lambda self, rates: steps.append(rates) or time.sleep(0.5))
+    monkeypatch.setattr("autocompress.compress.optimizer.Optimizer.step", lambda self, rates: steps.append(rates) or time.sleep(0.5))
     assert 0.5 <= training_step_seconds(setting, time.monotonic() + 60.0) < 2.0
     assert len(steps) == PROBED_STEPS
     assert training_step_seconds(setting, time.monotonic() + 0.4) >= 0.5
