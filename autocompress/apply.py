@@ -18,10 +18,11 @@ from autocompress.errors import UsageError
 from autocompress.evaluate import score_outputs
 from autocompress.export import now, update_manifest
 from autocompress.failures import refused
+from autocompress.loading import load
 from autocompress.models import example_for, load_model
 from autocompress.objective import check_artifact
 from autocompress.policy import Policy
-from autocompress.preparation import limit_validation, load, prepare
+from autocompress.preparation import limit_validation, prepare
 from autocompress.references import DEFAULT_DEVICE
 from autocompress.report.view import agreement, format_score
 from autocompress.search_space import find_suggest, with_default_distillation, with_exact_int8

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from autocompress.candidates.forecast import Forecast
-from autocompress.preparation import load, prepare
+from autocompress.loading import load
+from autocompress.preparation import prepare
 from autocompress.progress import Progress, counting
 from autocompress.search_space import find_suggest
 from autocompress.task import Task

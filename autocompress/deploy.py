@@ -41,8 +41,8 @@ from autocompress.export import (
 from autocompress.failures import refused
 from autocompress.graph import Graph
 from autocompress.graph.plain import own_copy
+from autocompress.loading import TEACHER_WEIGHTS, UNFINISHED_TEACHER
 from autocompress.models import load_model, simplify_call
-from autocompress.preparation import TEACHER_WEIGHTS, UNFINISHED_TEACHER
 from autocompress.records import Measurement
 from autocompress.references import AGENT, DEFAULT_DEVICE, MODEL_LIBRARIES, OBJECT, names_function, require_formats
 from autocompress.results import Entry, Results

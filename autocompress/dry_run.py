@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from autocompress.demo_size import of_fitting_size
-from autocompress.preparation import load
+from autocompress.loading import load
 from autocompress.progress import Progress, counting
 from autocompress.records import Budget
 from autocompress.search_space import find_suggest, with_default_distillation

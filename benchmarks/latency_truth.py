@@ -40,9 +40,10 @@ from autocompress.calibrate import NETWORKS
 from autocompress.candidates.forecast import UNTRAINED_SECONDS_EACH, Forecast
 from autocompress.errors import PolicyFailure
 from autocompress.failures import policy_errors
+from autocompress.loading import load
 from autocompress.models import load_weights
 from autocompress.policy import Policy, PruneSpec, QuantSpec
-from autocompress.preparation import load, prepare
+from autocompress.preparation import prepare
 from autocompress.ranks import rank_correlation
 from autocompress.records import Workload
 from autocompress.schedule import FEWEST_EXAMPLES

@@ -29,7 +29,8 @@ from autocompress.candidates.forecast import Forecast
 from autocompress.candidates.knapsack import Knapsack
 from autocompress.candidates.sensitivity import Sensitivity
 from autocompress.devices import open_device
-from autocompress.preparation import load, prepare
+from autocompress.loading import load
+from autocompress.preparation import prepare
 from autocompress.search_space import find_suggest
 from autocompress.suggesters import LevelSuggester
 from autocompress.task import load_task

@@ -45,8 +45,9 @@ from autocompress.compress.train import train
 from autocompress.data import Data, sample
 from autocompress.devices import open_device
 from autocompress.evaluate import score_model
+from autocompress.loading import load
 from autocompress.policy import Policy, QuantSpec
-from autocompress.preparation import load, prepare
+from autocompress.preparation import prepare
 from autocompress.ranks import rank_correlation
 from autocompress.search_space import find_suggest
 from autocompress.setting import Setting

@@ -40,8 +40,9 @@ from autocompress.controller.rungs import APPRAISED_FIRST, SINGLES_SHARE
 from autocompress.devices import open_device
 from autocompress.front import hypervolume
 from autocompress.graph import Structure
+from autocompress.loading import load
 from autocompress.policy import Policy
-from autocompress.preparation import load, prepare
+from autocompress.preparation import prepare
 from autocompress.promotion import cover
 from autocompress.search_space import find_suggest
 from autocompress.study.database import open_journal

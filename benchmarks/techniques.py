@@ -32,9 +32,10 @@ import cifar10
 from autocompress.compress.teacher import Teacher
 from autocompress.evaluate import score_artifact
 from autocompress.graph import Graph
+from autocompress.loading import load
 from autocompress.objective import evaluate_policy
 from autocompress.policy import DistillSpec, LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
-from autocompress.preparation import load, prepare
+from autocompress.preparation import prepare
 from autocompress.search_space import for_device
 from autocompress.setting import Setting
 from autocompress.starting import untrained_student

@@ -19,9 +19,10 @@ from autocompress.deploy import export_run, recreate
 from autocompress.errors import PolicyFailure, RunFolderError, UsageError
 from autocompress.export import read_manifest, update_manifest, write_bundle
 from autocompress.graph import Graph
+from autocompress.loading import load
 from autocompress.measure import measure_reference
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
-from autocompress.preparation import load, prepare
+from autocompress.preparation import prepare
 from autocompress.run_folder import remember_own
 from autocompress.task import TASK_FILE, Task
 from autocompress.testing.devices import FakeDevice
@@ -63,7 +64,7 @@ def made(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def fake(monkeypatch):
     monkeypatch.setattr("autocompress.apply.RANDOM_INPUTS", 8)  # of 224 x 224 pixels
-    for module in ("deploy", "measure", "preparation"):
+    for module in ("deploy", "measure", "loading"):
         monkeypatch.setattr(f"autocompress.{module}.open_device", lambda name: FakeDevice())
 
 
@@ -376,7 +377,7 @@ def splits(): return [(torch.randn(32, 3, 16, 16), torch.arange(32) % 10)] * 3
 def test_a_policy_file_is_applied_to_data_in_a_range_that_the_device_does_not_saturate(tmp_path, monkeypatch, saturates):
     device = FakeDevice()
     device.profile = device.profile.model_copy(update={"reduced_range": saturates or device.profile.reduced_range})
-    monkeypatch.setattr("autocompress.preparation.open_device", lambda name: device)
+    monkeypatch.setattr("autocompress.loading.open_device", lambda name: device)
     (tmp_path / "own.py").write_text(SPLITS)
     (tmp_path / "policy.json").write_text(Policy(quant={"bits": 8}).to_json())
     policy = Policy(quant=QuantSpec(bits=8, reduced_range=device.profile.reduced_range))
@@ -387,7 +388,7 @@ def test_a_policy_file_is_applied_to_data_in_a_range_that_the_device_does_not_sa
 
 
 def test_of_many_examples_a_part_is_scored(tmp_path, monkeypatch):
-    monkeypatch.setattr("autocompress.preparation.open_device", lambda name: FakeDevice())
+    monkeypatch.setattr("autocompress.loading.open_device", lambda name: FakeDevice())
     monkeypatch.setattr("autocompress.apply.MOST_VALIDATION_S", 0.0)
     monkeypatch.setattr("autocompress.preparation.FEWEST_EXAMPLES", 8)
     (tmp_path / "own.py").write_text(SPLITS)
@@ -409,7 +410,7 @@ def test_a_folder_that_cannot_be_written_is_named(run, tmp_path, monkeypatch, pl
 def failing_at(monkeypatch, call):
     """One device for all, whose call of that number fails."""
     device = FakeDevice(failures={call: PolicyFailure("the runtime crashed with SIGSEGV")})
-    for module in ("deploy", "measure", "preparation"):
+    for module in ("deploy", "measure", "loading"):
         monkeypatch.setattr(f"autocompress.{module}.open_device", lambda name: device)
 
 

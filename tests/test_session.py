@@ -11,7 +11,7 @@ from torch import nn
 
 from autocompress import session
 from autocompress.errors import UsageError
-from autocompress.preparation import TEACHER_WEIGHTS, UNFINISHED_TEACHER, kept_teacher
+from autocompress.loading import TEACHER_WEIGHTS, UNFINISHED_TEACHER, kept_teacher
 from autocompress.task import DEMO_MODEL, TASK_FILE, Task, load_task
 
 

@@ -10,7 +10,8 @@ from autocompress.candidates.proposals import Proposal
 from autocompress.controller.findings import Findings
 from autocompress.data import sample
 from autocompress.front import measured
-from autocompress.preparation import kept_teacher, limit_validation, score_baseline, train_demo_teacher
+from autocompress.loading import kept_teacher
+from autocompress.preparation import limit_validation, score_baseline, train_demo_teacher
 from autocompress.schedule import pool_seconds, profiling_seconds, reserve_seconds, teacher_seconds, validation_seconds
 from autocompress.study.notes import Note
 from autocompress.task import Task

@@ -8,7 +8,7 @@ from pathlib import Path
 from autocompress.candidates.feasibility import Feasibility
 from autocompress.controller.findings import Findings, TakenOver
 from autocompress.errors import AutocompressError, UsageError
-from autocompress.preparation import TEACHER_WEIGHTS, UNFINISHED_TEACHER, kept_teacher
+from autocompress.loading import TEACHER_WEIGHTS, UNFINISHED_TEACHER, kept_teacher
 from autocompress.progress import Progress
 from autocompress.run_folder import write_atomically
 from autocompress.study.database import read_journal

@@ -24,8 +24,9 @@ from autocompress.demo_size import of_fitting_size
 from autocompress.devices.base import Device, identity
 from autocompress.errors import UsageError
 from autocompress.ledger import Ledger
+from autocompress.loading import contents, kept_teacher, load
 from autocompress.policy import Policy
-from autocompress.preparation import contents, kept_teacher, load, prepare
+from autocompress.preparation import prepare
 from autocompress.progress import Progress, SilentProgress, counting
 from autocompress.references import require_name
 from autocompress.report.page import write_report

@@ -12,7 +12,7 @@ class Note(StrEnum):
     TASK = "task"
     """The task, as `Task` in JSON."""
     CONTENTS = "contents"
-    """Digests of what its names stand for (`preparation.contents`)."""
+    """Digests of what its names stand for (`loading.contents`)."""
     MACHINE = "machine"
     """What latencies depend on (`devices.base.identity`)."""
     TAKEN_OVER = "taken_over"

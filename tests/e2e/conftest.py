@@ -12,7 +12,8 @@ from tasks import SLOW_CALLS, blobs, trained_net
 from autocompress.candidates.forecast import Forecast
 from autocompress.controller.findings import Findings
 from autocompress.latency import FittedLatencyModel, OperatorTable
-from autocompress.preparation import load, prepare
+from autocompress.loading import load
+from autocompress.preparation import prepare
 from autocompress.progress import SilentProgress
 from autocompress.records import Budget, Score
 from autocompress.schedule import Clock

@@ -8,8 +8,9 @@ import optuna
 import pytest
 from tasks import SLOW_CALLS
 
+from autocompress.loading import load
 from autocompress.policy import Policy, QuantSpec
-from autocompress.preparation import load, prepare
+from autocompress.preparation import prepare
 from autocompress.records import Measurement, Outcome, Score
 from autocompress.study.database import DATABASE, DISTILLATIONS, STUDY
 from autocompress.study.journal import Journal

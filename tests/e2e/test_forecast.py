@@ -17,8 +17,9 @@ from autocompress.candidates.forecast import DRAWS, FEASIBILITY_SLACK, Forecast
 from autocompress.candidates.proposals import CELLS, KEPT_EACH
 from autocompress.errors import InfeasibleBudget, UsageError
 from autocompress.latency import FittedLatencyModel, OperatorTable
+from autocompress.loading import load
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
-from autocompress.preparation import load, prepare
+from autocompress.preparation import prepare
 from autocompress.records import Budget, Workload
 from autocompress.schedule import FEWEST_EXAMPLES
 from autocompress.search_space import fastest, find_suggest

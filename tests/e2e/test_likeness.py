@@ -10,8 +10,9 @@ from tasks import SLOW_CALLS, blobs
 
 from autocompress.candidates.likeness import Likeness
 from autocompress.compress.student import build_student
+from autocompress.loading import load
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
-from autocompress.preparation import load, prepare
+from autocompress.preparation import prepare
 from autocompress.setting import Setting
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice

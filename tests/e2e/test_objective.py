@@ -25,9 +25,10 @@ from autocompress.devices.runtime import Runtime
 from autocompress.errors import DeviceUnavailable, PolicyFailure
 from autocompress.export import verify_bundle
 from autocompress.failures import FAILURES
+from autocompress.loading import load
 from autocompress.objective import PROBED_STEPS, evaluate_policy, training_step_seconds
 from autocompress.policy import LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
-from autocompress.preparation import load, prepare, score_baseline
+from autocompress.preparation import prepare, score_baseline
 from autocompress.search_space import with_exact_int8
 from autocompress.starting import FLOAT_WEIGHTS, INTERRUPTED
 from autocompress.testing.devices import FakeDevice

@@ -14,8 +14,9 @@ from torch import nn
 from autocompress.data import Data, Split
 from autocompress.demo import TEACHER_EPOCHS
 from autocompress.errors import DeviceUnavailable, UsageError
+from autocompress.loading import load
 from autocompress.objective import evaluate_policy
-from autocompress.preparation import limit_validation, load, prepare, score_baseline, train_demo_teacher
+from autocompress.preparation import limit_validation, prepare, score_baseline, train_demo_teacher
 from autocompress.setting import MOST_ANSWER_BYTES
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice

@@ -369,7 +369,7 @@ def test_two_policies_are_evaluated_once_each_and_the_space_is_exhausted(net, da
     from autocompress.graph import Graph
 
     groups = [group.name for group in Graph.trace(net, (data.example(1),)).groups if group.prunable]
-    monkeypatch.setattr("autocompress.preparation.open_device", lambda name: FakeDevice(SLOW_CALLS))
+    monkeypatch.setattr("autocompress.loading.open_device", lambda name: FakeDevice(SLOW_CALLS))
     diary, run = Diary(), tmp_path / "run"
     monkeypatch.setattr("autocompress.session.make_progress", lambda quiet: diary)
     result = autocompress.search(net, data, out=run, search_time="60s", suggest=suggest)

@@ -18,7 +18,7 @@ from autocompress.data import Data, Split
 from autocompress.deploy import recreate
 from autocompress.errors import UsageError
 from autocompress.inspect import inspect_model
-from autocompress.preparation import load
+from autocompress.loading import load
 from autocompress.session import run_search
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice

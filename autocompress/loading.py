@@ -1,0 +1,144 @@
+"""From a task to what it names: model, data, device and traced networks, which fit together; nothing is exported or measured yet."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from autocompress.batch import Inputs, tensors_of
+from autocompress.data import Data
+from autocompress.data.sources import load_data
+from autocompress.devices import open_device, processor
+from autocompress.devices.base import Device
+from autocompress.errors import UsageError
+from autocompress.export import weights_bytes
+from autocompress.graph import Graph
+from autocompress.graph.plain import own_copy
+from autocompress.models import load_model, load_weights, simplify_call
+from autocompress.preflight import require_fit
+from autocompress.progress import PhaseTick
+from autocompress.references import draws_itself, require_name
+from autocompress.search_space import load_space
+from autocompress.task import Task
+
+TEACHER_WEIGHTS, UNFINISHED_TEACHER = "teacher.safetensors", "teacher.unfinished.safetensors"
+"""Weights of the demonstration's teacher. The second is written instead where training ran out of time; a resumed search takes it only
+where policies were made of it already."""
+SAME_NORMALISATION = 0.01
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a task names, loaded and found to fit together; nothing is exported or measured yet.
+
+    graphs: traced networks by `StudentSpec.reference`; None is the teacher's own. notes: what who begins a search should know of these.
+    """
+
+    device: Device
+    data: Data
+    teacher: nn.Module
+    graphs: dict[str | None, Graph]
+    example: Inputs
+    notes: tuple[str, ...] = ()
+
+
+def load(
+    task: Task, *, model: nn.Module | None = None, data: Data | None = None, device: Device | None = None, weights: Path | None = None,
+    tick: PhaseTick | None = None,
+) -> Loaded:  # fmt: skip
+    """Load what the task names, or take what is given. Raises UsageError when model, data and task do not fit together.
+
+    Args:
+        weights: see `kept_teacher`.
+        tick: told of what takes long.
+    """
+    for given, reference in ((model, task.model), (data, task.data)):
+        if given is None:
+            require_name(reference)
+    device = device or open_device(task.device)
+    data = data or load_data(task.data, tick)
+    _require_target(task, data)
+    with torch.random.fork_rng(devices=[]):  # the same network in every process, where it has no weights of its own
+        torch.manual_seed(task.seed)
+        teacher = _own(model, task) if model is not None else _loaded(task, data)
+        torch.manual_seed(task.seed)
+        student = load_model(task.student, classes=data.classes) if task.student is not None else None
+    example = data.example(task.batch)
+    output = simplify_call(teacher, example)
+    require_fit(teacher, data, example, task.model)
+    if weights is not None:
+        load_weights(teacher, weights)
+    graphs: dict[str | None, Graph] = {None: Graph.trace(teacher, tensors_of(example))}
+    if student is not None and task.student is not None:
+        simplify_call(student, example)
+        require_fit(student, data, example, task.student)
+        graphs[task.student] = Graph.trace(student, tensors_of(example))
+    several = f"{task.model} has several outputs: {output!r} is what is compressed" if output else ""
+    told = (several, data.note, _normalised_otherwise(teacher, data), processor.clock_warning(device.environment().get("governor")))
+    notes = tuple(note for note in told if note)
+    return Loaded(device, data, teacher, graphs, example, notes)
+
+
+def _own(model: nn.Module, task: Task) -> nn.Module:
+    """A copy of an object of Python, with the weights of the task where it names some."""
+    teacher = own_copy(model)
+    if task.weights:
+        load_weights(teacher, Path(task.weights))
+    return teacher
+
+
+def _loaded(task: Task, data: Data) -> nn.Module:
+    return load_model(task.model, weights=Path(task.weights) if task.weights else None, classes=data.classes)
+
+
+def _require_target(task: Task, data: Data) -> None:
+    """Only what the data is scored by says which targets can be reached."""
+    target = task.target_accuracy
+    if target is not None and data.score is None and not 0 < target <= 1:
+        raise UsageError(f"target_accuracy must lie in (0, 1], but got {target}", hint="write 95 % as 0.95")
+
+
+def _normalised_otherwise(model: nn.Module, data: Data) -> str:
+    """What to tell where timm says that the model's weights were trained on images that were normalised otherwise."""
+    trained, given = getattr(model, "pretrained_cfg", None), data.normalisation
+    if given is None or not isinstance(trained, Mapping) or not {"mean", "std"} <= trained.keys():
+        return ""
+    wanted, own = (trained["mean"], trained["std"]), (given.mean, given.std)
+    if any(len(w) == len(o) and not np.allclose(w, o, atol=SAME_NORMALISATION) for w, o in zip(wanted, own, strict=True)):
+        mean, std = (",".join(f"{value:g}" for value in values) for values in wanted)
+        return (
+            f"timm's weights for this model were trained with mean={mean} and std={std}, but the data has other values: "
+            "name these in --data (mean=...&std=...) unless the model was trained otherwise since"
+        )
+    return ""
+
+
+def kept_teacher(task: Task, run: Path, *, begun: bool) -> Path | None:
+    """The weights of the demonstration's teacher, where an interrupted search has trained it.
+
+    begun: whether that search has made anything of it. Who resumes one that has not gets a better one where the clock cut it short.
+    """
+    kept = [run / name for name in (TEACHER_WEIGHTS, *([UNFINISHED_TEACHER] if begun else []))] if task.is_demo else []
+    return next((path for path in kept if path.is_file()), None)
+
+
+def contents(task: Task, loaded: Loaded) -> dict[str, str]:
+    """Digests of what the task's names stand for: by the time a search is resumed, a name may stand for something else.
+
+    The demonstration's teacher has none, since the search itself trains it, and neither has a function that draws policies.
+    """
+    networks = {} if task.is_demo else {"model": loaded.teacher}
+    if task.student is not None:
+        networks["student"] = loaded.graphs[task.student].module
+    space = {} if draws_itself(task.space) else {"space": load_space(task.space).digest}
+    return {"data": loaded.data.digest} | {what: _digest(network) for what, network in networks.items()} | space
+
+
+def _digest(network: nn.Module) -> str:
+    return hashlib.sha256(weights_bytes(network)).hexdigest()[:16]
