@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from autocompress.candidates.ahead import measure_ahead
 from autocompress.candidates.forecast import Forecast
 from autocompress.loading import load
 from autocompress.preparation import prepare
@@ -27,6 +28,6 @@ def calibrate(task: Task, seconds: float, progress: Progress) -> dict[str, Any]:
         setting = prepare(task, Path(folder) / "run", load(task, tick=tick))
         suggest = find_suggest(task.space, setting.graphs[task.student], setting.device.profile, reference=task.student)
         forecast = Forecast.start(setting, suggest, task.limits)
-        forecast.profile_device(seconds, task.seed, tick, networks=NETWORKS)
+        measure_ahead(forecast, seconds, task.seed, tick, networks=NETWORKS)
     held_out = forecast.model.held_out_error().model_dump(mode="json")
     return {"device": setting.device.name, "networks": len(forecast.networks), "held_out": held_out}

@@ -37,6 +37,7 @@ import cifar10
 
 from autocompress import Data, Split
 from autocompress.calibrate import NETWORKS
+from autocompress.candidates.ahead import measure_ahead
 from autocompress.candidates.forecast import UNTRAINED_SECONDS_EACH, Forecast
 from autocompress.errors import PolicyFailure
 from autocompress.failures import policy_errors
@@ -101,7 +102,7 @@ class Truth:
         suggest = find_suggest("per_layer", self.setting.graphs[None], self.setting.device.profile)
         self.forecast = Forecast.start(self.setting, suggest, task.limits)
         started = time.monotonic()
-        self.forecast.profile_device(CALIBRATION_S, 0, _say, networks=NETWORKS)
+        measure_ahead(self.forecast, CALIBRATION_S, 0, _say, networks=NETWORKS)
         self.calibration_s = time.monotonic() - started
         self.calibrated = copy.copy(self.forecast.model)
         self.seen = dict(self.forecast.networks)

@@ -25,6 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
+from autocompress.candidates.ahead import measure_ahead
 from autocompress.candidates.forecast import Forecast
 from autocompress.candidates.knapsack import Knapsack
 from autocompress.candidates.sensitivity import Sensitivity
@@ -61,7 +62,7 @@ def measured(model: str, space: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         setting = prepare(task, Path(folder), load(task))
         forecast = Forecast.start(setting, find_suggest(space, setting.graphs[None], setting.device.profile), task.limits)
-        forecast.profile_device(CALIBRATION_S, 0, lambda phase, done, total: None)
+        measure_ahead(forecast, CALIBRATION_S, 0, lambda phase, done, total: None)
         sensitivity = Sensitivity(forecast, lambda policy: None)
         base = sensitivity.base
         costs = [np.array([[single.proposal.latency_s - base.latency_s] for single in singles]) for singles in sensitivity.singles]

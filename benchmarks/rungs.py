@@ -32,8 +32,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
+from autocompress.candidates.ahead import measure_ahead
 from autocompress.candidates.forecast import Forecast
 from autocompress.candidates.likeness import Likeness
+from autocompress.candidates.pool import draw_pool
 from autocompress.candidates.proposals import Proposal
 from autocompress.compress.compared import compared_features
 from autocompress.compress.distill import soft_loss
@@ -95,7 +97,7 @@ def candidates(forecast: Forecast, n: int, seed: int) -> Iterator[tuple[str, Pro
     generator, original = np.random.default_rng(seed), forecast.setting.baseline.latency_s.median
     suggesters = [LevelSuggester(generator) for _ in range(DRAWS)]
     drawn = forecast.proposals([forecast.suggest(suggester) for suggester in suggesters], [suggester.params for suggester in suggesters])
-    pool = forecast.pool(seed, POOL_S)
+    pool = draw_pool(forecast, seed, POOL_S)
     for band, middle in BANDS.items():
         seen: set[object] = set()
         for source, count in ((pool, n // 2), (drawn, n - n // 2)):
@@ -173,7 +175,7 @@ def main() -> None:
     bench = Bench(options.model, options.images, options.seed, tuple(map(int, options.steps.split(","))))
     setting, _ = opened(bench)
     forecast = Forecast.start(setting, find_suggest("default", setting.graphs[None], setting.device.profile), load_task(None, {}).limits)
-    forecast.profile_device(CALIBRATION_S, options.seed, lambda phase, done, total: None)
+    measure_ahead(forecast, CALIBRATION_S, options.seed, lambda phase, done, total: None)
     chosen = [*candidates(forecast, options.policies, options.seed)]
     policies = [proposal.policy.model_copy(update={"quant": QuantSpec()}) for _, proposal in chosen]
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // options.jobs))

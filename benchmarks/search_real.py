@@ -32,9 +32,11 @@ from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESample
 sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
+from autocompress.candidates.ahead import measure_ahead
 from autocompress.candidates.appraisals import Appraisals
 from autocompress.candidates.forecast import Forecast
 from autocompress.candidates.likeness import Likeness
+from autocompress.candidates.pool import draw_pool
 from autocompress.candidates.proposals import Proposal
 from autocompress.controller.rungs import APPRAISED_FIRST, SINGLES_SHARE
 from autocompress.devices import open_device
@@ -152,10 +154,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         setting = prepare(task, Path(folder), load(task))
         forecast = Forecast.start(setting, find_suggest(options.space, setting.graphs[None], setting.device.profile), task.limits)
-        forecast.profile_device(CALIBRATION_S, 0, lambda phase, done, total: None)
+        measure_ahead(forecast, CALIBRATION_S, 0, lambda phase, done, total: None)
         remembered = Remembered(forecast)
         for seed in range(options.seeds):
-            pool = forecast.pool(seed, POOL_S)
+            pool = draw_pool(forecast, seed, POOL_S)
             for kind in runs:
                 runs[kind].append(found(task, forecast, remembered, pool, kind, seed, options.evaluations))
                 print(kind, seed, [(round(worth, 3), round(1e6 * latency)) for worth, latency in runs[kind][-1]], flush=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autocompress.candidates.forecast import DRAWS, FEASIBILITY_SLACK, Forecast, Untrained
+from autocompress.candidates.forecast import FEASIBILITY_SLACK, Forecast, Untrained
+from autocompress.candidates.pool import DRAWS
 from autocompress.candidates.proposals import Proposal
 from autocompress.errors import InfeasibleBudget
 from autocompress.policy import Policy

@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import tempfile
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-
-from autocompress.candidates.proposals import Proposal, capacity, elites, inheritance
+from autocompress.candidates.proposals import Proposal, capacity, inheritance
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import PolicyFailure
 from autocompress.failures import policy_errors
 from autocompress.graph import Structure
 from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.policy import Policy
-from autocompress.progress import PhaseTick
 from autocompress.records import Budget, Measurement, Outcome, Prediction, Workload
 from autocompress.schedule import FEWEST_EXAMPLES
 from autocompress.search_space import Suggest, with_default_distillation
 from autocompress.setting import Setting
 from autocompress.starting import UNTRAINED, untrained_student
-from autocompress.suggesters import LevelSuggester, Variation
 
-DRAWS, MOST_DRAWS = 64, 4096
-GENERATIONS, CHILDREN = 100, 4
-"""How often a pool is bred, and how many variations each of its latencies gets each time."""
-OPERATOR_DRAWS = 64
-WHOLE_NETWORKS, LEAST_NETWORKS = 6, 2
 UNTRAINED_SECONDS_EACH = 0.3
 """Of measuring a network that is only timed."""
 SLOW_ORIGINAL_S = 0.25
@@ -144,55 +133,6 @@ class Forecast:
         limits = [limit for limit in (self.budget.latency_s, self.budget.p95_s) if limit is not None]
         return min([*limits, self.recent_baseline_s])
 
-    # -- of the whole space -----------------------------------------------------------------------------------------
-
-    def pool(self, seed: int, seconds: float) -> list[Proposal]:
-        """Some hundred policies, at all latencies of interest those that promise most, in any order.
-
-        Draws of the space, then variations of the best, up to GENERATIONS times CHILDREN of each cell, or until nothing gets better.
-
-        The search is MAP-Elites (Mouret & Clune 2015, arXiv 1504.04909) with latencies as cells: what is found at one latency is a
-        step towards the best of the next. Draws get a quarter of `seconds`.
-        Raises UsageError when the space names groups, blocks, layers or architectures that the model does not have.
-        """
-        generator, now = np.random.default_rng(seed), time.monotonic()
-        pool = self._draw([LevelSuggester(generator) for _ in range(DRAWS)])
-        while len(pool) < MOST_DRAWS and time.monotonic() < now + 0.25 * seconds:
-            pool += self._draw([LevelSuggester(generator) for _ in range(DRAWS)])
-        cells, before = self._elites(pool), None
-        for _ in range(GENERATIONS):
-            if time.monotonic() > now + seconds or cells == before:
-                break
-            parents = [cell[generator.integers(len(cell))] for cell in cells for _ in range(CHILDREN)]
-            children = self._bred(parents, generator, now + seconds)
-            cells, before = self._elites([*itertools.chain(*cells), *children]), cells
-        pool = [*itertools.chain(*cells)]
-        return [pool[index] for index in generator.permutation(len(pool))]
-
-    def _bred(self, parents: Sequence[Proposal], generator: np.random.Generator, until: float) -> list[Proposal]:
-        """A variation of each, in any order, as far as there is time: of a large network a draw takes long."""
-        bred: list[Proposal] = []
-        order = generator.permutation(len(parents))
-        for start in range(0, len(parents), DRAWS):
-            if time.monotonic() < until:
-                bred += self._draw([Variation(parents[index].params, LevelSuggester(generator)) for index in order[start : start + DRAWS]])
-        return bred
-
-    def _elites(self, pool: Sequence[Proposal]) -> list[list[Proposal]]:
-        """Of each latency what is least too large, and of that what promises most; a little beyond the limit, since predictions err."""
-
-        def merit(proposal: Proposal) -> tuple[float, float]:
-            excess = self.violation(proposal.workload, proposal.latency_s, self.budget.of_size)
-            return -max(0.0, excess), proposal.promise
-
-        return elites(pool, FEASIBILITY_SLACK * self.latency_limit, merit)
-
-    def _draw(self, suggesters: Sequence[LevelSuggester | Variation]) -> list[Proposal]:
-        policies = [self.suggest(suggester) for suggester in suggesters]
-        for policy in policies:
-            self.setting.graph_of(policy).require_known(policy)
-        return self.proposals(policies, [suggester.params for suggester in suggesters])
-
     def within_budget(self, pool: Sequence[Proposal], *, margin: float = 0.0) -> list[Proposal]:
         """The pool with latencies as predicted by now, without what is over the budget, or would be if it were slower by `margin`."""
         now = [replace(p, latency_s=self.latency_s(p)) for p in pool]
@@ -242,45 +182,14 @@ class Forecast:
         """Fit the latency model to what has been measured of these, beside what it knew."""
         for outcome in outcomes:
             if outcome.latency_s is not None:
-                self._note(outcome.policy, outcome.latency_s.relative(self.recent_baseline_s))
+                self.note(outcome.policy, outcome.latency_s.relative(self.recent_baseline_s))
         self.refit()
 
     def refit(self) -> None:
         """Fit the latency model to all that has been measured."""
         self.model.fit([(workload, originals * self.recent_baseline_s) for workload, originals in self.networks.values()])
 
-    def profile_device(self, seconds: float, seed: int, tick: PhaseTick, *, networks: int | None = None) -> None:
-        """Measure operators for half of the time, then whole networks of the latencies of interest, without training.
-
-        networks: how many at most; None: the few that a search can afford.
-        """
-        until, generator = time.monotonic() + seconds, np.random.default_rng(seed)
-        policies = [self.suggest(LevelSuggester(generator)) for _ in range(OPERATOR_DRAWS)]
-        workloads = [self.workload(Policy()), *(self.workload(policy) for policy in policies)]
-        with self.setting.ledger.spend("calibrate"):
-            self.model.table.measure(
-                self.setting.device, workloads, 0.5 * seconds, lambda done, total: tick("measuring operators", done, total)
-            )
-        by_latency = self._of_interest({self.structure(policy): policy for policy in policies}.values())
-        chosen = np.unique(np.linspace(0, len(by_latency) - 1, networks or WHOLE_NETWORKS).round().astype(int))
-        for done, index in enumerate(generator.permutation(chosen)):  # where time is short, not the fastest only
-            if time.monotonic() > until and done >= LEAST_NETWORKS:
-                break
-            tick("measuring whole networks", done, len(chosen))
-            self.add_to_baseline_history(self.measure_untrained(by_latency[index]))
-        self._note(Policy(), 1.0)
-        self.refit()
-
-    def _of_interest(self, policies: Iterable[Policy]) -> list[Policy]:
-        """Fastest first, without those far over the limit, which take long to measure and are of no use; a few in any case.
-
-        As predicted from operators alone, in units of what these predict for the original.
-        """
-        limit = FEASIBILITY_SLACK * self.latency_limit / self.recent_baseline_s * self.predict(Policy()).value
-        by_latency = sorted(policies, key=lambda policy: self.predict(policy).value)
-        return [policy for rank, policy in enumerate(by_latency) if rank < WHOLE_NETWORKS or self.predict(policy).value <= limit]
-
-    def _note(self, policy: Policy, originals: float) -> None:
+    def note(self, policy: Policy, originals: float) -> None:
         """Keep what the policy's network took, in units of what the original took beside it."""
         structure = self.structure(policy)
         if structure not in self.networks and len(self.model.table):
@@ -307,7 +216,7 @@ class Forecast:
             except PolicyFailure:
                 return None
         original = beside[0] if beside else None
-        self._note(policy, latency.median / (original.median if original is not None else self.recent_baseline_s))
+        self.note(policy, latency.median / (original.median if original is not None else self.recent_baseline_s))
         return Untrained(policy, latency, manifest.size_bytes, original)
 
     def usual(self, found: Untrained) -> Measurement:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+from autocompress.candidates.ahead import measure_ahead
 from autocompress.candidates.feasibility import Feasibility
+from autocompress.candidates.pool import draw_pool
 from autocompress.candidates.proposals import Proposal
 from autocompress.controller.findings import Findings
 from autocompress.data import sample
@@ -25,9 +27,9 @@ GUESSING = 0.05
 """Share of the way from guessing to no error: an original that has not gone so far looks untrained, which is told."""
 
 
-def profile_device(findings: Findings) -> None:
+def learn_latencies(findings: Findings) -> None:
     """Learn to predict latency, for a share of the time, and from what a resumed search had measured."""
-    findings.forecast.profile_device(profiling_seconds(findings.clock), findings.task.seed, findings.show)
+    measure_ahead(findings.forecast, profiling_seconds(findings.clock), findings.task.seed, findings.show)
     findings.adopt_drifted_baseline()
     findings.forecast.learn(measured(findings.journal.outcomes))
 
@@ -35,7 +37,7 @@ def profile_device(findings: Findings) -> None:
 def propose(findings: Findings) -> list[Proposal]:
     """Policies to begin with, and to fall back on; raises InfeasibleBudget when none can meet the budget."""
     findings.show("choosing first policies")
-    pool = findings.forecast.pool(findings.task.seed + findings.journal.asked, pool_seconds(findings.clock))
+    pool = draw_pool(findings.forecast, findings.task.seed + findings.journal.asked, pool_seconds(findings.clock))
     if findings.best is None:
         Feasibility(findings.forecast).require_feasible(pool)
     return pool

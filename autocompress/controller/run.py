@@ -14,7 +14,7 @@ from torch import nn
 from autocompress.candidates.forecast import Forecast
 from autocompress.controller.conclude import conclude
 from autocompress.controller.findings import Findings
-from autocompress.controller.opening import ask_teacher, know_baseline, profile_device, propose, train_teacher_of_demo
+from autocompress.controller.opening import ask_teacher, know_baseline, learn_latencies, propose, train_teacher_of_demo
 from autocompress.controller.resuming import forget_teacher, known_before, take_up, taken_before
 from autocompress.controller.rungs import Rungs
 from autocompress.controller.verdict import require_found
@@ -155,7 +155,7 @@ def _assemble(
 def _phases(findings: Findings, known: Journal | None) -> None:
     """All of a search, from what is known, by another one too, to what is reported."""
     take_up(findings)
-    profile_device(findings)
+    learn_latencies(findings)
     pool = propose(findings)
     if findings.task.is_demo:
         train_teacher_of_demo(findings)

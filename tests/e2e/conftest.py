@@ -9,7 +9,9 @@ import pytest
 from running import TASK
 from tasks import SLOW_CALLS, blobs, trained_net
 
+from autocompress.candidates.ahead import measure_ahead
 from autocompress.candidates.forecast import Forecast
+from autocompress.candidates.pool import draw_pool
 from autocompress.controller.findings import Findings
 from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.loading import load
@@ -31,7 +33,7 @@ def own_cache(tmp_path_factory):
 def lean(own_cache):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(own_cache))
-        patch.setattr("autocompress.candidates.forecast.WHOLE_NETWORKS", 2)
+        patch.setattr("autocompress.candidates.ahead.WHOLE_NETWORKS", 2)
         patch.setattr("autocompress.schedule.APPRAISAL_SHARE", 0.03)
         patch.setattr("autocompress.schedule.PROFILING_SHARE", 0.03)
         patch.setattr("autocompress.schedule.POOL_SHARE", 0.01)
@@ -54,13 +56,13 @@ def forecast(net, data, tmp_path_factory):
     setting = replace(setting, baseline=replace(setting.baseline, val_score=Score(value=0.9)))
     suggest = find_suggest("default", setting.graphs[None], setting.device.profile)
     found = Forecast(setting, suggest, Budget(), FittedLatencyModel(OperatorTable()))
-    found.profile_device(2.0, 0, lambda *_: None)
+    measure_ahead(found, 2.0, 0, lambda *_: None)
     return found
 
 
 @pytest.fixture(scope="module")
 def pool(forecast):
-    return forecast.pool(0, 1.5)
+    return draw_pool(forecast, 0, 1.5)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 from tasks import SLOW_CALLS, blobs, trained_net
 
 from autocompress import cli, schedule, session
-from autocompress.candidates import forecast
+from autocompress.candidates import ahead
 from autocompress.controller.pace import Pace
 from autocompress.study.journal import Journal
 from autocompress.testing.devices import FakeDevice
@@ -38,7 +38,7 @@ def main() -> int:
 
     session.run_search, Journal.record = run_here, tell
     Pace.overhead = lambda self: 0.2
-    schedule.APPRAISAL_SHARE, schedule.SHORT_SHARE, schedule.SHORT_RUNS, forecast.WHOLE_NETWORKS = 0.01, 0.8, 60, 2
+    schedule.APPRAISAL_SHARE, schedule.SHORT_SHARE, schedule.SHORT_RUNS, ahead.WHOLE_NETWORKS = 0.01, 0.8, 60, 2
     schedule.PROFILING_SHARE, schedule.POOL_SHARE = 0.02, 0.005
     own = ["search", "--model", "own:net", "--data", "own:blobs", "--search-time", "180s", "--out", sys.argv[1], *sys.argv[2:]]
     return cli.main(own)

@@ -54,7 +54,7 @@ def test_until_one_is_within_the_budget_the_next_is_so_by_a_margin_where_one_is(
     monkeypatch.setattr(findings.forecast, "proposal", lambda policy, params: next(p for p in pool if p.policy == policy))
     findings.forecast.limits = Budget(latency_s=1.02 * findings.forecast.latency_s(slow))
     for proposal in (slow, fast):
-        findings.forecast._note(proposal.policy, proposal.latency_s / findings.setting.baseline.latency_s.median)
+        findings.forecast.note(proposal.policy, proposal.latency_s / findings.setting.baseline.latency_s.median)
     appraised(findings, [slow])
     assert Chooser(findings)._new_structure(pool[:0]).policy == slow.policy, "there is nothing else"
     appraised(findings, [fast])
@@ -74,7 +74,7 @@ def test_the_margin_is_kept_by_what_is_measured_as_by_what_is_predicted(findings
     limit = 1.1 * findings.forecast.latency_s(slow)
     findings.forecast.limits = Budget(latency_s=limit)
     appraised(findings, [slow, fast])
-    findings.forecast._note(slow.policy, limit / 1.03 / findings.setting.baseline.latency_s.median)
+    findings.forecast.note(slow.policy, limit / 1.03 / findings.setting.baseline.latency_s.median)
     assert findings.forecast.settled_excess(slow) <= 0 < findings.forecast.settled_excess(slow, margin=2 * INTERVAL_HEADROOM)
     assert Chooser(findings)._new_structure(pool[:0]).policy == fast.policy
 
@@ -86,7 +86,7 @@ def test_where_networks_are_slower_than_predicted_the_next_to_be_measured_is_fas
     def measured(policy):
         tried.append(policy)
         slower = truth[policy.digest]
-        forecast._note(policy, slower / findings.setting.baseline.latency_s.median)
+        forecast.note(policy, slower / findings.setting.baseline.latency_s.median)
         return Untrained(policy, measurement(slower), 9)
 
     known = sorted(pool, key=lambda p: p.latency_s)
@@ -107,7 +107,7 @@ def test_what_measuring_has_ruled_out_is_not_trained_where_something_else_may_do
     near = min(pool, key=lambda p: p.latency_s)
     monkeypatch.setattr(Appraisals, "_worth", lambda self, p: 0.9)
     forecast.limits = Budget(latency_s=1.01 * slow.latency_s)
-    monkeypatch.setattr(forecast, "settled_excess", lambda proposal, margin=0.0: forecast._note(proposal.policy, 9.0) or 9.0)
+    monkeypatch.setattr(forecast, "settled_excess", lambda proposal, margin=0.0: forecast.note(proposal.policy, 9.0) or 9.0)
     appraised(findings, [slow])
     assert Chooser(findings)._new_structure([near]).policy == near.policy, "the other was ruled out"
     trained(findings, near.policy, 0.5 * slow.latency_s)
@@ -158,7 +158,7 @@ def test_the_unchanged_network_in_int8_costs_nothing_where_it_is_over_the_budget
     int8 = findings.forecast.predict(policy)
     findings.forecast.limits = Budget(latency_s=0.99 * (int8.value if known else int8.low))
     if known:
-        findings.forecast._note(policy, int8.value / findings.setting.baseline.latency_s.median)
+        findings.forecast.note(policy, int8.value / findings.setting.baseline.latency_s.median)
     Rungs(findings)._evaluate_unchanged()
     assert not findings.journal.outcomes
 
@@ -290,7 +290,7 @@ def test_what_should_be_best_is_measured_until_it_takes_what_was_predicted(findi
 
     def measure(self, policy):
         asked.append(policy)
-        self._note(policy, next(left) * best[-1].latency_s / self.recent_baseline_s)
+        self.note(policy, next(left) * best[-1].latency_s / self.recent_baseline_s)
         return True
 
     best = []
@@ -316,7 +316,7 @@ def test_the_best_that_may_be_within_the_budget_is_measured(findings, pool, monk
 
     def measure(self, policy):
         asked.append(rank[policy.digest])
-        self._note(policy, next(left) * limit_s / self.recent_baseline_s)
+        self.note(policy, next(left) * limit_s / self.recent_baseline_s)
         return True
 
     monkeypatch.setattr(Forecast, "measure_untrained", measure)

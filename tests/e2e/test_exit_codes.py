@@ -29,7 +29,7 @@ class Unplugged(FakeDevice):
 def search(net, data, tmp_path, monkeypatch):
     """Runs `autocompress search` on a device; returns its exit code."""
     monkeypatch.setattr("autocompress.schedule.SHORT_RUNS", 100)
-    monkeypatch.setattr("autocompress.candidates.forecast.WHOLE_NETWORKS", 2)
+    monkeypatch.setattr("autocompress.candidates.ahead.WHOLE_NETWORKS", 2)
     monkeypatch.setattr("autocompress.controller.pace.Pace.overhead", lambda self: 0.2)
     monkeypatch.setattr("autocompress.controller.rungs.Rungs.full_rung", lambda self: None)
 

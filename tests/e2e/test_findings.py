@@ -13,7 +13,7 @@ from tasks import SLOW_CALLS, Diary
 from autocompress.candidates.forecast import Untrained
 from autocompress.controller.choice import Chooser
 from autocompress.controller.findings import Findings
-from autocompress.controller.opening import know_baseline, profile_device
+from autocompress.controller.opening import know_baseline, learn_latencies
 from autocompress.controller.pace import LEAST_OVERHEAD_S, Pace
 from autocompress.controller.rungs import Rungs
 from autocompress.controller.verdict import require_found
@@ -140,7 +140,7 @@ def test_an_original_that_was_measured_too_fast_is_known_better_before_a_policy_
     hasty = truth.model_copy(update={"median": 0.77 * truth.median, "high": 0.77 * truth.high})
     findings.setting = replace(findings.setting, baseline=replace(findings.setting.baseline, latency_s=hasty), baseline_history=[hasty])
     findings.forecast.limits = Budget(relative=0.5)
-    profile_device(findings)
+    learn_latencies(findings)
     assert findings.setting.baseline.latency_s.median == pytest.approx(truth.median)
     assert findings.budget.latency_s == pytest.approx(0.5 * truth.median)
     original = findings.forecast.structure(Policy())
@@ -321,7 +321,7 @@ def test_a_prediction_is_judged_as_it_was_before_the_network_was_measured(findin
     policy = unmeasured[0].policy
     before = findings.forecast.predict(policy)
     for proposal in unmeasured[:12]:
-        findings.forecast._note(
+        findings.forecast.note(
             proposal.policy, 3.0 * findings.forecast.predict(proposal.policy).value / findings.setting.baseline.latency_s.median
         )
     findings.forecast.refit()

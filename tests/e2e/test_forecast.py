@@ -12,8 +12,11 @@ import torch
 from tasks import SLOW_CALLS, Diary, Net
 from torch import nn
 
+from autocompress.candidates import pool as pool_module
+from autocompress.candidates.ahead import measure_ahead
 from autocompress.candidates.feasibility import Feasibility
-from autocompress.candidates.forecast import DRAWS, FEASIBILITY_SLACK, Forecast
+from autocompress.candidates.forecast import FEASIBILITY_SLACK, Forecast
+from autocompress.candidates.pool import DRAWS, draw_pool
 from autocompress.candidates.proposals import CELLS, KEPT_EACH
 from autocompress.errors import InfeasibleBudget, UsageError
 from autocompress.latency import FittedLatencyModel, OperatorTable
@@ -57,24 +60,24 @@ def test_the_cure_of_a_budget_that_nothing_meets_is_of_its_kind_and_works(settin
 
 def test_a_budget_just_out_of_reach_is_refused_once_the_device_is_known(setting):
     found = forecast(setting)
-    found.profile_device(2.0, 0, lambda *_: None)
-    fastest = min(found.pool(0, 1.0), key=lambda p: p.latency_s)
+    measure_ahead(found, 2.0, 0, lambda *_: None)
+    fastest = min(draw_pool(found, 0, 1.0), key=lambda p: p.latency_s)
     seconds = FakeDevice(SLOW_CALLS).seconds_of(fastest.workload)
     found.limits = Budget.parse(f"{0.8e6 * seconds:.4f}us")
     Feasibility(found).require_hope()
     with pytest.raises(InfeasibleBudget, match="no policy of the space meets the budget") as caught:
-        Feasibility(found).require_feasible(found.pool(0, 1.0))
+        Feasibility(found).require_feasible(draw_pool(found, 0, 1.0))
     assert caught.value.binds
     assert f"the time goes to {caught.value.binds}" in caught.value.hint
     found.limits = Budget.parse(re.search(r"--budget (\S+?)[;,]", caught.value.hint)[1])
-    Feasibility(found).require_feasible(found.pool(0, 1.0))
+    Feasibility(found).require_feasible(draw_pool(found, 0, 1.0))
 
 
 def test_a_size_and_a_time_that_no_policy_meets_together_are_refused_with_what_does(setting):
     """Storage of 4 bits is small and computed in float32; int8 is fast and twice as large."""
     found = forecast(setting, space="quantize")
-    found.profile_device(2.0, 0, lambda *_: None)
-    pool = found.pool(0, 1.0)
+    measure_ahead(found, 2.0, 0, lambda *_: None)
+    pool = draw_pool(found, 0, 1.0)
     small, fast = (min(pool, key=key) for key in (lambda p: p.workload.weight_bytes, lambda p: p.latency_s))
     overhead = setting.baseline.size_bytes - setting.graphs[None].workload(Policy()).weight_bytes
     assert fast.workload.weight_bytes > 1.1 * small.workload.weight_bytes and small.latency_s > 1.1 * fast.latency_s
@@ -96,7 +99,7 @@ def test_whole_networks_that_are_measured_ahead_are_of_the_latencies_of_interest
     """A student that is wider than the teacher takes long to be made and measured, and says nothing of those within the budget."""
     found, measured = forecast(setting, "0.6x"), []
     monkeypatch.setattr(Forecast, "measure_untrained", lambda self, policy: measured.append(policy))
-    found.profile_device(2.0, 0, lambda *_: None)
+    measure_ahead(found, 2.0, 0, lambda *_: None)
     slowest = max(found.predict(policy).value for policy in measured)
     assert len(measured) > 1
     assert slowest <= FEASIBILITY_SLACK * found.latency_limit < found.setting.baseline.latency_s.median
@@ -116,7 +119,7 @@ def test_a_machine_that_is_slower_now_and_then_changes_no_prediction(setting):
     policy = Policy(student=StudentSpec(width=0.5))
     for found in (steady, moody):
         found.setting.baseline_history.clear()
-        found.profile_device(2.0, 0, lambda *_: None)
+        measure_ahead(found, 2.0, 0, lambda *_: None)
     assert moody.predict(policy).value == pytest.approx(steady.predict(policy).value)
     truth = steady.usual(steady.measure_untrained(policy)).median
     for _ in range(2):
@@ -185,8 +188,8 @@ def test_a_budget_that_only_float32_meets_is_not_refused_where_int8_is_slower(ne
     assert in_int8 > 3 * in_float
     found = forecast(setting, f"{1.05e6 * in_float:.3f}us")
     Feasibility(found).require_hope()
-    found.profile_device(2.0, 0, lambda *_: None)
-    Feasibility(found).require_feasible(found.pool(0, 1.0))
+    measure_ahead(found, 2.0, 0, lambda *_: None)
+    Feasibility(found).require_feasible(draw_pool(found, 0, 1.0))
     with pytest.raises(InfeasibleBudget) as caught:
         Feasibility(forecast(setting, "1us")).require_hope()
     assert in_float <= caught.value.smallest_latency_s < 1.1 * in_float
@@ -203,14 +206,15 @@ def best_within(pool, latency_s):
 @pytest.fixture
 def drawn_and_bred(monkeypatch):
     """The draws that a pool begins with, and the pool; of fixed work, whatever the machine does besides."""
-    monkeypatch.setattr("autocompress.candidates.forecast.MOST_DRAWS", 1024)
-    monkeypatch.setattr("autocompress.candidates.forecast.GENERATIONS", 20)
+    monkeypatch.setattr("autocompress.candidates.pool.MOST_DRAWS", 1024)
+    monkeypatch.setattr("autocompress.candidates.pool.GENERATIONS", 20)
 
     def make(found):
-        found.profile_device(2.0, 0, lambda *_: None)
+        measure_ahead(found, 2.0, 0, lambda *_: None)
         seen = []
-        monkeypatch.setattr(found, "_draw", lambda suggesters: seen.append(Forecast._draw(found, suggesters)) or seen[-1])
-        pool = found.pool(0, 1e6)
+        draw = pool_module._draw
+        monkeypatch.setattr(pool_module, "_draw", lambda forecast, suggesters: seen.append(draw(forecast, suggesters)) or seen[-1])
+        pool = draw_pool(found, 0, 1e6)
         return [p for part in seen[: 1024 // DRAWS] for p in part], pool
 
     return make
@@ -241,12 +245,12 @@ def test_a_pool_holds_what_a_limit_on_size_allows(setting, drawn_and_bred):
 
 def test_a_pool_is_not_empty_where_nothing_is_within_the_budget(setting):
     found = forecast(setting, "0.01us")
-    assert len(found.pool(0, 1.0)) > KEPT_EACH
+    assert len(draw_pool(found, 0, 1.0)) > KEPT_EACH
 
 
 def test_a_space_of_few_policies_is_soon_bred(setting):
     found = forecast(setting, suggest=lambda trial: Policy(quant=QuantSpec(bits=trial.suggest_categorical("bits", [8, 32]))))
-    pool = found.pool(0, 1e6)
+    pool = draw_pool(found, 0, 1e6)
     assert {p.policy.quant.bits for p in pool} == {8, 32}
     assert len(pool) == 2
 
@@ -262,14 +266,14 @@ def test_slow_draws_leave_time_to_breed(setting):
         return draw(suggester)
 
     started = time.monotonic()
-    forecast(setting, suggest=slow).pool(0, 3.0)
+    draw_pool(forecast(setting, suggest=slow), 0, 3.0)
     assert kinds.count(LevelSuggester) < 150
     assert kinds.count(Variation) > 10
     assert time.monotonic() - started < 3.0 + 10 * DRAWS * 0.02, "the clock is looked at between a few draws"
 
 
 def test_a_pool_keeps_to_its_time_and_is_never_empty(setting):
-    assert 0 < len(forecast(setting).pool(0, 0.0)) <= DRAWS
+    assert 0 < len(draw_pool(forecast(setting), 0, 0.0)) <= DRAWS
 
 
 @pytest.mark.parametrize(
@@ -282,7 +286,7 @@ def test_a_pool_keeps_to_its_time_and_is_never_empty(setting):
 )
 def test_a_space_of_ones_own_that_names_what_is_not_there_is_refused_before_training(setting, policy, message):
     with pytest.raises(UsageError, match=message):
-        forecast(setting, suggest=lambda trial: policy).pool(0, 1.0)
+        draw_pool(forecast(setting, suggest=lambda trial: policy), 0, 1.0)
 
 
 def test_weights_that_no_file_can_hold_are_over_every_budget(setting):
@@ -312,8 +316,8 @@ def test_a_network_that_cannot_be_traced_is_searched_all_the_same(data, tmp_path
 def test_a_budget_that_the_interval_of_a_prediction_straddles_is_decided_by_measuring(setting):
     """Else a search would train for an hour what cannot meet its budget."""
     found = forecast(setting)
-    found.profile_device(2.0, 0, lambda *_: None)
-    pool = found.pool(0, 1.0)
+    measure_ahead(found, 2.0, 0, lambda *_: None)
+    pool = draw_pool(found, 0, 1.0)
     known = [*(found.proposal(policy, {}) for policy in fastest(found.suggest)), *pool]
     least = min(FakeDevice(SLOW_CALLS).seconds_of(proposal.workload) for proposal in known)
     found.model._spread = 0.5

@@ -57,7 +57,7 @@ def test_a_task_file_with_a_model_and_photos_of_ones_own(place, capsys, monkeypa
 
     monkeypatch.setattr("autocompress.schedule.SHORT_RUNS", 30)
     monkeypatch.setattr("autocompress.controller.rungs.Rungs.full_rung", lambda self: None)
-    monkeypatch.setattr("autocompress.candidates.forecast.WHOLE_NETWORKS", 2)
+    monkeypatch.setattr("autocompress.candidates.ahead.WHOLE_NETWORKS", 2)
     run, out = place / "run", place / "shipped"
     assert main(["search", str(place / "task.toml"), "--quiet", "--out", str(run)]) == 0
     assert main(["export", str(run), "--pick", "int8", "--out", str(out), "--json"]) == 0
@@ -77,7 +77,7 @@ def test_a_task_file_with_a_model_and_photos_of_ones_own(place, capsys, monkeypa
 
 def test_students_of_another_architecture_are_searched_and_made_again(net, data, tmp_path, monkeypatch):
     monkeypatch.setattr("autocompress.schedule.SHORT_RUNS", 30)
-    monkeypatch.setattr("autocompress.candidates.forecast.WHOLE_NETWORKS", 2)
+    monkeypatch.setattr("autocompress.candidates.ahead.WHOLE_NETWORKS", 2)
     monkeypatch.setattr("autocompress.controller.pace.Pace.overhead", lambda self: 0.2)
     monkeypatch.setattr("autocompress.controller.rungs.Rungs.full_rung", lambda self: None)
     (tmp_path / "other.py").write_text(OTHER)

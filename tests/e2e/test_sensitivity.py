@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from optuna.trial import FixedTrial
 
+from autocompress.candidates.pool import draw_pool
 from autocompress.candidates.sensitivity import BITS_LOSS, LEVELS, Sensitivity
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.records import Budget
@@ -93,7 +94,7 @@ def test_the_best_policies_keep_their_limits_and_lose_less_than_others(own):
     assert len(best) >= 3
     assert max(latencies) <= own.budget.latency_s
     assert latencies == sorted(latencies, reverse=True)
-    pool = own.within_budget(own.pool(0, 3.0))
+    pool = own.within_budget(draw_pool(own, 0, 3.0))
     foreseen = sensitivity.foreseen(pool)
     shares = []
     for proposal, worth in zip(best, sensitivity.foreseen(best), strict=True):
