@@ -25,7 +25,7 @@ from autocompress.policy import Policy
 from autocompress.preparation import limit_validation, prepare
 from autocompress.references import DEFAULT_DEVICE
 from autocompress.report.view import agreement, format_score
-from autocompress.search_space import find_suggest, with_default_distillation, with_exact_int8
+from autocompress.search_space import suggest_of, with_default_distillation, with_exact_int8
 from autocompress.setting import Setting
 from autocompress.starting import untrained_student
 from autocompress.suggesters import LevelSuggester
@@ -114,7 +114,7 @@ def _seed(text: str) -> int:
 
 
 def _draw(task: Task, seed: int, setting: Setting) -> Policy:
-    suggest = find_suggest(task.space, setting.graphs[task.student], setting.device.profile, reference=task.student)
+    suggest = suggest_of(task, setting.graphs, setting.device.profile)
     return with_default_distillation(suggest)(LevelSuggester(np.random.default_rng(seed)))
 
 

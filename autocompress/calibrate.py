@@ -11,7 +11,7 @@ from autocompress.candidates.forecast import Forecast
 from autocompress.loading import load
 from autocompress.preparation import prepare
 from autocompress.progress import Progress, counting
-from autocompress.search_space import find_suggest
+from autocompress.search_space import suggest_of
 from autocompress.task import Task
 
 NETWORKS = 32
@@ -26,7 +26,7 @@ def calibrate(task: Task, seconds: float, progress: Progress) -> dict[str, Any]:
     task, tick = task.absolute(), counting(progress)
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
         setting = prepare(task, Path(folder) / "run", load(task, tick=tick))
-        suggest = find_suggest(task.space, setting.graphs[task.student], setting.device.profile, reference=task.student)
+        suggest = suggest_of(task, setting.graphs, setting.device.profile)
         forecast = Forecast.start(setting, suggest, task.limits)
         measure_ahead(forecast, seconds, task.seed, tick, networks=NETWORKS)
     held_out = forecast.model.held_out_error().model_dump(mode="json")

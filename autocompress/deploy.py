@@ -20,8 +20,7 @@ from torch import fx, nn
 
 from autocompress.batch import Batch, Inputs, call_network, random_like, tensors_of
 from autocompress.beside_baseline import seconds_for
-from autocompress.compress.quantize import TINY, fake_quantize, is_quantized
-from autocompress.compress.student import build_student
+from autocompress.compress.quantize import TINY, is_quantized
 from autocompress.devices import open_device
 from autocompress.devices.base import Device, identity
 from autocompress.devices.runtime import CURES
@@ -291,7 +290,7 @@ def recreate(
             reference = load_model(reference, weights=own, classes=manifest.classes)
     example, reference = _example(manifest), own_copy(reference)
     simplify_call(reference, example)
-    made = load_student(bundle, fake_quantize(build_student(Graph.trace(reference, tensors_of(example)), policy), policy.quant))
+    made = load_student(bundle, Graph.trace(reference, tensors_of(example)), policy)
     _require_same(made, bundle / MODEL, example, device or open_device(DEFAULT_DEVICE))
     return made
 

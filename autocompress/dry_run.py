@@ -10,7 +10,7 @@ from autocompress.demo_size import of_fitting_size
 from autocompress.loading import load
 from autocompress.progress import Progress, counting
 from autocompress.records import Budget
-from autocompress.search_space import find_suggest, with_default_distillation
+from autocompress.search_space import suggest_of, with_default_distillation
 from autocompress.suggesters import LevelSuggester
 from autocompress.task import Task
 
@@ -21,7 +21,7 @@ def dry_run(task: Task, progress: Progress) -> dict[str, Any]:
     found = task.absolute()
     loaded = load(found, tick=counting(progress))
     graph, data = loaded.graphs[task.student], loaded.data
-    suggest = find_suggest(found.space, graph, loaded.device.profile, reference=task.student)
+    suggest = suggest_of(found, loaded.graphs, loaded.device.profile)
     generator = np.random.default_rng(task.seed)
     drawn = LevelSuggester(generator)
     suggest(drawn)

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from autocompress.batch import tensors_of
-from autocompress.data.sources import load_data
 from autocompress.devices import Device, open_device
 from autocompress.graph import ChannelGroup, Graph
 from autocompress.graph.outline import outline
 from autocompress.latency import OperatorTable
-from autocompress.models import example_for, load_model, simplify_call
+from autocompress.loading import open_model
 from autocompress.policy import Policy
 from autocompress.records import OutlineStep
 
@@ -40,14 +39,11 @@ def inspect_model(
     Raises UsageError when the model or the data do not load or do not fit, or the device is unknown.
     """
     target = open_device(device) if device is not None else None
-    loaded, file = load_data(data) if data is not None else None, Path(weights) if weights is not None else None
-    model = load_model(reference, weights=file, classes=loaded.classes if loaded is not None else None)
-    example = loaded.example(1) if loaded is not None else example_for(model, reference, shape=input)
-    output = simplify_call(model, example)
-    graph = Graph.trace(model, tensors_of(example))
+    opened = open_model(reference, weights=Path(weights) if weights is not None else None, data=data, input=input)
+    graph = opened.graph
     steps = outline(graph) if target is None else outline(graph, _measured(graph, target).lookup)
-    shapes = ("x".join(map(str, tensor.shape)) for tensor in tensors_of(example))
-    network = {"model": reference, "input": ", ".join(shapes), "output": output or "all", "device": device}
+    shapes = ("x".join(map(str, tensor.shape)) for tensor in tensors_of(opened.example))
+    network = {"model": reference, "input": ", ".join(shapes), "output": opened.output or "all", "device": device}
     return network | summary(graph) | {
         "layers": _layers(graph, steps),
         "channel_groups": [_group(group) for group in graph.groups],

@@ -20,7 +20,7 @@ from autocompress.errors import UsageError
 from autocompress.export import weights_bytes
 from autocompress.graph import Graph
 from autocompress.graph.plain import own_copy
-from autocompress.models import load_model, load_weights, simplify_call
+from autocompress.models import example_for, load_model, load_weights, simplify_call
 from autocompress.preflight import require_fit
 from autocompress.progress import PhaseTick
 from autocompress.references import draws_itself, require_name
@@ -83,6 +83,27 @@ def load(
     told = (several, data.note, _normalised_otherwise(teacher, data), processor.clock_warning(device.environment().get("governor")))
     notes = tuple(note for note in told if note)
     return Loaded(device, data, teacher, graphs, example, notes)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model by itself, traced. output: the one of several that is taken, or empty."""
+
+    graph: Graph
+    example: Inputs
+    output: str
+
+
+def open_model(reference: str, *, weights: Path | None, data: str | None, input: str | None, batch: int = 1) -> Opened:
+    """A model, traced on the inputs of data, else on those of the shape that `input` says (`example_for`).
+
+    Raises UsageError when the model or the data do not load, or do not fit together.
+    """
+    loaded = load_data(data) if data is not None else None
+    model = load_model(reference, weights=weights, classes=loaded.classes if loaded is not None else None)
+    example = loaded.example(batch) if loaded is not None else example_for(model, reference, batch, input)
+    output = simplify_call(model, example)
+    return Opened(Graph.trace(model, tensors_of(example)), example, output)
 
 
 def _own(model: nn.Module, task: Task) -> nn.Module:

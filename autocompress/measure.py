@@ -8,13 +8,11 @@ from pathlib import Path
 
 from autocompress.batch import tensors_of
 from autocompress.compress.student import build_student
-from autocompress.data.sources import load_data
 from autocompress.devices import Device, open_device
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.export import check_onnx, write_bundle
 from autocompress.failures import refused
-from autocompress.graph import Graph
-from autocompress.models import example_for, load_model, simplify_call
+from autocompress.loading import open_model
 from autocompress.policy import Policy
 from autocompress.records import Measurement
 from autocompress.references import DEFAULT_DEVICE
@@ -35,13 +33,10 @@ def measure_reference(
 ) -> list[Measurement]:
     """Latency of a model as it is on each device: exported in float32, and measured in turns; `input` as in `inspect_model`."""
     targets = [open_device(device) for device in devices]
-    loaded = load_data(data) if data is not None else None
-    model = load_model(reference, weights=weights, classes=loaded.classes if loaded is not None else None)
-    example = loaded.example(batch) if loaded is not None else example_for(model, reference, batch, input)
-    simplify_call(model, example)
-    graph = Graph.trace(model, tensors_of(example))
+    opened = open_model(reference, weights=weights, data=data, input=input, batch=batch)
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder, refused(f"{reference} cannot be measured"):
-        manifest = write_bundle(Path(folder), build_student(graph, Policy()), Policy(), tensors_of(example), model=reference)
+        student = build_student(opened.graph, Policy())
+        manifest = write_bundle(Path(folder), student, Policy(), tensors_of(opened.example), model=reference)
         return _in_turns(Path(folder) / manifest.artifact, targets)
 
 

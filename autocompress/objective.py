@@ -18,9 +18,7 @@ from torch import Tensor, fx
 from autocompress.batch import call_network
 from autocompress.beside_baseline import measure_beside_baseline
 from autocompress.compress.compared import compared_features
-from autocompress.compress.distill import ComparedFeatures
 from autocompress.compress.loss import Distillation
-from autocompress.compress.quantize import fake_quantize
 from autocompress.compress.rates import TrainPlan
 from autocompress.compress.student import build_student
 from autocompress.compress.train import Tick, train, train_quantized
@@ -151,7 +149,7 @@ def _scored_again(setting: Setting, outcome: Outcome, path: Path) -> tuple[Score
     score, policy = outcome.val_score, outcome.policy
     if score is not None and score.n == len(setting.data.val) and _is_of_this_device(setting, outcome):
         return score, outcome.parity
-    student = load_student(path.parent, fake_quantize(build_student(setting.graph_of(policy), policy), policy.quant))
+    student = load_student(path.parent, setting.graph_of(policy), policy)
     outputs, parity = check_artifact(setting, student, path, policy)
     return score_outputs(outputs, setting.data.val.targets, setting.data), parity
 
@@ -168,7 +166,7 @@ def training_step_seconds(setting: Setting, until: float) -> float:
     """
     moments = [time.monotonic()]
     graph, plan = setting.graphs[None], TrainPlan(PROBED_STEPS, deadline=until, batch_size=setting.batch_size, seed=setting.seed)
-    distillation = Distillation(setting.teacher, Policy().distill, _features(setting, Policy()))
+    distillation = _distillation(setting, Policy())
     with suppress(PolicyFailure), policy_errors(setting.log), setting.ledger.spend("train"):
         student = build_student(graph, Policy())
         moments = [time.monotonic()]
@@ -190,7 +188,7 @@ def _trained(setting: Setting, student: fx.GraphModule, policy: Policy, rung: Ru
         quant_fraction=TrainPlan.quant_fraction if reshaped else 1.0,
         to_learn=setting.teacher.distance(student, min(setting.calibration_inputs, setting.most_answers)) if needs_training else 0.0,
     )
-    distillation = Distillation(setting.teacher, policy.distill, _features(setting, policy))
+    distillation = _distillation(setting, policy)
     try:
         trained = train_quantized(student, policy.quant, setting.data, plan, distillation=distillation, tick=tick)
     except Exception:
@@ -204,9 +202,10 @@ def _trained(setting: Setting, student: fx.GraphModule, policy: Policy, rung: Ru
     return trained
 
 
-def _features(setting: Setting, policy: Policy) -> ComparedFeatures | None:
-    """A loss of one's own has a unit of its own, beside which features have no known weight."""
-    return compared_features(setting.graph_of(policy), policy, setting.graphs[None]) if setting.data.loss is None else None
+def _distillation(setting: Setting, policy: Policy) -> Distillation:
+    """Of answers and of features; a loss of one's own has a unit of its own, beside which features have no known weight."""
+    features = compared_features(setting.graph_of(policy), policy, setting.graphs[None]) if setting.data.loss is None else None
+    return Distillation(setting.teacher, policy.distill, features)
 
 
 def check_artifact(setting: Setting, student: fx.GraphModule, path: Path, policy: Policy) -> tuple[Tensor, Parity]:

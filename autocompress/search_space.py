@@ -11,7 +11,7 @@ import inspect
 import math
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -37,6 +37,7 @@ from autocompress.policy import (
 )
 from autocompress.references import call_function, draws_itself, nearest, require_name
 from autocompress.suggesters import DefaultDistillation, SmallEnd, Suggester
+from autocompress.task import Task
 
 Suggest = Callable[[Suggester], Policy]
 Number = TypeVar("Number", int, float)
@@ -338,6 +339,11 @@ def find_suggest(space: str, graph: Graph, profile: DeviceProfile, *, reference:
             )
         return own_suggest(function, space, profile, graph)
     return SearchSpace.build(load_space(space), graph, profile, reference=reference).suggest
+
+
+def suggest_of(task: Task, graphs: Mapping[str | None, Graph], profile: DeviceProfile) -> Suggest:
+    """How the policies of a task are drawn; `graphs` as in `Setting`."""
+    return find_suggest(task.space, graphs[task.student], profile, reference=task.student)
 
 
 def for_device(policy: Policy, profile: DeviceProfile) -> Policy:

@@ -33,7 +33,7 @@ from autocompress.report.page import write_report
 from autocompress.results import ProgressPoint
 from autocompress.run_folder import locked, network_warning, remember_own, require_space, write_atomically
 from autocompress.schedule import Clock
-from autocompress.search_space import find_suggest, own_suggest
+from autocompress.search_space import own_suggest, suggest_of
 from autocompress.setting import Setting
 from autocompress.signals import Attentive, stopped_by_signals
 from autocompress.starting import forget_interrupted
@@ -142,11 +142,11 @@ def _keep_task(task: Task, run: Path) -> None:
 def _assemble(
     task: Task, run: Path, setting: Setting, journal: Journal, clock: Clock, progress: Progress, suggest: Callable[..., Policy] | None
 ) -> Findings:
-    graph, profile = setting.graphs[task.student], setting.device.profile
+    profile = setting.device.profile
     if suggest is not None:
-        named = own_suggest(suggest, "`suggest`", profile, graph)
+        named = own_suggest(suggest, "`suggest`", profile, setting.graphs[task.student])
     else:
-        named = find_suggest(task.space, graph, profile, reference=task.student)
+        named = suggest_of(task, setting.graphs, profile)
     forecast = Forecast.start(setting, named, task.limits)
     history = [ProgressPoint.model_validate(point) for point in journal.noted(Note.PROGRESS) or []]
     return Findings(task, run, journal, forecast, clock, progress, history)

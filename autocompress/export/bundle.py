@@ -15,9 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, fx
 
+from autocompress.compress.quantize import fake_quantize
+from autocompress.compress.student import build_student
 from autocompress.errors import AutocompressError, RunFolderError, UsageError, one_line
 from autocompress.export.onnx import onnx_bytes
 from autocompress.export.weights import weights_bytes
+from autocompress.graph import Graph
 from autocompress.models import load_tensor_state
 from autocompress.policy import Policy, Record
 from autocompress.records import Measurement, Normalisation, Parity, Prediction, Score, Shape
@@ -175,12 +178,12 @@ def is_intact(folder: Path) -> bool:
     return True
 
 
-def load_student(folder: Path, student: fx.GraphModule) -> fx.GraphModule:
-    """Load a bundle's weights into a student that was built and quantized by the bundle's policy.
+def load_student(folder: Path, graph: Graph, policy: Policy) -> fx.GraphModule:
+    """The student of a bundle, made again: built and quantized by the bundle's policy, with the bundle's weights.
 
     Raises UsageError when they are of another shape (the student was built from another teacher), RunFolderError when they are damaged.
     """
-    path = folder / STUDENT
+    path, student = folder / STUDENT, fake_quantize(build_student(graph, policy), policy.quant)
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:

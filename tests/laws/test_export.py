@@ -284,7 +284,7 @@ def test_tied_weights_are_exported_and_loaded(layers, tmp_path):
     differences = (run(payload, inputs) - expected).abs().amax(1) / (expected.max() - expected.min())
     assert differences.median() <= 1e-5, "biases are settled, so that only the rounding of floats is left"
     write_bundle(tmp_path, student, policy, (inputs[:1],), model="own:tied")
-    loaded = load_student(tmp_path, fake_quantize(build_student(graph, policy), policy.quant))
+    loaded = load_student(tmp_path, graph, policy)
     assert torch.equal(answers(loaded, inputs), expected)
 
 
