@@ -365,3 +365,11 @@ class Outcome(Record):
     training_s: float = 0.0
     finishing_s: float = 0.0
     steps: int = 0
+
+
+class TakenOver(Record):
+    """What a search has of another one: ids of networks, the number of appraisals, and whether that is all it will have."""
+
+    ids: tuple[str, ...] = ()
+    appraised: int = 0
+    complete: bool = False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,10 @@ from autocompress.controller.front_json import baseline_entry, entry, ladder_of,
 from autocompress.controller.standing import believed, feasible, front_of
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import PolicyFailure
-from autocompress.export import is_intact, library_versions, now
+from autocompress.export import library_versions, now
 from autocompress.front import measured
-from autocompress.policy import Policy, Record
 from autocompress.progress import Progress
-from autocompress.records import Budget, Failure, FailureStage, Measurement, Outcome, Rung, Score
+from autocompress.records import Budget, Failure, FailureStage, Measurement, Outcome, Score, TakenOver
 from autocompress.report.view import format_score
 from autocompress.results import FailedPolicy, Ladder, ProgressPoint, Results
 from autocompress.run_folder import FRONT, write_atomically
@@ -43,14 +41,6 @@ SLOW_BASELINE_QUANTILE = 0.9
 """Quantile of what the original took that stands for a slow moment: the slowest of all may be an accident."""
 MADE_BY = ("autocompress", "torch", "optuna", "onnx")
 """Libraries that networks are made with."""
-
-
-class TakenOver(Record):
-    """What a search has of another one: ids of networks, the number of appraisals, and whether that is all it will have."""
-
-    ids: tuple[str, ...] = ()
-    appraised: int = 0
-    complete: bool = False
 
 
 @dataclass
@@ -224,45 +214,6 @@ class Findings:
         lost = outcome.model_copy(update={"failure": Failure(stage=stage, reason=error.message)})
         self.journal.record(lost)
         self.announce(lost)
-
-    def retry_failures(self) -> int:
-        """What made policies fail may be mended by now; a file that was lost but is intact comes back. How many there were."""
-        kills = {(o.policy.digest, o.rung) for o in self._killers()}
-        failed = [o for o in self.journal.outcomes if o.failure is not None and (o.policy.digest, o.rung) not in kills]
-        for outcome in failed:
-            if outcome.artifact is not None and is_intact((self.run / outcome.artifact).parent):
-                self.journal.record(outcome.model_copy(update={"failure": None}))
-            else:
-                self.journal.forget(outcome)
-                ids = tuple(id for id in self.taken_over.ids if id != outcome.id)
-                self.note_taken_over(self.taken_over.model_copy(update={"ids": ids}))
-        return len(failed)
-
-    def _killers(self) -> list[Outcome]:
-        """What this search was killed over time and again, by now."""
-        self.journal.note_kill()
-        return self.journal.killed_over(self._how)
-
-    def at_work(self, policy: Policy, id: str, rung: Rung) -> AbstractContextManager[None]:
-        """While a policy is worked on: should that kill the search, a resumed one knows."""
-        return self.journal.at_work(policy, id, rung, self._how)
-
-    @property
-    def _how(self) -> dict[str, Any]:
-        """What decides how much memory training takes, and may be another in a resumed search."""
-        return {"batch_size": self.setting.batch_size}
-
-    def leave_killers(self) -> None:
-        """Let what this search was killed over, time and again, have failed: it would be killed over it once more."""
-        done, taken = {(o.policy.digest, o.rung) for o in self.journal.outcomes}, {o.id for o in self.journal.outcomes}
-        for killer in self._killers():
-            if (killer.policy.digest, killer.rung) in done or (killer.rung != "short" and killer.id in taken):
-                continue
-            failure = Failure(stage="train", reason="the search was killed each time that it worked on this: perhaps memory ran out")
-            id = self.journal.next_id() if killer.rung == "short" else killer.id
-            left = killer.model_copy(update={"id": id, "failure": failure})
-            self.journal.record(left)
-            self.announce(left)
 
     def record_baseline(self, baseline: Baseline) -> None:
         """What is known of the original by now, for good: a resumed search begins with it."""

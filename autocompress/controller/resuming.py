@@ -6,10 +6,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from autocompress.candidates.feasibility import Feasibility
-from autocompress.controller.findings import Findings, TakenOver
+from autocompress.controller.findings import Findings
+from autocompress.controller.recovery import leave_killers, retry_failures
 from autocompress.errors import AutocompressError, UsageError
 from autocompress.loading import TEACHER_WEIGHTS, UNFINISHED_TEACHER, kept_teacher
 from autocompress.progress import Progress
+from autocompress.records import TakenOver
 from autocompress.run_folder import write_atomically
 from autocompress.study.database import read_journal
 from autocompress.study.journal import Journal
@@ -52,10 +54,10 @@ def take_up(findings: Findings) -> None:
     lost = findings.journal.retire_lost_trials()
     if lost:
         findings.progress.message(f"{counted(lost, 'interrupted trial')} will be repeated")
-    if failed := findings.retry_failures():
+    if failed := retry_failures(findings):
         findings.progress.message(f"what made {counted(failed, 'policy', 'policies')} fail may be tried again")
         findings.look_for_best()
-    findings.leave_killers()
+    leave_killers(findings)
     if findings.best is None:
         Feasibility(findings.forecast).require_hope()
 

@@ -16,6 +16,7 @@ from autocompress.candidates.proposals import Proposal
 from autocompress.controller.choice import Choice, Chooser
 from autocompress.controller.findings import Findings
 from autocompress.controller.pace import Pace
+from autocompress.controller.recovery import at_work
 from autocompress.controller.standing import feasible
 from autocompress.errors import TooManyFailures
 from autocompress.failures import fix_and_resume
@@ -289,7 +290,7 @@ class Rungs:
 
     def _evaluated(self, policy: Policy, *, id: str, rung: Rung, **how: Any) -> Outcome:
         """What becomes of a policy, noted while it is worked on; see `evaluate_policy`."""
-        with self.findings.at_work(policy, id, rung):
+        with at_work(self.findings, policy, id, rung):
             return evaluate_policy(self.findings.setting, policy, id=id, rung=rung, **how)
 
     # -- when it ends --------------------------------------------------------------------------------------------------

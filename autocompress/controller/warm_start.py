@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from autocompress.controller.findings import Findings
+from autocompress.controller.recovery import at_work
 from autocompress.errors import PolicyFailure, UsageError
 from autocompress.export import is_intact
 from autocompress.front import gain, measured
@@ -67,7 +68,7 @@ def _take_over_file(findings: Findings, outcome: Outcome, run: Path) -> None:
         findings.progress.message(f"policy {outcome.id} of {run} is left out: its files are no longer what they were")
         return
     try:
-        with findings.at_work(outcome.policy, outcome.id, outcome.rung):
+        with at_work(findings, outcome.policy, outcome.id, outcome.rung):
             taken = evaluate_again(findings.setting, outcome, bundle, predicted=predicted)
     except (PolicyFailure, UsageError) as error:
         findings.progress.message(f"policy {outcome.id} of {run} is left out: {error.message}")

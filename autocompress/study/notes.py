@@ -16,7 +16,7 @@ class Note(StrEnum):
     MACHINE = "machine"
     """What latencies depend on (`devices.base.identity`)."""
     TAKEN_OVER = "taken_over"
-    """What came from another search (`findings.TakenOver`)."""
+    """What came from another search (`records.TakenOver`)."""
 
     # -- what must stay as it was when the search began
     CALIBRATION_INPUTS = "calibration_inputs"

@@ -15,6 +15,7 @@ from autocompress.controller.choice import Chooser
 from autocompress.controller.findings import Findings
 from autocompress.controller.opening import know_baseline, learn_latencies
 from autocompress.controller.pace import LEAST_OVERHEAD_S, Pace
+from autocompress.controller.recovery import at_work, leave_killers
 from autocompress.controller.rungs import Rungs
 from autocompress.controller.verdict import require_found
 from autocompress.data import SPLITS, Split
@@ -65,15 +66,15 @@ def test_what_is_kept_for_the_end_trains_a_policy_while_there_is_no_front_to_mea
 def test_what_a_search_is_killed_over_is_left_once_it_was_so_twice(findings, pool):
     narrow, killed = pool[0].policy, []
     for _ in range(MOST_KILLS):
-        findings.leave_killers()
+        leave_killers(findings)
         assert findings.journal.outcomes == []
-        killed.append(findings.at_work(narrow, "00000", "short"))
+        killed.append(at_work(findings, narrow, "00000", "short"))
         killed[-1].__enter__()
-    findings.leave_killers()
+    leave_killers(findings)
     (left,) = findings.journal.outcomes
     assert (left.policy, left.rung, left.failure.stage) == (narrow, "short", "train")
     assert "memory" in left.failure.reason
-    findings.leave_killers()
+    leave_killers(findings)
     assert len(findings.journal.outcomes) == 1
     structure = findings.forecast.structure
     assert structure(Chooser(findings).choose([pool[0], pool[1]]).policy) == structure(pool[1].policy)

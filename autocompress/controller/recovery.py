@@ -1,0 +1,54 @@
+"""After failures and kills: what a resumed search may try again, and what it leaves alone."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from autocompress.controller.findings import Findings
+from autocompress.export import is_intact
+from autocompress.policy import Policy
+from autocompress.records import Failure, Outcome, Rung
+
+
+def retry_failures(findings: Findings) -> int:
+    """What made policies fail may be mended by now; a file that was lost but is intact comes back. How many there were."""
+    kills = {(o.policy.digest, o.rung) for o in _killers(findings)}
+    failed = [o for o in findings.journal.outcomes if o.failure is not None and (o.policy.digest, o.rung) not in kills]
+    for outcome in failed:
+        if outcome.artifact is not None and is_intact((findings.run / outcome.artifact).parent):
+            findings.journal.record(outcome.model_copy(update={"failure": None}))
+        else:
+            findings.journal.forget(outcome)
+            ids = tuple(id for id in findings.taken_over.ids if id != outcome.id)
+            findings.note_taken_over(findings.taken_over.model_copy(update={"ids": ids}))
+    return len(failed)
+
+
+def leave_killers(findings: Findings) -> None:
+    """Let what this search was killed over, time and again, have failed: it would be killed over it once more."""
+    done, taken = {(o.policy.digest, o.rung) for o in findings.journal.outcomes}, {o.id for o in findings.journal.outcomes}
+    for killer in _killers(findings):
+        if (killer.policy.digest, killer.rung) in done or (killer.rung != "short" and killer.id in taken):
+            continue
+        failure = Failure(stage="train", reason="the search was killed each time that it worked on this: perhaps memory ran out")
+        id = findings.journal.next_id() if killer.rung == "short" else killer.id
+        left = killer.model_copy(update={"id": id, "failure": failure})
+        findings.journal.record(left)
+        findings.announce(left)
+
+
+def at_work(findings: Findings, policy: Policy, id: str, rung: Rung) -> AbstractContextManager[None]:
+    """While a policy is worked on: should that kill the search, a resumed one knows."""
+    return findings.journal.at_work(policy, id, rung, _how(findings))
+
+
+def _killers(findings: Findings) -> list[Outcome]:
+    """What this search was killed over time and again, by now."""
+    findings.journal.note_kill()
+    return findings.journal.killed_over(_how(findings))
+
+
+def _how(findings: Findings) -> dict[str, Any]:
+    """What decides how much memory training takes, and may be another in a resumed search."""
+    return {"batch_size": findings.setting.batch_size}
