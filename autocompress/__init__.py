@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autocompress.apply import apply_policy
+    from autocompress.budget import Budget
     from autocompress.data import Data, Split
     from autocompress.deploy import recreate
     from autocompress.errors import (
@@ -20,13 +21,13 @@ if TYPE_CHECKING:
     from autocompress.inspect import inspect_model
     from autocompress.measure import measure_file
     from autocompress.policy import DistillSpec, LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
-    from autocompress.records import Budget, Measurement, Score
+    from autocompress.records import Measurement, Score
     from autocompress.results import Entry
     from autocompress.session import SearchResult, search
     from autocompress.study.sampler import FrontSampler
 
 _HOMES = {
-    "AutocompressError": "errors", "Budget": "records", "Data": "data", "DeviceUnavailable": "errors", "DistillSpec": "policy",
+    "AutocompressError": "errors", "Budget": "budget", "Data": "data", "DeviceUnavailable": "errors", "DistillSpec": "policy",
     "Entry": "results", "FrontSampler": "study.sampler", "InfeasibleBudget": "errors", "LowRankSpec": "policy", "Measurement": "records",
     "Policy": "policy", "PruneSpec": "policy", "QuantSpec": "policy", "RunFolderError": "errors", "Score": "records",
     "SearchResult": "session", "Split": "data", "StudentSpec": "policy", "TooManyFailures": "errors",

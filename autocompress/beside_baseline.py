@@ -10,8 +10,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from autocompress.budget import Budget
 from autocompress.devices.timing import MOST_DRIFT
-from autocompress.records import FEWEST_FOR_TAIL, Budget, Measurement
+from autocompress.records import FEWEST_FOR_TAIL, Measurement
 from autocompress.run_folder import writing
 from autocompress.setting import Setting
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from autocompress.budget import Budget
 from autocompress.demo_size import of_fitting_size
 from autocompress.loading import load
 from autocompress.progress import Progress, counting
-from autocompress.records import Budget
 from autocompress.search_space import suggest_of, with_default_distillation
 from autocompress.suggesters import LevelSuggester
 from autocompress.task import Task

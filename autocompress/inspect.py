@@ -14,7 +14,7 @@ from autocompress.graph.outline import outline
 from autocompress.latency import OperatorTable
 from autocompress.loading import open_model
 from autocompress.policy import Policy
-from autocompress.records import OutlineStep
+from autocompress.workload import OutlineStep
 
 MEASURE_S = 120.0
 """For measuring operators, at most."""

@@ -9,9 +9,10 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
 
+from autocompress.budget import Budget
 from autocompress.errors import RunFolderError, UsageError
 from autocompress.policy import Policy, first_problem
-from autocompress.records import Budget, Measurement, Parity, Prediction, Rung, Score
+from autocompress.records import Measurement, Parity, Prediction, Rung, Score
 from autocompress.references import nearest
 from autocompress.run_folder import read_front
 from autocompress.units import counted

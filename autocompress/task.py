@@ -12,9 +12,9 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, field_validator
 
+from autocompress.budget import Budget
 from autocompress.errors import UsageError
 from autocompress.policy import Record, first_problem
-from autocompress.records import Budget
 from autocompress.references import (
     AGENT,
     AGENT_PORT,

@@ -32,6 +32,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
+from autocompress.budget import Budget
 from autocompress.compress.distill import Compared, ComparedFeatures
 from autocompress.compress.loss import Distillation
 from autocompress.compress.rates import TrainPlan
@@ -45,7 +46,7 @@ from autocompress.export import write_bundle
 from autocompress.graph import Graph
 from autocompress.models import load_weights
 from autocompress.policy import DistillSpec, Policy, QuantSpec
-from autocompress.records import Budget, Measurement
+from autocompress.records import Measurement
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from autocompress.budget import Budget
 from autocompress.devices import open_device
-from autocompress.records import Budget
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "first_run.json"

@@ -46,12 +46,12 @@ from autocompress.models import load_weights
 from autocompress.policy import Policy, PruneSpec, QuantSpec
 from autocompress.preparation import prepare
 from autocompress.ranks import rank_correlation
-from autocompress.records import Workload
 from autocompress.schedule import FEWEST_EXAMPLES
 from autocompress.search_space import find_suggest, for_device
 from autocompress.starting import untrained_student
 from autocompress.suggesters import LevelSuggester
 from autocompress.task import Task
+from autocompress.workload import Workload
 
 RESULTS = Path(__file__).parent / "results"
 CALIBRATION_S, POLICIES, REFITTED_AT = 300.0, 100, 5

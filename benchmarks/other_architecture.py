@@ -19,8 +19,8 @@ import tempfile
 from pathlib import Path
 
 import autocompress
+from autocompress.budget import Budget
 from autocompress.devices import open_device
-from autocompress.records import Budget
 from autocompress.results import Entry, Results
 
 HERE = Path(__file__).parent

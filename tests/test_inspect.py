@@ -14,10 +14,10 @@ from autocompress.graph import Graph
 from autocompress.graph.outline import outline
 from autocompress.inspect import inspect_model, summary
 from autocompress.policy import Policy
-from autocompress.records import OutlineStep
 from autocompress.report.network import lay_out, network_page
 from autocompress.testing.devices import FakeDevice
 from autocompress.testing.models import tiny_resnet
+from autocompress.workload import OutlineStep
 
 
 def test_a_small_residual_network():

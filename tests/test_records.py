@@ -5,9 +5,11 @@ import math
 import pytest
 from pydantic import ValidationError
 
+from autocompress.budget import Budget
 from autocompress.errors import UsageError
 from autocompress.policy import Policy
-from autocompress.records import Budget, Failure, Measurement, Operator, Outcome, Prediction, Score, Workload
+from autocompress.records import Failure, Measurement, Outcome, Prediction, Score
+from autocompress.workload import Operator, Workload
 
 LATENCY = Measurement(median=0.008, low=0.0079, high=0.009, p95=0.012, n=100)
 CONV = Operator(name="c", kind="conv", inputs=((2, 6, 8, 8),), output=(2, 4, 4, 4), kernel=(3, 3), stride=(2, 2), groups=2, params=112)

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autocompress.budget import Budget
 from autocompress.devices.timing import FEWEST_ROUNDS, drift, median_interval, noise, outlier_share, p95_high, summarise
-from autocompress.records import Budget
 
 ROUNDS, SAMPLES, REPEATS = 24, 5, 600
 

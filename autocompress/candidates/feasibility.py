@@ -8,15 +8,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from autocompress.budget import Budget
 from autocompress.candidates.forecast import FEASIBILITY_SLACK, Forecast, Untrained
 from autocompress.candidates.pool import DRAWS
 from autocompress.candidates.proposals import Proposal
 from autocompress.errors import InfeasibleBudget
 from autocompress.policy import Policy
-from autocompress.records import Budget, Workload
 from autocompress.search_space import fastest, smallest
 from autocompress.suggesters import LevelSuggester
 from autocompress.units import format_duration, format_size
+from autocompress.workload import Workload
 
 CURE_MARGIN = 1.02
 """A suggested budget leaves this much room above what was measured."""

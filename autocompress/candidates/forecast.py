@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+from autocompress.budget import Budget
 from autocompress.candidates.proposals import Proposal, capacity, inheritance
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import PolicyFailure
@@ -16,11 +17,12 @@ from autocompress.failures import policy_errors
 from autocompress.graph import Structure
 from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.policy import Policy
-from autocompress.records import Budget, Measurement, Outcome, Prediction, Workload
+from autocompress.records import Measurement, Outcome, Prediction
 from autocompress.schedule import FEWEST_EXAMPLES
 from autocompress.search_space import Suggest, with_default_distillation
 from autocompress.setting import Setting
 from autocompress.starting import UNTRAINED, untrained_student
+from autocompress.workload import Workload
 
 UNTRAINED_SECONDS_EACH = 0.3
 """Of measuring a network that is only timed."""

@@ -19,7 +19,7 @@ import numpy as np
 
 from autocompress.graph import Workloads
 from autocompress.policy import Policy
-from autocompress.records import Operator, Shape, Workload
+from autocompress.workload import Operator, Shape, Workload
 
 CELLS, KEPT_EACH = 64, 8
 """Of a pool by latency: so many parts of equal ratio, and of each so many proposals."""

@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from autocompress.budget import Budget
 from autocompress.candidates.dimensions import Dimensions
 from autocompress.candidates.forecast import Forecast
 from autocompress.candidates.knapsack import Array, Knapsack
 from autocompress.candidates.proposals import Proposal
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.policy import Policy
-from autocompress.records import Budget
 
 LEVELS = 2
 """Values of a dimension that are tried alone, at most: its far end and the middle; between them losses are interpolated."""

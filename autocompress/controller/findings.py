@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from autocompress.budget import Budget
 from autocompress.candidates.appraisals import Appraisals
 from autocompress.candidates.forecast import Forecast
 from autocompress.compress.arithmetic import training_hardware
@@ -22,7 +23,7 @@ from autocompress.errors import PolicyFailure
 from autocompress.export import library_versions, now
 from autocompress.front import measured
 from autocompress.progress import Progress
-from autocompress.records import Budget, Failure, FailureStage, Measurement, Outcome, Score, TakenOver
+from autocompress.records import Failure, FailureStage, Measurement, Outcome, Score, TakenOver
 from autocompress.report.view import format_score
 from autocompress.results import FailedPolicy, Ladder, ProgressPoint, Results
 from autocompress.run_folder import FRONT, write_atomically

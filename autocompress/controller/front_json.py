@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from autocompress.budget import Budget
 from autocompress.candidates.forecast import Forecast
 from autocompress.controller.standing import feasible, speedup
 from autocompress.front import gain, hypervolume, measured
 from autocompress.graph import Structure
 from autocompress.policy import Policy, StudentSpec
 from autocompress.ranks import partial_rank_correlation, rank_correlation
-from autocompress.records import Budget, Outcome
+from autocompress.records import Outcome
 from autocompress.results import BaselineEntry, Entry, Ladder, LayerChange, PredictionQuality, Predictions, ProgressPoint
 from autocompress.setting import Baseline
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
+from autocompress.budget import Budget
 from autocompress.front import cost, gain, measured, pareto_front
 from autocompress.graph import Structure
 from autocompress.policy import Policy
-from autocompress.records import Budget, Outcome
+from autocompress.records import Outcome
 from autocompress.scores import by_chance, knows_validation_like_training
 from autocompress.setting import Baseline
 

@@ -23,8 +23,9 @@ from autocompress.export.weights import weights_bytes
 from autocompress.graph import Graph
 from autocompress.models import load_tensor_state
 from autocompress.policy import Policy, Record
-from autocompress.records import Measurement, Normalisation, Parity, Prediction, Score, Shape
+from autocompress.records import Measurement, Normalisation, Parity, Prediction, Score
 from autocompress.run_folder import write_atomically, writing
+from autocompress.workload import Shape
 
 MODEL, STUDENT, POLICY, MANIFEST = "model.onnx", "student.safetensors", "policy.json", "manifest.json"
 BUNDLE = (MODEL, STUDENT, POLICY, MANIFEST)

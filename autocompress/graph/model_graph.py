@@ -27,8 +27,8 @@ from autocompress.graph.rules import propagate
 from autocompress.graph.trace import OPAQUE, annotate_shapes, trace, untraced
 from autocompress.graph.workloads import Arithmetic, Population, Workloads
 from autocompress.policy import Policy, rank_of
-from autocompress.records import Workload
 from autocompress.references import nearest
+from autocompress.workload import Workload
 
 CACHED_SHAPES = 256
 LEAST_KEPT = 1e-3

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from autocompress.records import OperatorKind
+from autocompress.workload import OperatorKind
 
 NodeKind = OperatorKind | Literal["input", "reshape", "identity", "output"]
 

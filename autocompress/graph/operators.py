@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from autocompress.graph.nodes import Conv, Weighted, arguments, channel_axis, follows_batch, module_of, name_of, relu_of
-from autocompress.records import Operator, OperatorKind, Shape
+from autocompress.workload import Operator, OperatorKind, Shape
 
 FUNCTIONS = ("activation", "layernorm", "elementwise", "move", "resize", "recurrent", "einsum")
 """Kinds that several functions share."""

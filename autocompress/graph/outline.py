@@ -23,7 +23,7 @@ from autocompress.graph.nodes import (
     value_of,
 )
 from autocompress.policy import Policy
-from autocompress.records import Operator, OutlineStep
+from autocompress.workload import Operator, OutlineStep
 
 ASIDE = ("identity", "output")
 """Kinds of nodes that do nothing here."""

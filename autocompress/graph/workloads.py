@@ -34,7 +34,7 @@ from autocompress.graph.nodes import (
 from autocompress.graph.operators import Factor, operator_name, operator_of, weight_bytes
 from autocompress.graph.resize import Groups, Roots
 from autocompress.policy import rank_of
-from autocompress.records import Operator, OperatorKind, Shape, Workload
+from autocompress.workload import Operator, OperatorKind, Shape, Workload
 
 OPERATOR_KINDS = tuple(kind for kind in get_args(OperatorKind) if kind != "other")
 MOST_CODES = 2**20

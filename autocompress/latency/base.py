@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from autocompress.records import Prediction, Workload
+from autocompress.records import Prediction
+from autocompress.workload import Workload
 
 
 class LatencyModel(ABC):

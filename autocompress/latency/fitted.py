@@ -18,8 +18,9 @@ from autocompress.graph import Workloads
 from autocompress.latency.base import LatencyModel
 from autocompress.latency.table import NNLS_STEPS, OperatorTable
 from autocompress.ranks import rank_correlation
-from autocompress.records import Operator, Prediction, Workload
+from autocompress.records import Prediction
 from autocompress.results import PredictionQuality
+from autocompress.workload import Operator, Workload
 
 CLASSES = ("conv8", "conv32", "other")
 RIDGE = 0.15

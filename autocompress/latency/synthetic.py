@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from autocompress.graph.nodes import RECURRENT
-from autocompress.records import Operator, Shape
+from autocompress.workload import Operator, Shape
 
 OPSET, IR_VERSION = 21, 10
 SCALE, ZERO_POINT = 0.05, 0

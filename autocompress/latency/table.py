@@ -22,8 +22,8 @@ from autocompress.cache import cache_folder
 from autocompress.devices.base import Device
 from autocompress.errors import PolicyFailure, RunFolderError
 from autocompress.latency.synthetic import build_onnx, empty_model
-from autocompress.records import Operator, Shape, Signature, Workload
 from autocompress.run_folder import write_atomically
+from autocompress.workload import Operator, Shape, Signature, Workload
 
 SCHEMA = 5
 SECONDS_EACH = 0.02

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autocompress.records import OutlineStep
 from autocompress.report.templates import filled
+from autocompress.workload import OutlineStep
 
 ROW, LANE, DOT = 30, 13, 4.2
 """Height of a row, distance of lanes, radius of an operator, in pixels."""

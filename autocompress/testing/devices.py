@@ -16,7 +16,8 @@ from autocompress.devices.frames import Feed
 from autocompress.devices.timing import summarise
 from autocompress.errors import PolicyFailure
 from autocompress.policy import Record
-from autocompress.records import Measurement, Operator, Workload
+from autocompress.records import Measurement
+from autocompress.workload import Operator, Workload
 
 ROUNDS, SAMPLES_A_ROUND = 12, 5
 LAYERS = ("Conv", "Gemm", "MatMul")

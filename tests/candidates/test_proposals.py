@@ -20,8 +20,8 @@ from autocompress.candidates.proposals import (
 )
 from autocompress.graph import Workloads
 from autocompress.policy import Policy, PruneSpec
-from autocompress.records import Operator, Workload
 from autocompress.suggesters import LevelSuggester, Variation
+from autocompress.workload import Operator, Workload
 
 seeds = st.integers(0, 2**32 - 1)
 

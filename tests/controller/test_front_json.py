@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from autocompress.budget import Budget
 from autocompress.controller.front_json import entry, ladder_of, layer_changes, predictions, progress_point
 from autocompress.controller.standing import feasible, front_of
 from autocompress.policy import DistillSpec, Policy, QuantSpec, StudentSpec
-from autocompress.records import Budget, Measurement, Outcome, Prediction, Score
+from autocompress.records import Measurement, Outcome, Prediction, Score
 from autocompress.results import PredictionQuality
 from autocompress.setting import Baseline
 

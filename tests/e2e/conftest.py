@@ -9,6 +9,7 @@ import pytest
 from running import TASK
 from tasks import SLOW_CALLS, blobs, trained_net
 
+from autocompress.budget import Budget
 from autocompress.candidates.ahead import measure_ahead
 from autocompress.candidates.forecast import Forecast
 from autocompress.candidates.pool import draw_pool
@@ -17,7 +18,7 @@ from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.loading import load
 from autocompress.preparation import prepare
 from autocompress.progress import SilentProgress
-from autocompress.records import Budget, Score
+from autocompress.records import Score
 from autocompress.schedule import Clock
 from autocompress.search_space import find_suggest
 from autocompress.study.database import open_journal

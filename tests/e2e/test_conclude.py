@@ -8,10 +8,11 @@ import pytest
 from running import measurement, trained
 from tasks import Diary
 
+from autocompress.budget import Budget
 from autocompress.controller.conclude import conclude, measure_front, score_test
 from autocompress.controller.recovery import retry_failures
 from autocompress.errors import PolicyFailure
-from autocompress.records import Budget, Score
+from autocompress.records import Score
 from autocompress.schedule import FEWEST_EXAMPLES, Clock
 from autocompress.starting import untrained_student
 from autocompress.task import Task

@@ -9,6 +9,7 @@ import optuna
 import pytest
 from running import TASK, measurement, trained
 
+from autocompress.budget import Budget
 from autocompress.candidates.appraisals import Appraisals
 from autocompress.candidates.forecast import Forecast, Untrained
 from autocompress.candidates.sensitivity import Sensitivity
@@ -19,7 +20,7 @@ from autocompress.controller.rungs import APPRAISED_A_TRIAL, APPRAISED_FIRST, MO
 from autocompress.policy import DistillSpec, Policy, PruneSpec, QuantSpec
 from autocompress.progress import SilentProgress
 from autocompress.promotion import cover
-from autocompress.records import Budget, Failure, Outcome
+from autocompress.records import Failure, Outcome
 from autocompress.results import Ladder
 from autocompress.schedule import Clock, Division
 from autocompress.search_space import for_device, own_suggest

@@ -10,6 +10,7 @@ import pytest
 from running import TASK, measurement, trained
 from tasks import SLOW_CALLS, Diary
 
+from autocompress.budget import Budget
 from autocompress.candidates.forecast import Untrained
 from autocompress.controller.choice import Chooser
 from autocompress.controller.findings import Findings
@@ -22,7 +23,7 @@ from autocompress.data import SPLITS, Split
 from autocompress.errors import InfeasibleBudget, TooManyFailures
 from autocompress.policy import Policy, QuantSpec
 from autocompress.progress import SilentProgress
-from autocompress.records import Budget, Failure, Measurement, Outcome, Score
+from autocompress.records import Failure, Measurement, Outcome, Score
 from autocompress.schedule import FULL_FACTOR, LEAST_FULL_STEPS, Clock, Division
 from autocompress.study.journal import MOST_KILLS
 from autocompress.testing.devices import FakeDevice

@@ -12,6 +12,7 @@ import torch
 from tasks import SLOW_CALLS, Diary, Net
 from torch import nn
 
+from autocompress.budget import Budget
 from autocompress.candidates import pool as pool_module
 from autocompress.candidates.ahead import measure_ahead
 from autocompress.candidates.feasibility import Feasibility
@@ -23,13 +24,13 @@ from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.loading import load
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import prepare
-from autocompress.records import Budget, Workload
 from autocompress.schedule import FEWEST_EXAMPLES
 from autocompress.search_space import fastest, find_suggest
 from autocompress.session import run_search
 from autocompress.suggesters import LevelSuggester, Variation
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
+from autocompress.workload import Workload
 
 TASK = Task(model="own:net", data="own:blobs", search_time="60s")
 

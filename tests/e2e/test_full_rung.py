@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from running import trained
 
+from autocompress.budget import Budget
 from autocompress.controller.findings import Findings
 from autocompress.controller.rungs import Rungs
 from autocompress.policy import DistillSpec, Policy, QuantSpec
-from autocompress.records import Budget
 from autocompress.starting import interrupted_weights
 
 

@@ -16,11 +16,12 @@ from running import journal_of, short_runs_only
 from tasks import SLOW_CALLS, BrokenDevice, Diary, Net, blobs
 
 import autocompress
+from autocompress.budget import Budget
 from autocompress.data import Split
 from autocompress.errors import InfeasibleBudget, TooManyFailures, UsageError
 from autocompress.front import non_dominated
 from autocompress.policy import DistillSpec, Policy, PruneSpec, QuantSpec
-from autocompress.records import Budget, Measurement
+from autocompress.records import Measurement
 from autocompress.session import SearchResult, run_search
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice

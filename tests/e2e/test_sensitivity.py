@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from optuna.trial import FixedTrial
 
+from autocompress.budget import Budget
 from autocompress.candidates.pool import draw_pool
 from autocompress.candidates.sensitivity import BITS_LOSS, LEVELS, Sensitivity
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
-from autocompress.records import Budget
 from autocompress.search_space import PruneSpace, QuantSpace, SearchSpace, SpaceSpec
 from autocompress.suggesters import MOST_VALUES, DimensionRecorder
 

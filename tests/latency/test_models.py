@@ -22,10 +22,10 @@ from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.latency.synthetic import build_onnx, empty_model
 from autocompress.latency.table import CHECKED
 from autocompress.policy import Policy, PruneSpec, QuantSpec
-from autocompress.records import Operator, Workload
 from autocompress.results import PredictionQuality
 from autocompress.testing.devices import Costs, FakeDevice
 from autocompress.testing.models import resnet20
+from autocompress.workload import Operator, Workload
 
 
 @pytest.fixture(scope="session")
