@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import datetime
-import io
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,11 +66,10 @@ def _measured(setting: Setting, paths: Sequence[Path], seconds_each: float) -> l
 
 def _keep_samples(path: Path, now: str, latencies: dict[str, Measurement]) -> None:
     """Append the samples to a table beside the file; a file that is measured again, as the front is at the end, has all of them."""
-    rows = io.StringIO()
-    table, target = csv.writer(rows, lineterminator="\n"), path.parent / SAMPLES
-    if not target.exists():
-        table.writerow(COLUMNS)
-    for name, latency in latencies.items():
-        table.writerows((now, name, number, f"{s:.4g}") for number, samples in enumerate(latency.samples) for s in samples)
-    with writing(target), target.open("a", encoding="utf-8") as file:
-        file.write(rows.getvalue())
+    target, flags = path.parent / SAMPLES, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # a link leads out of the folder
+    with writing(target), os.fdopen(os.open(target, flags, 0o644), "a", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        if not os.fstat(file.fileno()).st_size:
+            table.writerow(COLUMNS)
+        for name, latency in latencies.items():
+            table.writerows((now, name, number, f"{s:.4g}") for number, samples in enumerate(latency.samples) for s in samples)

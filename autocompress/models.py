@@ -186,7 +186,8 @@ STATES = ("state_dict", "model_state_dict", "model")
 """Names that training scripts give the state dict in a checkpoint."""
 COUNTER = "num_batches_tracked"
 """Of batch norms; files of old versions of torch lack it, and nothing depends on it."""
-CUT_SHORT = re.compile("Incomplete|central directory|EOF|HeaderTooSmall", re.IGNORECASE)
+CUT_SHORT = re.compile("incomplete|central directory|EOF|header ?too ?small|invalid ?header ?length", re.IGNORECASE)
+"""What torch and safetensors say of a file that was cut off."""
 REFUSED = re.compile(r"Unsupported (?:global|class|operand)[^.]*?: ?(?:GLOBAL )?([\w.]+)")
 """What torch says of a file that holds more than tensors."""
 FEW_NAMES = 4
@@ -326,7 +327,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # safetensors, zipfile, pickle and torch each raise their own kinds
         hint = "give a state dict (torch.save(model.state_dict(), ...)) or safetensors; for a whole model use --model file.py:function"
         refused = REFUSED.search(str(error))
-        cut = "it ends before its last tensor" if CUT_SHORT.search(str(error)) else type(error).__name__
+        cut = "it ends before its last tensor" if CUT_SHORT.search(f"{type(error).__name__} {error}") else type(error).__name__
         reason = f"it holds more than tensors ({refused[1]})" if refused else cut
         raise UsageError(f"the weights {str(path)!r} ({path.stat().st_size} bytes) cannot be read: {reason}", hint=hint) from None
     inside = next((key for key in STATES if isinstance(state, dict) and isinstance(state.get(key), dict)), None)

@@ -142,7 +142,7 @@ def locked(run: Path) -> Iterator[None]:
 def _sweep(run: Path) -> None:
     """Remove what `write_atomically` left where it was killed; only who holds the folder writes into it."""
     for folder in WRITTEN_IN:
-        for left in (run / folder).glob(f".*{PARTIAL}"):
+        for left in (run / folder).glob(f".*{PARTIAL}*"):
             if left.is_file():
                 left.unlink(missing_ok=True)
 
@@ -167,8 +167,9 @@ def network_warning(run: Path) -> str:
     """A warning where the folder is on another machine, else nothing: SQLite relies on locks that network file systems often lack."""
     import psutil  # slow to import, and of no use to who reads results
 
-    place = run.resolve()
-    mounts = [mount for mount in psutil.disk_partitions(all=True) if place.is_relative_to(mount.mountpoint)]
+    place, mounts = run.resolve(), []
+    with suppress(OSError, psutil.Error):  # where the system does not say
+        mounts = [mount for mount in psutil.disk_partitions(all=True) if place.is_relative_to(mount.mountpoint)]
     innermost = sorted(mounts, key=lambda mount: len(mount.mountpoint))[-1:]  # of several at one place, as autofs has them, the last
     system = innermost[0].fstype if innermost else ""
     if system not in NETWORK:

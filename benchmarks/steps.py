@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from rates import RESULTS, trained
 from reconstruct import students
 
-from autocompress.compress import train as training
+from autocompress.compress import loss as losses
 from autocompress.compress.compared import compared_features
 from autocompress.compress.distill import Answers, ComparedFeatures, value_loss
 from autocompress.compress.loss import Distillation
@@ -61,7 +61,7 @@ def step_of(graph: Graph, data: Data, folded: nn.Module, hidden: float) -> Calla
     """Measures seconds of a step."""
     _, policy = next(students(graph))
     teacher = Teacher(folded, data, classifier=graph.classifier)
-    for indices, _ in itertools.islice(training._draws(len(data.train), PLAN, start=0), PLAN.steps):
+    for indices, _ in itertools.islice(PLAN.draws(len(data.train), start=0), PLAN.steps):
         teacher.answers(indices, data.view(indices, 0), 0)
     distillation = Distillation(teacher, DistillSpec(hidden=hidden), compared_features(graph, policy, graph))
     student = build_student(graph, policy)
@@ -100,7 +100,7 @@ def main() -> None:
     step, without = (step_of(graph, data, folded, hidden) for hidden in (DistillSpec().hidden, 0.0))
 
     def as_before() -> float:
-        with mock.patch.object(training, "compare_hidden", by_autograd):
+        with mock.patch.object(losses, "compare_hidden", by_autograd):
             return step()
 
     usual_step, usual_answer = "a step, hidden features compared", f"the teacher's answer to {IMAGES} images, norms folded"

@@ -29,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from rates import RATES, RESULTS, trained
 from reconstruct import examples, students
 
+from autocompress.compress import optimizer as optimizing
+from autocompress.compress import rates as pacing
 from autocompress.compress import teacher as teaching
-from autocompress.compress import train as training
 from autocompress.compress.arithmetic import best_training_device
 from autocompress.compress.compared import compared_features
 from autocompress.compress.loss import Distillation
@@ -51,7 +52,8 @@ class Way:
     """What differs from the usual training: fields of the policy's distillation, names in the trainer's modules, size of a batch."""
 
     spec: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
+    optimizing: dict[str, Any] = field(default_factory=dict)
+    pacing: dict[str, Any] = field(default_factory=dict)
     teaching: dict[str, Any] = field(default_factory=dict)
     batch: int = 128
     reconstructed: bool = True
@@ -59,7 +61,7 @@ class Way:
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            for module, changes in ((training, self.training), (teaching, self.teaching)):
+            for module, changes in ((optimizing, self.optimizing), (pacing, self.pacing), (teaching, self.teaching)):
                 for name, value in changes.items():
                     stack.enter_context(mock.patch.object(module, name, value))
             yield
@@ -67,9 +69,9 @@ class Way:
 
 def cosine(progress: float) -> float:
     """The usual rise, then half a cosine instead of a line."""
-    if progress < training.WARM_UP_SHARE:
-        return max(training.LEAST_RATE, progress / training.WARM_UP_SHARE)
-    return max(training.LEAST_RATE, 0.5 * (1 + math.cos(math.pi * (progress - training.WARM_UP_SHARE) / (1 - training.WARM_UP_SHARE))))
+    if progress < pacing.WARM_UP_SHARE:
+        return max(pacing.LEAST_RATE, progress / pacing.WARM_UP_SHARE)
+    return max(pacing.LEAST_RATE, 0.5 * (1 + math.cos(math.pi * (progress - pacing.WARM_UP_SHARE) / (1 - pacing.WARM_UP_SHARE))))
 
 
 WAYS = {
@@ -78,10 +80,10 @@ WAYS = {
     "hidden features of whole batches": Way(teaching={"HIDDEN_SHARE": 1.0}),
     "hidden features of an eighth": Way(teaching={"HIDDEN_SHARE": 0.125}),
     "answers only": Way(spec={"features": 0.0}),
-    "Muon at twice the rate": Way(training={"MUON_SHARE": 2 * training.MUON_SHARE}),
-    "Muon at half the rate": Way(training={"MUON_SHARE": training.MUON_SHARE / 2}),
-    "SGD only": Way(training={"hidden_matrices": lambda model: []}),
-    "cosine": Way(training={"one_cycle": cosine}),
+    "Muon at twice the rate": Way(optimizing={"MUON_SHARE": 2 * optimizing.MUON_SHARE}),
+    "Muon at half the rate": Way(optimizing={"MUON_SHARE": optimizing.MUON_SHARE / 2}),
+    "SGD only": Way(optimizing={"hidden_matrices": lambda model: []}),
+    "cosine": Way(pacing={"one_cycle": cosine}),
     "batches of 64": Way(batch=64),
     "batches of 256": Way(batch=256),
     "alpha 1": Way(spec={"alpha": 1.0}),

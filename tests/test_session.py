@@ -10,6 +10,7 @@ import pytest
 from torch import nn
 
 from autocompress import session
+from autocompress.controller import resuming
 from autocompress.errors import UsageError
 from autocompress.loading import TEACHER_WEIGHTS, UNFINISHED_TEACHER, kept_teacher
 from autocompress.task import DEMO_MODEL, TASK_FILE, Task, load_task
@@ -25,7 +26,7 @@ def test_only_the_demonstrations_weights_are_forgotten(tmp_path, begun, kept):
     weights.write_bytes(b"weights")
     if begun is not None:
         (tmp_path / TASK_FILE).write_text(begun.to_toml())
-    session._forget_teacher(tmp_path)
+    resuming.forget_teacher(tmp_path)
     assert weights.is_file() is kept
 
 
@@ -151,5 +152,5 @@ def test_a_demonstration_that_had_not_trained_its_teacher_begins_again_with_all_
     if trained:
         (tmp_path / TEACHER_WEIGHTS).write_bytes(b"weights")
     journal = SimpleNamespace(has_begun=bool(outcomes), noted={"elapsed_s": 90.0, "spent_s": {"train": 60.0}}.get)
-    taken = session._taken_before(Task(model=model, data="digits"), tmp_path, journal)
+    taken = resuming.taken_before(Task(model=model, data="digits"), tmp_path, journal)
     assert taken == (spent, {"train": 60.0} if spent else {})

@@ -265,6 +265,16 @@ class QuantizedInput(nn.Module):
             return getattr(self.layer, name)
 
 
+def float_state(quantized: nn.Module) -> dict[str, Any]:
+    """The state of a network with fake quantizers by the names that it has without."""
+    inside = {f"{name}.layer.": f"{name}." for name, module in quantized.named_modules() if isinstance(module, QuantizedInput)}
+    state = {}
+    for name, value in quantized.state_dict().items():
+        wrapped = next((prefix for prefix in inside if name.startswith(prefix)), None)
+        state[name if wrapped is None else inside[wrapped] + name.removeprefix(wrapped)] = value
+    return state
+
+
 def _quantize_opaque(module: fx.GraphModule, quant: QuantSpec) -> None:
     layers = [(name, leaf) for name, leaf in leaves(module) if is_layer(leaf)]
     for name, layer in layers:

@@ -17,7 +17,7 @@ from autocompress.compress.loss import Distillation, loss_of
 from autocompress.compress.memory import LEAST_PART, is_out_of_memory, parts_that_fit
 from autocompress.compress.norms import reestimate_norms, upkeep
 from autocompress.compress.optimizer import Optimizer
-from autocompress.compress.quantize import CALIBRATION_BATCH, calibrate, fake_quantize, snap_biases
+from autocompress.compress.quantize import CALIBRATION_BATCH, calibrate, fake_quantize, float_state, snap_biases
 from autocompress.compress.rates import Schedule, TrainPlan
 from autocompress.data import Data
 from autocompress.errors import PolicyFailure
@@ -96,7 +96,7 @@ class _Trainer:
     tick: Tick | None
 
     def __post_init__(self) -> None:
-        self._schedule = Schedule(self.plan)
+        self._schedule, self._told = Schedule(self.plan), 0.0
 
     def train(self, student: nn.Module) -> nn.Module:
         """See the function `train`."""
@@ -149,8 +149,9 @@ class _Trainer:
             raise failure(f"training diverged: the loss must stay finite, but is {value} at step {self._schedule.done}")
         optimizer.step(self._schedule.rates)
         self._schedule.done += 1
+        self._told = max(self._told, self._schedule.progress)  # which falls where norms no longer need to be re-estimated
         if self.tick is not None:
-            self.tick(self._schedule.progress)
+            self.tick(self._told)
 
     def _gradient(self, loss: Callable[[Tensor], Tensor], indices: Tensor, optimizer: Optimizer) -> float:
         """The mean loss of these examples, whose gradient is left for the optimizer; not where the loss is not finite.
@@ -181,7 +182,7 @@ class _Trainer:
 def _learn_from(student: nn.Module, quantized: nn.Module) -> None:
     """Give a student the weights that were trained through its quantizers, which are in float under the same names."""
     own = student.state_dict().keys()
-    student.load_state_dict({name: value for name, value in quantized.state_dict().items() if name in own}, strict=False)
+    student.load_state_dict({name: value for name, value in float_state(quantized).items() if name in own}, strict=False)
 
 
 def _train_mode(model: nn.Module, distillation: Distillation | None) -> nn.Module:

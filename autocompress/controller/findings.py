@@ -196,8 +196,8 @@ class Findings:
 
     def write_front(self) -> None:
         """Write RUN/front.json: after every policy, so that a killed search leaves a folder that can be shown and exported."""
-        back_up(self.run / DATABASE)
         write_atomically(self.run / FRONT, self.results().to_json())
+        back_up(self.run / DATABASE)
 
     def announce(self, outcome: Outcome) -> None:
         """One line for the user."""

@@ -152,10 +152,10 @@ def read_policy(folder: Path) -> Policy:
 
 
 def update_manifest(folder: Path, changes: Mapping[str, Any]) -> Manifest:
-    """Write the manifest again with these fields changed."""
+    """Write the manifest again with these fields changed; returns it as it is read."""
     manifest = Manifest.model_validate(read_manifest(folder).model_dump(by_alias=True) | dict(changes))
     write_atomically(folder / MANIFEST, manifest.to_json())
-    return manifest
+    return read_manifest(folder)
 
 
 def verify_bundle(folder: Path) -> Manifest:

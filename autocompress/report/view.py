@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from autocompress.ranks import is_low
@@ -86,7 +87,7 @@ def caveats(results: Results, run: Path | None = None) -> list[str]:
 
 
 def _deleted(results: Results, run: Path) -> str:
-    gone = [entry.id for entry in results.listed if not (run / (entry.artifact or "")).is_file()]
+    gone = [entry.id for entry in results.listed if not os.path.isfile(run / (entry.artifact or ""))]  # noqa: PTH113
     if not gone:
         return ""
     return f"the files of {', '.join(gone)} are no longer in {str(run)!r}. Resume the search: it goes on without them"

@@ -21,6 +21,8 @@ def back_up(database: Path) -> None:
 
     Raises RunFolderError where it cannot be written.
     """
+    if not database.is_file():  # taken away: the copy is all there is
+        return
     target = database.with_name(BACKUP)
     with writing(target):
         descriptor, name = tempfile.mkstemp(prefix=f".{BACKUP}.", suffix=PARTIAL, dir=database.parent)

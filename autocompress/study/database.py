@@ -38,7 +38,8 @@ def require_own(run: Path, *, resume: bool) -> None:
     """
     try:
         studies = _studies(run / DATABASE)
-        left = {LOCK, BACKUP, *(DATABASE + suffix for suffix in SUFFIXES if studies == [])}
+        ours = {BACKUP, *(DATABASE + suffix for suffix in SUFFIXES)} if studies == [] and (run / DATABASE).exists() else set()
+        left = {LOCK, *ours}
         others = sorted(entry.name for entry in run.iterdir() if entry.name not in left) if run.is_dir() else []
     except OSError as error:
         raise UsageError(f"the run folder {str(run)!r} cannot be read: {error.strerror}", hint="choose another --out") from None

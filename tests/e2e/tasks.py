@@ -70,7 +70,7 @@ class BrokenDevice(FakeDevice):
     def measure(self, paths: Sequence[Path], *, seconds_each: float = 1.0) -> list[Measurement]:
         name = paths[-1].parent.name
         if name.isdigit() and (self.broken is None or name in self.broken):
-            raise PolicyFailure("the device is on fire")
+            raise PolicyFailure("the device is on fire") from RuntimeError("smoke")
         return super().measure(paths, seconds_each=seconds_each)
 
 

@@ -68,9 +68,11 @@ def test_4_a_device_that_is_lost_in_the_middle_of_a_search_which_goes_on_when_it
     lost = FakeDevice(SLOW_CALLS)
     assert search(lost, "--trials", "1") == 0
     known = json.loads((tmp_path / "run" / "front.json").read_text(encoding="utf-8"))["points"]
-    lost = FakeDevice(SLOW_CALLS, failures={number: DeviceUnavailable("the board does not answer") for number in range(1, 99)})
+    lost = FakeDevice(
+        SLOW_CALLS, failures={number: DeviceUnavailable("the board does not answer", hint="plug it in") for number in range(1, 99)}
+    )
     assert search(lost, "--resume", "--trials", "2") == 4
-    assert explained(capsys)[0] == "the board does not answer"
+    assert explained(capsys) == ("the board does not answer", "plug it in")
     after = json.loads((tmp_path / "run" / "front.json").read_text(encoding="utf-8"))["points"]
     assert [entry["id"] for entry in after] == [entry["id"] for entry in known], "what is finished is kept"
     assert search(FakeDevice(SLOW_CALLS), "--resume", "--trials", "2") == 0

@@ -23,7 +23,7 @@ from autocompress.deploy import recreate
 from autocompress.devices.local import LocalCpu
 from autocompress.devices.runtime import Runtime
 from autocompress.errors import DeviceUnavailable, PolicyFailure
-from autocompress.export import verify_bundle
+from autocompress.export import is_intact
 from autocompress.failures import FAILURES
 from autocompress.loading import load
 from autocompress.objective import PROBED_STEPS, evaluate_policy, training_step_seconds
@@ -241,7 +241,7 @@ def test_every_sample_is_kept_beside_the_file_that_it_is_of(net, data, tmp_path)
     assert original.median() == pytest.approx(latency.original_s, rel=1e-3)
     assert own["round"].max() == latency.n / own.groupby("round").size().iloc[0] * 2 - 1
     assert latency.samples == (), "they are not carried any further"
-    assert verify_bundle(path.parent) is None
+    assert is_intact(path.parent)
 
 
 class Tied(Net):
