@@ -109,7 +109,7 @@ def test_a_folder_of_the_same_name_elsewhere_is_left_alone(tmp_path, monkeypatch
         os.chdir(there)
         raise UsageError("the data do not load", hint="")
 
-    monkeypatch.setattr(session, "load", load)
+    monkeypatch.setattr("autocompress.controller.run.load", load)
     with pytest.raises(UsageError, match="do not load"):
         session.run_search(Task(model="torchvision:resnet18", data="digits"), Path("run"))
     assert (there / "run" / "front.json").read_text() == "of another search"
@@ -124,7 +124,7 @@ def test_a_search_that_is_killed_while_it_loads_can_be_resumed_without_its_task(
         assert load_task(tmp_path / "run" / TASK_FILE, {}) == task
         raise Killed
 
-    monkeypatch.setattr(session, "load", load)
+    monkeypatch.setattr("autocompress.controller.run.load", load)
     with pytest.raises(Killed):
         session.run_search(Task(model="torchvision:resnet18", data="digits"), tmp_path / "run")
 

@@ -253,6 +253,17 @@ def test_activations_that_are_not_finite_have_no_range(bad):
         quantizer.fit()
 
 
+def test_what_an_untraced_network_learns_through_its_bits_is_kept_in_float(untraceable):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
+    student = build_student(Graph.trace(model.eval(), (torch.randn(1, 3, 8, 8),)), Policy())
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    splits = [Split(torch.randn(n, 3, 8, 8), torch.arange(n) % 4) for n in (64, 16, 16)]
+    train_quantized(student, QuantSpec(bits=8), Data(*splits, classes=4), TrainPlan(3, batch_size=16, quant_fraction=1.0))
+    after = student.state_dict()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
 def test_an_untraced_network_may_ask_a_layer_for_its_sizes(untraceable):
     class Net(nn.Module):
         def __init__(self):

@@ -68,9 +68,8 @@ def test_4_a_device_that_is_lost_in_the_middle_of_a_search_which_goes_on_when_it
     lost = FakeDevice(SLOW_CALLS)
     assert search(lost, "--trials", "1") == 0
     known = json.loads((tmp_path / "run" / "front.json").read_text(encoding="utf-8"))["points"]
-    lost = FakeDevice(
-        SLOW_CALLS, failures={number: DeviceUnavailable("the board does not answer", hint="plug it in") for number in range(1, 99)}
-    )
+    gone = DeviceUnavailable("the board does not answer", hint="plug it in")
+    lost = FakeDevice(SLOW_CALLS, failures=dict.fromkeys(range(1, 99), gone))
     assert search(lost, "--resume", "--trials", "2") == 4
     assert explained(capsys) == ("the board does not answer", "plug it in")
     after = json.loads((tmp_path / "run" / "front.json").read_text(encoding="utf-8"))["points"]

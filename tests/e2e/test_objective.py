@@ -17,6 +17,8 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import weight_norm as old_weight_norm
 
 from autocompress.beside_baseline import COLUMNS, SAMPLES, measure_beside_baseline
+from autocompress.compress.norms import FEW_STEPS
+from autocompress.compress.optimizer import Optimizer
 from autocompress.compress.student import build_student
 from autocompress.data import Data, Split
 from autocompress.deploy import recreate
@@ -346,6 +348,16 @@ def test_training_through_bits_that_is_interrupted_goes_on_from_there(net, data,
     learned, teacher = load_file(left), setting.graphs[None].module.state_dict()
     assert learned.keys() == teacher.keys()
     assert not torch.equal(learned["b.conv1.weight"], teacher["b.conv1.weight"])
+
+
+def test_the_steps_of_training_are_those_that_were_made(net, data, tmp_path, monkeypatch):
+    """More of them than after which norms need no more of the time, so that progress would seem to fall."""
+    setting, made = ready(net, data, tmp_path / "run"), []
+    step = Optimizer.step
+    monkeypatch.setattr(Optimizer, "step", lambda self, rates: made.append(rates) or step(self, rates))
+    policy = Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}), quant=QuantSpec(bits=8, reduced_range=True))
+    outcome = evaluate_policy(setting, policy, id="00000", rung="short", seconds=6.0)
+    assert outcome.steps == len(made) > FEW_STEPS + 10
 
 
 def test_training_that_begins_again_counts_its_steps_anew_and_a_failure_leaves_no_files(net, data, tmp_path, monkeypatch):
