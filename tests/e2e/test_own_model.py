@@ -31,7 +31,7 @@ def build():
 TASK = """
 model = "${HERE}/own.py:build"
 data = "imagefolder:${HERE}/photos?size=16"
-search_time = "60s"
+search_time = "30s"
 trials = 1
 """
 
@@ -82,7 +82,7 @@ def test_students_of_another_architecture_are_searched_and_made_again(net, data,
     monkeypatch.setattr("autocompress.controller.rungs.Rungs.full_rung", lambda self: None)
     (tmp_path / "other.py").write_text(OTHER)
     reference = f"{tmp_path / 'other.py'}:build"
-    task = Task(model="own:net", data="own:blobs", student=reference, search_time="90s", trials=1)
+    task = Task(model="own:net", data="own:blobs", student=reference, search_time="40s", trials=1)
     result = run_search(task, tmp_path / "run", model=net, data=data, device=FakeDevice(SLOW_CALLS))
     (entry,) = [entry for entry in result.content["points"] if entry["rung"] == "short"]
     assert entry["policy"]["student"]["reference"] == reference

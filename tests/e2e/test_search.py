@@ -36,7 +36,7 @@ SECONDS = 36.0
 
 
 def task(**changes) -> Task:
-    return Task(model="own:net", data="own:blobs", search_time="60s").model_copy(update=changes)
+    return Task(model="own:net", data="own:blobs", search_time="30s").model_copy(update=changes)
 
 
 def trials_of(run: Path) -> list[optuna.trial.FrozenTrial]:
@@ -373,7 +373,7 @@ def test_two_policies_are_evaluated_once_each_and_the_space_is_exhausted(net, da
     monkeypatch.setattr("autocompress.loading.open_device", lambda name: FakeDevice(SLOW_CALLS))
     diary, run = Diary(), tmp_path / "run"
     monkeypatch.setattr("autocompress.session.make_progress", lambda quiet: diary)
-    result = autocompress.search(net, data, out=run, search_time="60s", suggest=suggest)
+    result = autocompress.search(net, data, out=run, search_time="30s", suggest=suggest)
     assert any("exhausted" in message for message in diary.messages)
     known = journal_of(run).outcomes
     assert sorted(outcome.rung for outcome in known) == ["short", "unchanged"]

@@ -19,14 +19,12 @@ OPTIONS = {"googlenet": {"init_weights": False}, "inception_v3": {"init_weights"
 FOUND = {  # name: (layers, channel groups, of these prunable, droppable blocks)
     "resnet18": (21, 13, 12, 5),
     "resnet50": (54, 38, 37, 12),
-    "resnext50_32x4d": (54, 22, 21, 12),
     "vgg11": (10, 10, 9, 0),
     "densenet121": (121, 121, 120, 0),
     "mobilenet_v2": (53, 26, 25, 10),
     "mobilenet_v3_large": (64, 31, 30, 10),
     "efficientnet_b0": (82, 41, 40, 9),
     "shufflenet_v2_x1_0": (57, 40, 31, 0),
-    "googlenet": (58, 58, 57, 0),
     "inception_v3": (95, 95, 94, 0),
     "swin_t": (53, 29, 28, 24),
 }

@@ -193,9 +193,11 @@ def test_layers_that_read_a_parameter_are_constant_and_no_reason_to_give_up():
     assert {"first", "second"} <= {frozen.name for frozen in graph.frozen}
     with torch.no_grad():
         torch.testing.assert_close(build_student(graph, Policy())(x), model(x))
-        smaller = build_student(graph, Policy(student=StudentSpec(drop=(graph.blocks[0].name,)), prune=PruneSpec(ratios={"key": 0.5})))
-        assert smaller(x).shape == (1, 4)
-    assert smaller.key.weight.shape == (8, 16)
+        shallow = build_student(graph, Policy(student=StudentSpec(drop=(graph.blocks[0].name,))))
+        narrow = build_student(graph, Policy(prune=PruneSpec(ratios={"wide": 0.5})))
+        assert shallow(x).shape == narrow(x).shape == (1, 4)
+    assert not hasattr(shallow, "wide")
+    assert narrow.narrow.weight.shape == (16, 12)
 
 
 class Maxout(nn.Module):
