@@ -15,7 +15,7 @@ from autocompress.graph import Graph
 from autocompress.policy import Policy, QuantSpec
 
 SIZES = {"inception_v3": 96}
-OPTIONS = {"googlenet": {"init_weights": False}, "inception_v3": {"init_weights": False}}
+OPTIONS = {"inception_v3": {"init_weights": False}}
 FOUND = {  # name: (layers, channel groups, of these prunable, droppable blocks)
     "resnet18": (21, 13, 12, 5),
     "resnet50": (54, 38, 37, 12),
