@@ -308,7 +308,12 @@ def test_a_network_that_cannot_be_traced_is_searched_all_the_same(data, tmp_path
     model: nn.Module = Untraceable().eval()
     diary = Diary()
     result = run_search(
-        TASK.model_copy(update={"trials": 2, "search_time": "20s"}), tmp_path / "run", model=model, data=data, device=FakeDevice(SLOW_CALLS), progress=diary
+        TASK.model_copy(update={"trials": 2, "search_time": "20s"}),
+        tmp_path / "run",
+        model=model,
+        data=data,
+        device=FakeDevice(SLOW_CALLS),
+        progress=diary,
     )
     assert [entry["id"] for entry in result.content["points"]]
     assert all(entry["latency_s"]["median"] > 0 for entry in result.content["points"])
