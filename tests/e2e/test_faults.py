@@ -148,7 +148,7 @@ def test_a_search_that_is_killed_three_times_loses_nothing(tmp_path, capsys, net
             running.wait_for(2)
             time.sleep(draw.uniform(0.0, 1.5))
         else:
-            time.sleep(draw.uniform(3.0, 8.0))  # while it starts, calibrates, trains or writes
+            time.sleep(draw.uniform(3.0, 6.0))  # while it starts, calibrates, trains or writes
         running.signalled(signal.SIGKILL)
         code, words = running.ended()
         assert code == -signal.SIGKILL, words

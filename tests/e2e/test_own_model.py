@@ -58,6 +58,8 @@ def test_a_task_file_with_a_model_and_photos_of_ones_own(place, capsys, monkeypa
     monkeypatch.setattr("autocompress.schedule.SHORT_RUNS", 30)
     monkeypatch.setattr("autocompress.controller.rungs.Rungs.full_rung", lambda self: None)
     monkeypatch.setattr("autocompress.candidates.ahead.WHOLE_NETWORKS", 2)
+    monkeypatch.setattr("autocompress.controller.conclude.FINAL_SECONDS_EACH", 0.3)
+    monkeypatch.setattr("autocompress.deploy.EXPORT_MEASURE_S", 0.3)
     run, out = place / "run", place / "shipped"
     assert main(["search", str(place / "task.toml"), "--quiet", "--out", str(run)]) == 0
     assert main(["export", str(run), "--pick", "int8", "--out", str(out), "--json"]) == 0
