@@ -48,17 +48,30 @@ def test_nobody_climbs_without_candidates():
     assert promoted([failed], 3) == []
 
 
-def test_the_greedy_choice_is_close_to_the_best_subset():
-    """Greedy selection reaches 1 - 1/e of the best subset (Nemhauser et al. 1978); here it is far closer."""
+def covered(outcomes, among):
+    points = np.array([[o.val_score.gain, np.log(o.latency_s.median)] for o in among])
+    reference = (promotion.least_counted(points[:, 0]), points[:, 1].max() + np.log(promotion.WORST_SLOWNESS))
+    return hypervolume(np.array([[o.val_score.gain, np.log(o.latency_s.median)] for o in outcomes]), reference)
+
+
+def test_what_is_chosen_covers_about_as_much_as_the_best_subset():
     draw = np.random.default_rng(3)
-    for _ in range(10):
+    for _ in range(20):
         outcomes = [outcome(f"{i}", float(s), float(t)) for i, (s, t) in enumerate(draw.uniform(0.01, 1.0, (8, 2)))]
-        points = np.array([[o.val_score.gain, np.log(o.latency_s.median)] for o in outcomes])
-        reference = (promotion.least_counted(points[:, 0]), points[:, 1].max() + np.log(promotion.WORST_SLOWNESS))
-        volume = {o.id: p for o, p in zip(outcomes, points, strict=True)}
-        chosen = hypervolume(np.array([volume[o.id] for o in promoted(outcomes, 3)]), reference)
-        best = max(hypervolume(np.array(subset), reference) for subset in combinations(points, 3))
-        assert chosen >= 0.9 * best
+        best = max(outcomes, key=lambda o: o.val_score.gain)
+        subsets = [[best, *others] for others in combinations([o for o in outcomes if o is not best], 2)]
+        assert covered(promoted(outcomes, 3), outcomes) >= 0.99 * max(covered(subset, outcomes) for subset in subsets)
+
+
+def test_one_that_greed_takes_first_makes_room_for_two_that_cover_more():
+    """Short runs of an hour of ResNet-56, after which nothing was trained between 3.5 and 5.2 times its speed."""
+    runs = {"b": (0.9996, 868), "c": (0.9856, 594), "e": (0.9616, 427), "d": (0.9350, 377), "f": (0.8890, 339), "g": (0.8794, 279)}
+    outcomes = [outcome(id, score, 1e-6 * us) for id, (score, us) in runs.items()]
+    chosen = promoted(outcomes, 4)
+    assert covered(chosen, outcomes) == pytest.approx(
+        max(covered(subset, outcomes) for subset in combinations(outcomes, 4) if outcomes[0] in subset)
+    )
+    assert ids(chosen)[0] == "b"
 
 
 def test_the_best_comes_first_and_then_what_dominates_most_of_what_counts():
