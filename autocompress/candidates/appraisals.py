@@ -199,7 +199,12 @@ class Appraisals:
         return found
 
     def agreement(self) -> float | None:
-        """Whether policies of the same latency are ranked as their worth does: by what is foreseen of them, else by their promise."""
+        """Whether policies of the same latency are ranked as their worth does: by what is foreseen of them, else by their promise.
+
+        None of students of another architecture, of which nothing else is known than their promise.
+        """
+        if not self.forecast.setting.one_architecture:
+            return None
         every, foreseen = [*self._known.values()], [a.proposal.promise for a in self._known.values()]
         if self.is_sensitivity_known:
             alone = {self.forecast.structure(single.proposal.policy) for single in self.sensitivity.levels}

@@ -180,7 +180,7 @@ class Findings:
         self.history.append(progress_point(self.outcomes(), self.setting.baseline, self.limits, self.clock.elapsed, self.journal.finished))
         self.journal.note(Note.PROGRESS, [point.model_dump(mode="json") for point in self.history])
         self.note_time()
-        self.write_front()
+        self.save()
         self.announce(outcome)
 
     def adopt_drifted_baseline(self) -> None:
@@ -194,10 +194,12 @@ class Findings:
         self.journal.note(Note.ELAPSED_S, self.clock.elapsed)
         self.journal.note(Note.SPENT_S, self.setting.ledger.spent())
 
-    def write_front(self) -> None:
-        """Write RUN/front.json: after every policy, so that a killed search leaves a folder that can be shown and exported."""
-        write_atomically(self.run / FRONT, self.results().to_json())
+    def save(self) -> Results:
+        """Write RUN/front.json, and a copy of the database: a killed search leaves a folder that can be shown, exported and resumed."""
+        results = self.results()
+        write_atomically(self.run / FRONT, results.to_json())
         back_up(self.run / DATABASE)
+        return results
 
     def announce(self, outcome: Outcome) -> None:
         """One line for the user."""

@@ -30,7 +30,7 @@ from autocompress.preparation import prepare
 from autocompress.progress import Progress, SilentProgress, counting
 from autocompress.references import require_name
 from autocompress.report.page import write_report
-from autocompress.results import ProgressPoint
+from autocompress.results import ProgressPoint, Results
 from autocompress.run_folder import locked, network_warning, remember_own, require_space, write_atomically
 from autocompress.schedule import Clock
 from autocompress.search_space import own_suggest, suggest_of
@@ -94,8 +94,8 @@ def conduct(task: Task, run: Path, given: Given, *, resume: bool = False, progre
         try:
             _phases(findings, known)
         finally:
-            _finish(findings)
-    require_found(findings)
+            results = _finish(findings)
+    require_found(findings, results)
 
 
 @contextmanager
@@ -172,9 +172,10 @@ def _phases(findings: Findings, known: Journal | None) -> None:
     forget_interrupted(findings.setting)
 
 
-def _finish(findings: Findings) -> None:
+def _finish(findings: Findings) -> Results:
     """Write what there is, however the search ended."""
     findings.journal.retire_lost_trials()
     findings.note_time()
-    findings.write_front()
-    write_report(findings.results(), findings.run)
+    results = findings.save()
+    write_report(results, findings.run)
+    return results

@@ -10,12 +10,12 @@ from autocompress.errors import InfeasibleBudget, TooManyFailures
 from autocompress.failures import fix_and_resume
 from autocompress.front import measured
 from autocompress.records import Outcome
+from autocompress.results import Results
 from autocompress.units import format_duration, format_size
 
 
-def require_found(findings: Findings) -> None:
+def require_found(findings: Findings, results: Results) -> None:
     """Raises InfeasibleBudget unless something that was measured is within the budget, TooManyFailures where no policy became a file."""
-    results = findings.results()
     if results.failures and not results.points:
         first = results.failures[0]
         raise TooManyFailures(

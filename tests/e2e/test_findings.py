@@ -195,9 +195,8 @@ def test_a_search_in_which_nothing_met_the_budget_says_how_fast_the_fastest_was(
     findings.forecast.limits, findings.run = findings.task.limits, findings.setting.models.parent
     trained(findings, pool[0].policy, 2e-3)
     trained(findings, pool[1].policy, 1e-3, id="00001")
-    findings.write_front()
     with pytest.raises(InfeasibleBudget, match="the nearest policy took 1 ms") as caught:
-        require_found(findings)
+        require_found(findings, findings.results())
     assert caught.value.smallest_latency_s == 1e-3
 
 
@@ -208,9 +207,8 @@ def test_a_search_in_which_nothing_met_the_budget_says_how_fast_the_fastest_was(
 )
 def test_a_search_in_which_nothing_could_be_measured_says_so(findings, budget, told):
     findings.task, findings.run = findings.task.model_copy(update={"budget": budget}), findings.setting.models.parent
-    findings.write_front()
     with pytest.raises(InfeasibleBudget, match=told):
-        require_found(findings)
+        require_found(findings, findings.results())
 
 
 def test_a_file_within_the_budget_comes_before_a_better_one_of_the_same_policy_that_is_not(findings, pool):
@@ -271,9 +269,8 @@ def test_a_search_in_which_all_failed_says_why(findings, pool):
     failure = Failure(stage="export", reason="the exporter failed")
     findings.journal.record(Outcome(id="00000", policy=pool[0].policy, rung="short", failure=failure))
     findings.run = findings.setting.models.parent
-    findings.write_front()
     with pytest.raises(TooManyFailures, match="the first failed to export: the exporter failed"):
-        require_found(findings)
+        require_found(findings, findings.results())
 
 
 def test_a_policy_whose_prediction_straddles_the_budget_is_measured_before_it_is_trained(findings, pool, monkeypatch):
