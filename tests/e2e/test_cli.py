@@ -23,7 +23,7 @@ from autocompress.units import parse_duration
 
 BUNDLE = {"model.onnx", "student.safetensors", "policy.json", "manifest.json"}
 BUDGET_S = 10e-3
-SEARCH_TIME, GOOD_ENOUGH = "120s", "0.9"
+SEARCH_TIME, GOOD_ENOUGH = "180s", "0.9"
 
 
 @pytest.fixture(scope="session")

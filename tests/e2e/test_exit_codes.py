@@ -35,7 +35,7 @@ def search(net, data, tmp_path, monkeypatch):
 
     def run(device, *options):
         monkeypatch.setattr(session, "run_search", lambda *given, **named: run_search(*given, model=net, data=data, device=device, **named))
-        own = ["search", "--model", "own:net", "--data", "own:blobs", "--search-time", "30s", "--quiet", "--out", str(tmp_path / "run")]
+        own = ["search", "--model", "own:net", "--data", "own:blobs", "--search-time", "60s", "--quiet", "--out", str(tmp_path / "run")]
         return main([*own, *options])
 
     return run

@@ -308,7 +308,7 @@ def test_a_network_that_cannot_be_traced_is_searched_all_the_same(data, tmp_path
     model: nn.Module = Untraceable().eval()
     diary = Diary()
     result = run_search(
-        TASK.model_copy(update={"trials": 2, "search_time": "20s"}),
+        TASK.model_copy(update={"trials": 2}),
         tmp_path / "run",
         model=model,
         data=data,

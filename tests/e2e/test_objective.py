@@ -356,7 +356,7 @@ def test_the_steps_of_training_are_those_that_were_made(net, data, tmp_path, mon
     step = Optimizer.step
     monkeypatch.setattr(Optimizer, "step", lambda self, rates: made.append(rates) or step(self, rates))
     policy = Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}), quant=QuantSpec(bits=8, reduced_range=True))
-    outcome = evaluate_policy(setting, policy, id="00000", rung="short", seconds=4.0)
+    outcome = evaluate_policy(setting, policy, id="00000", rung="short", seconds=6.0)
     assert outcome.steps == len(made) > FEW_STEPS + 10
 
 

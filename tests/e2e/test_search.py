@@ -36,7 +36,7 @@ SECONDS = 36.0
 
 
 def task(**changes) -> Task:
-    return Task(model="own:net", data="own:blobs", search_time="30s").model_copy(update=changes)
+    return Task(model="own:net", data="own:blobs", search_time="60s").model_copy(update=changes)
 
 
 def trials_of(run: Path) -> list[optuna.trial.FrozenTrial]:
@@ -149,7 +149,17 @@ def test_the_front_is_within_the_budget_and_nothing_on_it_is_dominated(finished)
         assert budget.allows(Measurement.model_validate(entry["latency_s"]), entry["size_bytes"]), "measured beside this original"
     for entry in content["points"]:
         assert entry["feasible"] is Budget(relative=0.6).allows(Measurement.model_validate(entry["latency_s"]), entry["size_bytes"])
-    points = [(e["val_score"]["value"], 1 / e["speedup"]) for e in content["points"] if e["feasible"]]
+    networks = {}
+    for entry in (e for e in content["points"] if e["feasible"]):
+        networks.setdefault(json.dumps({**entry["policy"], "distill": None}), []).append(entry)
+    shown = {entry["id"] for entry in content["front"]}
+    points = []
+    for files in networks.values():  # of one network, which differ by noise; the longest trained of equals is the one
+        files.sort(key=lambda e: (e["id"] in shown, e["val_score"]["value"], e["speedup"]))
+        assert [e["id"] in shown for e in files].count(True) <= 1
+        assert min(e["speedup"] for e in files) == pytest.approx(max(e["speedup"] for e in files), rel=0.02)
+        assert files[-1]["val_score"]["value"] >= max(e["val_score"]["value"] for e in files) - 0.1, "chance explains no more"
+        points.append((files[-1]["val_score"]["value"], 1 / files[-1]["speedup"]))
     on_front = [(e["val_score"]["value"], 1 / e["speedup"]) for e in content["front"]]
     assert sorted(on_front) == sorted(point for point, kept in zip(points, non_dominated(points), strict=True) if kept)
     assert on_front == sorted(on_front, key=lambda point: point[1]), "fastest first"
@@ -284,7 +294,7 @@ def test_a_number_of_trials_stops_early_whatever_the_sampler(one_trial):
     run, result = one_trial
     outcomes = journal_of(run).outcomes
     assert [outcome.rung for outcome in outcomes].count("short") == 1
-    assert result.content["elapsed_s"] < 20
+    assert result.content["elapsed_s"] < 30
     assert result.content["front"]
     assert result.content["budget"] == Budget().model_dump(mode="json")
 
@@ -294,7 +304,7 @@ def test_the_best_of_a_few_trials_is_trained_to_the_end(net, data, tmp_path, mon
     monkeypatch.setattr("autocompress.controller.pace.FULL_FACTOR", 2.0)
     monkeypatch.setattr("autocompress.controller.pace.LEAST_FULL_STEPS", 100)
     monkeypatch.setattr("autocompress.controller.pace.Pace.overhead", lambda self: 0.2)
-    wanted = task(trials=2, search_time="60s")
+    wanted = task(trials=2)
     result = run_search(wanted, tmp_path / "run", model=net, data=data, device=FakeDevice(SLOW_CALLS))
     outcomes = journal_of(tmp_path / "run").outcomes
     assert [outcome.rung for outcome in outcomes].count("short") == 2
@@ -374,7 +384,7 @@ def test_two_policies_are_evaluated_once_each_and_the_space_is_exhausted(net, da
     monkeypatch.setattr("autocompress.loading.open_device", lambda name: FakeDevice(SLOW_CALLS))
     diary, run = Diary(), tmp_path / "run"
     monkeypatch.setattr("autocompress.session.make_progress", lambda quiet: diary)
-    result = autocompress.search(net, data, out=run, search_time="30s", suggest=suggest)
+    result = autocompress.search(net, data, out=run, search_time="60s", suggest=suggest)
     assert any("exhausted" in message for message in diary.messages)
     known = journal_of(run).outcomes
     assert sorted(outcome.rung for outcome in known) == ["short", "unchanged"]

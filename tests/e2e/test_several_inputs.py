@@ -77,7 +77,7 @@ def test_a_search_ships_files_that_take_the_inputs_by_their_names(teacher, data,
     monkeypatch.setattr("autocompress.controller.pace.Pace.overhead", lambda self: 0.2)
     monkeypatch.setattr("autocompress.controller.rungs.Rungs.full_rung", lambda self: None)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    task = Task(model="own:fused", data="own:examples", search_time="30s", trials=1)
+    task = Task(model="own:fused", data="own:examples", search_time="60s", trials=1)
     result = run_search(task, tmp_path / "run", model=teacher, data=data, device=FakeDevice(SLOW_CALLS))
     assert result.content["failures"] == []
     assert result.content["baseline"]["test_score"]["value"] > 0.5

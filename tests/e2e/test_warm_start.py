@@ -23,7 +23,7 @@ OTHER = Costs(call=5e-6, node=4e-6, mac=1e-9, mac_int8=0.8e-9)
 
 
 def task(**changes) -> Task:
-    return Task(model="own:net", data="own:blobs", search_time="30s").model_copy(update=changes)
+    return Task(model="own:net", data="own:blobs", search_time="60s").model_copy(update=changes)
 
 
 def appraised(run) -> int:
