@@ -41,7 +41,7 @@ from autocompress.failures import refused
 from autocompress.graph import Graph
 from autocompress.graph.plain import own_copy
 from autocompress.loading import TEACHER_WEIGHTS, UNFINISHED_TEACHER
-from autocompress.models import load_model, simplify_call
+from autocompress.models import in_float32, load_model, simplify_call
 from autocompress.records import Measurement
 from autocompress.references import AGENT, DEFAULT_DEVICE, MODEL_LIBRARIES, OBJECT, names_function, require_formats
 from autocompress.results import Entry, Results
@@ -288,7 +288,7 @@ def recreate(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(manifest.seed)
             reference = load_model(reference, weights=own, classes=manifest.classes)
-    example, reference = _example(manifest), own_copy(reference)
+    example, reference = _example(manifest), in_float32(own_copy(reference))
     simplify_call(reference, example)
     made = load_student(bundle, Graph.trace(reference, tensors_of(example)), policy)
     _require_same(made, bundle / MODEL, example, device or open_device(DEFAULT_DEVICE))

@@ -20,7 +20,7 @@ from autocompress.errors import UsageError
 from autocompress.export import weights_bytes
 from autocompress.graph import Graph
 from autocompress.graph.plain import own_copy
-from autocompress.models import example_for, load_model, load_weights, simplify_call
+from autocompress.models import example_for, in_float32, load_model, load_weights, simplify_call
 from autocompress.preflight import require_fit
 from autocompress.progress import PhaseTick
 from autocompress.references import draws_itself, require_name
@@ -108,7 +108,7 @@ def open_model(reference: str, *, weights: Path | None, data: str | None, input:
 
 def _own(model: nn.Module, task: Task) -> nn.Module:
     """A copy of an object of Python, with the weights of the task where it names some."""
-    teacher = own_copy(model)
+    teacher = in_float32(own_copy(model))
     if task.weights:
         load_weights(teacher, Path(task.weights))
     return teacher
@@ -126,7 +126,7 @@ def _require_target(task: Task, data: Data) -> None:
 
 
 def _normalised_otherwise(model: nn.Module, data: Data) -> str:
-    """What to tell where timm says that the model's weights were trained on images that were normalised otherwise."""
+    """What to tell where the model's library says that its weights were trained on images that were normalised otherwise."""
     trained, given = getattr(model, "pretrained_cfg", None), data.normalisation
     if given is None or not isinstance(trained, Mapping) or not {"mean", "std"} <= trained.keys():
         return ""
@@ -134,7 +134,7 @@ def _normalised_otherwise(model: nn.Module, data: Data) -> str:
     if any(len(w) == len(o) and not np.allclose(w, o, atol=SAME_NORMALISATION) for w, o in zip(wanted, own, strict=True)):
         mean, std = (",".join(f"{value:g}" for value in values) for values in wanted)
         return (
-            f"timm's weights for this model were trained with mean={mean} and std={std}, but the data has other values: "
+            f"the weights that are published of this model were trained with mean={mean} and std={std}, but the data has other values: "
             "name these in --data (mean=...&std=...) unless the model was trained otherwise since"
         )
     return ""

@@ -42,7 +42,7 @@ def require_fit(model: nn.Module, data: Data, example: Inputs, reference: str) -
 
 
 def _require_float(model: nn.Module, reference: str) -> None:
-    """Raises UsageError for a network in half precision, or one that was quantized already: its weights are packed, and not trained."""
+    """Raises UsageError for a network that was quantized already: its weights are packed, and not trained."""
     packed = next((name for name, module in model.named_modules() if "quantized" in type(module).__module__.split(".")), None)
     if packed is not None:
         raise UsageError(

@@ -29,7 +29,7 @@ DATA_ROOT = "data"
 """Where `torchvision:NAME` data lies unless its `root` says otherwise."""
 OBJECT = "python:"
 """Begins the name of what was given as an object of Python: nothing can load it."""
-MODEL_LIBRARIES, DATA_READERS = ("torchvision:", "timm:"), ("torchvision:", "imagefolder:")
+MODEL_LIBRARIES, DATA_READERS = ("torchvision:", "timm:", "transformers:"), ("torchvision:", "imagefolder:")
 """Begin references to models and to data that name no function."""
 DEMO = "autocompress.demo:"
 """Begins references to the networks of the demonstration."""
@@ -77,6 +77,15 @@ def absolute_function(reference: str) -> str:
     """`net.py:build` -> `"/project/net.py:build"`; a reference without a file stays as it is."""
     where, _, name = reference.rpartition(":")
     return f"{absolute_path(where)}:{name}" if where.endswith(".py") else reference
+
+
+def absolute_model(reference: str) -> str:
+    """The same with a function's file, or a folder of transformers: `transformers:my-bert` -> `"transformers:/project/my-bert"`."""
+    name, mark, query = reference.partition("?")
+    library, _, where = name.partition(":")
+    if library == "transformers" and Path(where).expanduser().is_dir():  # else it is the name of one on a hub
+        return f"transformers:{absolute_path(where)}{mark}{query}"
+    return absolute_function(reference)
 
 
 def absolute_data(reference: str) -> str:

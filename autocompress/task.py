@@ -25,6 +25,7 @@ from autocompress.references import (
     OBJECT,
     absolute_data,
     absolute_function,
+    absolute_model,
     absolute_path,
     draws_itself,
     names_function,
@@ -152,7 +153,7 @@ class Task(Record):
         own_file = self.space.endswith(".toml")
         return self.model_copy(
             update={
-                "model": absolute_function(self.model),
+                "model": absolute_model(self.model),
                 "weights": absolute_path(self.weights) if self.weights else None,
                 "from_run": absolute_path(self.from_run) if self.from_run else None,
                 "data": absolute_data(self.data),

@@ -217,3 +217,12 @@ def test_what_names_no_code_needs_no_trust(tmp_path):
         assert load_kept_task(tmp_path, {}) == load_task(tmp_path / "task.toml", {})
     with pytest.raises(UsageError, match="there is no search"):
         load_kept_task(tmp_path / "absent", {})
+
+
+def test_a_folder_of_transformers_is_found_from_every_folder_and_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-bert").mkdir()
+    task = Task.create({"model": "transformers:my-bert?revision=x", "data": "digits"})
+    assert task.absolute().model == f"transformers:{tmp_path}/my-bert?revision=x"
+    assert Task.create({"model": "transformers:org/bert", "data": "digits"}).absolute().model == "transformers:org/bert"
+    assert not task.demands_trust

@@ -16,6 +16,7 @@ from autocompress.demo import TEACHER_EPOCHS
 from autocompress.errors import DeviceUnavailable, UsageError
 from autocompress.loading import load
 from autocompress.objective import evaluate_policy
+from autocompress.policy import Policy
 from autocompress.preparation import limit_validation, prepare, score_baseline, train_demo_teacher
 from autocompress.setting import MOST_ANSWER_BYTES
 from autocompress.task import Task
@@ -158,11 +159,19 @@ def test_answers_that_are_maps_are_held_of_fewer_examples(net, data, tmp_path, m
     assert evaluate_policy(few, INT8, id="00000", rung="short", seconds=0.0).failure is None
 
 
-def test_a_network_in_half_precision_is_refused(net, data, tmp_path):
-    for own in (copy.deepcopy(net).half(), copy.deepcopy(net).bfloat16()):
-        with pytest.raises(UsageError, match="must be float32") as caught:
-            ready(own, data, tmp_path / "run")
-        assert "model.float()" in caught.value.hint
+def test_a_network_in_half_precision_is_compressed_from_float32_and_stays_as_it_is(net, data, tmp_path):
+    own = copy.deepcopy(net).half()
+    setting = ready(own, data, tmp_path / "run")
+    assert {parameter.dtype for parameter in own.parameters()} == {torch.float16}
+    assert evaluate_policy(setting, Policy(), id="00000", rung="short", seconds=0.0).failure is None
+
+
+def test_a_network_of_eight_bits_is_refused(net, data, tmp_path):
+    own = copy.deepcopy(net)
+    own.head.weight = nn.Parameter(own.head.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(UsageError, match="must be float32") as caught:
+        ready(own, data, tmp_path / "run")
+    assert "model.float()" in caught.value.hint
 
 
 def test_the_same_random_network_in_every_process(tmp_path):
