@@ -30,7 +30,7 @@ from autocompress.export import BUNDLE, check_onnx, check_parity, load_student, 
 from autocompress.failures import policy_errors
 from autocompress.graph.nodes import follows_batch
 from autocompress.policy import Policy
-from autocompress.records import Failure, FailureStage, Outcome, Parity, Prediction, Rung, Score
+from autocompress.records import Attempt, Failure, FailureStage, Outcome, Parity, Prediction, Rung, Score
 from autocompress.run_folder import writing
 from autocompress.setting import Setting
 from autocompress.starting import FLOAT_WEIGHTS, interrupted_weights, keep_for_further_training, keep_interrupted, start_student
@@ -45,28 +45,22 @@ PROBED_STEPS = 3
 
 def evaluate_policy(
     setting: Setting,
-    policy: Policy,
+    attempt: Attempt,
     *,
-    id: str,
-    rung: Rung,
     seconds: float,
     latest: float = math.inf,
-    predicted: Prediction | None = None,
-    worth: float | None = None,
     continues: str | None = None,
     tick: Tick | None = None,
 ) -> Outcome:
     """Turn a policy into an artifact with a validation score and a measurement, or into a failure.
 
     Args:
-        id: name of the bundle's folder.
         seconds: of training, once the student is reconstructed; export, scoring and measuring come after it.
         latest: `time.monotonic()` at which training ends in any case.
-        worth: of the structure before it is trained, see `Outcome`.
         continues: id of a lower rung of the same policy, whose float weights are the start.
     """
     started = time.monotonic()
-    known = {"id": id, "policy": policy, "rung": rung, "predicted_latency_s": predicted, "worth": worth}
+    policy, folder = attempt.policy, setting.models / attempt.id
     stage: FailureStage = "compress"
     training_s, steps, reached = 0.0, 0, 0.0
 
@@ -77,7 +71,7 @@ def evaluate_policy(
         if tick is not None:
             tick(progress)
 
-    shutil.rmtree(setting.models / id, ignore_errors=True)  # of a run that was interrupted, perhaps of another policy
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted, perhaps of another policy
     try:
         with policy_errors(setting.log):
             student = build_student(setting.graph_of(policy), policy)
@@ -85,12 +79,12 @@ def evaluate_policy(
             start_student(setting, student, policy, continues, until=min(latest, started + max(LEAST_RECONSTRUCTION_S, seconds)))
             begun = time.monotonic()
             with setting.ledger.spend("train"):
-                student = _trained(setting, student, policy, rung, min(latest, begun + seconds), count)
+                student = _trained(setting, student, policy, attempt.rung, min(latest, begun + seconds), count)
             trained = time.monotonic()
             training_s = trained - begun
             stage = "export"
-            manifest = setting.write(setting.models / id, student, policy)
-            path = setting.models / id / manifest.artifact
+            manifest = setting.write(folder, student, policy)
+            path = folder / manifest.artifact
             stage = "check"
             outputs, parity = check_artifact(setting, student, path, policy)
             score = score_outputs(outputs, setting.data.val.targets, setting.data)
@@ -98,16 +92,16 @@ def evaluate_policy(
             _, latency = measure_beside_baseline(setting, [path])
     except PolicyFailure as error:
         interrupted_weights(setting, policy).unlink(missing_ok=True)
-        shutil.rmtree(setting.models / id, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         failure = Failure(stage=stage, reason=error.message)
-        return Outcome(**known, failure=failure, seconds=time.monotonic() - started, training_s=training_s)
-    keep_for_further_training(setting, policy, path.parent)
+        return Outcome(**dict(attempt), failure=failure, seconds=time.monotonic() - started, training_s=training_s)
+    keep_for_further_training(setting, policy, folder)
     return Outcome(
-        **known,
+        **dict(attempt),
         val_score=score,
         latency_s=latency,
         size_bytes=manifest.size_bytes,
-        artifact=f"models/{id}/{manifest.artifact}",
+        artifact=f"models/{attempt.id}/{manifest.artifact}",
         parity=parity,
         seconds=time.monotonic() - started,
         training_s=training_s,

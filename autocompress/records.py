@@ -124,25 +124,37 @@ class Parity(Record):
         return self.difference / max(self.largest, SMALLEST)
 
 
-class Outcome(Record):
-    """One evaluated policy: a score and a measurement, or a failure.
+class Attempt(Record):
+    """One evaluation of a policy, before it begins.
 
-    `seconds` is what it cost, of a short run choosing it included; of it `training_s` went to training (so many `steps`) and `finishing_s`
-    to what came after: exporting, scoring and measuring.
-    `worth` is what was known of its structure before it was trained, as a rule likeness to the teacher.
-    A failure that names an artifact lost it: the file worked once. `search_latency_s` is what was measured first, where the file was
-    measured again together with the front. `parity` says how its outputs differ from the student's.
+    id: also of the bundle's folder. predicted_latency_s: by which it was chosen. worth: what was known of its structure before it was
+    trained, as a rule likeness to the teacher.
     """
 
     id: Annotated[str, Field(pattern=r"^[\w-]{1,64}$")]
     policy: Policy
     rung: Rung
+    predicted_latency_s: Prediction | None = None
+    worth: float | None = None
+
+    def again(self, id: str, rung: Rung) -> Attempt:
+        """Another attempt at the same policy, by what was known of it."""
+        return Attempt(id=id, policy=self.policy, rung=rung, predicted_latency_s=self.predicted_latency_s, worth=self.worth)
+
+
+class Outcome(Attempt):
+    """What has become of an attempt: a score and a measurement, or a failure.
+
+    `seconds` is what it cost, of a short run choosing it included; of it `training_s` went to training (so many `steps`) and `finishing_s`
+    to what came after: exporting, scoring and measuring.
+    A failure that names an artifact lost it: the file worked once. `search_latency_s` is what was measured first, where the file was
+    measured again together with the front. `parity` says how its outputs differ from the student's.
+    """
+
     val_score: Score | None = None
     test_score: Score | None = None
     latency_s: Measurement | None = None
     search_latency_s: Measurement | None = None
-    predicted_latency_s: Prediction | None = None
-    worth: float | None = None
     size_bytes: int = 0
     artifact: str | None = None
     parity: Parity | None = None

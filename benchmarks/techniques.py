@@ -36,6 +36,7 @@ from autocompress.loading import load
 from autocompress.objective import evaluate_policy
 from autocompress.policy import DistillSpec, LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import prepare
+from autocompress.records import Attempt
 from autocompress.search_space import for_device
 from autocompress.setting import Setting
 from autocompress.starting import untrained_student
@@ -137,7 +138,7 @@ def _share_of(setting: Setting, policy: Policy) -> float:
 
 def run(setting: Setting, name: str, policy: Policy, seconds: float) -> dict[str, Any]:
     """Train a policy's student for so long: its test accuracy, latency and size."""
-    outcome = evaluate_policy(setting, policy, id="technique", rung="short", seconds=seconds)
+    outcome = evaluate_policy(setting, Attempt(id="technique", policy=policy, rung="short"), seconds=seconds)
     if outcome.failure is not None or outcome.latency_s is None:
         return {"failure": outcome.failure.reason if outcome.failure is not None else "not measured"}
     path = setting.models / "technique" / "model.onnx"

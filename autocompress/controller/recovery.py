@@ -7,8 +7,7 @@ from typing import Any
 
 from autocompress.controller.findings import Findings
 from autocompress.export import is_intact
-from autocompress.policy import Policy
-from autocompress.records import Failure, Outcome, Rung
+from autocompress.records import Attempt, Failure, Outcome
 
 
 def retry_failures(findings: Findings) -> int:
@@ -33,17 +32,17 @@ def leave_killers(findings: Findings) -> None:
             continue
         failure = Failure(stage="train", reason="the search was killed each time that it worked on this: perhaps memory ran out")
         id = findings.journal.next_id() if killer.rung == "short" else killer.id
-        left = killer.model_copy(update={"id": id, "failure": failure})
+        left = Outcome(**dict(killer) | {"id": id}, failure=failure)
         findings.journal.record(left)
         findings.announce(left)
 
 
-def at_work(findings: Findings, policy: Policy, id: str, rung: Rung) -> AbstractContextManager[None]:
+def at_work(findings: Findings, attempt: Attempt) -> AbstractContextManager[None]:
     """While a policy is worked on: should that kill the search, a resumed one knows."""
-    return findings.journal.at_work(policy, id, rung, _how(findings))
+    return findings.journal.at_work(attempt, _how(findings))
 
 
-def _killers(findings: Findings) -> list[Outcome]:
+def _killers(findings: Findings) -> list[Attempt]:
     """What this search was killed over time and again, by now."""
     findings.journal.note_kill()
     return findings.journal.killed_over(_how(findings))

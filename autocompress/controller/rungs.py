@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 from autocompress.candidates.proposals import Proposal
 from autocompress.controller.choice import Choice, Chooser
@@ -24,7 +23,7 @@ from autocompress.front import gain, measured
 from autocompress.objective import evaluate_policy
 from autocompress.policy import Policy, QuantSpec
 from autocompress.promotion import cover, promoted
-from autocompress.records import Outcome, Rung
+from autocompress.records import Attempt, Outcome, Rung
 from autocompress.schedule import Division, appraisal_seconds, extended, full_runs, full_seconds
 from autocompress.search_space import for_device
 from autocompress.starting import interrupted_weights
@@ -96,7 +95,10 @@ class Rungs:
         if forecast.least_excess(forecast.proposal(policy, {})) > 0:
             return
         findings.show("the unchanged network in int8")
-        findings.keep(self._evaluated(policy, id="int8", rung="unchanged", seconds=0.0, predicted=forecast.first_prediction(policy)))
+        attempt = self._attempt(policy, "int8", "unchanged")
+        with at_work(findings, attempt):
+            outcome = evaluate_policy(findings.setting, attempt, seconds=0.0)
+        findings.keep(outcome)
 
     def _first(self, pool: list[Proposal], leading: list[Proposal], until: float, most_with_singles: int) -> Iterator[Proposal]:
         """What is appraised before Optuna suggests: the dimensions alone, then what loses least by them; in short, what promises most."""
@@ -178,16 +180,15 @@ class Rungs:
         """Train what was chosen from `begun` on."""
         findings, pace = self.findings, self._pace
         left, chosen_in = pace.left_for_short() - pace.finishing(), time.monotonic() - begun
-        outcome = self._evaluated(
-            choice.policy,
-            id=findings.journal.next_id(),
-            rung="short",
-            seconds=max(LEAST_TRAINING_S, pace.relative_cost(choice.policy) * division.training),
-            latest=time.monotonic() + max(LEAST_TRAINING_S, left),
-            predicted=findings.forecast.first_prediction(choice.policy),
-            worth=choice.worth,
-            tick=findings.percent(f"short training, policy {len(findings.short_runs) + 1}"),
-        )
+        attempt = self._attempt(choice.policy, findings.journal.next_id(), "short", worth=choice.worth)
+        with at_work(findings, attempt):
+            outcome = evaluate_policy(
+                findings.setting,
+                attempt,
+                seconds=max(LEAST_TRAINING_S, pace.relative_cost(choice.policy) * division.training),
+                latest=time.monotonic() + max(LEAST_TRAINING_S, left),
+                tick=findings.percent(f"short training, policy {len(findings.short_runs) + 1}"),
+            )
         findings.keep(outcome.model_copy(update={"seconds": outcome.seconds + chosen_in}))
         if choice.trial is not None and choice.base is not None:
             findings.journal.tell_distillation(choice.trial, gain(outcome) - gain(choice.base) if outcome.failure is None else None)
@@ -233,19 +234,17 @@ class Rungs:
             seconds = full_seconds(findings.clock.left, costs[position:], gaps[position:], each, trials) - pace.finishing()
             if seconds <= 0:
                 return
-            findings.keep(
-                self._evaluated(
-                    outcome.policy,
-                    id=f"{outcome.id}-full",
-                    rung="full",
+            attempt = outcome.again(f"{outcome.id}-full", "full")
+            with at_work(findings, attempt):
+                trained = evaluate_policy(
+                    findings.setting,
+                    attempt,
                     seconds=seconds,
                     latest=time.monotonic() + findings.clock.left - pace.finishing(),
-                    predicted=outcome.predicted_latency_s,
-                    worth=outcome.worth,
                     continues=outcome.id,
                     tick=findings.percent(f"full training {position + 1} of {len(climbing)}"),
                 )
-            )
+            findings.keep(trained)
 
     def _climbing(self, each: float) -> list[Outcome]:
         """What is trained to the end, where each is meant to have so many seconds; whose training was interrupted comes first.
@@ -288,10 +287,9 @@ class Rungs:
         """What a policy was worth untrained; the unchanged network is its own teacher."""
         return 1.0 if outcome.rung == "unchanged" else outcome.worth or 0.0
 
-    def _evaluated(self, policy: Policy, *, id: str, rung: Rung, **how: Any) -> Outcome:
-        """What becomes of a policy, noted while it is worked on; see `evaluate_policy`."""
-        with at_work(self.findings, policy, id, rung):
-            return evaluate_policy(self.findings.setting, policy, id=id, rung=rung, **how)
+    def _attempt(self, policy: Policy, id: str, rung: Rung, *, worth: float | None = None) -> Attempt:
+        predicted = self.findings.forecast.first_prediction(policy)
+        return Attempt(id=id, policy=policy, rung=rung, predicted_latency_s=predicted, worth=worth)
 
     # -- when it ends --------------------------------------------------------------------------------------------------
 

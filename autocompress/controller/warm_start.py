@@ -68,7 +68,7 @@ def _take_over_file(findings: Findings, outcome: Outcome, run: Path) -> None:
         findings.progress.message(f"policy {outcome.id} of {run} is left out: its files are no longer what they were")
         return
     try:
-        with at_work(findings, outcome.policy, outcome.id, outcome.rung):
+        with at_work(findings, outcome.again(outcome.id, outcome.rung)):
             taken = evaluate_again(findings.setting, outcome, bundle, predicted=predicted)
     except (PolicyFailure, UsageError) as error:
         findings.progress.message(f"policy {outcome.id} of {run} is left out: {error.message}")

@@ -19,7 +19,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from autocompress.policy import Policy
-from autocompress.records import Outcome, Rung
+from autocompress.records import Attempt, Outcome
 from autocompress.study.fallback import OrRandom, ends_study
 from autocompress.study.notes import Note
 
@@ -53,9 +53,9 @@ def appraised_in(study: optuna.Study) -> list[AppraisedTrial]:
     return [AppraisedTrial(params, attributes[WORTH], attributes.get(DIGEST, "")) for params, attributes in told]
 
 
-def _plain(outcome: Outcome) -> Any:
+def _plain(record: Attempt) -> Any:
     """As JSON."""
-    return json.loads(outcome.model_dump_json(by_alias=True))
+    return json.loads(record.model_dump_json(by_alias=True))
 
 
 class Journal:
@@ -97,9 +97,9 @@ class Journal:
         del self._outcomes[outcome.id]
 
     @contextmanager
-    def at_work(self, policy: Policy, id: str, rung: Rung, how: Mapping[str, Any]) -> Iterator[None]:
+    def at_work(self, attempt: Attempt, how: Mapping[str, Any]) -> Iterator[None]:
         """Keep what is worked on, and how, while it is: nothing else can tell afterwards what a search was killed over."""
-        self.note(Note.AT_WORK, {"how": dict(how), "outcome": _plain(Outcome(id=id, policy=policy, rung=rung))})
+        self.note(Note.AT_WORK, {"how": dict(how), "attempt": _plain(attempt)})
         try:
             yield
         finally:
@@ -111,14 +111,14 @@ class Journal:
             self.note(Note.KILLED, [*(self.noted(Note.KILLED) or []), last])
             self.note(Note.AT_WORK, None)
 
-    def killed_over(self, how: Mapping[str, Any]) -> list[Outcome]:
-        """What this search was killed over MOST_KILLS times by now, working in this way: outcomes without a score."""
-        times = defaultdict[tuple[str, str], list[Outcome]](list)
+    def killed_over(self, how: Mapping[str, Any]) -> list[Attempt]:
+        """What this search was killed over MOST_KILLS times by now, working in this way."""
+        times = defaultdict[tuple[str, str], list[Attempt]](list)
         for kept in self.noted(Note.KILLED) or []:
-            outcome = Outcome.model_validate_json(json.dumps(kept["outcome"]))
+            attempt = Attempt.model_validate_json(json.dumps(kept["attempt"]))
             if kept["how"] == dict(how):
-                times[outcome.policy.digest, outcome.rung].append(outcome)
-        return [outcomes[-1] for outcomes in times.values() if len(outcomes) >= MOST_KILLS]
+                times[attempt.policy.digest, attempt.rung].append(attempt)
+        return [attempts[-1] for attempts in times.values() if len(attempts) >= MOST_KILLS]
 
     def note(self, key: Note, value: Any) -> None:
         """Keep a JSON value beside the outcomes."""

@@ -23,7 +23,7 @@ from autocompress.data import SPLITS, Split
 from autocompress.errors import InfeasibleBudget, TooManyFailures
 from autocompress.policy import Policy, QuantSpec
 from autocompress.progress import SilentProgress
-from autocompress.records import Failure, Measurement, Outcome, Score
+from autocompress.records import Attempt, Failure, Measurement, Outcome, Score
 from autocompress.schedule import FULL_FACTOR, LEAST_FULL_STEPS, Clock, Division
 from autocompress.study.journal import MOST_KILLS
 from autocompress.testing.devices import FakeDevice
@@ -69,7 +69,7 @@ def test_what_a_search_is_killed_over_is_left_once_it_was_so_twice(findings, poo
     for _ in range(MOST_KILLS):
         leave_killers(findings)
         assert findings.journal.outcomes == []
-        killed.append(at_work(findings, narrow, "00000", "short"))
+        killed.append(at_work(findings, Attempt(id="00000", policy=narrow, rung="short")))
         killed[-1].__enter__()
     leave_killers(findings)
     (left,) = findings.journal.outcomes

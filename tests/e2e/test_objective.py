@@ -31,13 +31,14 @@ from autocompress.loading import load
 from autocompress.objective import PROBED_STEPS, evaluate_policy, training_step_seconds
 from autocompress.policy import LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import prepare, score_baseline
+from autocompress.records import Attempt
 from autocompress.search_space import with_exact_int8
 from autocompress.starting import FLOAT_WEIGHTS, INTERRUPTED
 from autocompress.testing.devices import FakeDevice
 
 
 def realised(setting):
-    return evaluate_policy(setting, INT8, id="00000", rung="short", seconds=0.0, predicted=None)
+    return evaluate_policy(setting, Attempt(id="00000", policy=INT8, rung="short"), seconds=0.0)
 
 
 @pytest.mark.parametrize("error", [ValueError("no kernel"), KeyError("axes"), TypeError("none")])
@@ -61,7 +62,7 @@ def test_a_student_of_a_task_with_its_own_loss_is_trained(net, data, tmp_path):
     own = replace(data, loss=nn.functional.cross_entropy, score=lambda outputs, targets: -1.0)
     policy = Policy(student=StudentSpec(width=0.5), quant=QuantSpec(bits=8))
     setting = ready(net, own, tmp_path / "run")
-    outcome = evaluate_policy(setting, policy, id="00000", rung="short", seconds=2.0, predicted=None)
+    outcome = evaluate_policy(setting, Attempt(id="00000", policy=policy, rung="short"), seconds=2.0)
     assert outcome.failure is None
     assert outcome.val_score.value == -1.0
 
@@ -72,7 +73,7 @@ def test_a_student_of_low_rank_is_trained_exported_and_made_again(net, data, tmp
     kept = {layer.name: 0.6 for layer in graph.layers if layer.factorable}
     policy = Policy(prune=PruneSpec(ratios={"a.conv1": 0.25}), low_rank=LowRankSpec(kept=kept), quant=QuantSpec(bits=8, reduced_range=True))
     assert "a.conv1" in graph.ranks(policy)
-    outcome = evaluate_policy(setting, policy, id="00000", rung="short", seconds=2.0)
+    outcome = evaluate_policy(setting, Attempt(id="00000", policy=policy, rung="short"), seconds=2.0)
     assert outcome.failure is None
     assert outcome.val_score.value >= 0.9
     again = recreate(setting.models / "00000", net)
@@ -109,9 +110,9 @@ def test_what_a_step_of_training_takes_is_tried_on_a_copy(net, data, tmp_path, m
 @pytest.mark.parametrize("bits", [3, 8])
 def test_the_unchanged_network_is_calibrated_first_and_trained_through_its_bits_to_the_end(net, data, tmp_path, bits):
     setting = ready(net, data, tmp_path / "run")
-    known = {"policy": Policy(quant=QuantSpec(bits=bits)), "predicted": None}
-    short = evaluate_policy(setting, **known, id="00000", rung="short", seconds=60.0)
-    full = evaluate_policy(setting, **known, id="00000-full", rung="full", seconds=2.0, continues="00000")
+    first = Attempt(id="00000", policy=Policy(quant=QuantSpec(bits=bits)), rung="short")
+    short = evaluate_policy(setting, first, seconds=60.0)
+    full = evaluate_policy(setting, short.again("00000-full", "full"), seconds=2.0, continues="00000")
     assert short.failure is None and full.failure is None
     assert short.training_s < 30.0 < full.training_s + 30.0 and full.training_s > 1.5
     files = [(setting.models / id / "student.safetensors").read_bytes() for id in ("00000", "00000-full")]
@@ -126,7 +127,7 @@ def test_a_student_is_reconstructed_once_and_only_where_something_was_cut(net, d
     setting, narrow = ready(net, data, tmp_path / "run"), Policy(student=StudentSpec(width=0.5))
 
     def made(policy, id, rung="short", continues=None):
-        assert evaluate_policy(setting, policy, id=id, rung=rung, seconds=0.5, continues=continues).failure is None
+        assert evaluate_policy(setting, Attempt(id=id, policy=policy, rung=rung), seconds=0.5, continues=continues).failure is None
         return len(reconstructed)
 
     assert made(INT8, "int8") == 0, "the teacher itself"
@@ -145,12 +146,12 @@ def test_training_has_its_time_after_the_reconstruction_and_both_end_at_the_late
 
     monkeypatch.setattr("autocompress.starting.reconstruct", slow)
     setting, narrow = ready(net, data, tmp_path / "run"), Policy(student=StudentSpec(width=0.5))
-    outcome = evaluate_policy(setting, narrow, id="00000", rung="short", seconds=1.0)
+    outcome = evaluate_policy(setting, Attempt(id="00000", policy=narrow, rung="short"), seconds=1.0)
     assert outcome.failure is None
     assert 0.8 < outcome.training_s < 1.9, "the reconstruction takes nothing of it"
     assert outcome.seconds > outcome.training_s + outcome.finishing_s + 0.9
     latest = time.monotonic() + 1.5
-    outcome = evaluate_policy(setting, narrow, id="00001", rung="short", seconds=60.0, latest=latest)
+    outcome = evaluate_policy(setting, Attempt(id="00001", policy=narrow, rung="short"), seconds=60.0, latest=latest)
     assert outcome.training_s < 2.0
     assert untils[1] == latest
 
@@ -170,13 +171,13 @@ def test_a_student_that_cannot_be_reconstructed_is_trained_as_it_is(net, data, t
     monkeypatch.setattr("autocompress.objective.train_quantized", trained)
     narrow = Policy(student=StudentSpec(width=0.5))
     setting = ready(net, data, tmp_path / "run")
-    evaluate_policy(setting, narrow, id="00000", rung="short", seconds=0.5)
+    evaluate_policy(setting, Attempt(id="00000", policy=narrow, rung="short"), seconds=0.5)
     assert torch.equal(begun[0], build_student(setting.graph_of(narrow), narrow).head.weight)
 
 
 def test_the_unchanged_network_in_float32_has_nothing_to_learn(net, data, tmp_path):
     setting = ready(net, data, tmp_path / "run")
-    outcome = evaluate_policy(setting, Policy(), id="00000-full", rung="full", seconds=60.0, predicted=None)
+    outcome = evaluate_policy(setting, Attempt(id="00000-full", policy=Policy(), rung="full"), seconds=60.0)
     assert outcome.failure is None
     assert outcome.training_s < 30.0
 
@@ -200,7 +201,7 @@ def test_a_table_with_sparse_gradients_is_trained(tmp_path):
     words = Split(torch.randint(0, 50, (64, 5), generator=torch.Generator().manual_seed(0)), torch.arange(64) % 3)
     setting = ready(Words().eval(), Data(words, words, words, classes=3), tmp_path / "run")
     policy = Policy(prune=PruneSpec(ratios={"a": 0.5}))
-    assert evaluate_policy(setting, policy, id="00000", rung="short", seconds=1.0).failure is None
+    assert evaluate_policy(setting, Attempt(id="00000", policy=policy, rung="short"), seconds=1.0).failure is None
 
 
 class Changing(FakeDevice):
@@ -258,11 +259,11 @@ def test_a_network_with_tied_weights_is_compressed(data, tmp_path):
     torch.manual_seed(0)
     setting = ready(Tied().eval(), data, tmp_path / "run")
     policy = with_exact_int8(Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}), quant=QuantSpec(bits=8)), setting.device.profile)
-    outcome = evaluate_policy(setting, policy, id="00000", rung="short", seconds=1.0, predicted=None)
+    outcome = evaluate_policy(setting, Attempt(id="00000", policy=policy, rung="short"), seconds=1.0)
     assert outcome.failure is None
     weights = load_file(setting.models / "00000" / FLOAT_WEIGHTS)
     assert torch.equal(weights["a.conv1.weight"], weights["a.conv2.weight"])
-    further = evaluate_policy(setting, policy, id="00001", rung="full", seconds=0.0, predicted=None, continues="00000")
+    further = evaluate_policy(setting, Attempt(id="00001", policy=policy, rung="full"), seconds=0.0, continues="00000")
     assert further.failure is None
 
 
@@ -272,7 +273,8 @@ def test_files_are_compared_as_rounded_where_the_device_computes_in_bf16(net, da
         pytest.skip("no OpenVINO, or no instructions for bf16")
     setting = ready(net, data, tmp_path / "run", LocalCpu(runtime))
     score_baseline(setting, data.val)
-    outcome = evaluate_policy(setting, Policy(prune=PruneSpec(ratios={"b.conv1": 0.5})), id="00000", rung="short", seconds=1.0)
+    attempt = Attempt(id="00000", policy=Policy(prune=PruneSpec(ratios={"b.conv1": 0.5})), rung="short")
+    outcome = evaluate_policy(setting, attempt, seconds=1.0)
     assert outcome.failure is None, "float32 outputs would have to agree to 1e-4"
     assert outcome.parity.difference > 1e-4
     assert outcome.latency_s.environment["precision"] == "bf16"
@@ -286,7 +288,7 @@ def test_a_network_whose_norms_follow_the_batch_is_compressed(data, tmp_path):
     policy = Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}))
     task = TASK.model_copy(update={"batch": 24})
     setting = prepare(task, tmp_path / "run", load(task, model=own, data=data, device=FakeDevice(SLOW_CALLS)))
-    outcome = evaluate_policy(setting, policy, id="00000", rung="short", seconds=1.0, predicted=None)
+    outcome = evaluate_policy(setting, Attempt(id="00000", policy=policy, rung="short"), seconds=1.0)
     assert outcome.failure is None, "the file's batches are the student's when both are compared"
 
 
@@ -299,7 +301,7 @@ def test_a_network_whose_weights_are_computed_is_compressed(data, tmp_path, way)
     before = copy.deepcopy(own.state_dict())
     setting = ready(own, data, tmp_path / "run")
     policy = with_exact_int8(Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}), quant=QuantSpec(bits=8)), FakeDevice().profile)
-    outcome = evaluate_policy(setting, policy, id="00000", rung="short", seconds=1.0, predicted=None)
+    outcome = evaluate_policy(setting, Attempt(id="00000", policy=policy, rung="short"), seconds=1.0)
     assert outcome.failure is None
     assert own.training and all(torch.equal(before[key], value) for key, value in own.state_dict().items())
     assert own.b.conv1.weight.shape == (16, 8, 3, 3), "computed as before"
@@ -316,7 +318,7 @@ def test_training_that_is_interrupted_goes_on_from_there(net, data, tmp_path, mo
 
     monkeypatch.setattr("autocompress.starting.reconstruct", lambda *_, **__: None)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_policy(setting, policy, id="00000", rung="short", seconds=60.0, tick=stop)
+        evaluate_policy(setting, Attempt(id="00000", policy=policy, rung="short"), seconds=60.0, tick=stop)
     (left,) = setting.models.glob(f"{INTERRUPTED}*")
     learned, begun = load_file(left), []
     assert not torch.equal(learned["b.conv1.weight"], build_student(setting.graphs[None], policy).b.conv1.weight)
@@ -327,7 +329,7 @@ def test_training_that_is_interrupted_goes_on_from_there(net, data, tmp_path, mo
 
     monkeypatch.setattr("autocompress.objective.train_quantized", train)
     for id in ("00001", "00002"):
-        assert evaluate_policy(setting, policy, id=id, rung="short", seconds=1.0).failure is None
+        assert evaluate_policy(setting, Attempt(id=id, policy=policy, rung="short"), seconds=1.0).failure is None
     assert all(torch.equal(value, learned[name]) for name, value in begun[0].items())
     assert not left.exists()
     assert not torch.equal(begun[1]["b.conv1.weight"], learned["b.conv1.weight"]), "what is finished is no longer interrupted"
@@ -343,7 +345,7 @@ def test_training_through_bits_that_is_interrupted_goes_on_from_there(net, data,
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate_policy(setting, policy, id="00000-full", rung="full", seconds=60.0, tick=stop)
+        evaluate_policy(setting, Attempt(id="00000-full", policy=policy, rung="full"), seconds=60.0, tick=stop)
     (left,) = setting.models.glob(f"{INTERRUPTED}*")
     learned, teacher = load_file(left), setting.graphs[None].module.state_dict()
     assert learned.keys() == teacher.keys()
@@ -356,7 +358,7 @@ def test_the_steps_of_training_are_those_that_were_made(net, data, tmp_path, mon
     step = Optimizer.step
     monkeypatch.setattr(Optimizer, "step", lambda self, rates: made.append(rates) or step(self, rates))
     policy = Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}), quant=QuantSpec(bits=8, reduced_range=True))
-    outcome = evaluate_policy(setting, policy, id="00000", rung="short", seconds=6.0)
+    outcome = evaluate_policy(setting, Attempt(id="00000", policy=policy, rung="short"), seconds=6.0)
     assert outcome.steps == len(made) > FEW_STEPS + 10
 
 
@@ -369,10 +371,10 @@ def test_training_that_begins_again_counts_its_steps_anew_and_a_failure_leaves_n
         return student
 
     monkeypatch.setattr("autocompress.objective.train_quantized", train)
-    assert evaluate_policy(setting, policy, id="00000", rung="short", seconds=1.0).steps == 2
+    assert evaluate_policy(setting, Attempt(id="00000", policy=policy, rung="short"), seconds=1.0).steps == 2
     assert (setting.models / "00000").is_dir()
     setting.device.failures = {setting.device.calls: ValueError("no kernel")}
-    assert evaluate_policy(setting, policy, id="00001", rung="short", seconds=1.0).failure.stage == "measure"
+    assert evaluate_policy(setting, Attempt(id="00001", policy=policy, rung="short"), seconds=1.0).failure.stage == "measure"
     assert not (setting.models / "00001").exists()
 
 
@@ -382,11 +384,11 @@ def test_what_was_trained_is_kept_until_it_is_measured(net, data, tmp_path, monk
     setting = ready(net, data, tmp_path / "run", device)
     device.failures = {device.calls: DeviceUnavailable("the agent does not answer")}
     with pytest.raises(DeviceUnavailable):
-        evaluate_policy(setting, policy, id="00000", rung="full", seconds=1.0)
+        evaluate_policy(setting, Attempt(id="00000", policy=policy, rung="full"), seconds=1.0)
     (left,) = setting.models.glob(f"{INTERRUPTED}*")
     trained, begun = load_file(left), []
     monkeypatch.setattr("autocompress.objective.train_quantized", lambda student, *_, **__: begun.append(student.state_dict()) or student)
-    assert evaluate_policy(setting, policy, id="00000", rung="full", seconds=1.0).failure is None
+    assert evaluate_policy(setting, Attempt(id="00000", policy=policy, rung="full"), seconds=1.0).failure is None
     assert all(torch.equal(value, trained[name]) for name, value in begun[0].items())
     assert not [*setting.models.glob(f"{INTERRUPTED}*")]
 
@@ -398,5 +400,5 @@ def test_how_gently_a_student_is_trained_follows_from_its_distance_to_the_teache
     monkeypatch.setattr("autocompress.objective.train_quantized", lambda student, quant, data, plan, **_: plans.append(plan) or student)
     monkeypatch.setattr(type(setting.teacher), "distance", lambda self, student, most: 0.03)
     policy = Policy(prune=PruneSpec(ratios={group.name: 0.5}))
-    evaluate_policy(setting, policy, id="00000", rung="short", seconds=5.0)
+    evaluate_policy(setting, Attempt(id="00000", policy=policy, rung="short"), seconds=5.0)
     assert [plan.to_learn for plan in plans] == [0.03]

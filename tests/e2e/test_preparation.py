@@ -18,6 +18,7 @@ from autocompress.loading import load
 from autocompress.objective import evaluate_policy
 from autocompress.policy import Policy
 from autocompress.preparation import limit_validation, prepare, score_baseline, train_demo_teacher
+from autocompress.records import Attempt
 from autocompress.setting import MOST_ANSWER_BYTES
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
@@ -156,14 +157,14 @@ def test_answers_that_are_maps_are_held_of_fewer_examples(net, data, tmp_path, m
     monkeypatch.setattr("autocompress.setting.MOST_ANSWER_BYTES", 40 * 4 * 4)
     few = limit_validation(replace(setting), seconds=1e6)
     assert len(few.data.val) == few.most_answers == 40
-    assert evaluate_policy(few, INT8, id="00000", rung="short", seconds=0.0).failure is None
+    assert evaluate_policy(few, Attempt(id="00000", policy=INT8, rung="short"), seconds=0.0).failure is None
 
 
 def test_a_network_in_half_precision_is_compressed_from_float32_and_stays_as_it_is(net, data, tmp_path):
     own = copy.deepcopy(net).half()
     setting = ready(own, data, tmp_path / "run")
     assert {parameter.dtype for parameter in own.parameters()} == {torch.float16}
-    assert evaluate_policy(setting, Policy(), id="00000", rung="short", seconds=0.0).failure is None
+    assert evaluate_policy(setting, Attempt(id="00000", policy=Policy(), rung="short"), seconds=0.0).failure is None
 
 
 def test_a_network_of_eight_bits_is_refused(net, data, tmp_path):

@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from autocompress.errors import RunFolderError, UsageError
 from autocompress.policy import Policy, QuantSpec
-from autocompress.records import Failure, Measurement, Outcome, Score
+from autocompress.records import Attempt, Failure, Measurement, Outcome, Score
 from autocompress.study import database as studies
 from autocompress.study.backup import BACKUP, back_up
 from autocompress.study.journal import MAX_RETRIES, MOST_KILLS, OUTCOME, RULED_OUT_WORTH, AppraisedTrial
@@ -63,16 +63,16 @@ def killed_over(journal):
 def test_what_a_search_is_killed_over_again_and_again_is_known(journal, tmp_path):
     """A policy that takes more memory than there is would otherwise be the first thing that every resumed search tries."""
     other = Policy(quant=QuantSpec(bits=4))
-    with journal.at_work(other, "00000", "short", HOW):
+    with journal.at_work(Attempt(id="00000", policy=other, rung="short"), HOW):
         pass
-    with pytest.raises(KeyboardInterrupt), journal.at_work(other, "00000", "short", HOW):
+    with pytest.raises(KeyboardInterrupt), journal.at_work(Attempt(id="00000", policy=other, rung="short"), HOW):
         raise KeyboardInterrupt
     assert killed_over(again(tmp_path)) == [], "what ended by itself, or by its user, was not killed"
     killed = []
     for id in ("00000", "00001"):
         resumed = again(tmp_path)
         assert killed_over(resumed) == []
-        killed.append(resumed.at_work(INT8, id, "short", HOW))
+        killed.append(resumed.at_work(Attempt(id=id, policy=INT8, rung="short"), HOW))
         killed[-1].__enter__()
     assert MOST_KILLS == 2
     for _ in range(2):
