@@ -20,4 +20,8 @@ def cache_folder() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK | os.X_OK):
             return folder
-    return Path(tempfile.gettempdir()) / f"autocompress-{os.getuid()}"
+    folder = Path(tempfile.gettempdir()) / f"autocompress-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    mine = folder.is_dir() and not folder.is_symlink() and folder.stat().st_uid == os.getuid()  # anybody can make a folder there
+    return folder if mine else Path(tempfile.mkdtemp(prefix="autocompress-"))

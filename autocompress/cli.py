@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from autocompress import options
-from autocompress.errors import AutocompressError, InfeasibleBudget, RunFolderError, Terminated, UsageError, one_line
+from autocompress.errors import AutocompressError, InfeasibleBudget, Interrupted, RunFolderError, Terminated, UsageError, one_line
 from autocompress.references import AGENT_FILE_MB, AGENT_MEMORY_MB, AGENT_PORT, DEFAULT_DEVICE, require_formats
 from autocompress.run_folder import FRONT, PARETO, REPORT, new_run, read_front, write_atomically
 from autocompress.terminal import aside, complain, emit, emit_json, emit_record, report_error, terminal_width
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors of a disk that is full or read-only, wherever they come from."""
+INTERRUPTED = "interrupted by Ctrl-C"
 ParseError: type[Exception] = typer.BadParameter.__mro__[1]
 """click's UsageError. Typer carries its own copy of click in some versions, so the class has no stable address."""
 
@@ -40,8 +41,8 @@ app = typer.Typer(
 
 
 @app.callback()
-def _global_options(debug: options.Debug = False) -> None:
-    """Read by `main`, before anything is parsed."""
+def _global_options(debug: options.Debug = False, version: options.Version = False) -> None:
+    """`--debug` is read by `main`, before anything is parsed."""
 
 
 @app.command(epilog="Example: autocompress search --model torchvision:resnet18 --data imagefolder:photos --budget 0.5x")
@@ -107,8 +108,7 @@ def _search(task: Task, run: Path, *, resume: bool, quiet: bool, json: bool) -> 
             _show(folder, json=False)
         raise
     except KeyboardInterrupt:
-        complain("interrupted", _how_to_resume(run, folder))
-        raise
+        raise Interrupted(INTERRUPTED, hint=_how_to_resume(run, folder)) from None
     except Terminated as ended:
         raise Terminated(ended.message, hint=_how_to_resume(run, folder)) from None
     _show(folder, json=json)
@@ -132,7 +132,7 @@ def show(*, run: options.RunFolder, json: options.Json = False) -> None:
 
 
 def _show(run: Path, *, json: bool) -> None:
-    from autocompress.report.tables import front_table, summary
+    from autocompress.report.tables import front_table, legend, summary
     from autocompress.results import Results
 
     results = Results.load(run)
@@ -140,6 +140,8 @@ def _show(run: Path, *, json: bool) -> None:
         emit_json(read_front(run))
         return
     emit(front_table(results, terminal_width()))
+    if told := legend(results, terminal_width()):
+        emit(told)
     emit("\n" + summary(results, run))
 
 
@@ -334,7 +336,8 @@ def devices(*, json: options.Json = False) -> None:
     """List the devices that can be measured here."""
     from autocompress.devices import list_devices
 
-    content = {"devices": list_devices(), "elsewhere": "agent://HOST:PORT, with `autocompress agent --pack agent.pyz` running there"}
+    elsewhere = f"agent://HOST:{AGENT_PORT}, with agent.pyz running there, which `autocompress agent --pack agent.pyz` writes"
+    content = {"devices": list_devices(), "elsewhere": elsewhere}
     emit_json(content) if json else emit_record(content)
 
 
@@ -353,8 +356,9 @@ def agent(
         from autocompress.devices.pack import pack as write_agent
 
         write_agent(pack)
-        here = f"AUTOCOMPRESS_TOKEN_FILE=agent.token autocompress search --device agent://HOST:{AGENT_PORT}"
-        emit(f"{pack}\nthere: python3 {pack.name}\nhere:  {here}")
+        there = f"ssh -t -L {AGENT_PORT}:localhost:{AGENT_PORT} HOST python3 {pack.name}"
+        here = f"AUTOCOMPRESS_TOKEN_FILE=agent.token autocompress search --device agent://localhost:{AGENT_PORT}"
+        emit(f"{pack}\ncopy it to HOST, and there (it makes agent.token): {there}\nhere, with a copy of agent.token: {here}")
         return
     from autocompress.devices.agent import Limits, listen
 
@@ -387,7 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except (KeyboardInterrupt, typer.Abort):
-        return 130
+        return _failed(Interrupted(INTERRUPTED), as_json)
     except BaseException as error:
         if debug:
             traceback.print_exc()

@@ -6,6 +6,7 @@ AutocompressError                 1   a bug in autocompress, or a base for the o
 ├── DeviceUnavailable             4   the device cannot be reached or cannot measure
 ├── TooManyFailures               5   policies kept failing for one reason, or none became a file that works
 ├── RunFolderError                6   the run folder is locked, damaged or cannot be written, or a disk is full
+├── Interrupted                 130   Ctrl-C ended a command
 ├── Terminated                  143   SIGTERM or SIGHUP ended the search
 └── PolicyFailure                 -   one policy failed; an Outcome, never the end of a search
 
@@ -87,6 +88,12 @@ class RunFolderError(AutocompressError):
     """The run folder is in use, damaged, full or not writable; or the disk of the cache is full."""
 
     exit_code = 6
+
+
+class Interrupted(AutocompressError):
+    """Ctrl-C, as the command line tells it; from Python it stays a KeyboardInterrupt."""
+
+    exit_code = 130
 
 
 class Terminated(AutocompressError):

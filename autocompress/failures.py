@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from autocompress.errors import AutocompressError, PolicyFailure, UsageError, one_line
+from autocompress.records import FailureStage
 
 FAILURES = "failures.log"
 """Of a run folder."""
@@ -46,10 +47,15 @@ def refused(what: str) -> Iterator[None]:
         raise UsageError(f"{what}: {failure.message}", hint=failure.hint) from failure
 
 
-def fix_and_resume(log: Path) -> str:
-    """What to do where policies fail for one reason, which is not theirs."""
+def fix_and_resume(log: Path, stage: FailureStage) -> str:
+    """What to do where policies fail for one reason, which is not theirs, at one stage of what they go through."""
     where = f" (tracebacks are in {log})" if log.is_file() else ""
-    return f"fix that{where}, then --resume; another --batch-size or --learning-rate may be given"
+    otherwise = {
+        "train": "; another --batch-size or --learning-rate may be given",
+        "check": ", or begin another search with another --device or --space",
+        "measure": ", or begin another search with another --device or --space",
+    }
+    return f"fix that{where}, then --resume{otherwise.get(stage, '')}"
 
 
 def note_error(log: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -9,15 +10,22 @@ import typer
 
 from autocompress.references import DEFAULT_DEVICE
 from autocompress.run_folder import FRONT
+from autocompress.terminal import emit
 
 MODEL, LIMITS, OUTPUT = "Model and data", "Limits", "Output"
 
-_REFERENCE = "torchvision:resnet18, timm:NAME (?pretrained=true), package.module:function or file.py:function"
+_REFERENCE = "torchvision:resnet18, timm:NAME (?pretrained=true), transformers:FOLDER, package.module:function or file.py:function"
 
 
 def _run_of(path: Path) -> Path:
     """The run that a path means: its folder, or the file of results in it."""
     return path.parent if path.name == FRONT else path
+
+
+def _tell_version(is_asked: bool) -> None:
+    if is_asked:
+        emit(f"autocompress {metadata.version('autocompress')}")
+        raise typer.Exit
 
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", callback=_run_of, help="Folder of a search.")]
@@ -97,7 +105,11 @@ Trials = Annotated[
 ]
 TargetAccuracy = Annotated[
     float | None,
-    typer.Option("--target-accuracy", rich_help_panel=LIMITS, help="Stop when this is reached within the budget."),
+    typer.Option(
+        "--target-accuracy",
+        rich_help_panel=LIMITS,
+        help="Stop once validation reaches this within the budget (accuracy: 0 to 1).",
+    ),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, rich_help_panel=LIMITS, help="Of sampler, weights and data order.")]
 MeasureTime = Annotated[str, typer.Option("--time", rich_help_panel=LIMITS, help="How long to measure.")]
@@ -132,6 +144,7 @@ StudentSource = Annotated[
 ]
 ExportDevice = Annotated[str | None, typer.Option("--device", help="What to measure the file on. Default: that of the search.")]
 PolicyFile = Annotated[str, typer.Option("--policy", metavar="FILE|random:SEED", help="A policy file, or one drawn from the space.")]
+Version = Annotated[bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Say which version this is.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error. May stand anywhere.")]
 
 Pack = Annotated[

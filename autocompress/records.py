@@ -109,7 +109,7 @@ class Parity(Record):
         difference: largest absolute difference; infinite where the file's outputs are not finite.
         largest: magnitude of the largest expected output.
         differing: number of decisions of a classifier that differ; None for outputs that are no decisions.
-        undecided: of these, how many the student itself has hardly decided.
+        undecided: of these, how many the student itself has hardly decided: what the file chose is nearly its best.
     """
 
     difference: float = Field(allow_inf_nan=True)

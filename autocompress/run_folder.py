@@ -38,7 +38,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunFolderError(
-            f"{str(path)!r} cannot be written: {error.strerror or error}", hint="free space or choose another --out"
+            f"{str(path)!r} cannot be written: {error.strerror or error}", hint="free space, or choose another place (--out)"
         ) from None
 
 

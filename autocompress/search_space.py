@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -96,7 +96,7 @@ class LowRankSpace(Range):
 
 class QuantSpace(Record):
     bits: tuple[int, ...]
-    per: Literal["model", "stage", "layer"] = "layer"
+    per: Literal["model", "stage", "layer"] = "stage"
     storage: bool = False
 
     @model_validator(mode="after")
@@ -165,8 +165,19 @@ def load_space(name: str) -> SpaceSpec:
     except ValidationError as error:
         raise UsageError(
             f"the search space {str(path)!r} is not valid: {first_problem(error)}",
-            hint=nearest(str(error.errors()[0]["loc"][-1]), SpaceSpec.model_fields),
+            hint=_cure(error),
         ) from None
+
+
+def _cure(error: ValidationError) -> str:
+    """The nearest key of the table for one that is unknown."""
+    problem, table = error.errors()[0], SpaceSpec
+    if problem["type"] != "extra_forbidden":
+        return "docs/search-spaces.md says what each table takes; start from a copy of a file of search_spaces/"
+    for key in problem["loc"][:-1]:
+        annotation = table.model_fields[str(key)].annotation
+        table = next(kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, Record))
+    return nearest(str(problem["loc"][-1]), table.model_fields)
 
 
 @dataclass(frozen=True)

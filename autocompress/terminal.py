@@ -67,8 +67,13 @@ def terminal_width() -> int:
 
 
 def emit_record(content: Mapping[str, Any]) -> None:
-    """Print a nested record for a person: plain values as lines, lists of records as tables, in their order."""
+    """Print a nested record for a person: plain values as lines, lists of records as tables, in their order.
+
+    Raw seconds and bytes (`latency_s`, `size_bytes`) are left out beside the same in words (`latency`, `size`).
+    """
     for key, value in content.items():
+        if any(key.endswith(unit) and key.removesuffix(unit) in content for unit in ("_s", "_bytes")):
+            continue
         name = key.replace("_", " ")
         if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
             emit(f"\n{name}")

@@ -33,8 +33,8 @@ def _parse(text: str, units: dict[str, float] | dict[str, int], what: str, examp
 
 
 def parse_duration(text: str) -> float:
-    """`"10ms"` -> 0.01 seconds. Raises UsageError unless positive, finite and with a unit."""
-    return _parse(text, _DURATION_S, "duration", "10ms")
+    """`"30m"` -> 1800.0 seconds. Raises UsageError unless positive, finite and with a unit."""
+    return _parse(text, _DURATION_S, "duration", "30m")
 
 
 def parse_latency(text: str) -> float:

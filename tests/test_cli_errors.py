@@ -93,7 +93,7 @@ USAGE = [
     ("search --budget abc", "number with a unit", "10ms"),
     ("search --budget 10parsec", "unknown unit 'parsec'", "10ms"),
     ("search --budget 10ms --budget 5ms", "twice", "once"),
-    ("search --search-time 4", "needs a unit", "10ms"),
+    ("search --search-time 4", "needs a unit", "30m"),
     ("search --target-accuracy 95 --dry-run", "target_accuracy must lie in (0, 1], but got 95.0", "0.95"),
     ("search --trials 0", "--trials", "--help"),
     ("search --batch many", "--batch", "--help"),
@@ -282,4 +282,7 @@ def test_ctrl_c_is_130(place, capsys, monkeypatch):
 
     monkeypatch.setattr("autocompress.results.read_front", interrupt)
     assert main(["show", "fine"]) == 130
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", "error: interrupted by Ctrl-C\n")
+    assert main(["show", "fine", "--json"]) == 130
+    told = json.loads(capsys.readouterr().out)
+    assert (told["ok"], told["error"]["code"], told["error"]["kind"]) == (False, 130, "Interrupted")

@@ -33,10 +33,14 @@ def test_a_full_disk_is_a_problem_with_its_numbers(tmp_path, monkeypatch):
 
 
 def test_a_missing_package_comes_with_its_cure(tmp_path, roomy, monkeypatch):
-    monkeypatch.setattr(doctor, "NEEDED", ("numpy", "surely-not-installed"))
+    needed = ["numpy>=2", "surely-not-installed>=1", 'not-asked-for; extra == "more"', "torch<2"]
+    monkeypatch.setattr("importlib.metadata.requires", lambda package: needed)
     found = doctor.examine(tmp_path)
-    assert found["problems"] == ["surely-not-installed is not installed: pip install autocompress"]
+    missing, old = found["problems"]
+    assert missing == "surely-not-installed is not installed: pip install 'surely-not-installed>=1'"
+    assert old.startswith("torch must be <2, but is 2.") and old.endswith("pip install 'torch<2'")
     assert found["versions"]["surely-not-installed"] == "missing"
+    assert set(found["versions"]) == {"autocompress", "numpy", "surely-not-installed", "torch"}
 
 
 def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path, roomy, monkeypatch):
@@ -69,6 +73,6 @@ def test_advice_on_what_disturbs_measurements(tmp_path, roomy, monkeypatch, gove
 def test_the_command_says_what_was_found_and_returns_four_when_unusable(capsys, roomy, monkeypatch):
     assert main(["doctor"]) == 0
     assert "usable: yes" in capsys.readouterr().out
-    monkeypatch.setattr(doctor, "NEEDED", ("surely-not-installed",))
+    monkeypatch.setattr("importlib.metadata.requires", lambda package: ["surely-not-installed"])
     assert main(["doctor", "--json"]) == 4
     assert json.loads(capsys.readouterr().out)["ok"] is False

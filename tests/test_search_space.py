@@ -177,10 +177,15 @@ def test_a_bad_space_is_refused_by_key(tmp_path, text, message):
 
 def test_mistyped_names_come_with_the_nearest(tmp_path):
     (tmp_path / "own.toml").write_text("name = 'x'\n[widht]\nlow = 1")
-    for name, hint in (("defualt", "default"), (str(tmp_path / "own.toml"), "width")):
+    (tmp_path / "key.toml").write_text("name = 'x'\n[distill.alpha]\nlow = 0.5\nhigh = 1.0\nsteps = 2")
+    for name, hint in (("defualt", "default"), (str(tmp_path / "own.toml"), "width"), (str(tmp_path / "key.toml"), "step")):
         with pytest.raises(UsageError) as caught:
             load_space(name)
         assert f"did you mean {hint}?" in caught.value.hint
+    (tmp_path / "value.toml").write_text("name = 'x'\n[width]\nlow = 2.0\nhigh = 1.0")
+    with pytest.raises(UsageError) as caught:
+        load_space(str(tmp_path / "value.toml"))
+    assert "docs/search-spaces.md" in caught.value.hint, "the name is right"
     with pytest.raises(UsageError, match="cannot be read"):
         load_space(str(tmp_path / "absent.toml"))
 

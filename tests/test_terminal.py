@@ -48,6 +48,11 @@ def test_an_error_as_json(capsys):
     }
 
 
+def test_numbers_are_left_out_beside_the_same_in_words(capsys):
+    emit_record({"latency": "2.2 ms", "latency_s": 0.0022, "size": "4 MB", "size_bytes": 4_000_000, "elapsed_s": 3.5})
+    assert capsys.readouterr().out == "latency: 2.2 ms\nsize: 4 MB\nelapsed s: 3.5\n"
+
+
 def test_records_for_people(capsys):
     emit_record({
         "plain_value": 0.123456, "flag": True, "nothing": None, "names": ["a", "b"], "empty": [],

@@ -204,7 +204,7 @@ class Rungs:
             stage, reason = failures[-1].stage, failures[-1].reason
             raise TooManyFailures(
                 f"{SAME_FAILURES} policies in a row failed to {stage}: {reason}",
-                hint=fix_and_resume(self.findings.setting.log),
+                hint=fix_and_resume(self.findings.setting.log, stage),
             )
 
     # -- full training -------------------------------------------------------------------------------------------------

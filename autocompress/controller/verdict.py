@@ -20,7 +20,7 @@ def require_found(findings: Findings, results: Results) -> None:
         first = results.failures[0]
         raise TooManyFailures(
             f"no policy became a file that works; the first failed to {first.stage}: {first.reason}",
-            hint=fix_and_resume(findings.setting.log),
+            hint=fix_and_resume(findings.setting.log, first.stage),
         )
     run = shlex.quote(str(findings.run))
     if not results.points and not findings.task.budget:

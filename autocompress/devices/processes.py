@@ -39,7 +39,8 @@ def environment() -> dict[str, str]:
 
 def crashed(code: int) -> PolicyFailure:
     """What a process that a signal ended has made of the policy."""
-    return PolicyFailure(f"the runtime crashed with {signal.Signals(-code).name}")
+    name = signal.Signals(-code).name
+    return PolicyFailure(f"the runtime crashed with {name}" + (": perhaps memory ran out" if name == "SIGKILL" else ""))
 
 
 def last_line(complaints: str) -> str:

@@ -46,15 +46,15 @@ def compare(expected: Tensor, actual: Tensor, *, decisions: bool = True) -> Pari
     differing, undecided = None, 0
     if decisions and expected.dim() == 2 and expected.shape[1] > 1:
         changed = expected.argmax(1) != actual.argmax(1)
-        differing, undecided = int(changed.sum()), int((changed & _is_undecided(expected)).sum())
+        differing, undecided = int(changed.sum()), int((changed & _is_nearly_best(expected, actual.argmax(1))).sum())
     difference = float((expected - actual).abs().max()) if torch.isfinite(actual).all() else float("inf")
     return Parity(difference=difference, largest=float(expected.abs().max()), differing=differing, undecided=undecided, n=len(expected))
 
 
-def _is_undecided(outputs: Tensor) -> Tensor:
-    """Of each row whether its largest output is hardly larger than the next."""
-    best, second = outputs.topk(2, dim=1).values.unbind(1)
-    return best - second < NEAR_TIE * (outputs.amax(1) - outputs.amin(1))
+def _is_nearly_best(outputs: Tensor, chosen: Tensor) -> Tensor:
+    """Of each row whether its largest output is hardly larger than the one that was chosen."""
+    best = outputs.amax(1)
+    return best - outputs.gather(1, chosen.unsqueeze(1)).squeeze(1) < NEAR_TIE * (best - outputs.amin(1))
 
 
 def require_parity(parity: Parity, bits: Collection[int]) -> None:

@@ -37,6 +37,17 @@ def front_table(results: Results, width: int = WIDE) -> Table:
     return table
 
 
+def legend(results: Results, width: int = WIDE) -> str:
+    """What the marks of the table mean, and where the rest is; empty where there is nothing to explain."""
+    marks = {
+        "* best": results.best is not None,
+        "x over the budget": any(not entry.feasible for entry in results.listed),
+        "~ noisy latency": any(entry.latency_s.noisy for entry in results.listed),
+        "a wider terminal, or `autocompress explain RUN ID`, shows the policies": "policy" in _left_out(width),
+    }
+    return "; ".join(mark for mark, is_there in marks.items() if is_there)
+
+
 def _left_out(width: int) -> tuple[str, ...]:
     narrow = ("95 % interval", "trained")
     return () if width >= WIDE else narrow if width >= MEDIUM else (*narrow, "policy")

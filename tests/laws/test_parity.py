@@ -32,6 +32,8 @@ def test_every_changed_decision_counts_and_shapes_must_match():
     changed[1] = torch.tensor([4.0, 5.0, -5.0])
     parity = compare(outputs, changed)
     assert (parity.differing, parity.undecided) == (2, 1), "a tenth of the range is none"
+    changed[0] = torch.tensor([0.0, 0.0, 5.0])
+    assert compare(outputs, changed).undecided == 0, "what was chosen is none of the two that were near"
     with pytest.raises(PolicyFailure, match="shape"):
         compare(outputs, outputs[:1])
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from autocompress.records import Score
 from autocompress.report.axes import Axis, time_ticks
-from autocompress.report.tables import FRAME_COLUMNS, frame, front_table, layer_table, note, summary
+from autocompress.report.tables import FRAME_COLUMNS, frame, front_table, layer_table, legend, note, summary
 from autocompress.report.view import caveats, details, format_score, headline, latency_line
 from autocompress.results import LayerChange, Results
 from autocompress.scores import score_interval
@@ -70,6 +70,16 @@ def test_a_table_without_front_lists_what_was_measured(content):
 @pytest.mark.parametrize(("width", "columns"), [(180, 10), (100, 8), (70, 7)])
 def test_a_narrow_terminal_shows_fewer_columns(results, width, columns):
     assert len(front_table(results, width).columns) == columns
+
+
+def test_marks_are_explained_where_there_are_any(content):
+    quiet = [point | {"feasible": True, "latency_s": point["latency_s"] | {"noisy": False}} for point in content["points"]]
+    plain = Results.read(content | {"points": quiet, "front": quiet, "best": None})
+    assert legend(plain) == ""
+    assert "explain RUN ID" in legend(plain, 70)
+    first = quiet[0] | {"feasible": False, "latency_s": quiet[0]["latency_s"] | {"noisy": True}}
+    marked = Results.read(content | {"points": [first, *quiet[1:]], "front": [first, *quiet[1:]], "best": quiet[1]["id"]})
+    assert legend(marked) == "* best; x over the budget; ~ noisy latency"
 
 
 def test_how_long_each_was_trained_is_told(content):
