@@ -12,18 +12,18 @@ from torch import nn
 
 from autocompress.batch import random_like, tensors_of
 from autocompress.data import Data, Split
-from autocompress.data.sources import load_data
+from autocompress.data.sources import Splits
 from autocompress.deploy import require_free, require_harmless, whole_folder
 from autocompress.errors import UsageError
 from autocompress.evaluate import score_outputs
 from autocompress.export import now, update_manifest
 from autocompress.failures import refused
-from autocompress.loading import load
-from autocompress.models import example_for, load_model
+from autocompress.loading import load, open_data, open_weights
+from autocompress.models import example_for
 from autocompress.objective import check_artifact
 from autocompress.policy import Policy
 from autocompress.preparation import limit_validation, prepare
-from autocompress.references import DEFAULT_DEVICE
+from autocompress.references import DEFAULT_DEVICE, name_of
 from autocompress.report.view import agreement, format_score
 from autocompress.search_space import suggest_of, with_default_distillation, with_exact_int8
 from autocompress.setting import Setting
@@ -40,7 +40,8 @@ MOST_VALIDATION_S = 60.0
 
 
 def apply_policy(
-    model: str, *, policy: Path | str, out: Path | str, weights: Path | str | None = None, data: str | None = None,
+    model: nn.Module | str, *, policy: Policy | Path | str, out: Path | str, weights: Path | str | None = None,
+    data: Data | Splits | str | None = None,
     input: str | None = None, batch: int = 1, device: str = DEFAULT_DEVICE, space: str = "default", student: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Compress, export and check one policy without training.
@@ -48,27 +49,30 @@ def apply_policy(
     With data, the student is reconstructed and int8 ranges are fitted to it; without, ranges come from random inputs.
 
     Args:
+        model: a module (never changed) or a reference. data: see `search`.
         input: without data, the shapes of the inputs, as in `inspect_model`.
-        policy: a policy file, whose int8 weights are kept in a range that the device computes with exactly; or `random:SEED` for one drawn
-            from `space`.
+        policy: a policy or its file, whose int8 weights are kept in a range that the device computes with exactly; or `random:SEED` for
+            one drawn from `space`.
         student: reference of another architecture to derive the student from; a policy file that names a user's function needs it too.
 
     Returns what was built and measured, for people. Raises UsageError, also when the policy cannot become an artifact.
     """
-    policy, out, weights = str(policy), Path(out).absolute(), Path(weights) if weights is not None else None
+    out, weights = Path(out).absolute(), Path(weights) if weights is not None else None
     require_free(out)
-    given = Policy.from_json(_read(policy)) if not policy.startswith(RANDOM) else None
+    told = policy.in_words() if isinstance(policy, Policy) else str(policy)
+    given = policy if isinstance(policy, Policy) else Policy.from_json(_read(told)) if not told.startswith(RANDOM) else None
     if given is not None and given.student.reference not in (None, model, student):
         require_harmless(given.student.reference, "--student")
-    seed = _seed(policy.removeprefix(RANDOM)) if given is None else 0
-    loaded = load_data(data) if data is not None else _random_data(load_model(model, weights=weights), model, input)
+    seed = _seed(told.removeprefix(RANDOM)) if given is None else 0
+    loaded = open_data(data) if data is not None else _random_data(open_weights(model, weights, None), name_of(model), input)
     task = Task.create({
-        "model": model, "data": data or "random", "device": device, "batch": batch, "space": space,
+        "model": name_of(model), "data": name_of(data or "random"), "device": device, "batch": batch, "space": space,
         "weights": str(weights) if weights is not None else None, "student": given.student.reference if given else student,
     })  # fmt: skip
-    cannot = refused(f"the policy {policy!r} cannot become a file that runs")
+    cannot = refused(f"the policy {told!r} cannot become a file that runs")
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder, cannot, whole_folder(out) as made:
-        setting = limit_validation(prepare(task, Path(folder), load(task, data=loaded)), MOST_VALIDATION_S)
+        named = load(task, model=None if isinstance(model, str) else model, data=loaded)
+        setting = limit_validation(prepare(task, Path(folder), named), MOST_VALIDATION_S)
         chosen = with_exact_int8(given, setting.device.profile) if given else _draw(task, seed, setting)
         compressed = untrained_student(setting, chosen, reconstructed=data is not None)
         path = made / setting.write(made, compressed, chosen).artifact

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors of a disk that is full or read-only, wherever they come from."""
+UNREADABLE = (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.EHOSTDOWN)
+"""Of one that fails, or is on another machine and gone."""
 INTERRUPTED = "interrupted by Ctrl-C"
 ParseError: type[Exception] = typer.BadParameter.__mro__[1]
 """click's UsageError. Typer carries its own copy of click in some versions, so the class has no stable address."""
@@ -407,6 +409,9 @@ def _failed(error: BaseException, as_json: bool) -> int:
     elif isinstance(error, OSError) and error.errno in UNWRITABLE:
         place = repr(str(error.filename)) if error.filename is not None else "a disk"
         known = RunFolderError(f"{place} cannot be written: {error.strerror}", hint="free space, or name another place; then --resume")
+    elif isinstance(error, OSError) and error.errno in UNREADABLE:
+        place = repr(str(error.filename)) if error.filename is not None else "a file"
+        known = RunFolderError(f"{place} can no longer be read: {error.strerror}", hint="see to its disk, or the network; then --resume")
     elif isinstance(error, OSError) and error.filename is not None:
         known = UsageError(f"{str(error.filename)!r} cannot be used: {error.strerror}", hint="check the path, and who may read it")
     else:

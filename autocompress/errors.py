@@ -16,6 +16,7 @@ The message of each is one sentence that names the rule and the value, `hint` is
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 """What torch colours its messages with, for terminals."""
@@ -62,6 +63,7 @@ class InfeasibleBudget(AutocompressError):
     Args:
         smallest_latency_s: predicted (or measured) latency of the fastest policy, in seconds.
         binds: what the fastest policy spends its time on, most expensive first, in words.
+        run: folder of the search, which holds what was measured all the same.
     """
 
     exit_code = 3
@@ -70,6 +72,7 @@ class InfeasibleBudget(AutocompressError):
         super().__init__(message, hint=hint)
         self.smallest_latency_s = smallest_latency_s
         self.binds = binds
+        self.run: Path | None = None
 
 
 class DeviceUnavailable(AutocompressError):

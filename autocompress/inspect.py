@@ -7,13 +7,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from autocompress.batch import tensors_of
+from autocompress.data import Data
+from autocompress.data.sources import Splits
 from autocompress.devices import Device, open_device
 from autocompress.graph import ChannelGroup, Graph
 from autocompress.graph.outline import outline
 from autocompress.latency import OperatorTable
 from autocompress.loading import open_model
 from autocompress.policy import Policy
+from autocompress.references import name_of
 from autocompress.workload import OutlineStep
 
 MEASURE_S = 120.0
@@ -21,17 +26,18 @@ MEASURE_S = 120.0
 
 
 def inspect_model(
-    reference: str,
+    model: nn.Module | str,
     *,
     weights: Path | str | None = None,
-    data: str | None = None,
+    data: Data | Splits | str | None = None,
     input: str | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
     """Layers, channel groups, droppable blocks and frozen parts of a model, and how much of it each technique reaches.
 
     Args:
-        data: reference of data whose inputs the model is traced with.
+        model: a module (never changed) or a reference.
+        data: whose inputs the model is traced with; see `search`.
         input: without data, the shape of one input (`3x224x224`, `128:int64`), or of several separated by commas, which may be named
             (`ids=128:int64,mask=128:int64`); None tries the usual image shapes.
         device: where operators are measured, each by itself; None measures nothing.
@@ -39,11 +45,11 @@ def inspect_model(
     Raises UsageError when the model or the data do not load or do not fit, or the device is unknown.
     """
     target = open_device(device) if device is not None else None
-    opened = open_model(reference, weights=Path(weights) if weights is not None else None, data=data, input=input)
+    opened = open_model(model, weights=Path(weights) if weights is not None else None, data=data, input=input)
     graph = opened.graph
     steps = outline(graph) if target is None else outline(graph, _measured(graph, target).lookup)
     shapes = ("x".join(map(str, tensor.shape)) for tensor in tensors_of(opened.example))
-    network = {"model": reference, "input": ", ".join(shapes), "output": opened.output or "all", "device": device}
+    network = {"model": name_of(model), "input": ", ".join(shapes), "output": opened.output or "all", "device": device}
     return network | summary(graph) | {
         "layers": _layers(graph, steps),
         "channel_groups": [_group(group) for group in graph.groups],

@@ -13,7 +13,7 @@ from torch import nn
 
 from autocompress.batch import Inputs, tensors_of
 from autocompress.data import Data
-from autocompress.data.sources import load_data
+from autocompress.data.sources import Splits, as_data, load_data
 from autocompress.devices import open_device, processor
 from autocompress.devices.base import Device
 from autocompress.errors import UsageError
@@ -23,7 +23,7 @@ from autocompress.graph.plain import own_copy
 from autocompress.models import example_for, in_float32, load_model, load_weights, simplify_call
 from autocompress.preflight import require_fit
 from autocompress.progress import PhaseTick
-from autocompress.references import draws_itself, require_name
+from autocompress.references import draws_itself, name_of, require_name
 from autocompress.search_space import load_space
 from autocompress.task import Task
 
@@ -66,7 +66,7 @@ def load(
     _require_target(task, data)
     with torch.random.fork_rng(devices=[]):  # the same network in every process, where it has no weights of its own
         torch.manual_seed(task.seed)
-        teacher = _own(model, task) if model is not None else _loaded(task, data)
+        teacher = open_weights(model if model is not None else task.model, Path(task.weights) if task.weights else None, data.classes)
         torch.manual_seed(task.seed)
         student = load_model(task.student, classes=data.classes) if task.student is not None else None
     example = data.example(task.batch)
@@ -94,28 +94,33 @@ class Opened:
     output: str
 
 
-def open_model(reference: str, *, weights: Path | None, data: str | None, input: str | None, batch: int = 1) -> Opened:
-    """A model, traced on the inputs of data, else on those of the shape that `input` says (`example_for`).
+def open_model(
+    given: nn.Module | str, *, weights: Path | None, data: Data | Splits | str | None, input: str | None, batch: int = 1
+) -> Opened:
+    """A model or what its reference names, traced on the inputs of data, else on those of the shape that `input` says (`example_for`).
 
     Raises UsageError when the model or the data do not load, or do not fit together.
     """
-    loaded = load_data(data) if data is not None else None
-    model = load_model(reference, weights=weights, classes=loaded.classes if loaded is not None else None)
-    example = loaded.example(batch) if loaded is not None else example_for(model, reference, batch, input)
+    loaded = open_data(data) if data is not None else None
+    model = open_weights(given, weights, loaded.classes if loaded is not None else None)
+    example = loaded.example(batch) if loaded is not None else example_for(model, name_of(given), batch, input)
     output = simplify_call(model, example)
     return Opened(Graph.trace(model, tensors_of(example)), example, output)
 
 
-def _own(model: nn.Module, task: Task) -> nn.Module:
-    """A copy of an object of Python, with the weights of the task where it names some."""
-    teacher = in_float32(own_copy(model))
-    if task.weights:
-        load_weights(teacher, Path(task.weights))
-    return teacher
+def open_weights(given: nn.Module | str, weights: Path | None, classes: int | None) -> nn.Module:
+    """The model that a reference names, or a copy of a module; with the weights of a file where one is given."""
+    if isinstance(given, str):
+        return load_model(given, weights=weights, classes=classes)
+    model = in_float32(own_copy(given))
+    if weights is not None:
+        load_weights(model, weights)
+    return model
 
 
-def _loaded(task: Task, data: Data) -> nn.Module:
-    return load_model(task.model, weights=Path(task.weights) if task.weights else None, classes=data.classes)
+def open_data(given: Data | Splits | str) -> Data:
+    """The data that a reference names, or that Python gives."""
+    return load_data(given) if isinstance(given, str) else as_data(given, "data")
 
 
 def _require_target(task: Task, data: Data) -> None:

@@ -59,6 +59,11 @@ def draws_itself(space: str) -> bool:
     return names_function(space) and not space.endswith(".toml")
 
 
+def name_of(given: object) -> str:
+    """How a task file names what was given: a reference by itself, a function of Python by its name, another object by its class."""
+    return given if isinstance(given, str) else f"{OBJECT}{getattr(given, '__name__', type(given).__name__)}"
+
+
 def require_name(reference: str) -> None:
     """Raises UsageError for what was an object of Python, given where a reference is to be loaded."""
     if reference.startswith(OBJECT):

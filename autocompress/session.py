@@ -15,15 +15,15 @@ from autocompress.controller.run import Given, conduct
 from autocompress.data import Data
 from autocompress.data.sources import Splits, as_data
 from autocompress.devices.base import Device
-from autocompress.errors import UsageError
+from autocompress.errors import InfeasibleBudget, UsageError
 from autocompress.policy import Policy
 from autocompress.progress import Progress, make_progress
-from autocompress.references import OBJECT
+from autocompress.references import name_of
 from autocompress.report.figures import in_colour
-from autocompress.report.page import figures
+from autocompress.report.page import figures, write_report
 from autocompress.report.tables import frame
 from autocompress.results import Entry, Results
-from autocompress.run_folder import PARETO, new_run, read_front
+from autocompress.run_folder import PARETO, REPORT, new_run, read_front
 from autocompress.task import Task, find_task
 
 if TYPE_CHECKING:
@@ -71,6 +71,11 @@ class SearchResult:
         target = Path(path) if path is not None else self.run / PARETO
         pareto_png(Results.read(self.content), target)
         return target
+
+    def report(self) -> Path:
+        """Write `report.html`, one offline file, and `pareto.png` into the run folder, as a search does when it ends."""
+        write_report(Results.read(self.content), self.run)
+        return self.run / REPORT
 
     def figures(self) -> dict[str, Figure]:
         """The interactive plots of the report: `pareto`, `progress`, `prediction`, and the layers of each policy shown, by its id."""
@@ -152,15 +157,15 @@ def search(
         data = as_data(data, "data")
     values = {
         "budget": (budget,) if isinstance(budget, str) else tuple(budget),
-        "model": _named(model),
-        "data": _named(data),
+        "model": name_of(model) if model is not None else None,
+        "data": name_of(data) if data is not None else None,
         "weights": str(weights) if weights is not None else None,
         "device": device,
         "batch": batch,
         "search_time": search_time,
         "trials": trials,
         "target_accuracy": target_accuracy,
-        "space": space if suggest is None else _named(suggest),
+        "space": space if suggest is None else name_of(suggest),
         "student": student,
         "learning_rate": learning_rate,
         "batch_size": batch_size,
@@ -195,15 +200,12 @@ def run_search(
     suggest: Callable[..., Policy] | None = None,
 ) -> SearchResult:
     """Run one search in the folder `run` and return what it found; what is finished survives any interruption."""
-    conduct(task, run, Given(model, data, device, sampler, suggest), resume=resume, progress=progress)
+    try:
+        conduct(task, run, Given(model, data, device, sampler, suggest), resume=resume, progress=progress)
+    except InfeasibleBudget as error:
+        error.run = run
+        raise
     return SearchResult.load(run)
-
-
-def _named(given: nn.Module | Data | Callable[..., Policy] | str | None) -> str | None:
-    """How a task file names what was given: a reference by itself, a function of Python by its name, another object by its class."""
-    if given is None or isinstance(given, str):
-        return given
-    return f"{OBJECT}{getattr(given, '__name__', type(given).__name__)}"
 
 
 def _require(given: object, kinds: type | tuple[type, ...], what: str, hint: str) -> None:

@@ -276,6 +276,16 @@ def test_a_full_disk_is_told_as_one_wherever_it_shows(place, capsys, monkeypatch
     require_explained(capsys.readouterr(), "cannot be written: No space left", "--resume")
 
 
+@pytest.mark.parametrize(("path", "named"), [("data/train.npy", "'data/train.npy'"), (None, "a file")])
+def test_a_disk_that_is_gone_is_no_bug(place, capsys, monkeypatch, path, named):
+    def fail(run):
+        raise OSError(errno.ESTALE, "Stale file handle", path)
+
+    monkeypatch.setattr("autocompress.results.read_front", fail)
+    assert main(["show", "fine"]) == 6
+    require_explained(capsys.readouterr(), f"{named} can no longer be read: Stale file handle", "--resume")
+
+
 def test_ctrl_c_is_130(place, capsys, monkeypatch):
     def interrupt(run):
         raise KeyboardInterrupt

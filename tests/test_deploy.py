@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -26,6 +27,7 @@ from autocompress.preparation import prepare
 from autocompress.run_folder import remember_own
 from autocompress.task import TASK_FILE, Task
 from autocompress.testing.devices import FakeDevice
+from autocompress.testing.models import tiny_resnet
 
 MODEL = "autocompress.testing.models:tiny_resnet"
 EXAMPLE = (torch.randn(1, 3, 16, 16),)
@@ -38,8 +40,6 @@ def answers(path, inputs):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A run folder with a baseline and one policy that is written as a search writes it."""
-    from autocompress.testing.models import tiny_resnet
-
     run = tmp_path_factory.mktemp("made")
     teacher = tiny_resnet()
     save_file({key: value.contiguous() for key, value in teacher.state_dict().items()}, run / "teacher.safetensors")
@@ -385,6 +385,16 @@ def test_a_policy_file_is_applied_to_data_in_a_range_that_the_device_does_not_sa
     assert told["digest"] == policy.digest
     assert told["speedup"] > 1
     assert read_manifest(tmp_path / "out").val_score.n == 32
+
+
+def test_a_module_a_policy_and_data_may_be_objects(tmp_path, monkeypatch):
+    monkeypatch.setattr("autocompress.loading.open_device", lambda name: FakeDevice())
+    model, inputs = tiny_resnet(), torch.randn(32, *EXAMPLE[0].shape[1:])
+    before, splits = copy.deepcopy(model.state_dict()), [(inputs, torch.arange(32) % 10)] * 3
+    told = apply_policy(model, policy=Policy(quant=QuantSpec(bits=8)), data=splits, out=tmp_path / "out")
+    assert told["policy"].startswith("int8") and read_manifest(tmp_path / "out").val_score.n == 32
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert apply_policy(model, policy="random:1", input="x".join(map(str, EXAMPLE[0].shape[1:])), out=tmp_path / "drawn")["folder"]
 
 
 def test_of_many_examples_a_part_is_scored(tmp_path, monkeypatch):

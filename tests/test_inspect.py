@@ -132,6 +132,14 @@ def test_data_gives_the_shape_of_the_inputs():
     assert inspect_model("autocompress.demo:teacher", data="digits")["input"] == "1x1x8x8"
 
 
+def test_a_module_and_data_may_be_objects():
+    model, inputs = tiny_resnet(), torch.randn(4, 3, 16, 16)
+    told = inspect_model(model, data=[(inputs, torch.arange(4) % 10)] * 3)
+    named = inspect_model("autocompress.testing.models:tiny_resnet", input="3x16x16")
+    assert told["model"] == "python:" + type(model).__name__
+    assert (told["input"], told["layers"]) == ("1x3x16x16", named["layers"])
+
+
 class Twice(nn.Module):
     """One layer that is called twice, and a norm whose scale is an operator's argument."""
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from autocompress import session
 from autocompress.controller import resuming
-from autocompress.errors import UsageError
+from autocompress.errors import InfeasibleBudget, UsageError
 from autocompress.loading import TEACHER_WEIGHTS, UNFINISHED_TEACHER, kept_teacher
 from autocompress.task import DEMO_MODEL, TASK_FILE, Task, load_task
 
@@ -28,6 +28,16 @@ def test_only_the_demonstrations_weights_are_forgotten(tmp_path, begun, kept):
         (tmp_path / TASK_FILE).write_text(begun.to_toml())
     resuming.forget_teacher(tmp_path)
     assert weights.is_file() is kept
+
+
+def test_what_was_measured_is_found_where_nothing_meets_the_budget(tmp_path, monkeypatch):
+    def end(*_, **__):
+        raise InfeasibleBudget("nothing meets the budget", smallest_latency_s=1.0)
+
+    monkeypatch.setattr(session, "conduct", end)
+    with pytest.raises(InfeasibleBudget) as caught:
+        session.search(budget="1ms", out=tmp_path / "run", quiet=True)
+    assert caught.value.run == tmp_path / "run"
 
 
 @pytest.mark.parametrize(

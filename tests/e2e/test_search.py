@@ -195,6 +195,8 @@ def test_the_result_object(finished, tmp_path, monkeypatch):
     assert len(frame) == len(result.content["points"])
     assert result.plot() == finished.run / "pareto.png"
     assert result.plot(tmp_path / "own.png").stat().st_size > 1000
+    (finished.run / "report.html").unlink()
+    assert result.report().stat().st_size > 1_000_000 and result.report() == finished.run / "report.html"
     figures = result.figures()
     assert set(figures) >= {"pareto", "progress", "prediction", result.best}
     assert all(isinstance(figure, Figure) and "$" not in figure.to_json() for figure in figures.values())
