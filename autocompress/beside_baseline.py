@@ -18,6 +18,8 @@ from autocompress.setting import Setting
 
 SECONDS_EACH = 0.5
 """Of measuring a file in a search: half of what a figure deserves, since the front is measured again, for longer, at the end."""
+LONGER = 4.0
+"""Times as long a file is measured whose interval reaches beyond the budget: half as wide as it is then."""
 DRIFT_RETRIES = 3
 DRIFT_PAUSE_S = 1.0
 SAMPLES = "latency.csv"
@@ -47,6 +49,15 @@ def measure_beside_baseline(
             time.sleep(DRIFT_PAUSE_S)
         reason = f"the baseline beside it took {100 * drift:+.0f} % of its time"
         return [baseline, *(latency.beside(baseline).mistrusted(reason) for latency in others)]
+
+
+def measure_within(limits: Budget, setting: Setting, path: Path, size_bytes: int, *, until: float = math.inf) -> Measurement:
+    """Latency of a file beside the baseline: for so long that a budget's percentile is known, and longer where noise is over it."""
+    seconds = seconds_for(limits, setting.recent_baseline.median, SECONDS_EACH)
+    _, latency = measure_beside_baseline(setting, [path], seconds_each=seconds, until=until)
+    if limits.leaves_open(latency, size_bytes):
+        _, latency = measure_beside_baseline(setting, [path], seconds_each=LONGER * seconds, until=until)
+    return latency
 
 
 def seconds_for(limits: Budget, original_s: float, usual: float) -> float:

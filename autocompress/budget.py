@@ -83,6 +83,11 @@ class Budget(Record):
             return self.against(measurement.original_s).allows(measurement, size_bytes, margin=margin)
         return self.violation((1 + margin) * measurement.high, size_bytes, (1 + margin) * measurement.tail) <= 0
 
+    def leaves_open(self, measurement: Measurement, size_bytes: float) -> bool:
+        """Whether a measured artifact is over the budget by the width of its intervals alone."""
+        certain = measurement.model_copy(update={"high": measurement.median, "p95_high": measurement.p95})
+        return not self.allows(measurement, size_bytes) and self.allows(certain, size_bytes)
+
     def times(self, factor: float) -> Budget:
         """All limits so many times as wide."""
         limits = {name: factor * value for name, value in self.model_dump().items() if value is not None}

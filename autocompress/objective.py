@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from autocompress.batch import call_network
-from autocompress.beside_baseline import measure_beside_baseline
+from autocompress.beside_baseline import measure_beside_baseline, measure_within
+from autocompress.budget import Budget
 from autocompress.compress.compared import compared_features
 from autocompress.compress.loss import Distillation
 from autocompress.compress.rates import TrainPlan
@@ -39,6 +40,9 @@ LEAST_RECONSTRUCTION_S = 10.0
 """A student's reconstruction may take as long as its training, and so long in any case: half reconstructed it would be worth little."""
 PARITY_INPUTS = 1000
 """Inputs for which a file must answer as its student: enough to tell 0.5 %; all of them take as long as a tenth of the training."""
+PARITY_BYTES = 2**26
+"""Of the inputs that the student answers at once: what it computes of them takes tens of times as much."""
+NO_LIMITS = Budget()
 PROBED_STEPS = 3
 """Of training, before the first policy tells what a step takes; the first loads kernels."""
 
@@ -49,6 +53,7 @@ def evaluate_policy(
     *,
     seconds: float,
     latest: float = math.inf,
+    limits: Budget = NO_LIMITS,
     continues: str | None = None,
     tick: Tick | None = None,
 ) -> Outcome:
@@ -57,6 +62,7 @@ def evaluate_policy(
     Args:
         seconds: of training, once the student is reconstructed; export, scoring and measuring come after it.
         latest: `time.monotonic()` at which training ends in any case.
+        limits: the budget that measuring must tell of.
         continues: id of a lower rung of the same policy, whose float weights are the start.
     """
     started = time.monotonic()
@@ -89,9 +95,10 @@ def evaluate_policy(
             outputs, parity = check_artifact(setting, student, path, policy)
             score = score_outputs(outputs, setting.data.val.targets, setting.data)
             stage = "measure"
-            _, latency = measure_beside_baseline(setting, [path])
+            latency = measure_within(limits, setting, path, manifest.size_bytes, until=latest)
     except PolicyFailure as error:
-        interrupted_weights(setting, policy).unlink(missing_ok=True)
+        if stage != "measure":  # what was trained in vain else: the device may do it the next time
+            interrupted_weights(setting, policy).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         failure = Failure(stage=stage, reason=error.message)
         return Outcome(**dict(attempt), failure=failure, seconds=time.monotonic() - started, training_s=training_s)
@@ -219,4 +226,5 @@ def _some_answers(student: fx.GraphModule, setting: Setting) -> tuple[Tensor, Te
     if any(follows_batch(module) for module in student.modules()):  # then the file's batches give other answers than larger ones
         return torch.arange(len(data.val)), model_answers(student, data, data.val, setting.batch)
     rows = sampled(len(data.val), min(PARITY_INPUTS, setting.most_answers))
-    return rows, torch.cat([call_network(student, inputs).float() for inputs, _ in data.batches(data.val[rows], setting.batch_size)])
+    size = data.at_most(setting.batch_size, PARITY_BYTES)
+    return rows, torch.cat([call_network(student, inputs).float() for inputs, _ in data.batches(data.val[rows], size)])

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocompress.ranks import is_low
+from autocompress.records import FEWEST_FOR_TAIL
 
 FEWEST_EXAMPLES = 32
 """Validation or test examples at least, however slow a model is: fewer say nothing of it."""
@@ -116,10 +117,14 @@ def validation_seconds(clock: Clock) -> float:
     return VALIDATION_SHARE * clock.total
 
 
-def reserve_seconds(total: float, per_example_s: float, examples: int, latency_s: float) -> float:
-    """For the end of a search: the test split for the original and a front of faster networks, and measuring them together."""
+def reserve_seconds(total: float, per_example_s: float, examples: int, latency_s: float, *, tail: bool = False) -> float:
+    """For the end of a search: the test split for the original and a front of faster networks, and measuring them together.
+
+    tail: whether so long that the 95th percentile is known of each.
+    """
     each = (1 + FRONT_COST) * per_example_s
-    return FINAL_S + FINAL_CALLS * latency_s + max(FEWEST_EXAMPLES * each, min(examples * each, TEST_SHARE * total))
+    calls = max(FINAL_CALLS, (1 + FRONT_COST) * FEWEST_FOR_TAIL) if tail else FINAL_CALLS
+    return FINAL_S + calls * latency_s + max(FEWEST_EXAMPLES * each, min(examples * each, TEST_SHARE * total))
 
 
 @dataclass(frozen=True)
@@ -150,13 +155,13 @@ class Division:
         return self.training + self.overhead
 
 
-def full_runs(left: float, each: float, candidates: int, trials: int | None = None) -> int:
+def full_runs(left: float, each: float, candidates: int, trials: int | None = None, done: int = 0) -> int:
     """How many policies share the time that is left, where one is meant to have `each` seconds.
 
-    A limit on trials limits them too: one climbs for every TRIALS_A_FULL_RUN that were allowed.
+    A limit on trials limits them too: one climbs for every TRIALS_A_FULL_RUN that were allowed, those included that are `done`.
     """
     affordable = round(left / max(each, 1e-9))
-    allowed = MOST_FULL_RUNS if trials is None else math.ceil(trials / TRIALS_A_FULL_RUN)
+    allowed = MOST_FULL_RUNS if trials is None else math.ceil(trials / TRIALS_A_FULL_RUN) - done
     return max(0, min(MOST_FULL_RUNS, allowed, candidates, max(1, affordable)))
 
 

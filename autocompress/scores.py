@@ -9,6 +9,8 @@ from autocompress.records import Score
 Z95 = 1.959964
 STANDARD_ERRORS = 2.0
 """By which two scores of one split differ by chance."""
+MOST_CHANCE = 0.05
+"""Share of right answers by which two scores may differ by chance, and still be compared."""
 SEEN_GAP = 0.01
 """Least difference of validation and test accuracy that tells of a model that has seen the validation examples."""
 
@@ -35,10 +37,14 @@ def by_chance(*scores: Score | None) -> float:
 
 
 def knows_validation_like_training(train: Score | None, val: Score | None) -> bool:
-    """Whether a model knows validation examples as well as those of training, as it does where it was trained on both."""
+    """Whether a model knows validation examples as well as those of training, as it does where it was trained on both.
+
+    Of so few examples that chance explains more than MOST_CHANCE, nothing is said.
+    """
     if train is None or val is None or not (_is_counted(train) and _is_counted(val)):
         return False
-    return train.value - val.value <= by_chance(train, val)
+    chance = by_chance(train, val)
+    return train.value - val.value <= chance <= MOST_CHANCE
 
 
 def validation_beats_test(val: Score | None, test: Score | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -62,10 +63,12 @@ def keep_for_further_training(setting: Setting, policy: Policy, bundle: Path) ->
         interrupted_weights(setting, policy).replace(bundle / FLOAT_WEIGHTS)
 
 
-def forget_interrupted(setting: Setting) -> None:
-    """Remove what is kept of students that nobody goes on with: the search has ended by itself."""
+def forget_interrupted(setting: Setting, wanted: Collection[Policy] = ()) -> None:
+    """Remove what is kept of students that nobody goes on with, when the search has ended by itself; not that of those still wanted."""
+    kept = {interrupted_weights(setting, policy) for policy in wanted}
     for left in setting.models.glob(f"{INTERRUPTED}*"):
-        left.unlink(missing_ok=True)
+        if left not in kept:
+            left.unlink(missing_ok=True)
 
 
 def start_student(setting: Setting, student: fx.GraphModule, policy: Policy, continues: str | None, until: float) -> None:

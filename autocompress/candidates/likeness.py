@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from autocompress.batch import call_network, joined
+from autocompress.compress.outputs import relative_errors
 from autocompress.compress.quantize import CALIBRATION_BATCH, calibrate, fake_quantize
 from autocompress.compress.reconstruct import TeacherActivations, examples_for, reconstruct
 from autocompress.compress.student import build_student
@@ -45,7 +46,8 @@ class Likeness:
         """0 where student and teacher have nothing in common, or the student cannot be made; 1 where they answer alike.
 
         Of classifiers the probability that both give to the same classes (1 - their total variation distance), which unlike a divergence is
-        bounded: one confident error in a thousand answers does not decide. Of other networks 1 / (1 + squared difference / variance).
+        bounded: one confident error in a thousand answers does not decide. Of other networks 1 / (1 + squared difference / variance), on
+        average of all outputs.
         """
         try:
             with policy_errors(self._setting.log):  # out of memory, equations without a solution, whatever a module of the user's raises
@@ -56,7 +58,7 @@ class Likeness:
         if self._setting.data.classes is not None:
             shared = torch.minimum(answers.softmax(1), self.wanted.softmax(1)).sum(1).mean()
         else:
-            shared = 1 / (1 + (answers - self.wanted).square().mean() / self.wanted.var().clamp_min(torch.finfo().tiny))
+            shared = (1 / (1 + relative_errors(answers, self.wanted))).mean()
         return float(torch.nan_to_num(shared))
 
     @torch.no_grad()

@@ -181,7 +181,8 @@ ANSWER_LOSSES: dict[AnswerLoss, Callable[[Tensor, Tensor, Tensor, float], Tensor
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, spec: DistillSpec) -> Tensor:
     """alpha * (the policy's loss of answers) + (1 - alpha) * cross_entropy(student, targets)."""
     hard = F.cross_entropy(student_logits, targets)
-    own, wanted = (standardized(logits) if spec.standardized else logits for logits in (student_logits, teacher_logits))
+    unlike = spec.standardized and student_logits.shape[1] > 2  # of two classes all would be alike
+    own, wanted = (standardized(logits) if unlike else logits for logits in (student_logits, teacher_logits))
     return spec.alpha * ANSWER_LOSSES[spec.answers](own, wanted, targets, spec.temperature) + (1 - spec.alpha) * hard
 
 

@@ -41,7 +41,7 @@ def loss_of(
     targets = data.train.targets[indices].to(device)
     features = distillation.features if distillation is not None else None
     hidden = distillation.hidden_layers if distillation is not None else ()
-    with fast_arithmetic(device):
+    with distillation.teacher.arithmetic(device) if distillation is not None else fast_arithmetic(device):
         own = [compared.layer for compared in hidden]
         student = observe(model, inputs.to(device), features.classifier if features is not None else None, own)
     outputs = student.outputs.float().contiguous()  # a loss of one's own may take views of it
@@ -52,11 +52,12 @@ def loss_of(
     answers = teacher.outputs.to(device)
     if data.loss is not None:
         variance, constant = distillation.teacher.units
-        loss = spec.alpha * F.mse_loss(outputs, answers) / variance + (1 - spec.alpha) * data.loss(outputs, targets) / constant
+        unlike = ((outputs - answers).square() / variance.to(device)).mean()
+        loss = spec.alpha * unlike + (1 - spec.alpha) * data.loss(outputs, targets) / constant
     else:
         loss = distillation_loss(outputs, answers, targets, spec)
     if features is None:
         return loss
     at_end, inside = compare_features(student, teacher, features, spec.feature_loss), compare_hidden(student, teacher, features)
-    unlike = difference(at_end, inside, spec.hidden)
-    return loss if unlike is None else (1 - spec.features) * loss + spec.features * FEATURE_SCALE * unlike
+    apart = difference(at_end, inside, spec.hidden)
+    return loss if apart is None else (1 - spec.features) * loss + spec.features * FEATURE_SCALE * apart

@@ -11,15 +11,16 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from autocompress.batch import Inputs, call_network, map_inputs
-from autocompress.compress.arithmetic import fast_arithmetic, fast_layout
+from autocompress.compress.arithmetic import bf16_is_faster, fast_arithmetic, fast_layout
 from autocompress.compress.distill import Answers, observe
+from autocompress.compress.outputs import relative_errors, variances
 from autocompress.data import Data, sample, sampled
 from autocompress.graph.nodes import follows_batch
 
@@ -36,6 +37,8 @@ SAME = 0.02
 """Relative difference of outputs that other arithmetic explains, bfloat16 included; another function differs by far more."""
 HIDDEN_SHARE = 0.25
 """Share of a batch whose hidden features are told: the teacher has to be asked for them each time, and a map has many positions."""
+MOST_ROUNDING = 0.05
+"""Share of an output's standard deviation that rounding may make it wrong by, as a rule."""
 FEW, MORE = 16, 64
 """Inputs for a first guess, and for a second."""
 IMAGES = 4
@@ -94,24 +97,24 @@ class Teacher:
     def distance(self, student: nn.Module, most: int = DISTANCE_INPUTS) -> float:
         """How far a student is from its teacher on inputs as they are deployed, from 0 to 1; it is on the CPU, and left in eval mode.
 
-        Of classifiers the share of decisions that differ, of other networks the squared difference relative to the variance. 1 where the
-        student cannot answer, for want of memory. `most` limits the inputs: the first call decides.
+        Of classifiers the share of decisions that differ, of other networks the squared difference relative to the variance, on average
+        of all outputs. 1 where the student cannot answer, for want of memory. `most` limits the inputs: the first call decides.
         """
         inputs, wanted = self._held_out or self._answered(min(most, DISTANCE_INPUTS))
         self._held_out = inputs, wanted
         student.eval()
         try:
-            with fast_arithmetic(torch.device("cpu")):
+            with self.arithmetic(torch.device("cpu")):
                 answers = torch.cat([call_network(student, part).float() for part in inputs.split(self._batch)])
         except RuntimeError:
             return 1.0
         if self._data.classes is not None:
             return float((answers.argmax(1) != wanted.argmax(1)).float().mean())
-        return float(((answers - wanted).square().mean() / wanted.var().clamp_min(torch.finfo().tiny)).clamp_max(1.0))
+        return float(relative_errors(answers, wanted).clamp_max(1.0).mean())
 
     @functools.cached_property
-    def units(self) -> tuple[float, float]:
-        """(variance of the outputs, the data's own loss of a constant answer) on some training inputs: what losses are counted in.
+    def units(self) -> tuple[Tensor, float]:
+        """(variance of each output, the data's own loss of a constant answer) on some training inputs: what losses are counted in.
 
         What a network predicts may be thousands or thousandths. A loss that has no sound value there is counted as it is.
         """
@@ -121,8 +124,7 @@ class Teacher:
         with suppress(Exception):  # whatever the user's own code raises over a constant
             assert self._data.loss is not None
             own = float(self._data.loss(outputs.mean(0, keepdim=True).expand_as(outputs), targets))
-        variance = float(outputs.var()) if outputs.numel() > 1 else 0.0
-        return variance if variance > 0 else 1.0, own if 0 < own < math.inf else 1.0
+        return variances(outputs), own if 0 < own < math.inf else 1.0
 
     def _answered(self, n: int) -> tuple[Inputs, Tensor]:
         """Some validation inputs, and the outputs for them."""
@@ -211,11 +213,31 @@ class Teacher:
     def _answer(self, inputs: Inputs, hidden: Sequence[str] = (), rows: int | None = None) -> Answers:
         return self._said(inputs, self._layout, hidden, len(inputs) if rows is None else rows)
 
+    def arithmetic(self, device: torch.device) -> AbstractContextManager[object]:
+        """In which students learn from this teacher: the fast one, unless that rounds its answers to what tells them apart."""
+        return fast_arithmetic(device) if self._bears_rounding else nullcontext()
+
+    @functools.cached_property
+    @torch.no_grad()
+    def _bears_rounding(self) -> bool:
+        """Whether fast arithmetic keeps each output within MOST_ROUNDING of its spread: one around 2000 has steps of 8 in bfloat16.
+
+        Decisions between classes always bear it.
+        """
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        if self._data.classes is not None or not bf16_is_faster(device):
+            return True
+        few = self._data.view(torch.arange(min(MORE, self._batch, len(self._data.train))), 0, self._seed)
+        exact = call_network(self.model, few.to(device, copy=True)).float()
+        with fast_arithmetic(device):
+            rounded = call_network(self.model, few.to(device, copy=True)).float()
+        return bool((relative_errors(rounded, exact) <= MOST_ROUNDING**2).all())
+
     @torch.no_grad()
     def _said(self, inputs: Inputs, layout: torch.memory_format, hidden: Sequence[str] = (), rows: int = 0) -> Answers:
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         own = inputs.to(device, copy=True)  # it may change them in place
-        with fast_arithmetic(device):
+        with self.arithmetic(device):
             own = map_inputs(lambda tensor: tensor.to(memory_format=layout) if tensor.dim() == IMAGES else tensor, own)
             said = observe(self.model, own, self._classifier, hidden, rows)
         return Answers(said.outputs.float().cpu(), said.features.float().cpu() if said.features is not None else None, said.hidden)

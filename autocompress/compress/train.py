@@ -135,7 +135,7 @@ class _Trainer:
                 break
             self._step(model, indices, epoch, optimizer, device)
         model.cpu().to(memory_format=torch.contiguous_format)
-        reestimate_norms(model, self.data, self.plan, schedule.done - begun)
+        reestimate_norms(model, self.data, self.plan, schedule.done - begun, schedule.parts)
 
     def _step(self, model: nn.Module, indices: Tensor, epoch: int, optimizer: Optimizer, device: torch.device) -> None:
         view = self.distillation.teacher.view(epoch) if self.distillation is not None else epoch

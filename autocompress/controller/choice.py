@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from optuna.trial import Trial
@@ -15,7 +15,7 @@ from autocompress.devices.timing import MOST_DRIFT
 from autocompress.front import gain, measured
 from autocompress.graph import Structure
 from autocompress.policy import Policy
-from autocompress.promotion import cover, promoted
+from autocompress.promotion import Point, cover, promoted
 from autocompress.records import Outcome
 from autocompress.suggesters import PartiallyFixed
 
@@ -27,8 +27,10 @@ INTERVAL_HEADROOM = MOST_DRIFT
 """Share of the budget that structures leave unused beside that for drift, until one is safely within it: for an interval's upper half."""
 MOST_MEASURED = 4
 """Untrained networks that are measured, at most, to find one within the budget for the next short run."""
+MOST_APPRAISED = 4
+"""Untrained networks that are scored, at most, to find one that adds to what was trained."""
 COLLAPSED = 0.5
-"""Share of the original's score: a network that lost more has failed to train, and rules out nothing."""
+"""Share of the original's score: a network that lost more has failed to train, and rules out nothing. Untrained, of the best worth."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,12 @@ class Choice:
     worth: float
     trial: Trial | None = None
     base: Outcome | None = None
+
+
+def _adding_most(points: Sequence[Point], covered: Sequence[Point]) -> int | None:
+    """Index of the point (merit, latency) that adds most to those that are covered; None where each is no better than one of them."""
+    adding = [i for i, (merit, latency_s) in enumerate(points) if not any(m >= merit and s <= latency_s for m, s in covered)]
+    return adding[cover([points[i] for i in adding], 1, covered)[0]] if adding else None
 
 
 @dataclass(eq=False)
@@ -83,9 +91,21 @@ class Chooser:
         within = forecast.within_budget(pool, margin=margin)
         return [p for p in within if forecast.structure(p.policy) not in known and outclassed(p, leading) <= 0]
 
+    def spread(self, pool: list[Proposal], n: int) -> list[Proposal]:
+        """The `n` of the pool that promise to cover most beside what was trained, and the unchanged network."""
+        promising = self.promising(pool, self.leading())
+        points = [(self._promise(p), p.latency_s) for p in promising]
+        return [promising[index] for index in cover(points, n, self._covered(lambda appraised: self._promise(appraised.proposal)))]
+
+    def _promise(self, proposal: Proposal) -> float:
+        """In units of the original's, which no student that is made of it promises to surpass."""
+        promise = self.findings.appraisals.promise(proposal)
+        return min(1.0, promise) if self.findings.setting.one_architecture else promise
+
     def _is_safe(self) -> bool:
-        """Whether something was within the budget by what a machine may drift until it is measured once more, at the end."""
-        return self.findings.is_within_budget(margin=self.findings.drift)
+        """Whether something that has not gone wrong in training will be within the budget when it is measured at the end."""
+        findings, least = self.findings, self.findings.gain_without(COLLAPSED)
+        return any(o.rung != "unchanged" and findings.stays_within(o) and gain(o) >= least for o in findings.journal.outcomes)
 
     def _measured_leader(self, pool: list[Proposal], margin: float) -> Appraised | None:
         """The first to lead that is within the budget by this margin when it is measured, untrained.
@@ -109,18 +129,25 @@ class Chooser:
         return min(missed, key=lambda miss: miss[0])[1] if margin == 0 and not self.findings.is_within_budget() else None
 
     def _leader(self, pool: list[Proposal], margin: float, without: set[Structure]) -> Appraised | None:
-        """What, as appraised, adds most to those that were trained; of what is not appraised, as its promise says."""
-        appraisals, candidates = self.findings.appraisals, self._untrained(margin, without)
-        if candidates:
-            covered = self._covered(lambda appraised: appraised.worth)
-            return candidates[cover([(a.worth, a.latency_s) for a in candidates], 1, covered)[0]]
-        structure = self.findings.forecast.structure
-        promising = [p for p in self.promising(pool, self.leading(), margin) if structure(p.policy) not in without]
-        if not promising:
-            return None
-        covered = self._covered(lambda appraised: appraisals.promise(appraised.proposal))
-        points = [(appraisals.promise(proposal), proposal.latency_s) for proposal in promising]
-        return appraisals.appraise(promising[cover(points, 1, covered)[0]])
+        """What, as appraised, adds most to those that were trained, and the unchanged network.
+
+        Where nothing that was appraised adds to these, some that promise to are appraised; where none of them does either, what is best
+        of all the same.
+        """
+        for _ in range(MOST_APPRAISED):
+            candidates = self._untrained(margin, without)
+            best = _adding_most([(a.worth, a.latency_s) for a in candidates], self._covered(lambda appraised: appraised.worth))
+            if best is not None:
+                return candidates[best]
+            structure, appraisals = self.findings.forecast.structure, self.findings.appraisals
+            promising = [p for p in self.promising(pool, self.leading(), margin) if p.policy not in appraisals]
+            promising = [p for p in promising if structure(p.policy) not in without]
+            best = _adding_most([(self._promise(p), p.latency_s) for p in promising], self._covered(lambda a: self._promise(a.proposal)))
+            if best is None:
+                break
+            appraisals.appraise(promising[best])
+        candidates = self._untrained(margin, without)
+        return candidates[cover([(a.worth, a.latency_s) for a in candidates], 1)[0]] if candidates else None
 
     def _least_over_budget(self, pool: list[Proposal]) -> Appraised | None:
         """Where nothing is within the budget as predicted, and nothing was: what misses it by least, since predictions err."""
@@ -130,7 +157,7 @@ class Chooser:
             return None
         return self.findings.appraisals.appraise(min(rest, key=lambda p: forecast.violation(p.workload, forecast.latency_s(p))))
 
-    def _covered(self, merit: Callable[[Appraised], float]) -> list[tuple[float, float]]:
+    def _covered(self, merit: Callable[[Appraised], float]) -> list[Point]:
         """(merit, latency) of what was trained, and of the unchanged network if it stays within the budget: what is beside these waits."""
         findings, forecast = self.findings, self.findings.forecast
         trained = {forecast.structure(o.policy): o.policy for o in findings.journal.outcomes if o.rung != "unchanged"}
@@ -140,9 +167,15 @@ class Chooser:
         return [*points, *((1.0, forecast.latency_s(forecast.proposal(o.policy, {}))) for o in unchanged)]
 
     def _untrained(self, margin: float, without: set[Structure]) -> list[Appraised]:
-        """Of what was appraised: within the budget as predicted by now, not trained before, not outclassed and none of these."""
-        known, leading = self._trained_structures() | without, self.leading()
-        candidates = self.findings.appraisals.within_budget(margin=margin)
+        """Of what was appraised: within the budget as predicted by now, not trained before, not outclassed and none of these.
+
+        A margin is no reason to train what has lost most of what the others within the budget are worth.
+        """
+        known, leading, appraisals = self._trained_structures() | without, self.leading(), self.findings.appraisals
+        candidates = appraisals.within_budget(margin=margin)
+        if margin > 0 and self.findings.setting.one_architecture:
+            least = COLLAPSED * max((a.worth for a in appraisals.within_budget()), default=0.0)
+            candidates = [a for a in candidates if a.worth >= least]
         return [a for a in candidates if self.findings.forecast.structure(a.policy) not in known and outclassed(a.proposal, leading) <= 0]
 
     def _trained_structures(self) -> set[Structure]:

@@ -11,15 +11,20 @@ from autocompress.candidates.pool import draw_pool
 from autocompress.candidates.proposals import Proposal
 from autocompress.controller.findings import Findings
 from autocompress.data import sample
+from autocompress.evaluate import run_artifact
 from autocompress.front import measured
 from autocompress.loading import kept_teacher
 from autocompress.preparation import limit_validation, score_baseline, train_demo_teacher
-from autocompress.schedule import pool_seconds, profiling_seconds, reserve_seconds, teacher_seconds, validation_seconds
+from autocompress.records import Score
+from autocompress.schedule import pool_seconds, reserve_seconds, teacher_seconds, validation_seconds
+from autocompress.setting import Setting
 from autocompress.study.notes import Note
 from autocompress.task import Task
 
 MOST_OF_TRAIN = 1000
 """Training examples that the original is scored on, at most: enough to tell whether it knows validation examples less well."""
+FEWEST_OF_TRAIN = 100
+"""And at least: fewer tell nothing (`scores.knows_validation_like_training`), and those of a slow model take long."""
 DEMO_TEACHER_SHARE = 0.4
 """Of the time that is left, at most: a quick machine trains it to the end in less, and all else is worthless on a slow
 one where it has not learned."""
@@ -27,9 +32,9 @@ GUESSING = 0.05
 """Share of the way from guessing to no error: an original that has not gone so far looks untrained, which is told."""
 
 
-def learn_latencies(findings: Findings) -> None:
-    """Learn to predict latency, for a share of the time, and from what a resumed search had measured."""
-    measure_ahead(findings.forecast, profiling_seconds(findings.clock), findings.task.seed, findings.show)
+def learn_latencies(findings: Findings, seconds: float) -> None:
+    """Learn to predict latency, for so long, and from what a resumed search had measured."""
+    measure_ahead(findings.forecast, seconds, findings.task.seed, findings.show)
     findings.adopt_drifted_baseline()
     findings.forecast.learn(measured(findings.journal.outcomes))
 
@@ -61,17 +66,39 @@ def know_baseline(findings: Findings) -> None:
     findings.journal.note(Note.VAL_EXAMPLES, len(data.val))
     if len(data.val) < whole:
         findings.progress.message(f"validating on {len(data.val)} of {whole} examples: all would take too much time or memory")
-    findings.show("scoring the original")
-    started = time.monotonic()
-    score = score_baseline(findings.setting, data.val)
-    findings.per_example_s = (time.monotonic() - started) / len(data.val)
-    of_train = score_baseline(findings.setting, sample(data.train, min(len(data.val), MOST_OF_TRAIN)))
-    findings.record_baseline(replace(findings.setting.baseline, val_score=score, train_score=of_train))
+    score = _score_original(findings)
     guess = 1 / data.classes if data.classes else 0.0
     if data.score is None and score.value < guess + GUESSING * (1 - guess):
         findings.progress.message(f"the original scores {100 * score.value:.1f} %, hardly more than guessing: {_cure(findings.task)}")
-    clock, latency = findings.clock, findings.setting.baseline.latency_s.median
-    findings.clock = clock.with_reserve(reserve_seconds(clock.total, findings.per_example_s, len(data.test), latency))
+    clock, latency, tail = findings.clock, findings.setting.baseline.latency_s.median, findings.limits.p95_s is not None
+    findings.clock = clock.with_reserve(reserve_seconds(clock.total, findings.per_example_s, len(data.test), latency, tail=tail))
+
+
+def _score_original(findings: Findings) -> Score:
+    """Its validation score, and beside that its score of training examples where there are enough to compare; known after a first time."""
+    setting, data, before = findings.setting, findings.setting.data, findings.setting.baseline
+    known = findings.journal.noted(Note.PER_EXAMPLE_S)
+    if known is not None and before.val_score is not None and before.val_score.n == len(data.val):
+        findings.per_example_s = known
+        return before.val_score
+    findings.show("scoring the original")
+    started = time.monotonic()
+    score = score_baseline(setting, data.val)
+    took = time.monotonic() - started
+    findings.per_example_s = max(took - _first_answer_s(setting), setting.baseline.latency_s.median) / len(data.val)
+    findings.journal.note(Note.PER_EXAMPLE_S, findings.per_example_s)
+    examples = min(len(data.val), MOST_OF_TRAIN)
+    of_train = score_baseline(setting, sample(data.train, examples)) if examples >= FEWEST_OF_TRAIN else None
+    findings.record_baseline(replace(setting.baseline, val_score=score, train_score=of_train))
+    return score
+
+
+def _first_answer_s(setting: Setting) -> float:
+    """What it takes to start the runtime and to answer one batch, beside which a small network's other answers take no time."""
+    started = time.monotonic()
+    with setting.ledger.spend("score"):
+        run_artifact(setting.device, setting.baseline.path, setting.data, sample(setting.data.val, setting.batch), setting.batch)
+    return time.monotonic() - started
 
 
 def _cure(task: Task) -> str:

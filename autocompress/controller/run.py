@@ -32,7 +32,7 @@ from autocompress.references import require_name
 from autocompress.report.page import write_report
 from autocompress.results import ProgressPoint, Results
 from autocompress.run_folder import locked, network_warning, remember_own, require_space, write_atomically
-from autocompress.schedule import Clock
+from autocompress.schedule import Clock, profiling_seconds
 from autocompress.search_space import own_suggest, suggest_of
 from autocompress.setting import Setting
 from autocompress.signals import Attentive, stopped_by_signals
@@ -155,21 +155,22 @@ def _assemble(
 def _phases(findings: Findings, known: Journal | None) -> None:
     """All of a search, from what is known, by another one too, to what is reported."""
     take_up(findings)
-    learn_latencies(findings)
-    pool = propose(findings)
+    rungs = Rungs(findings)
+    goes_on = rungs.is_at_full_rung  # then only what is trained to the end is still to be predicted
+    learn_latencies(findings, profiling_seconds(findings.clock) if not goes_on else 0.0)
+    pool = propose(findings) if not goes_on else []
     if findings.task.is_demo:
         train_teacher_of_demo(findings)
     know_baseline(findings)
     ask_teacher(findings)
     if known is not None and findings.task.from_run is not None:
         take_over(findings, known, Path(findings.task.from_run))
-    rungs = Rungs(findings)
-    if not rungs.is_at_full_rung:
+    if not goes_on:
         rungs.appraise(pool)
         rungs.short_rung(pool)
     rungs.full_rung()
     conclude(findings)
-    forget_interrupted(findings.setting)
+    forget_interrupted(findings.setting, [o.policy for o in findings.journal.outcomes if o.failure is not None])
 
 
 def _finish(findings: Findings) -> Results:

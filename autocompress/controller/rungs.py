@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 
+from autocompress.candidates.appraisals import Appraised
 from autocompress.candidates.proposals import Proposal
 from autocompress.controller.choice import Choice, Chooser
 from autocompress.controller.findings import Findings
@@ -22,7 +23,7 @@ from autocompress.failures import fix_and_resume
 from autocompress.front import gain, measured
 from autocompress.objective import evaluate_policy
 from autocompress.policy import Policy, QuantSpec
-from autocompress.promotion import cover, promoted
+from autocompress.promotion import promoted
 from autocompress.records import Attempt, Outcome, Rung
 from autocompress.schedule import Division, appraisal_seconds, extended, full_runs, full_seconds
 from autocompress.search_space import for_device
@@ -37,6 +38,8 @@ SETTLING_SHARE, MOST_SETTLING, AS_PREDICTED = 0.1, 4, 0.03
 """Share of appraisal's time, and networks at most, for settling what is fast enough; the relative error of prediction that ends it."""
 LEAST_TRAINING_S = 1.0
 """Of a short run, however little time is left: some steps are better than none."""
+ENOUGH = 0.5
+"""Share of the time that a full run would have by now: what was trained to the end for longer is done."""
 SAME_FAILURES = 3
 """Short runs in a row that may fail for one reason before the search ends."""
 NUMBER = re.compile(r"\d+(\.\d+)?(e[-+]?\d+)?|\bnan\b|\binf\b")
@@ -73,7 +76,7 @@ class Rungs:
         taken = findings.taken_over.appraised
         own = min(MOST_APPRAISED, APPRAISED_A_TRIAL * trials) if trials is not None else MOST_APPRAISED
         most = taken + own
-        first = self._first(pool, leading, started + seconds, taken + round(SINGLES_SHARE * own))
+        first = self._first(pool, started + seconds, taken + round(SINGLES_SHARE * own))
         while not self._is_over() and len(appraisals) < most:
             until = started + extended(seconds, appraisals.agreement())
             if time.monotonic() + appraisals.seconds_each >= until:
@@ -82,8 +85,14 @@ class Rungs:
             proposal = next(first, None)
             if proposal is not None:
                 appraisals.appraise(proposal)
-            elif appraisals.suggested(leading, until - time.monotonic()) is None:
+            elif self._suggested(leading, until) is None:
                 return
+
+    def _suggested(self, leading: list[Proposal], until: float) -> Appraised | None:
+        """What Optuna suggests; nothing of another architecture, whose promise is all that is known: by that the pool was drawn."""
+        if not self.findings.setting.one_architecture:
+            return None
+        return self.findings.appraisals.suggested(leading, until - time.monotonic())
 
     def _evaluate_unchanged(self) -> None:
         """The teacher itself in int8, where the device has kernels for it and it may be within the budget: a point for little."""
@@ -97,10 +106,10 @@ class Rungs:
         findings.show("the unchanged network in int8")
         attempt = self._attempt(policy, "int8", "unchanged")
         with at_work(findings, attempt):
-            outcome = evaluate_policy(findings.setting, attempt, seconds=0.0)
+            outcome = evaluate_policy(findings.setting, attempt, seconds=0.0, limits=findings.limits)
         findings.keep(outcome)
 
-    def _first(self, pool: list[Proposal], leading: list[Proposal], until: float, most_with_singles: int) -> Iterator[Proposal]:
+    def _first(self, pool: list[Proposal], until: float, most_with_singles: int) -> Iterator[Proposal]:
         """What is appraised before Optuna suggests: the dimensions alone, then what loses least by them; in short, what promises most."""
         appraisals = self.findings.appraisals
         yield from self._singles(time.monotonic() + SINGLES_SHARE * (until - time.monotonic()), most_with_singles)
@@ -108,8 +117,7 @@ class Rungs:
             self._settle_near_budget(time.monotonic() + SETTLING_SHARE * (until - time.monotonic()))
             best = appraisals.sensitivity.best(APPRAISED_FIRST, until=until)
         else:
-            promising = self._chooser.promising(pool, leading)
-            best = (promising[index] for index in cover([(p.promise, p.latency_s) for p in promising], APPRAISED_FIRST))
+            best = iter(self._chooser.spread(pool, APPRAISED_FIRST))
         for proposal in best:
             if proposal.policy not in appraisals:
                 yield proposal
@@ -187,6 +195,7 @@ class Rungs:
                 attempt,
                 seconds=max(LEAST_TRAINING_S, pace.relative_cost(choice.policy) * division.training),
                 latest=time.monotonic() + max(LEAST_TRAINING_S, left),
+                limits=findings.limits,
                 tick=findings.percent(f"short training, policy {len(findings.short_runs) + 1}"),
             )
         findings.keep(outcome.model_copy(update={"seconds": outcome.seconds + chosen_in}))
@@ -222,10 +231,10 @@ class Rungs:
 
     def full_rung(self) -> None:
         """Continue the leading policies until the time is used."""
-        findings, pace = self.findings, self._pace
+        findings, pace, goes_on = self.findings, self._pace, self.is_at_full_rung
         findings.journal.note(Note.FULL_RUNG, self._limits)
         trials, each = findings.task.trials, pace.full_each()
-        climbing = self._climbing(each)
+        climbing = self._climbing(each, goes_on=goes_on)
         costs = [pace.step_cost(outcome.policy) for outcome in climbing]
         gaps = [findings.gain_without(0.0) - gain(outcome) for outcome in climbing]
         for position, outcome in enumerate(climbing):
@@ -234,27 +243,34 @@ class Rungs:
             seconds = full_seconds(findings.clock.left, costs[position:], gaps[position:], each, trials) - pace.finishing()
             if seconds <= 0:
                 return
-            attempt = outcome.again(f"{outcome.id}-full", "full")
+            before = [o for o in findings.journal.outcomes if o.rung == "full" and o.policy.digest == outcome.policy.digest]
+            attempt = outcome.again(f"{outcome.id}-full{len(before) + 1 if before else ''}", "full")
             with at_work(findings, attempt):
                 trained = evaluate_policy(
                     findings.setting,
                     attempt,
                     seconds=seconds,
                     latest=time.monotonic() + findings.clock.left - pace.finishing(),
-                    continues=outcome.id,
+                    limits=findings.limits,
+                    continues=[outcome, *measured(before)][-1].id,
                     tick=findings.percent(f"full training {position + 1} of {len(climbing)}"),
                 )
             findings.keep(trained)
 
-    def _climbing(self, each: float) -> list[Outcome]:
+    def _climbing(self, each: float, *, goes_on: bool) -> list[Outcome]:
         """What is trained to the end, where each is meant to have so many seconds; whose training was interrupted comes first.
+
+        What was trained to the end already is done, where the search `goes_on` as it was interrupted there. One that may take longer than
+        it did, or has this from another search, trains it further unless that was for about as long as it would be by now.
 
         Those that cover most beside what is trained to the end already, or in no need of it. Of runs that differ in distillation only, the
         best: time is worth more in one network than in two of the same. All are compared by their short runs, that is after training of
         about the same length.
         """
         findings, structure = self.findings, self.findings.forecast.structure
-        full = [o for o in findings.journal.outcomes if o.rung == "full"]
+        enough = ENOUGH * (min(each, findings.clock.left) - self._pace.finishing()) if not goes_on else 0.0
+        every = [o for o in findings.journal.outcomes if o.rung == "full"]
+        full = [o for o in every if o.failure is not None or o.training_s >= enough]
         done, known = {o.policy.digest for o in full}, {structure(o.policy) for o in measured(full)}
         candidates = [o for o in [*findings.climbers, *self._hurt_by_bits()] if o.policy.digest not in done]
         leading = {structure(o.policy): o for o in sorted(candidates, key=gain) if structure(o.policy) not in known}
@@ -265,7 +281,8 @@ class Rungs:
             for o in findings.outcomes()
             if (o.rung == "unchanged" and o.id not in climbs and findings.stays_within(o)) or o.policy.digest in done
         )
-        count = full_runs(findings.clock.left, each, len(candidates), findings.task.trials)
+        own = sum(o.id not in findings.taken_over.ids for o in every)
+        count = full_runs(findings.clock.left, each, len(candidates), findings.task.trials, done=own)
         begun = [o for o in candidates if interrupted_weights(findings.setting, o.policy).exists()][:count]
         rest, merit = [o for o in candidates if o not in begun], gain if self._pace.short_runs_tell() else self._worth
         return [*begun, *promoted(rest, count - len(begun), [*settled, *begun], merit)]

@@ -83,6 +83,8 @@ _KINDS: dict[NodeKind, tuple[str, ...]] = {
 }  # fmt: skip
 """Operators of ATen by what they are here. "other" costs nothing; what is not listed is "elementwise"."""
 _OPERATORS: dict[str, NodeKind] = {name: kind for kind, names in _KINDS.items() for name in names}
+HANDING_ON = ("reshape", "identity", "transpose", "add", "mul", "activation", "elementwise", "softmax", "other")
+"""Kinds of which one that reads a single value makes something as fine as that."""
 FOLLOWERS = ("add", "maxpool", "avgpool", "concat", "pad", "slice", "reshape", "identity")
 """Kinds that a runtime keeps in int8 where all their inputs are."""
 SIX = (0.0, 6.0)
@@ -379,4 +381,13 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def _reaches_output_only(node: fx.Node, root: nn.Module) -> bool:
-    return all(kind_of(user, root) == "output" for user in node.users)
+    """Whether the network's output is all that becomes of a value, perhaps in another shape, unit or function of each number."""
+    return all(kind_of(user, root) == "output" or (hands_on(user, root) and _reaches_output_only(user, root)) for user in node.users)
+
+
+def hands_on(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a node is a function of one value of the network, number by number but for their places: what it says is as fine as that."""
+    kind = kind_of(node, root)
+    if not _is_tensor(node) or kind not in HANDING_ON or (kind == "other" and node.op == "call_module"):
+        return False
+    return sum(operand.op != "get_attr" for operand in node.all_input_nodes if _is_tensor(operand)) == 1

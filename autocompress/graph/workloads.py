@@ -24,6 +24,7 @@ from autocompress.graph.nodes import (
     Conv,
     channel_axis,
     fed_nodes,
+    hands_on,
     is_folded_norm,
     kind_of,
     module_of,
@@ -130,7 +131,7 @@ class Skeleton:
     """What is left of the network for each distinct set of dropped blocks: arrays nodes x sets.
 
     value: the node that a node's value comes from. alive: whether the node is computed. norm, tail: nodes fused behind a head, or NONE
-    and the head itself. inner: whether the node is fused into another. ends: whether nothing but the output reads the node.
+    and the head itself. inner: whether the node is fused into another. ends: whether the output is all that becomes of the node's value.
     """
 
     value: Numbers
@@ -168,6 +169,7 @@ class Arithmetic:
         self._number = {node: index for index, node in enumerate(self._nodes)}
         self._inputs = [[self._number[source] for source in operands(node)] for node in self._nodes]
         self._kinds = [kind_of(node, module) for node in self._nodes]
+        self._hands_on = [hands_on(node, module) for node in self._nodes]
         relus = [relu_of(node) or "" for node in self._nodes]
         self._relu_names = sorted({"", *relus})
         self._relu = np.array([self._relu_names.index(relu) for relu in [*relus, ""]])  # NONE, the last, is no ReLU
@@ -294,7 +296,7 @@ class Arithmetic:
                 uses[rows, where] += 1
                 reader[rows, where] = index
                 if self._kinds[index] != "output":
-                    ends[rows, where] = False
+                    ends[rows, where] &= ends[index, where] & self._hands_on[index]
         return alive, uses, reader, ends
 
     # -- what runs in int8 -----------------------------------------------------------------------------------------

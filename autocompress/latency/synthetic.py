@@ -35,6 +35,8 @@ UNARY = {
 }  # fmt: skip
 RECURRENT_NODES = {"lstm": "LSTM", "gru": "GRU"}
 """Of the others the exporter writes every step."""
+FIRST_OF_A_MAP = 2
+"""The first axis of positions."""
 SAME_RANK = ("pad", "slice")
 """Operators that keep the number of axes here; indexing that drops or adds one (`x[:, 0]`, `x[:, None]`) is interpolated."""
 ACTIVATIONS = {
@@ -356,9 +358,16 @@ def _pad(builder: _Builder, operator: Operator) -> str:
 def _slice(builder: _Builder, operator: Operator) -> str:
     source, target = operator.inputs[0], operator.output
     axes = np.arange(len(source), dtype=np.int64)
-    steps = np.array([-(-a // b) for a, b in zip(source, target, strict=True)], dtype=np.int64)
+    steps = [_stride(axis, *sizes) for axis, sizes in enumerate(zip(source, target, strict=True))]
+    ends = [whole if step > 1 else part for whole, part, step in zip(source, target, steps, strict=True)]
     names = [
-        builder.constant("starts", np.zeros(len(source), dtype=np.int64)), builder.constant("ends", np.array(source, dtype=np.int64)),
-        builder.constant("axes", axes), builder.constant("steps", steps),
+        builder.constant("starts", np.zeros(len(source), dtype=np.int64)), builder.constant("ends", np.array(ends, dtype=np.int64)),
+        builder.constant("axes", axes), builder.constant("steps", np.array(steps, dtype=np.int64)),
     ]  # fmt: skip
     return builder.node("Slice", [builder.input(source), *names])
+
+
+def _stride(axis: int, whole: int, part: int) -> int:
+    """The step from one entry that is taken to the next: of positions in a map, as shortcuts take them; of channels and tokens 1."""
+    step = -(-whole // part)
+    return step if axis >= FIRST_OF_A_MAP and -(-whole // step) == part else 1

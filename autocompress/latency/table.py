@@ -25,7 +25,7 @@ from autocompress.latency.synthetic import build_onnx, empty_model
 from autocompress.run_folder import write_atomically
 from autocompress.workload import Operator, Shape, Signature, Workload
 
-SCHEMA = 5
+SCHEMA = 6
 SECONDS_EACH = 0.02
 NNLS_STEPS = 1000
 """scipy allows three a column, which columns that are nearly alike may take, and raises after them."""

@@ -33,6 +33,8 @@ class Note(StrEnum):
     """Hypervolume and best score so far (`results.ProgressPoint`, a list)."""
     ORIGINAL = "original"
     """Latency and scores of the original, as they were measured last."""
+    PER_EXAMPLE_S = "per_example_s"
+    """Seconds that the original's file takes to answer one example."""
     FULL_RUNG = "full_rung"
     """What limited the rungs below when the search came to its last one: time, trials, target."""
 

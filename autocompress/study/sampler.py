@@ -10,7 +10,7 @@ good points as one cloud; a front is many places at once, each with its own trad
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -148,6 +148,12 @@ class Evidence:
         return self.violation <= 0
 
 
+def _violation(constraints: Collection[float]) -> float:
+    """The largest of a trial's constraints; one that is exactly 0 is kept, but does not say by how much."""
+    worst = max(constraints, default=0.0)
+    return worst if worst > 0 else max((value for value in constraints if value < 0), default=0.0)
+
+
 class Memory:
     """What a sampler has read of a study: finished trials do not change."""
 
@@ -175,7 +181,7 @@ class Memory:
             self.evidence = Evidence(
                 np.concatenate([known.rows, self._rows(new)]),
                 np.concatenate([known.values, np.array([trial.values for trial in new]) * self._signs]),
-                np.concatenate([known.violation, [max(trial.constraints.values(), default=0.0) for trial in new]]),
+                np.concatenate([known.violation, [_violation(trial.constraints.values()) for trial in new]]),
             )
         return self._space
 
@@ -269,11 +275,11 @@ class FrontSampler(BaseSampler):  # type: ignore[misc]  # Optuna has no types
         return score, rows[leading]
 
     def _limits(self, evidence: Evidence, *, fit: bool) -> GaussianProcess | None:
-        """How far points violate the constraints, learnt from where it is close; None where nothing does."""
+        """How far points violate the constraints, learnt from both sides; None where nothing does."""
         if evidence.sound.all():
             return None
-        closest = np.argsort(np.abs(evidence.violation))[:MOST_POINTS]
-        return self._model("limits", evidence.rows[closest], np.clip(evidence.violation[closest], -1.0, 1.0), fit=fit)
+        chosen = _of_both_sides(evidence.violation)
+        return self._model("limits", evidence.rows[chosen], np.clip(evidence.violation[chosen], -1.0, 1.0), fit=fit)
 
     def _model(self, name: str, rows: Array, values: Array, *, fit: bool) -> GaussianProcess:
         before = self._models.get(name)
@@ -281,6 +287,20 @@ class FrontSampler(BaseSampler):  # type: ignore[misc]  # Optuna has no types
         model = GaussianProcess(self._space.points(rows), values, self._space.owners, start=start, fit=fit or before is None)
         self._models[name] = model
         return model
+
+
+def _of_both_sides(violation: Array) -> NDArray[np.int64]:
+    """Indices of at most MOST_POINTS, as many that violate as that do not, as far as there are; spread from the limit to the farthest.
+
+    Those next to the limit alone would leave it open what lies beyond: there is always another one that is as close.
+    """
+    sides = [np.flatnonzero(violation > 0), np.flatnonzero(violation <= 0)]
+    chosen = []
+    for own, other in (sides, sides[::-1]):
+        room = min(len(own), max(MOST_POINTS // 2, MOST_POINTS - len(other)))
+        outwards = own[np.argsort(np.abs(violation[own]), kind="stable")]
+        chosen.append(outwards[np.linspace(0, len(own) - 1, room).astype(np.int64)])
+    return np.concatenate(chosen)
 
 
 def _margin(limits: GaussianProcess, points: Array) -> Array:
