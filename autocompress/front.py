@@ -6,7 +6,7 @@ A point is (gain, cost): gain is better when larger (accuracy), cost when smalle
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,10 @@ from autocompress.errors import AutocompressError
 from autocompress.records import Outcome
 
 Points = NDArray[np.float64]
+OUTLIER = 8.0
+"""Times the distance of the median from the best score: scores further off are accidents, not the end of a range."""
+COUNTED = 0.75
+"""Share of the scores' range, from the best on, that counts before all else."""
 
 
 def _finite(points: Points) -> Points:
@@ -51,6 +55,17 @@ def hypervolume(points: Points, reference: tuple[float, float]) -> float:
     front = front[np.argsort(front[:, 1])]
     right = np.append(front[1:, 1], reference[1])
     return float(np.sum((front[:, 0] - reference[0]) * (right - front[:, 1])))
+
+
+def least_counted(scores: Sequence[float]) -> float:
+    """The score below which a policy is chosen only after all others: COUNTED of the way from the best score to the worst.
+
+    The worst counts as OUTLIER times as far from the best as the median is, at most. Unlike a median this does not move where many scores
+    are equal.
+    """
+    best = max(scores)
+    worst = max(min(scores), best - OUTLIER * (best - float(np.median(scores))))
+    return best - COUNTED * (best - worst)
 
 
 def gain(outcome: Outcome) -> float:

@@ -7,30 +7,15 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from autocompress.front import cost, gain, hypervolume, measured
+from autocompress.front import cost, gain, hypervolume, least_counted, measured
 from autocompress.records import Outcome
 
-OUTLIER = 8.0
-"""Times the distance of the median from the best score: scores further off are accidents, not the end of a range."""
-COUNTED = 0.75
-"""Share of the scores' range, from the best on, that counts before all else."""
 WORST_MARGIN, WORST_SLOWNESS = 0.02, 1.02
 """How far beyond the worst score, and at how many times the slowest latency, the reference point of a hypervolume lies."""
 AREA_DIGITS = 12
 """Areas that agree to so many are equal."""
 Point = tuple[float, float]
 """Gain (more is better) and latency in seconds."""
-
-
-def least_counted(scores: Sequence[float]) -> float:
-    """The score below which a policy is chosen only after all others: COUNTED of the way from the best score to the worst.
-
-    The worst counts as OUTLIER times as far from the best as the median is, at most. Unlike a median this does not move where many scores
-    are equal.
-    """
-    best = max(scores)
-    worst = max(min(scores), best - OUTLIER * (best - float(np.median(scores))))
-    return best - COUNTED * (best - worst)
 
 
 def cover(points: Sequence[Point], n: int, taken: Sequence[Point] = ()) -> list[int]:

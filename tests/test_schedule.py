@@ -89,6 +89,7 @@ def test_how_many_full_runs_can_be_had(left, each, candidates, expected):
 @pytest.mark.parametrize(("trials", "expected"), [(1, 1), (4, 1), (5, 2), (1000, schedule.MOST_FULL_RUNS)])
 def test_a_limit_on_trials_limits_full_runs(trials, expected):
     assert full_runs(10_000.0, 4.0, 10, trials) == expected
+    assert full_runs(10_000.0, 4.0, 10, trials, done=1) == min(expected, math.ceil(trials / schedule.TRIALS_A_FULL_RUN) - 1)
 
 
 def test_full_runs_share_the_time_unless_trials_are_what_is_limited():

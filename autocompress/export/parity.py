@@ -17,7 +17,7 @@ FLOAT_TOLERANCE = 1e-4
 FLOAT_ROUNDING = 1e-5
 """What rounding in another order does to the outputs of a deep float32 network, as a share of the largest."""
 NEAR_TIE, LOW = 0.02, 0.25
-"""Share of the usual range of a row's outputs, which reaches from LOW of them on: one that is masked is no part of it. Where two values of a
+"""Share of the usual range of a row's outputs, from LOW of them on, since one may be masked. Where two values of a
 network round to the same integer by a hair, float and integer arithmetic part ways, and what becomes of that moves outputs by about a
 percent (ResNet-18 on photos: 0.8 % on average); who leads by less has not won."""
 INPUTS_A_DIFFERENCE = 200

@@ -15,6 +15,7 @@ from optuna.samplers import BaseSampler, TPESampler
 from sqlalchemy.engine import URL
 
 from autocompress.errors import RunFolderError, UsageError, one_line
+from autocompress.front import least_counted
 from autocompress.quiet import quiet
 from autocompress.run_folder import LOCK
 from autocompress.study.backup import BACKUP, how_to_restore
@@ -75,7 +76,7 @@ def open_journal(run: Path, task: Task, *, resume: bool, sampler: BaseSampler | 
     with quiet("optuna"):  # names of objectives are experimental in Optuna; its dashboard shows them
         study.set_metric_names(OBJECTIVES)
         distillations.set_metric_names([DISTILLATION_OBJECTIVE])
-    study.sampler = OrRandom(sampler or FrontSampler(seed=_seed(task, study)), seed=_seed(task, study))
+    study.sampler = OrRandom(sampler or FrontSampler(seed=_seed(task, study), least=least_counted), seed=_seed(task, study))
     tpe = TPESampler(seed=_seed(task, distillations), multivariate=True)
     distillations.sampler = OrRandom(tpe, seed=_seed(task, distillations))
     try:

@@ -23,7 +23,6 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from scipy.special import ndtr
-from scipy.stats import rankdata
 
 from autocompress.front import non_dominated
 from autocompress.study.gaussian import GaussianProcess
@@ -195,9 +194,13 @@ class FrontSampler(BaseSampler):  # type: ignore[misc]  # Optuna has no types
 
     A trial that violates a constraint says where the constraints are violated (a process of its own), and nothing of the objectives:
     it may have been ruled out unmeasured.
+
+    Args:
+        least: of all values of the first objective the one below which they count as the worst, however fast they are; None: all count.
     """
 
-    def __init__(self, seed: int | None = None) -> None:
+    def __init__(self, seed: int | None = None, *, least: Callable[[Sequence[float]], float] | None = None) -> None:
+        self._least = least
         self._generator = np.random.default_rng(seed)
         self._random, self._single = RandomSampler(seed=seed), TPESampler(seed=seed)
         self._memory: Memory | None = None
@@ -262,7 +265,7 @@ class FrontSampler(BaseSampler):  # type: ignore[misc]  # Optuna has no types
         limits = self._limits(evidence, fit=refit)
         if limits is not None and not evidence.sound.any():
             return lambda points: _margin(limits, points), evidence.rows[np.argsort(evidence.violation)[:CLIMBERS]]
-        rows, values = evidence.rows[evidence.sound], _ranks(evidence.values[evidence.sound])
+        rows, values = evidence.rows[evidence.sound], self._ranks(evidence.values[evidence.sound])
         kept, leading = _nearest_to_front(values), non_dominated(values * [1.0, -1.0])
         first, second = (self._model(name, rows[kept], values[kept, k], fit=refit) for k, name in enumerate(("first", "second")))
         front = values[leading]
@@ -273,6 +276,13 @@ class FrontSampler(BaseSampler):  # type: ignore[misc]  # Optuna has no types
             return improvement if limits is None else improvement * ndtr(_margin(limits, points))
 
         return score, rows[leading]
+
+    def _ranks(self, values: Array) -> Array:
+        """Of each column, from above 0 (the worst) to 1 among those that count; equal values have equal ranks."""
+        counted = values if self._least is None else values[values[:, 0] >= self._least(values[:, 0].tolist())]
+        ordered = np.sort(counted, axis=0)
+        ends = [[np.searchsorted(ordered[:, k], values[:, k], side) for side in ("left", "right")] for k in range(values.shape[1])]
+        return np.stack([np.minimum((low + high + 1) / (2 * len(counted)), 1.0) for low, high in ends], axis=1)
 
     def _limits(self, evidence: Evidence, *, fit: bool) -> GaussianProcess | None:
         """How far points violate the constraints, learnt from both sides; None where nothing does."""
@@ -330,11 +340,6 @@ def _expected_excess(limit: Array, mean: Array, deviation: Array) -> Array:
     """Expectation of how far a normal lies above the limit, 0 where it lies below."""
     z = (mean - limit) / deviation
     return deviation * (z * ndtr(z) + np.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi))
-
-
-def _ranks(values: Array) -> Array:
-    """Of each column, from above 0 (the worst) to 1; equal values have equal ranks."""
-    return rankdata(values, axis=0) / len(values)
 
 
 def _nearest_to_front(values: Array) -> NDArray[np.int64]:

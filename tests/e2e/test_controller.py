@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import optuna
 import pytest
-from running import TASK, measurement, trained
+from running import INT8, TASK, measurement, trained
 
 from autocompress.budget import Budget
 from autocompress.candidates.appraisals import Appraisals
@@ -168,7 +168,7 @@ def test_dimensions_are_appraised_alone_and_then_what_loses_least_by_them(findin
     monkeypatch.setattr(Appraisals, "_worth", lambda self, p: p.inheritance)
     findings.forecast.limits = Budget(latency_s=0.6 * findings.setting.baseline.latency_s.median)
     base, appraised = findings.appraisals.sensitivity.base, []
-    for proposal in Rungs(findings)._first(pool, [], time.monotonic() + 60.0, 1000):
+    for proposal in Rungs(findings)._first(pool, time.monotonic() + 60.0, 1000):
         appraised.append(findings.appraisals.appraise(proposal))
     changes = [sum(a.proposal.params[name] != value for name, value in base.params.items()) for a in appraised]
     alone = changes.index(next(n for n in changes if n != 1))
@@ -184,9 +184,56 @@ def test_dimensions_are_appraised_alone_and_then_what_loses_least_by_them(findin
 
 @pytest.mark.parametrize(("seconds", "most"), [(-1.0, 1000), (60.0, 2)], ids=["no time", "few trials"])
 def test_where_too_few_dimensions_could_be_appraised_alone_what_promises_most_comes_first(findings, pool, seconds, most):
-    first = [*Rungs(findings)._first(pool, [], time.monotonic() + seconds, most)]
-    promising = Chooser(findings).promising(pool, [])
-    assert first == [promising[index] for index in cover([(p.promise, p.latency_s) for p in promising], APPRAISED_FIRST)]
+    assert [*Rungs(findings)._first(pool, time.monotonic() + seconds, most)] == Chooser(findings).spread(pool, APPRAISED_FIRST)
+
+
+def test_what_promises_most_is_faster_than_the_unchanged_network_where_that_is_within_the_budget(findings, pool):
+    """Seen in a search of five minutes, which trained a network for three of them that was slower than int8, and no better."""
+    chooser = Chooser(findings)
+    by_latency = sorted(pool, key=lambda p: p.latency_s)
+    usual = chooser.spread(pool, APPRAISED_FIRST)
+    int8_s = findings.forecast.latency_s(by_latency[len(by_latency) // 2])
+    assert any(p.latency_s >= int8_s for p in usual)
+    trained(findings, INT8, int8_s, score=0.89, id="int8", rung="unchanged")
+    findings.forecast.note(INT8, int8_s / findings.setting.baseline.latency_s.median)
+    assert chooser.spread(pool, APPRAISED_FIRST)
+    assert all(p.latency_s < int8_s for p in chooser.spread(pool, len(pool) // 4))
+
+
+def test_what_adds_nothing_to_the_unchanged_network_is_not_trained_where_something_else_may(findings, pool, monkeypatch):
+    slow, fast = max(pool, key=lambda p: p.latency_s), min(pool, key=lambda p: p.latency_s)
+    monkeypatch.setattr(Appraisals, "_worth", lambda self, p: 0.98 if p is slow else 0.6)
+    monkeypatch.setattr(Chooser, "leading", lambda self: [])
+    int8_s = 0.9 * findings.forecast.latency_s(slow)
+    trained(findings, INT8, int8_s, score=0.89, id="int8", rung="unchanged")
+    findings.forecast.note(INT8, int8_s / findings.setting.baseline.latency_s.median)
+    appraised(findings, [slow])
+    assert Chooser(findings)._new_structure([fast]).policy == fast.policy, "appraised for that"
+    assert Chooser(findings)._new_structure([]).policy == fast.policy
+    trained(findings, fast.policy, 1e-6, predicted_latency_s=findings.forecast.predict(fast.policy))
+    assert Chooser(findings)._new_structure([]).policy == slow.policy, "there is nothing else"
+
+
+def test_a_margin_is_no_reason_to_train_what_is_worth_next_to_nothing(findings, pool, monkeypatch):
+    """Seen in a search of three minutes, one of whose two runs went to a network of 40 %."""
+    slow, fast = max(pool, key=lambda p: p.latency_s), min(pool, key=lambda p: p.latency_s)
+    monkeypatch.setattr(Appraisals, "_worth", lambda self, p: 0.99 if p is slow else 0.39)
+    monkeypatch.setattr(Chooser, "leading", lambda self: [])
+    findings.forecast.limits = Budget(latency_s=1.02 * findings.forecast.latency_s(slow))
+    for proposal in (slow, fast):
+        findings.forecast.note(proposal.policy, proposal.latency_s / findings.setting.baseline.latency_s.median)
+    appraised(findings, [slow, fast])
+    assert Chooser(findings)._new_structure([]).policy == slow.policy
+    trained(findings, fast.policy, 1e-6, score=0.3)
+    assert not Chooser(findings)._is_safe(), "what has gone wrong in training is nothing that would ship"
+
+
+def test_students_of_another_architecture_are_not_searched_by_what_the_pool_was_drawn_by(findings, pool, monkeypatch):
+    findings.run = findings.setting.models.parent
+    findings.setting = replace(findings.setting, graphs=findings.setting.graphs | {"other": findings.setting.graphs[None]})
+    monkeypatch.setattr(Appraisals, "suggested", lambda *_: pytest.fail("asked for suggestions"))
+    Rungs(findings)._appraise(pool, 60.0)
+    assert 0 < len(findings.appraisals) <= APPRAISED_FIRST
 
 
 def test_appraisal_is_limited_where_few_policies_will_be_trained(findings, pool, monkeypatch):
@@ -271,9 +318,9 @@ def test_a_search_that_was_killed_over_the_steps_that_it_tried_does_without(find
 def test_what_choosing_a_policy_took_is_part_of_what_it_cost(findings, pool, monkeypatch):
     asked, kept = {}, []
 
-    def made(setting, policy, **known):
+    def made(setting, attempt, **known):
         asked.update(known)
-        return Outcome(id=known["id"], policy=policy, rung="short", seconds=3.0)
+        return Outcome(**dict(attempt), seconds=3.0)
 
     monkeypatch.setattr("autocompress.controller.rungs.evaluate_policy", made)
     monkeypatch.setattr(Findings, "keep", lambda self, outcome: kept.append(outcome))
@@ -449,9 +496,9 @@ def test_a_sampler_that_has_drawn_all_it_can_ends_the_suggestions(findings):
 def test_short_runs_have_about_as_many_steps_whatever_a_step_costs(findings, pool, monkeypatch):
     asked, costs = [], {pool[index].policy.digest: cost for index, cost in enumerate((1.0, 3.0, 0.01))}
 
-    def made(setting, policy, *, seconds, **known):
+    def made(setting, attempt, *, seconds, **known):
         asked.append(seconds)
-        return Outcome(id=known["id"], policy=policy, rung="short", steps=90, failure=Failure(stage="train", reason="no" * len(asked)))
+        return Outcome(**dict(attempt), steps=90, failure=Failure(stage="train", reason="no" * len(asked)))
 
     findings.run = findings.setting.models.parent
     monkeypatch.setattr(Pace, "step_cost", lambda self, policy: costs[policy.digest])

@@ -54,10 +54,10 @@ def test_what_is_kept_for_the_end_trains_a_policy_while_there_is_no_front_to_mea
     findings.clock, findings.run = Clock.start(600.0, already=540.0).with_reserve(180.0), findings.setting.models.parent
     seconds = []
 
-    def realised(setting, policy, **known):
+    def realised(setting, attempt, **known):
         seconds.append(known["seconds"])
         found = {"val_score": Score(value=0.95), "latency_s": measurement(1e-6), "artifact": "models/00000/model.onnx", "size_bytes": 9}
-        return Outcome(id=known["id"], policy=policy, rung="short", **found)
+        return Outcome(**dict(attempt), **found)
 
     monkeypatch.setattr("autocompress.controller.rungs.evaluate_policy", realised)
     Rungs(findings).short_rung(pool)
@@ -99,9 +99,9 @@ def test_the_unchanged_network_is_trained_only_where_its_bits_cost_accuracy(find
     trained(findings, Policy(quant=QuantSpec(bits=8)), 1e-3, score=score, id="int8", rung="unchanged")
     asked = []
 
-    def realised(setting, policy, **known):
-        asked.append((known["id"], known["rung"]))
-        return Outcome(id=known["id"], policy=policy, rung="full", failure=Failure(stage="train", reason="not here"))
+    def realised(setting, attempt, **known):
+        asked.append((attempt.id, attempt.rung))
+        return Outcome(**dict(attempt), failure=Failure(stage="train", reason="not here"))
 
     monkeypatch.setattr("autocompress.controller.rungs.evaluate_policy", realised)
     monkeypatch.setattr(findings, "keep", lambda outcome: None)
@@ -142,7 +142,7 @@ def test_an_original_that_was_measured_too_fast_is_known_better_before_a_policy_
     hasty = truth.model_copy(update={"median": 0.77 * truth.median, "high": 0.77 * truth.high})
     findings.setting = replace(findings.setting, baseline=replace(findings.setting.baseline, latency_s=hasty), baseline_history=[hasty])
     findings.forecast.limits = Budget(relative=0.5)
-    learn_latencies(findings)
+    learn_latencies(findings, 4.8)
     assert findings.setting.baseline.latency_s.median == pytest.approx(truth.median)
     assert findings.budget.latency_s == pytest.approx(0.5 * truth.median)
     original = findings.forecast.structure(Policy())
