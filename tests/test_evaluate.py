@@ -9,7 +9,7 @@ from torch import nn
 from autocompress.data import Data, Split
 from autocompress.errors import PolicyFailure
 from autocompress.evaluate import score_model, score_outputs
-from autocompress.scores import is_share
+from autocompress.scores import is_share, knows_validation_like_training
 
 SPLIT = Split(torch.eye(4), torch.tensor([0, 1, 2, 0]))
 DATA = Data(SPLIT, SPLIT, SPLIT, classes=4)
@@ -57,3 +57,12 @@ def test_a_score_of_ones_own_has_its_own_name_and_direction():
     assert not is_share(score)
     unnamed = Data(SPLIT, SPLIT, SPLIT, loss=nn.functional.cross_entropy, score=lambda y, t: 0.5)
     assert unnamed.scored_by == "score"
+
+
+@pytest.mark.parametrize(
+    ("n", "val", "knows"), [(1000, 0.995, True), (1000, 0.94, False), (50, 0.94, False), (50, 1.0, True)],
+    ids=["as well", "less well", "who can tell", "without a fault"],
+)  # fmt: skip
+def test_few_examples_do_not_tell_that_a_model_was_trained_on_them(n, val, knows):
+    """Of 50 a gap of six points may be chance: that is no sign that there is none."""
+    assert knows_validation_like_training(Score(value=1.0, n=n), Score(value=val, n=n)) is knows

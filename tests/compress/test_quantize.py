@@ -278,3 +278,24 @@ def test_an_untraced_network_may_ask_a_layer_for_its_sizes(untraceable):
     quantized = fake_quantize(build_student(graph, Policy()), QuantSpec(bits=8))
     calibrate(quantized, [torch.randn(32, 6)])
     assert quantized(torch.randn(4, 6)).shape == (4, 3)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [lambda y: y, lambda y: y.squeeze(-1), lambda y: y * 3.0 + 2000.0, lambda y: torch.sigmoid(y).view(-1), lambda y: F.softmax(y, 1)],
+    ids=["as it is", "squeezed", "in units", "a share", "probabilities"],
+)
+def test_what_leaves_the_network_is_not_rounded_to_256_levels(end):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 8), nn.Linear(8, 1)
+
+        def forward(self, x):
+            return end(self.head(torch.relu(self.body(x))))
+
+    graph = Graph.trace(Net().eval(), (torch.randn(2, 4),))
+    quantized = fake_quantize(build_student(graph, Policy()), QuantSpec(bits=8))
+    assert len(quantizers(quantized)) == 2, "of the input, and between the layers"
+    layers = [operator for operator in graph.workload(Policy(quant=QuantSpec(bits=8))).operators if operator.kind == "linear"]
+    assert [layer.bits for layer in layers] == [8, 8]

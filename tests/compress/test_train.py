@@ -16,6 +16,7 @@ from autocompress.compress.compared import compared_features
 from autocompress.compress.loss import Distillation
 from autocompress.compress.muon import Muon
 from autocompress.compress.optimizer import Optimizer
+from autocompress.compress.outputs import relative_errors, variances
 from autocompress.compress.rates import Schedule, TrainPlan, one_cycle
 from autocompress.compress.student import build_student
 from autocompress.compress.teacher import Teacher
@@ -367,3 +368,46 @@ def test_a_short_training_leaves_time_for_what_follows_it(monkeypatch):
     upkeep, cost = norms.upkeep(tiny_resnet(), begun=5, calibrated=4.0), norms.FORWARD_COST
     assert [upkeep(done) for done in (5, 15, 5 + norms.FEW_STEPS)] == pytest.approx([4 * cost, 14 * cost, 4 * cost])
     assert norms.upkeep(LeNet())(10) == 0.0, "it has no norms"
+
+
+@pytest.mark.parametrize(
+    ("momentum", "steps", "repaired"), [(0.1, 60, False), (0.01, 60, True), (3e-4, 60, True), (None, 60, True), (0.1, 20, True)]
+)
+def test_norms_that_are_slower_than_training_are_estimated_once_more(data, momentum, steps, repaired):
+    """Those of MnasNet take ten thousand steps; with what they began with its students would answer at random."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=momentum), nn.Flatten(), nn.Linear(144, CLASSES))
+    norms.reestimate_norms(net, data, TrainPlan(steps, batch_size=16), steps)
+    seen = float((net[1].running_mean - torch.zeros(4)).abs().max())
+    assert (seen > 1e-3) is repaired
+    assert net[1].momentum == momentum
+    assert bool(norms.upkeep(net)(steps)) is repaired
+
+
+def test_numbers_are_learned_in_float32_where_bfloat16_would_round_them_away(data, monkeypatch):
+    """Around 2000 it has steps of 8."""
+    monkeypatch.setitem(arithmetic._bf16_faster, "cpu", True)
+    numbers = Data(data.train, data.val, data.test, loss=lambda o, t: o.mean(), score=lambda o, t: 0.0)
+    for offset, exact in ((0.0, False), (2000.0, True)):
+        model = LeNet()
+        with torch.no_grad():
+            model.head.bias += offset
+        teacher = Teacher(model.eval(), numbers)
+        answers = teacher.answers(torch.arange(16), data.view(torch.arange(16), 0), 0).outputs
+        with torch.no_grad():
+            wanted = model(data.view(torch.arange(16), 0))
+        assert bool((answers == wanted).all()) is exact
+        assert bool(relative_errors(answers, wanted).max() < 0.05**2)
+    assert not (Teacher(model, data).answers(torch.arange(16), data.view(torch.arange(16), 0), 0).outputs == wanted).all(), (
+        "decisions bear it"
+    )
+
+
+def test_each_output_counts_in_its_own_unit():
+    """The variance of years and of logarithms of prices together is that of their means."""
+    generator = torch.Generator().manual_seed(0)
+    wanted = torch.randn(200, 3, generator=generator) * torch.tensor([15.0, 0.5, 0.0]) + torch.tensor([2000.0, 12.0, 7.0])
+    assert variances(wanted).flatten().tolist() == pytest.approx([225.0, 0.25, 49.0], rel=0.3)
+    constant = wanted.mean(0, keepdim=True).expand_as(wanted)
+    assert relative_errors(constant, wanted).tolist() == pytest.approx([1.0, 1.0, 0.0], abs=0.02)
+    assert variances(torch.zeros(4)).tolist() == [1.0]
+    assert variances(torch.randn(5, 2, 3, 3)).shape == (1, 2, 1, 1)

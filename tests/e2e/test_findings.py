@@ -340,3 +340,29 @@ def test_what_the_original_beats_is_neither_best_nor_reaches_a_target(findings, 
     findings.recall()
     assert findings.best.id == "00001"
     assert Rungs(findings)._is_over()
+
+
+def test_a_resumed_search_knows_the_scores_of_the_original(findings, monkeypatch):
+    asked = []
+
+    def scored(setting, split):
+        asked.append(len(split))
+        return Score(value=0.9, n=len(split))
+
+    monkeypatch.setattr("autocompress.controller.opening.score_baseline", scored)
+    monkeypatch.setattr("autocompress.controller.opening.FEWEST_OF_TRAIN", 1)
+    know_baseline(findings)
+    known, reserve = findings.per_example_s, findings.clock.reserve
+    assert asked == [len(findings.setting.data.val)] * 2, "and as many of training"
+    findings.per_example_s = 0.0
+    know_baseline(findings)
+    assert len(asked) == 2
+    assert (findings.per_example_s, findings.clock.reserve) == (known, reserve)
+
+
+def test_starting_a_runtime_is_no_part_of_what_an_example_takes(findings, monkeypatch):
+    """Else of a small network a part of the test split would be scored where all of it takes a second."""
+    monkeypatch.setattr("autocompress.controller.opening.score_baseline", lambda *_: time.sleep(0.3) or Score(value=0.9))
+    monkeypatch.setattr("autocompress.controller.opening.run_artifact", lambda *_: time.sleep(0.28))
+    know_baseline(findings)
+    assert findings.per_example_s < 0.1 / len(findings.setting.data.val)

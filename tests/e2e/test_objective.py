@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import weight_norm as old_weight_norm
 
-from autocompress.beside_baseline import COLUMNS, SAMPLES, measure_beside_baseline
+from autocompress.beside_baseline import COLUMNS, SAMPLES, SECONDS_EACH, measure_beside_baseline, measure_within
+from autocompress.budget import Budget
 from autocompress.compress.norms import FEW_STEPS
 from autocompress.compress.optimizer import Optimizer
 from autocompress.compress.student import build_student
@@ -31,9 +32,9 @@ from autocompress.loading import load
 from autocompress.objective import PROBED_STEPS, evaluate_policy, training_step_seconds
 from autocompress.policy import LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import prepare, score_baseline
-from autocompress.records import Attempt
+from autocompress.records import FEWEST_FOR_TAIL, Attempt
 from autocompress.search_space import with_exact_int8
-from autocompress.starting import FLOAT_WEIGHTS, INTERRUPTED
+from autocompress.starting import FLOAT_WEIGHTS, INTERRUPTED, forget_interrupted
 from autocompress.testing.devices import FakeDevice
 
 
@@ -402,3 +403,43 @@ def test_how_gently_a_student_is_trained_follows_from_its_distance_to_the_teache
     policy = Policy(prune=PruneSpec(ratios={group.name: 0.5}))
     evaluate_policy(setting, Attempt(id="00000", policy=policy, rung="short"), seconds=5.0)
     assert [plan.to_learn for plan in plans] == [0.03]
+
+
+def test_a_student_that_could_not_be_measured_keeps_what_it_has_learned(net, data, tmp_path, monkeypatch):
+    """The runtime may have been killed for want of memory, or hung: twenty minutes of training are not the price of that."""
+    device, policy = FakeDevice(SLOW_CALLS), Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}))
+    setting, attempt = ready(net, data, tmp_path / "run", device), Attempt(id="00000", policy=policy, rung="full")
+    device.failures = {device.calls: PolicyFailure("the runtime did not end")}
+    assert evaluate_policy(setting, attempt, seconds=1.0).failure.stage == "measure"
+    forget_interrupted(setting, [policy])
+    (left,) = setting.models.glob(f"{INTERRUPTED}*")
+    trained, begun = load_file(left), []
+    monkeypatch.setattr("autocompress.objective.train_quantized", lambda student, *_, **__: begun.append(student.state_dict()) or student)
+    assert evaluate_policy(setting, attempt, seconds=1.0).failure is None
+    assert all(torch.equal(value, trained[name]) for name, value in begun[0].items())
+    left.touch()
+    forget_interrupted(setting)
+    assert not left.exists()
+
+
+class Wavering(FakeDevice):
+    """Whose first measurement has a wide interval, the second a narrow one."""
+
+    def measure(self, paths, *, seconds_each=1.0):
+        self.noise = 0.2 if seconds_each <= SECONDS_EACH else 0.0
+        self.asked = [*getattr(self, "asked", []), seconds_each]
+        return super().measure(paths, seconds_each=seconds_each)
+
+
+def test_a_file_that_only_noise_puts_over_the_budget_is_measured_for_longer(net, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("autocompress.beside_baseline.MOST_DRIFT", 9.0)
+    setting = ready(net, data, tmp_path / "run", Wavering(SLOW_CALLS))
+    exact = FakeDevice(SLOW_CALLS).measure([setting.baseline.path])[0].median
+    for limit, times in ((1.001, 2), (3.0, 1), (0.1, 1)):
+        setting.device.asked = []
+        latency = measure_within(Budget(latency_s=limit * exact), setting, setting.baseline.path, 9)
+        assert len(setting.device.asked) == times
+        assert (latency.high == pytest.approx(exact)) is (times == 2)
+    setting.device.asked = []
+    measure_within(Budget(p95_s=1.0), setting, setting.baseline.path, 9)
+    assert setting.device.asked == [max(SECONDS_EACH, FEWEST_FOR_TAIL * setting.recent_baseline.median)]

@@ -102,6 +102,25 @@ def test_every_operator_of_a_network_can_be_built_alone(workloads):
         assert device.seconds_of_model(model) == pytest.approx(device.costs.call + device.seconds_of_operator(operator), rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("source", "target", "steps"),
+    [
+        ((1, 8, 32, 32), (1, 8, 16, 16), [1, 1, 2, 2]),
+        ((1, 8, 33, 33), (1, 8, 17, 17), [1, 1, 2, 2]),
+        ((1, 197, 64), (1, 196, 64), [1, 1, 1]),
+        ((1, 16, 96), (1, 16, 32), [1, 1, 1]),
+        ((1, 8, 32, 32), (1, 4, 32, 31), [1, 1, 1, 1]),
+    ],
+    ids=["every other position", "of an odd number", "all but one token", "a third of the channels", "half of the channels"],
+)
+def test_a_slice_takes_what_lies_in_a_row_but_for_positions_of_a_map(source, target, steps):
+    built = build_onnx(Operator(kind="slice", inputs=(source,), output=target))
+    graph = onnx.shape_inference.infer_shapes(onnx.load_from_string(built), strict_mode=True).graph
+    constants = {value.name: onnx.numpy_helper.to_array(value).tolist() for value in graph.initializer}
+    assert next(value for name, value in constants.items() if "steps" in name) == steps
+    assert_measured([Operator(kind="slice", inputs=(source,), output=target)])
+
+
 @pytest.mark.parametrize("name", ["vit", "swin", "tokens"])
 def test_what_attention_is_made_of_is_measured_too(name):
     model, inputs = network(name)

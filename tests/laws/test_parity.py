@@ -38,6 +38,17 @@ def test_every_changed_decision_counts_and_shapes_must_match():
         compare(outputs, outputs[:1])
 
 
+def test_two_classes_may_be_near_and_a_masked_one_makes_no_others_near():
+    outputs = torch.tensor([[0.0, 4.0], [3.0, 0.0], [0.0, 5.0], [0.02, 0.0], [1.0, 0.0]])
+    changed = outputs.clone()
+    changed[3:] = changed[3:].flip(1)
+    assert (compare(outputs, changed).differing, compare(outputs, changed).undecided) == (2, 1)
+    masked = torch.cat([torch.full((5, 1), -1e4), outputs, outputs.flip(1)], dim=1)
+    swapped = masked.clone()
+    swapped[4] = torch.tensor([-1e4, 0.0, 1.5, 0.0, 1.0])
+    assert compare(masked, swapped).undecided == 0
+
+
 @pytest.mark.parametrize(("n", "differing", "agrees"), [(50, 1, True), (50, 2, False), (399, 1, True), (400, 2, True), (400, 3, False)])
 @pytest.mark.parametrize("bits", [{8, 32}, {4}, {16, 32}], ids=str)
 def test_few_decisions_of_rounded_layers_may_differ_and_one_always(n, differing, agrees, bits):

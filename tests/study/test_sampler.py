@@ -237,3 +237,29 @@ def test_other_numbers_of_objectives_are_refused():
     study = optuna.create_study(sampler=FrontSampler())
     with pytest.raises(ValueError, match="two objectives, but the study has 1"):
         study.ask({"x": FloatDistribution(0, 1)})
+
+
+def test_where_constraints_are_violated_stays_known_in_a_long_study(monkeypatch):
+    """Seen in an hour's search: each sound trial kept one constraint by exactly 0, and 150 suggestions in a row were over the budget."""
+    monkeypatch.setattr("autocompress.study.sampler.MOST_POINTS", 30)
+    study = study_of()
+    for _ in range(100):
+        trial = study.ask()
+        score, cost = additive(trial)
+        over = cost / (0.4 * 4 * COST.sum()) - 1.0
+        trial.set_constraint("budget", over)
+        trial.set_constraint("outclassed", 0.0)
+        study.tell(trial, [score, cost])
+    late = study.trials[60:]
+    assert sum(trial.constraints["budget"] <= 0 for trial in late) > 0.6 * len(late)
+
+
+def test_what_is_worth_little_counts_for_nothing_where_that_is_said():
+    shares = []
+    for least in (None, lambda values: 0.5 * max(values)):
+        study = study_of(sampler=FrontSampler(seed=0, least=least))
+        points = run(
+            study, lambda trial: (trial.suggest_float("x", 0, 1) ** 2, trial.suggest_float("x", 0, 1) + trial.suggest_float("y", 0, 1)), 50
+        )
+        shares.append(np.mean([score < 0.5 for score, _ in points[STARTUP:]]))
+    assert shares[1] < 0.5 * shares[0]
