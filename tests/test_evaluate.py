@@ -9,6 +9,7 @@ from torch import nn
 from autocompress.data import Data, Split
 from autocompress.errors import PolicyFailure
 from autocompress.evaluate import score_model, score_outputs
+from autocompress.records import Score
 from autocompress.scores import is_share, knows_validation_like_training
 
 SPLIT = Split(torch.eye(4), torch.tensor([0, 1, 2, 0]))
