@@ -45,6 +45,7 @@ def examine(folder: Path) -> dict[str, Any]:
         "cpu_flags": processor.listed_flags(),
         "cores": machine.usable(),
         "governor": processor.governor() or processor.UNKNOWN,
+        "turbo": processor.turbo(),
         "load": round(os.getloadavg()[0], 2),
         "free_disk": format_size(free),
         "versions": {name: version(name) or "missing" for name in (PACKAGE, *(requirement.name for requirement in needed))},

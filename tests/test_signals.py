@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 
 import pytest
 
@@ -72,3 +73,18 @@ def test_what_python_swallows_else_is_still_printed(monkeypatch):
     with stopped_by_signals():
         Dying(int, "no number")
     assert [type(error) for error in told] == [ValueError]
+
+
+def test_a_second_ctrl_c_ends_what_follows_the_first(handlers):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    started, cleaned = time.monotonic(), []
+    with pytest.raises(KeyboardInterrupt), stopped_by_signals():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(9.0)
+        finally:
+            cleaned.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(9.0)
+    assert cleaned == [True]
+    assert time.monotonic() - started < 5.0

@@ -13,6 +13,7 @@ VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 BOARD = Path("/proc/device-tree/model")
 UNKNOWN = "unknown"
 """How an environment tells of what the system does not say."""
+NO_TURBO, BOOST = Path("/sys/devices/system/cpu/intel_pstate/no_turbo"), Path("/sys/devices/system/cpu/cpufreq/boost")
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
@@ -38,6 +39,14 @@ def governor() -> str | None:
         return GOVERNOR.read_text(encoding="ascii").strip()
     except OSError:
         return None
+
+
+def turbo() -> str:
+    """Whether the clock may rise above its nominal rate for a while: `"on"`, `"off"` or `"unknown"`."""
+    for path, off in ((NO_TURBO, "1"), (BOOST, "0")):
+        with contextlib.suppress(OSError):
+            return "off" if path.read_text(encoding="ascii").strip() == off else "on"
+    return UNKNOWN
 
 
 def clock_warning(governor: str | None) -> str:

@@ -83,6 +83,7 @@ class Runtime:
             "flags": " ".join(processor.listed_flags()),
             "cpus": str(os.cpu_count()),
             "governor": processor.governor() or processor.UNKNOWN,
+            "turbo": processor.turbo(),
             "load": f"{os.getloadavg()[0]:.2f}",
             "threads": str(self.threads),
             "measured_on": _measured_on(self.threads),

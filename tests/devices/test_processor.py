@@ -31,3 +31,15 @@ def test_a_system_that_says_nothing_has_a_name_and_no_flags(monkeypatch, tmp_pat
 def test_only_flags_that_matter_are_listed_in_one_order(monkeypatch):
     monkeypatch.setattr(processor, "_cpuinfo", lambda key: "sse avx512_vnni fpu avx2" if key == "flags" else "")
     assert processor.listed_flags() == ["avx2", "avx512_vnni"]
+
+
+@pytest.mark.parametrize(
+    ("no_turbo", "boost", "told"), [("1", None, "off"), ("0", "0", "on"), (None, "0", "off"), (None, "1", "on"), (None, None, "unknown")]
+)
+def test_whether_the_clock_may_rise(tmp_path, monkeypatch, no_turbo, boost, told):
+    for name, content in (("NO_TURBO", no_turbo), ("BOOST", boost)):
+        path = tmp_path / name
+        monkeypatch.setattr(processor, name, path)
+        if content is not None:
+            path.write_text(content + "\n")
+    assert processor.turbo() == told

@@ -32,7 +32,7 @@ from autocompress.loading import load
 from autocompress.objective import PROBED_STEPS, evaluate_policy, training_step_seconds
 from autocompress.policy import LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import prepare, score_baseline
-from autocompress.records import FEWEST_FOR_TAIL, Attempt
+from autocompress.records import FEWEST_FOR_TAIL, Attempt, Prediction
 from autocompress.search_space import with_exact_int8
 from autocompress.starting import FLOAT_WEIGHTS, INTERRUPTED, forget_interrupted
 from autocompress.testing.devices import FakeDevice
@@ -443,3 +443,13 @@ def test_a_file_that_only_noise_puts_over_the_budget_is_measured_for_longer(net,
     setting.device.asked = []
     measure_within(Budget(p95_s=1.0), setting, setting.baseline.path, 9)
     assert setting.device.asked == [max(SECONDS_EACH, FEWEST_FOR_TAIL * setting.recent_baseline.median)]
+
+
+@pytest.mark.parametrize(("times", "noisy"), [(0.01, True), (0.2, False), (5.0, False), (1000.0, True)])
+def test_a_latency_in_other_units_than_was_predicted_is_mistrusted(net, data, tmp_path, times, noisy):
+    setting = ready(net, data, tmp_path / "run")
+    usual = realised(setting).latency_s.median
+    predicted = Prediction(value=usual / times, low=usual / times, high=usual / times)
+    latency = evaluate_policy(setting, Attempt(id="00000", policy=INT8, rung="short", predicted_latency_s=predicted), seconds=0.0).latency_s
+    assert latency.noisy is noisy
+    assert ("predicted to take" in latency.noise_reason) is noisy
