@@ -12,14 +12,17 @@ from pathlib import Path
 
 from autocompress.budget import Budget
 from autocompress.devices.timing import MOST_DRIFT
-from autocompress.records import FEWEST_FOR_TAIL, Measurement
+from autocompress.records import FEWEST_FOR_TAIL, Measurement, Prediction
 from autocompress.run_folder import writing
 from autocompress.setting import Setting
+from autocompress.units import format_duration
 
 SECONDS_EACH = 0.5
 """Of measuring a file in a search: half of what a figure deserves, since the front is measured again, for longer, at the end."""
 LONGER = 4.0
 """Times as long a file is measured whose interval reaches beyond the budget: half as wide as it is then."""
+MOST_SURPRISE = 10.0
+"""Times, or a part of, what was predicted: more is no error of prediction."""
 DRIFT_RETRIES = 3
 DRIFT_PAUSE_S = 1.0
 SAMPLES = "latency.csv"
@@ -51,13 +54,20 @@ def measure_beside_baseline(
         return [baseline, *(latency.beside(baseline).mistrusted(reason) for latency in others)]
 
 
-def measure_within(limits: Budget, setting: Setting, path: Path, size_bytes: int, *, until: float = math.inf) -> Measurement:
+def measure_within(limits: Budget, setting: Setting, path: Path, size_bytes: int, predicted: Prediction | None = None) -> Measurement:
     """Latency of a file beside the baseline: for so long that a budget's percentile is known, and longer where noise is over it."""
     seconds = seconds_for(limits, setting.recent_baseline.median, SECONDS_EACH)
-    _, latency = measure_beside_baseline(setting, [path], seconds_each=seconds, until=until)
+    _, latency = measure_beside_baseline(setting, [path], seconds_each=seconds)
     if limits.leaves_open(latency, size_bytes):
-        _, latency = measure_beside_baseline(setting, [path], seconds_each=LONGER * seconds, until=until)
-    return latency
+        _, latency = measure_beside_baseline(setting, [path], seconds_each=LONGER * seconds)
+    return believable(latency, predicted)
+
+
+def believable(latency: Measurement, predicted: Prediction | None) -> Measurement:
+    """Mistrusted where it is many times what was predicted: a device may have told other units, or have run something else."""
+    if predicted is None or 1 / MOST_SURPRISE < latency.median / predicted.value < MOST_SURPRISE:
+        return latency
+    return latency.mistrusted(f"it was predicted to take {format_duration(predicted.value)}")
 
 
 def seconds_for(limits: Budget, original_s: float, usual: float) -> float:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from autocompress.batch import call_network
-from autocompress.beside_baseline import measure_beside_baseline, measure_within
+from autocompress.beside_baseline import believable, measure_beside_baseline, measure_within
 from autocompress.budget import Budget
 from autocompress.compress.compared import compared_features
 from autocompress.compress.loss import Distillation
@@ -31,18 +31,15 @@ from autocompress.export import BUNDLE, check_onnx, check_parity, load_student, 
 from autocompress.failures import policy_errors
 from autocompress.graph.nodes import follows_batch
 from autocompress.policy import Policy
-from autocompress.records import Attempt, Failure, FailureStage, Measurement, Outcome, Parity, Prediction, Rung, Score
+from autocompress.records import Attempt, Failure, FailureStage, Outcome, Parity, Prediction, Rung, Score
 from autocompress.run_folder import writing
 from autocompress.setting import Setting
 from autocompress.starting import FLOAT_WEIGHTS, interrupted_weights, keep_for_further_training, keep_interrupted, start_student
-from autocompress.units import format_duration
 
 LEAST_RECONSTRUCTION_S = 10.0
 """A student's reconstruction may take as long as its training, and so long in any case: half reconstructed it would be worth little."""
 PARITY_INPUTS = 1000
 """Inputs for which a file must answer as its student: enough to tell 0.5 %; all of them take as long as a tenth of the training."""
-MOST_SURPRISE = 10.0
-"""Times, or a part of, what was predicted: more is no error of prediction."""
 PARITY_BYTES = 2**26
 """Of the inputs that the student answers at once: what it computes of them takes tens of times as much."""
 NO_LIMITS = Budget()
@@ -98,7 +95,7 @@ def evaluate_policy(
             outputs, parity = check_artifact(setting, student, path, policy)
             score = score_outputs(outputs, setting.data.val.targets, setting.data)
             stage = "measure"
-            latency = _believable(measure_within(limits, setting, path, manifest.size_bytes, until=latest), attempt)
+            latency = measure_within(limits, setting, path, manifest.size_bytes, attempt.predicted_latency_s)
     except PolicyFailure as error:
         if stage != "measure":  # what was trained in vain else: the device may do it the next time
             interrupted_weights(setting, policy).unlink(missing_ok=True)
@@ -118,14 +115,6 @@ def evaluate_policy(
         steps=steps,
         finishing_s=time.monotonic() - trained,
     )
-
-
-def _believable(latency: Measurement, attempt: Attempt) -> Measurement:
-    """Mistrusted where it is many times what was predicted: a device may have told other units, or have run something else."""
-    predicted = attempt.predicted_latency_s
-    if predicted is None or 1 / MOST_SURPRISE < latency.median / predicted.value < MOST_SURPRISE:
-        return latency
-    return latency.mistrusted(f"it was predicted to take {format_duration(predicted.value)}")
 
 
 def evaluate_again(setting: Setting, outcome: Outcome, bundle: Path, *, predicted: Prediction | None = None) -> Outcome:
@@ -149,6 +138,7 @@ def evaluate_again(setting: Setting, outcome: Outcome, bundle: Path, *, predicte
         with policy_errors(setting.log):
             score, parity = _scored_again(setting, outcome, path)
             _, latency = measure_beside_baseline(setting, [path])
+            latency = believable(latency, predicted)
     except Exception:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -88,7 +88,7 @@ def absolute_model(reference: str) -> str:
     """The same with a function's file, or a folder of transformers: `transformers:my-bert` -> `"transformers:/project/my-bert"`."""
     name, mark, query = reference.partition("?")
     library, _, where = name.partition(":")
-    if library == "transformers" and Path(where).expanduser().is_dir():  # else it is the name of one on a hub
+    if library == "transformers" and where and Path(where).expanduser().is_dir():  # else it is the name of one on a hub
         return f"transformers:{absolute_path(where)}{mark}{query}"
     return absolute_function(reference)
 

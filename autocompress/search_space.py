@@ -171,7 +171,8 @@ def load_space(name: str) -> SpaceSpec:
 
 def _cure(error: ValidationError) -> str:
     """The nearest key of the table for one that is unknown."""
-    problem, table = error.errors()[0], SpaceSpec
+    problem = error.errors()[0]
+    table: type[Record] = SpaceSpec
     if problem["type"] != "extra_forbidden":
         return "docs/search-spaces.md says what each table takes; start from a copy of a file of search_spaces/"
     for key in problem["loc"][:-1]:

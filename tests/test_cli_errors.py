@@ -126,7 +126,7 @@ USAGE = [
     ("export fine --format onnx --format foo --out x", "must be some of onnx, openvino, torch, but got 'foo'", "known"),
     ("export fine --format , --out x", "must be some of onnx, openvino, torch", "known"),
     ("measure absent.onnx", "does not exist", "ONNX file"),
-    ("calibrate --time 0s", "greater than zero", "10ms"),
+    ("calibrate --time 0s", "greater than zero", "30m"),
     (f"{OWN} --student torchvision:resnet19", "unknown model torchvision:resnet19", "did you mean"),
     (f"{OWN} --student own.py:seven", "7 outputs", ""),
     (f"{OWN} --space absent.toml", "cannot be read", "default"),

@@ -139,15 +139,24 @@ class Chooser:
             best = _adding_most([(a.worth, a.latency_s) for a in candidates], self._covered(lambda appraised: appraised.worth))
             if best is not None:
                 return candidates[best]
-            structure, appraisals = self.findings.forecast.structure, self.findings.appraisals
-            promising = [p for p in self.promising(pool, self.leading(), margin) if p.policy not in appraisals]
-            promising = [p for p in promising if structure(p.policy) not in without]
+            promising = self._unappraised(pool, margin, without)
             best = _adding_most([(self._promise(p), p.latency_s) for p in promising], self._covered(lambda a: self._promise(a.proposal)))
             if best is None:
                 break
-            appraisals.appraise(promising[best])
+            self.findings.appraisals.appraise(promising[best])
         candidates = self._untrained(margin, without)
-        return candidates[cover([(a.worth, a.latency_s) for a in candidates], 1)[0]] if candidates else None
+        if candidates:
+            return candidates[cover([(a.worth, a.latency_s) for a in candidates], 1)[0]]
+        promising = self._unappraised(pool, margin, without)
+        if not promising:
+            return None
+        return self.findings.appraisals.appraise(promising[cover([(self._promise(p), p.latency_s) for p in promising], 1)[0]])
+
+    def _unappraised(self, pool: list[Proposal], margin: float, without: set[Structure]) -> list[Proposal]:
+        """Of the pool: what is promising, was not appraised and is none of these."""
+        structure, appraisals = self.findings.forecast.structure, self.findings.appraisals
+        promising = self.promising(pool, self.leading(), margin)
+        return [p for p in promising if p.policy not in appraisals and structure(p.policy) not in without]
 
     def _least_over_budget(self, pool: list[Proposal]) -> Appraised | None:
         """Where nothing is within the budget as predicted, and nothing was: what misses it by least, since predictions err."""

@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from autocompress.beside_baseline import measure_beside_baseline, seconds_for
+from autocompress.beside_baseline import believable, measure_beside_baseline, seconds_for
 from autocompress.controller.findings import Findings
 from autocompress.data import Split, sample
 from autocompress.errors import PolicyFailure, one_line
@@ -68,8 +68,8 @@ def measure_front(findings: Findings, known: set[str]) -> bool:
         if baseline is not None and not known:
             findings.record_baseline(replace(findings.setting.baseline, latency_s=baseline))
         for outcome, latency in again:
-            first = outcome.search_latency_s or outcome.latency_s
-            findings.journal.record(outcome.model_copy(update={"latency_s": latency, "search_latency_s": first}))
+            last, first = believable(latency, outcome.predicted_latency_s), outcome.search_latency_s or outcome.latency_s
+            findings.journal.record(outcome.model_copy(update={"latency_s": last, "search_latency_s": first}))
         known |= {o.id for o in front}
     return len(known) > before
 

@@ -85,7 +85,7 @@ def _score_original(findings: Findings) -> Score:
     started = time.monotonic()
     score = score_baseline(setting, data.val)
     took = time.monotonic() - started
-    findings.per_example_s = max(took - _first_answer_s(setting), setting.baseline.latency_s.median) / len(data.val)
+    findings.per_example_s = max((took - _first_answer_s(setting)) / len(data.val), setting.baseline.latency_s.median / setting.batch)
     findings.journal.note(Note.PER_EXAMPLE_S, findings.per_example_s)
     examples = min(len(data.val), MOST_OF_TRAIN)
     of_train = score_baseline(setting, sample(data.train, examples)) if examples >= FEWEST_OF_TRAIN else None

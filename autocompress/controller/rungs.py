@@ -269,7 +269,7 @@ class Rungs:
         """
         findings, structure = self.findings, self.findings.forecast.structure
         enough = ENOUGH * (min(each, findings.clock.left) - self._pace.finishing()) if not goes_on else 0.0
-        every = [o for o in findings.journal.outcomes if o.rung == "full"]
+        every = (o for o in findings.journal.outcomes if o.rung == "full")
         full = [o for o in every if o.failure is not None or o.training_s >= enough]
         done, known = {o.policy.digest for o in full}, {structure(o.policy) for o in measured(full)}
         candidates = [o for o in [*findings.climbers, *self._hurt_by_bits()] if o.policy.digest not in done]
@@ -281,7 +281,7 @@ class Rungs:
             for o in findings.outcomes()
             if (o.rung == "unchanged" and o.id not in climbs and findings.stays_within(o)) or o.policy.digest in done
         )
-        own = sum(o.id not in findings.taken_over.ids for o in every)
+        own = sum(o.id not in findings.taken_over.ids for o in full)
         count = full_runs(findings.clock.left, each, len(candidates), findings.task.trials, done=own)
         begun = [o for o in candidates if interrupted_weights(findings.setting, o.policy).exists()][:count]
         rest, merit = [o for o in candidates if o not in begun], gain if self._pace.short_runs_tell() else self._worth

@@ -390,4 +390,4 @@ def hands_on(node: fx.Node, root: nn.Module) -> bool:
     kind = kind_of(node, root)
     if not _is_tensor(node) or kind not in HANDING_ON or (kind == "other" and node.op == "call_module"):
         return False
-    return sum(operand.op != "get_attr" for operand in node.all_input_nodes if _is_tensor(operand)) == 1
+    return sum(operand.op != "get_attr" for operand in operands(node) if _is_tensor(operand)) == 1

@@ -35,8 +35,8 @@ UNARY = {
 }  # fmt: skip
 RECURRENT_NODES = {"lstm": "LSTM", "gru": "GRU"}
 """Of the others the exporter writes every step."""
-FIRST_OF_A_MAP = 2
-"""The first axis of positions."""
+MAP_AXES = 3
+"""Of rows of tokens, at most; maps of images have more. Slices of channels and of tokens take what lies in a row."""
 SAME_RANK = ("pad", "slice")
 """Operators that keep the number of axes here; indexing that drops or adds one (`x[:, 0]`, `x[:, None]`) is interpolated."""
 ACTIVATIONS = {
@@ -358,7 +358,8 @@ def _pad(builder: _Builder, operator: Operator) -> str:
 def _slice(builder: _Builder, operator: Operator) -> str:
     source, target = operator.inputs[0], operator.output
     axes = np.arange(len(source), dtype=np.int64)
-    steps = [_stride(axis, *sizes) for axis, sizes in enumerate(zip(source, target, strict=True))]
+    are_maps = len(source) > MAP_AXES
+    steps = [_stride(*sizes) if are_maps and axis >= 2 else 1 for axis, sizes in enumerate(zip(source, target, strict=True))]
     ends = [whole if step > 1 else part for whole, part, step in zip(source, target, steps, strict=True)]
     names = [
         builder.constant("starts", np.zeros(len(source), dtype=np.int64)), builder.constant("ends", np.array(ends, dtype=np.int64)),
@@ -367,7 +368,7 @@ def _slice(builder: _Builder, operator: Operator) -> str:
     return builder.node("Slice", [builder.input(source), *names])
 
 
-def _stride(axis: int, whole: int, part: int) -> int:
-    """The step from one entry that is taken to the next: of positions in a map, as shortcuts take them; of channels and tokens 1."""
+def _stride(whole: int, part: int) -> int:
+    """The step from one position in a map that is taken to the next, as shortcuts take them; what is cut off an end is no step."""
     step = -(-whole // part)
-    return step if axis >= FIRST_OF_A_MAP and -(-whole // step) == part else 1
+    return step if -(-whole // step) == part else 1

@@ -46,11 +46,11 @@ def _torchvision(reference: str, classes: int | None, *, own_weights: bool) -> n
 
 
 def _timm(reference: str, classes: int | None, *, own_weights: bool) -> nn.Module:
+    name, pretrained = _name_and_pretrained(reference, own_weights)
     try:
         import timm
     except ImportError:
         raise _not_installed("timm") from None
-    name, pretrained = _name_and_pretrained(reference, own_weights)
     if not timm.is_model(name):
         raise UsageError(f"unknown model timm:{name}", hint=nearest(name, timm.list_models()))
     if pretrained:
@@ -66,16 +66,16 @@ def _transformers(reference: str, classes: int | None, *, own_weights: bool) -> 
 
     Code that a repository ships is never run (`trust_remote_code` stays off).
     """
+    name, options = _options(reference, {"revision"}, example="transformers:ORGANISATION/MODEL?revision=COMMIT")
     try:
         import transformers
     except ImportError:
         raise _not_installed("transformers") from None
-    name, options = _options(reference, {"revision"}, example="transformers:ORGANISATION/MODEL?revision=COMMIT")
     where = _folder_or_name(name)
     with _silent(transformers), _loading_published(reference):
         config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
     kind = getattr(transformers, (config.architectures or [""])[0], None)
-    if kind is None:
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):  # others may ask to run a repository's code
         raise UsageError(
             f"{reference} is a network of no class of transformers (its config.json names {config.architectures})",
             hint="write a function that builds it: --model file.py:function",
@@ -86,7 +86,8 @@ def _transformers(reference: str, classes: int | None, *, own_weights: bool) -> 
         if own_weights:
             if tells_apart and classes is not None:
                 config.num_labels = classes
-            return kind(config)
+            with _loading_published(reference):
+                return kind(config)
         with _loading_published(reference):
             model, loaded = kind.from_pretrained(where, config=config, output_loading_info=True, **options)
     if lacking := sorted(loaded["missing_keys"]):
@@ -139,7 +140,7 @@ def _name_and_pretrained(reference: str, own_weights: bool) -> tuple[str, bool]:
 def _folder_or_name(name: str) -> str:
     """Where transformers finds a model. Raises UsageError for what can only be a folder and is none."""
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return str(folder)
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name:
         raise UsageError(

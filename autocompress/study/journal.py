@@ -115,6 +115,8 @@ class Journal:
         """What this search was killed over MOST_KILLS times by now, working in this way."""
         times = defaultdict[tuple[str, str], list[Attempt]](list)
         for kept in self.noted(Note.KILLED) or []:
+            if "attempt" not in kept:  # of an earlier version
+                continue
             attempt = Attempt.model_validate_json(json.dumps(kept["attempt"]))
             if kept["how"] == dict(how):
                 times[attempt.policy.digest, attempt.rung].append(attempt)

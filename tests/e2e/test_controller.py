@@ -131,7 +131,8 @@ def test_where_a_policy_was_trained_in_vain_the_next_is_elsewhere(findings, pool
 def test_what_is_not_appraised_is_chosen_by_its_promise_spread_over_the_latencies(findings, pool):
     first = Chooser(findings)._new_structure(pool)
     promising = Chooser(findings).promising(pool, [], 2 * INTERVAL_HEADROOM)
-    assert findings.appraisals.of(first.policy).proposal.promise == pytest.approx(max(p.promise for p in promising))
+    promise, most = findings.appraisals.promise, max(findings.appraisals.promise(p) for p in promising)
+    assert promise(findings.appraisals.of(first.policy).proposal) >= min(1.0, most) * (1 - 1e-9)
     trained(findings, first.policy, 1e-3, predicted_latency_s=findings.forecast.predict(first.policy))
     second = Chooser(findings)._new_structure(pool)
     assert findings.forecast.predict(second.policy).value < 0.9 * findings.forecast.predict(first.policy).value, "no twin of the first"
@@ -197,12 +198,12 @@ def test_what_promises_most_is_faster_than_the_unchanged_network_where_that_is_w
     trained(findings, INT8, int8_s, score=0.89, id="int8", rung="unchanged")
     findings.forecast.note(INT8, int8_s / findings.setting.baseline.latency_s.median)
     assert chooser.spread(pool, APPRAISED_FIRST)
-    assert all(p.latency_s < int8_s for p in chooser.spread(pool, len(pool) // 4))
+    assert all(p.latency_s < int8_s for p in chooser.spread(pool, APPRAISED_FIRST // 2))
 
 
 def test_what_adds_nothing_to_the_unchanged_network_is_not_trained_where_something_else_may(findings, pool, monkeypatch):
     slow, fast = max(pool, key=lambda p: p.latency_s), min(pool, key=lambda p: p.latency_s)
-    monkeypatch.setattr(Appraisals, "_worth", lambda self, p: 0.98 if p is slow else 0.6)
+    monkeypatch.setattr(Appraisals, "_worth", lambda self, p: 0.98 if p.policy == slow.policy else 0.6)
     monkeypatch.setattr(Chooser, "leading", lambda self: [])
     int8_s = 0.9 * findings.forecast.latency_s(slow)
     trained(findings, INT8, int8_s, score=0.89, id="int8", rung="unchanged")
@@ -217,7 +218,7 @@ def test_what_adds_nothing_to_the_unchanged_network_is_not_trained_where_somethi
 def test_a_margin_is_no_reason_to_train_what_is_worth_next_to_nothing(findings, pool, monkeypatch):
     """Seen in a search of three minutes, one of whose two runs went to a network of 40 %."""
     slow, fast = max(pool, key=lambda p: p.latency_s), min(pool, key=lambda p: p.latency_s)
-    monkeypatch.setattr(Appraisals, "_worth", lambda self, p: 0.99 if p is slow else 0.39)
+    monkeypatch.setattr(Appraisals, "_worth", lambda self, p: 0.99 if p.policy == slow.policy else 0.39)
     monkeypatch.setattr(Chooser, "leading", lambda self: [])
     findings.forecast.limits = Budget(latency_s=1.02 * findings.forecast.latency_s(slow))
     for proposal in (slow, fast):

@@ -423,12 +423,12 @@ def test_a_student_that_could_not_be_measured_keeps_what_it_has_learned(net, dat
 
 
 class Wavering(FakeDevice):
-    """Whose first measurement has a wide interval, the second a narrow one."""
+    """Whose intervals are wide but where it measures for long."""
 
     def measure(self, paths, *, seconds_each=1.0):
-        self.noise = 0.2 if seconds_each <= SECONDS_EACH else 0.0
         self.asked = [*getattr(self, "asked", []), seconds_each]
-        return super().measure(paths, seconds_each=seconds_each)
+        exact = super().measure(paths, seconds_each=seconds_each)
+        return exact if seconds_each > SECONDS_EACH else [m.model_copy(update={"high": 1.5 * m.median}) for m in exact]
 
 
 def test_a_file_that_only_noise_puts_over_the_budget_is_measured_for_longer(net, data, tmp_path, monkeypatch):
