@@ -389,6 +389,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _never_fail_on_encoding()
     try:
         code = typer.main.get_command(app).main(given or ["--help"], prog_name="autocompress", standalone_mode=False)
+        if code == Interrupted.exit_code:  # what typer makes of Ctrl-C
+            return _failed(Interrupted(INTERRUPTED), as_json)
         return code if isinstance(code, int) else 0
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1

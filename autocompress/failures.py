@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from autocompress.errors import AutocompressError, PolicyFailure, UsageError, one_line
-from autocompress.records import FailureStage
 
 FAILURES = "failures.log"
 """Of a run folder."""
@@ -47,7 +46,7 @@ def refused(what: str) -> Iterator[None]:
         raise UsageError(f"{what}: {failure.message}", hint=failure.hint) from failure
 
 
-def fix_and_resume(log: Path, stage: FailureStage) -> str:
+def fix_and_resume(log: Path, stage: str) -> str:
     """What to do where policies fail for one reason, which is not theirs, at one stage of what they go through."""
     where = f" (tracebacks are in {log})" if log.is_file() else ""
     otherwise = {

@@ -7,7 +7,7 @@ from torch import Tensor
 
 LEAST = 1e-4
 """Share of the largest variance: outputs whose standard deviations are a hundred times apart still count alike."""
-CONSTANT = 1e-4
+CONSTANT = 1e-5
 """Standard deviation as a share of the mean: what varies by less is taken for a constant."""
 
 

@@ -74,8 +74,9 @@ def _transformers(reference: str, classes: int | None, *, own_weights: bool) -> 
     where = _folder_or_name(name)
     with _silent(transformers), _loading_published(reference):
         config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
-    kind = getattr(transformers, (config.architectures or [""])[0], None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):  # others may ask to run a repository's code
+    kind: Any = getattr(transformers, (config.architectures or [""])[0], None)
+    is_network = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    if not is_network:  # another one may ask to run a repository's code
         raise UsageError(
             f"{reference} is a network of no class of transformers (its config.json names {config.architectures})",
             hint="write a function that builds it: --model file.py:function",

@@ -130,7 +130,7 @@ def test_standardized_logits_may_have_any_scale(kind):
     plain = spec.model_copy(update={"standardized": False})
     assert distillation_loss(student, teacher, TARGETS, plain).item() != pytest.approx(first.item(), rel=1e-3)
     assert standardized(torch.ones(2, 4)).abs().max() == 0.0, "of equal logits nothing is left"
-    two = [torch.randn(6, 2, requires_grad=True) for _ in range(2)]
+    two = [torch.randn(len(TARGETS), 2, requires_grad=True) for _ in range(2)]
     distillation_loss(*two, TARGETS % 2, spec).backward()
     assert two[0].grad.abs().max() > 0, "of two classes all would be alike"
 

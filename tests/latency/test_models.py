@@ -114,11 +114,12 @@ def test_every_operator_of_a_network_can_be_built_alone(workloads):
     ids=["every other position", "of an odd number", "all but one token", "a third of the channels", "half of the channels"],
 )
 def test_a_slice_takes_what_lies_in_a_row_but_for_positions_of_a_map(source, target, steps):
-    built = build_onnx(Operator(kind="slice", inputs=(source,), output=target))
+    operator = Operator(name="slice", kind="slice", inputs=(source,), output=target)
+    built = build_onnx(operator)
     graph = onnx.shape_inference.infer_shapes(onnx.load_from_string(built), strict_mode=True).graph
     constants = {value.name: onnx.numpy_helper.to_array(value).tolist() for value in graph.initializer}
     assert next(value for name, value in constants.items() if "steps" in name) == steps
-    assert_measured([Operator(kind="slice", inputs=(source,), output=target)])
+    assert_measured([operator])
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "tokens"])
