@@ -6,6 +6,8 @@ Structures of a CIFAR-10 ResNet under a budget, two objectives: likeness to the 
 `rungs.py` for what it foretells), and predicted latency. What prediction rules out costs no sampler anything, as in a search.
 
 * search: as a search does it, the dimensions alone, up to half of all; then what loses least by them; then what FrontSampler suggests
+* all count: the same, but where a sampler that enlarges all of the front alike suggests, as it did before what is worth little counted
+  for nothing
 * promise: as a short search does it, the structures that promise most first, then what FrontSampler suggests
 * front, tpe, nsga2, random: samplers from their own start
 
@@ -40,7 +42,7 @@ from autocompress.candidates.pool import draw_pool
 from autocompress.candidates.proposals import Proposal
 from autocompress.controller.rungs import APPRAISED_FIRST, SINGLES_SHARE
 from autocompress.devices import open_device
-from autocompress.front import hypervolume
+from autocompress.front import hypervolume, least_counted
 from autocompress.graph import Structure
 from autocompress.loading import load
 from autocompress.policy import Policy
@@ -56,7 +58,8 @@ CALIBRATION_S, POOL_S, PATIENCE_S = 60.0, 20.0, 600.0
 CHECKPOINTS = (12, 25, 50, 100)
 SHARES = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4)
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
-    "search": lambda seed: FrontSampler(seed=seed),
+    "search": lambda seed: FrontSampler(seed=seed, least=least_counted),
+    "all count": lambda seed: FrontSampler(seed=seed),
     "promise": lambda seed: FrontSampler(seed=seed),
     "front": lambda seed: FrontSampler(seed=seed),
     "tpe": lambda seed: TPESampler(seed=seed, multivariate=True),
@@ -82,7 +85,7 @@ class Remembered:
 
 def first(pool: Sequence[Proposal], appraisals: Appraisals, kind: str, n: int) -> Iterator[Proposal]:
     """What a search of this kind appraises before its sampler suggests, of `n` appraisals in all."""
-    if kind == "search":
+    if kind in ("search", "all count"):
         for single in appraisals.sensitivity.untried():
             if len(appraisals) >= SINGLES_SHARE * n:
                 break
