@@ -22,6 +22,6 @@ def cache_folder() -> Path:
             return folder
     folder = Path(tempfile.gettempdir()) / f"autocompress-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
+        folder.mkdir(mode=0o700, parents=True)
     mine = folder.is_dir() and not folder.is_symlink() and folder.stat().st_uid == os.getuid()  # anybody can make a folder there
     return folder if mine else Path(tempfile.mkdtemp(prefix="autocompress-"))

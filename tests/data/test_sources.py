@@ -279,6 +279,18 @@ def test_the_cache_is_in_home_where_that_can_be_written(tmp_path, monkeypatch, h
     assert cache_folder().is_relative_to(expected)
 
 
+def test_a_cache_in_a_folder_of_everybody_is_ones_own(tmp_path, monkeypatch):
+    """Who knows the name could have made it before, and put in what we would read."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("pathlib.Path.home", nobody)
+    usual = cache_folder()
+    assert usual == cache_folder() and usual.stat().st_mode & 0o077 == 0
+    usual.rename(tmp_path / "theirs")
+    usual.symlink_to(tmp_path / "theirs")
+    assert cache_folder() != usual
+
+
 SOURCE = """
 import numpy as np
 from autocompress import Data, Split
