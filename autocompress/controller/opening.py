@@ -14,9 +14,10 @@ from autocompress.data import sample
 from autocompress.evaluate import run_artifact
 from autocompress.front import measured
 from autocompress.loading import kept_teacher
+from autocompress.policy import Policy
 from autocompress.preparation import limit_validation, score_baseline, train_demo_teacher
 from autocompress.records import Score
-from autocompress.schedule import pool_seconds, reserve_seconds, teacher_seconds, validation_seconds
+from autocompress.schedule import pool_seconds, profiling_seconds, reserve_seconds, teacher_seconds, validation_seconds
 from autocompress.setting import Setting
 from autocompress.study.notes import Note
 from autocompress.task import Task
@@ -32,11 +33,15 @@ GUESSING = 0.05
 """Share of the way from guessing to no error: an original that has not gone so far looks untrained, which is told."""
 
 
-def learn_latencies(findings: Findings, seconds: float) -> None:
-    """Learn to predict latency, for so long, and from what a resumed search had measured."""
-    measure_ahead(findings.forecast, seconds, findings.task.seed, findings.show)
+def learn_latencies(findings: Findings, *, ahead: bool) -> None:
+    """Learn to predict latency from what a resumed search had measured, and where much is still to be predicted by measuring ahead."""
+    forecast = findings.forecast
+    if ahead or not len(forecast.model.table):
+        measure_ahead(forecast, profiling_seconds(findings.clock), findings.task.seed, findings.show)
+    else:
+        forecast.note(Policy(), 1.0)
     findings.adopt_drifted_baseline()
-    findings.forecast.learn(measured(findings.journal.outcomes))
+    forecast.learn(measured(findings.journal.outcomes))
 
 
 def propose(findings: Findings) -> list[Proposal]:

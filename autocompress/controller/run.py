@@ -32,7 +32,7 @@ from autocompress.references import require_name
 from autocompress.report.page import write_report
 from autocompress.results import ProgressPoint, Results
 from autocompress.run_folder import locked, network_warning, remember_own, require_space, write_atomically
-from autocompress.schedule import Clock, profiling_seconds
+from autocompress.schedule import Clock
 from autocompress.search_space import own_suggest, suggest_of
 from autocompress.setting import Setting
 from autocompress.signals import Attentive, stopped_by_signals
@@ -157,7 +157,7 @@ def _phases(findings: Findings, known: Journal | None) -> None:
     take_up(findings)
     rungs = Rungs(findings)
     goes_on = rungs.is_at_full_rung  # then only what is trained to the end is still to be predicted
-    learn_latencies(findings, profiling_seconds(findings.clock) if not goes_on else 0.0)
+    learn_latencies(findings, ahead=not goes_on)
     pool = propose(findings) if not goes_on else []
     if findings.task.is_demo:
         train_teacher_of_demo(findings)

@@ -142,7 +142,7 @@ def test_an_original_that_was_measured_too_fast_is_known_better_before_a_policy_
     hasty = truth.model_copy(update={"median": 0.77 * truth.median, "high": 0.77 * truth.high})
     findings.setting = replace(findings.setting, baseline=replace(findings.setting.baseline, latency_s=hasty), baseline_history=[hasty])
     findings.forecast.limits = Budget(relative=0.5)
-    learn_latencies(findings, 4.8)
+    learn_latencies(findings, ahead=True)
     assert findings.setting.baseline.latency_s.median == pytest.approx(truth.median)
     assert findings.budget.latency_s == pytest.approx(0.5 * truth.median)
     original = findings.forecast.structure(Policy())
@@ -366,3 +366,14 @@ def test_starting_a_runtime_is_no_part_of_what_an_example_takes(findings, monkey
     monkeypatch.setattr("autocompress.controller.opening.run_artifact", lambda *_: time.sleep(0.28))
     know_baseline(findings)
     assert findings.per_example_s < 0.1 / len(findings.setting.data.val)
+
+
+def test_a_search_that_goes_on_training_measures_nothing_ahead(findings, pool):
+    """Seen where one was resumed that had ended: of 35 seconds without a result it spent 16 on operators and networks."""
+    trained(findings, pool[0].policy, 1e-3)
+    calls = findings.setting.device.calls
+    learn_latencies(findings, ahead=False)
+    assert findings.setting.device.calls == calls
+    assert findings.forecast.is_measured(pool[0].policy) and findings.forecast.is_measured(Policy())
+    learn_latencies(findings, ahead=True)
+    assert findings.setting.device.calls > calls
