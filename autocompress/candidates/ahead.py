@@ -19,7 +19,7 @@ WHOLE_NETWORKS, LEAST_NETWORKS = 6, 2
 def measure_ahead(forecast: Forecast, seconds: float, seed: int, tick: PhaseTick, *, networks: int | None = None) -> None:
     """Measure operators for half of the time, then whole networks of the latencies of interest, without training.
 
-    networks: how many at most; None: the few that a search can afford.
+    networks: how many at most, those included that are known; None: the few that a search can afford.
     """
     until, generator = time.monotonic() + seconds, np.random.default_rng(seed)
     policies = [forecast.suggest(LevelSuggester(generator)) for _ in range(OPERATOR_DRAWS)]
@@ -30,7 +30,8 @@ def measure_ahead(forecast: Forecast, seconds: float, seed: int, tick: PhaseTick
         )
     by_latency = _of_interest(forecast, {forecast.structure(policy): policy for policy in policies}.values())
     chosen = np.unique(np.linspace(0, len(by_latency) - 1, networks or WHOLE_NETWORKS).round().astype(int))
-    for done, index in enumerate(generator.permutation(chosen)):  # where time is short, not the fastest only
+    known = len(forecast.networks)
+    for done, index in enumerate(generator.permutation(chosen)[known:], known):  # where time is short, not the fastest only
         if time.monotonic() > until and done >= LEAST_NETWORKS:
             break
         tick("measuring whole networks", done, len(chosen))

@@ -63,6 +63,8 @@ class Forecast:
     limits: Budget
     model: FittedLatencyModel
     networks: dict[Structure, tuple[Workload, float]] = field(default_factory=dict)
+    untrained: dict[str, tuple[Policy, float]] = field(default_factory=dict)
+    """By digest: policies whose networks were measured untrained, and what they took, in the same units; trained ones are outcomes."""
     _first_predictions: dict[Structure, Prediction] = field(default_factory=dict)
 
     @classmethod
@@ -198,6 +200,11 @@ class Forecast:
             self._first_predictions[structure] = self.predict(policy)
         self.networks[structure] = (self.workload(policy), originals)
 
+    def note_untrained(self, policy: Policy, originals: float) -> None:
+        """The same of one that is not trained: a resumed search is told of it again."""
+        self.untrained[policy.digest] = (policy, originals)
+        self.note(policy, originals)
+
     def first_prediction(self, policy: Policy) -> Prediction:
         """As it was predicted before its network was first measured: what prediction is judged by."""
         return self._first_predictions.get(self.structure(policy)) or self.predict(policy)
@@ -218,7 +225,7 @@ class Forecast:
             except PolicyFailure:
                 return None
         original = beside[0] if beside else None
-        self.note(policy, latency.median / (original.median if original is not None else self.recent_baseline_s))
+        self.note_untrained(policy, latency.median / (original.median if original is not None else self.recent_baseline_s))
         return Untrained(policy, latency, manifest.size_bytes, original)
 
     def usual(self, found: Untrained) -> Measurement:

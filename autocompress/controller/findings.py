@@ -22,6 +22,7 @@ from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import PolicyFailure
 from autocompress.export import library_versions, now
 from autocompress.front import measured
+from autocompress.policy import Policy
 from autocompress.progress import Progress
 from autocompress.records import Failure, FailureStage, Measurement, Outcome, Score, TakenOver
 from autocompress.report.view import format_score
@@ -180,6 +181,7 @@ class Findings:
         self.history.append(progress_point(self.outcomes(), self.setting.baseline, self.limits, self.clock.elapsed, self.journal.finished))
         self.journal.note(Note.PROGRESS, [point.model_dump(mode="json") for point in self.history])
         self.note_time()
+        self.note_untrained()
         self.save()
         self.announce(outcome)
 
@@ -188,6 +190,11 @@ class Findings:
         baseline, recent = self.setting.baseline, self.setting.recent_baseline
         if abs(recent.median / baseline.latency_s.median - 1) > MOST_DRIFT:
             self.record_baseline(replace(baseline, latency_s=recent))
+
+    def note_untrained(self) -> None:
+        """Keep what networks took that were only measured: a resumed search predicts by them too."""
+        measured_only = self.forecast.untrained.values()
+        self.journal.note(Note.UNTRAINED, [[policy.model_dump(mode="json", by_alias=True), took] for policy, took in measured_only])
 
     def note_time(self) -> None:
         """Keep how much time has passed, and on what: a resumed search goes on from there."""
@@ -242,6 +249,8 @@ class Findings:
             scores: dict[str, Any] = {name: Score.model_validate(known[name]) if known.get(name) is not None else None for name in SCORES}
             baseline = replace(baseline, latency_s=Measurement.model_validate(known["latency_s"]), **scores)
         self.record_baseline(baseline)
+        for policy, took in self.journal.noted(Note.UNTRAINED) or []:
+            self.forecast.note_untrained(Policy.model_validate(policy), took)
         self.taken_over = TakenOver.model_validate(self.journal.noted(Note.TAKEN_OVER) or {})
         self.look_for_best()
 

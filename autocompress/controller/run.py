@@ -177,6 +177,7 @@ def _finish(findings: Findings) -> Results:
     """Write what there is, however the search ended."""
     findings.journal.retire_lost_trials()
     findings.note_time()
+    findings.note_untrained()
     results = findings.save()
     write_report(results, findings.run)
     return results

@@ -29,6 +29,8 @@ class Note(StrEnum):
     # -- how far it has come
     ELAPSED_S, SPENT_S = "elapsed_s", "spent_s"
     """Seconds that it took so far; and by activity."""
+    UNTRAINED = "untrained"
+    """What networks took that were measured untrained: pairs of a policy and of seconds in units of the original's."""
     PROGRESS = "progress"
     """Hypervolume and best score so far (`results.ProgressPoint`, a list)."""
     ORIGINAL = "original"

@@ -70,6 +70,10 @@ def pool(forecast):
 def findings(forecast, tmp_path):
     journal = open_journal(tmp_path, TASK, resume=False)
     own = replace(
-        forecast, model=copy.copy(forecast.model), networks=dict(forecast.networks), _first_predictions=dict(forecast._first_predictions)
+        forecast,
+        model=copy.copy(forecast.model),
+        networks=dict(forecast.networks),
+        untrained=dict(forecast.untrained),
+        _first_predictions=dict(forecast._first_predictions),
     )
     return Findings(TASK, tmp_path, journal, own, Clock.start(60.0), SilentProgress(), history=[])

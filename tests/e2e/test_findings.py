@@ -142,6 +142,7 @@ def test_an_original_that_was_measured_too_fast_is_known_better_before_a_policy_
     hasty = truth.model_copy(update={"median": 0.77 * truth.median, "high": 0.77 * truth.high})
     findings.setting = replace(findings.setting, baseline=replace(findings.setting.baseline, latency_s=hasty), baseline_history=[hasty])
     findings.forecast.limits = Budget(relative=0.5)
+    findings.forecast.networks.clear()
     learn_latencies(findings, ahead=True)
     assert findings.setting.baseline.latency_s.median == pytest.approx(truth.median)
     assert findings.budget.latency_s == pytest.approx(0.5 * truth.median)
@@ -375,5 +376,20 @@ def test_a_search_that_goes_on_training_measures_nothing_ahead(findings, pool):
     learn_latencies(findings, ahead=False)
     assert findings.setting.device.calls == calls
     assert findings.forecast.is_measured(pool[0].policy) and findings.forecast.is_measured(Policy())
+    findings.forecast.networks.clear()
     learn_latencies(findings, ahead=True)
     assert findings.setting.device.calls > calls
+
+
+def test_networks_that_were_only_measured_are_known_to_a_resumed_search(findings, pool):
+    forecast = findings.forecast
+    known = {forecast.structure(policy): took for policy, took in forecast.untrained.values()}
+    assert len(known) >= 2, "measured ahead"
+    findings.note_untrained()
+    forecast.networks.clear()
+    forecast.untrained.clear()
+    findings.recall()
+    assert {structure: took for structure, (_, took) in forecast.networks.items()} == known
+    calls = findings.setting.device.calls
+    learn_latencies(findings, ahead=True)
+    assert findings.setting.device.calls == calls, "as many as were to be measured ahead"
