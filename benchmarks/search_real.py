@@ -13,7 +13,7 @@ Structures of a CIFAR-10 ResNet under a budget, two objectives: likeness to the 
 
 Counted, not timed. The share of the hypervolume of the best front that all runs together found, from no likeness and the budget's latency
 (half of that area lies where little is left of the network); and the most likeness that was found within the budget and parts of it.
-Writes benchmarks/results/search_real.{json,md}.
+Writes benchmarks/results/NAME.{json,md}, search_real unless --name says otherwise.
 """
 
 from __future__ import annotations
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samplers", default=",".join(SAMPLERS))
+    parser.add_argument("--name", default="search_real", help="of the results")
     options = parser.parse_args()
     weights = cifar10.folder() / "cifar10_resnets" / f"{options.model}.safetensors"
     own = {"model": f"{cifar10.__file__}:{options.model}", "data": f"{cifar10.__file__}:data", "weights": str(weights)}
@@ -169,8 +170,8 @@ def main() -> None:
     machine = open_device("onnxruntime:cpu?threads=1").environment()
     told = {"model": options.model, "space": options.space, "budget": options.budget, "budget_s": budget_s}
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "search_real.json").write_text(json.dumps(told | {"torch": torch.__version__, "machine": machine, "runs": runs}) + "\n")
-    (RESULTS / "search_real.md").write_text(table(runs, budget_s))
+    (RESULTS / f"{options.name}.json").write_text(json.dumps(told | {"torch": torch.__version__, "machine": machine, "runs": runs}) + "\n")
+    (RESULTS / f"{options.name}.md").write_text(table(runs, budget_s))
     print(table(runs, budget_s))
 
 
