@@ -20,6 +20,12 @@ from devices.files import linear_model
 from autocompress.results import Results
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What wants the machine for itself comes first: later each process would wait for the other."""
+    alone = {item.path for item in items if item.get_closest_marker("alone") is not None}
+    items.sort(key=lambda item: item.path not in alone)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """A test that is marked `alone` has the machine for itself, although tests run in two processes."""
