@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
+import signal
+import threading
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 from autocompress.errors import AutocompressError, PolicyFailure, UsageError, one_line
+from autocompress.units import format_duration
 
 FAILURES = "failures.log"
 """Of a run folder."""
+ALARM_AGAIN_S = 10.0
 
 
 @contextmanager
@@ -34,6 +40,29 @@ def policy_errors(log: Path | None = None) -> Iterator[None]:
         if log is not None:
             note_error(log)
         raise PolicyFailure(one_line(error)) from error
+
+
+@contextmanager
+def at_most(seconds: float, what: str) -> Iterator[None]:
+    """Raises PolicyFailure where Python code goes on for longer: a loss of the user's own may never return.
+
+    In the main thread, where nobody else has set an alarm. What a library computes is waited for; the alarm is raised until it is heard.
+    """
+    is_free = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+    if not is_free or math.isinf(seconds):
+        yield
+        return
+
+    def late(number: int, frame: FrameType | None) -> None:
+        raise PolicyFailure(f"{what} must end within {format_duration(seconds)}, but did not")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds, ALARM_AGAIN_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from autocompress.devices.base import identity
 from autocompress.errors import PolicyFailure
 from autocompress.evaluate import model_answers, run_artifact, score_outputs
 from autocompress.export import BUNDLE, check_onnx, check_parity, load_student, read_manifest
-from autocompress.failures import policy_errors
+from autocompress.failures import at_most, policy_errors
 from autocompress.graph.nodes import follows_batch
 from autocompress.policy import Policy
 from autocompress.records import Attempt, Failure, FailureStage, Outcome, Parity, Prediction, Rung, Score
@@ -43,6 +43,8 @@ PARITY_INPUTS = 1000
 PARITY_BYTES = 2**26
 """Of the inputs that the student answers at once: what it computes of them takes tens of times as much."""
 NO_LIMITS = Budget()
+LATE_S = 600.0
+"""Beyond its time a policy's training may go on, at least: one step may be long, but one that never ends is given up."""
 PROBED_STEPS = 3
 """Of training, before the first policy tells what a step takes; the first loads kernels."""
 
@@ -84,7 +86,7 @@ def evaluate_policy(
             stage = "train"
             start_student(setting, student, policy, continues, until=min(latest, started + max(LEAST_RECONSTRUCTION_S, seconds)))
             begun = time.monotonic()
-            with setting.ledger.spend("train"):
+            with setting.ledger.spend("train"), at_most(seconds + max(LATE_S, seconds), "training"):
                 student = _trained(setting, student, policy, attempt.rung, min(latest, begun + seconds), count)
             trained = time.monotonic()
             training_s = trained - begun
@@ -93,7 +95,8 @@ def evaluate_policy(
             path = folder / manifest.artifact
             stage = "check"
             outputs, parity = check_artifact(setting, student, path, policy)
-            score = score_outputs(outputs, setting.data.val.targets, setting.data)
+            with at_most(LATE_S, "scoring"):
+                score = score_outputs(outputs, setting.data.val.targets, setting.data)
             stage = "measure"
             latency = measure_within(limits, setting, path, manifest.size_bytes, attempt.predicted_latency_s)
     except PolicyFailure as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import fcntl
 import hashlib
 import json
@@ -113,6 +114,8 @@ def locked(run: Path) -> Iterator[None]:
         raise UsageError(f"the path of a run folder must be text in UTF-8, but is {str(run)!r}", hint="choose another --out") from None
     try:
         run.mkdir(parents=True, exist_ok=True)
+        if not os.access(run, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(run))
         # not through a link, which in a folder of somebody else's leads elsewhere
         file = os.fdopen(os.open(run / LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644), "a+")
     except OSError as error:

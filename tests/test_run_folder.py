@@ -222,3 +222,11 @@ def test_what_is_ones_own_is_remembered_where_nobody_else_can_write(tmp_path, mo
     file.write_text("seed = 1")
     (tmp_path / "state" / "autocompress" / "own").chmod(0o777)
     assert not is_own_file(file), "anybody may have put it there"
+
+
+def test_a_folder_that_may_not_be_written_is_refused_before_any_work(tmp_path, monkeypatch):
+    """A colleague's, whose lock was left writable."""
+    (tmp_path / ".lock").touch()
+    monkeypatch.setattr("os.access", lambda place, mode: place != tmp_path)
+    with pytest.raises(UsageError, match="cannot be written: Permission denied"), locked(tmp_path):
+        raise AssertionError("held")

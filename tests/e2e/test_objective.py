@@ -13,6 +13,7 @@ from running import INT8, TASK, ready
 from safetensors.torch import load_file
 from tasks import SLOW_CALLS, Net
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.nn.utils import weight_norm as old_weight_norm
 
@@ -453,3 +454,19 @@ def test_a_latency_in_other_units_than_was_predicted_is_mistrusted(net, data, tm
     latency = evaluate_policy(setting, Attempt(id="00000", policy=INT8, rung="short", predicted_latency_s=predicted), seconds=0.0).latency_s
     assert latency.noisy is noisy
     assert ("predicted to take" in latency.noise_reason) is noisy
+
+
+@pytest.mark.timeout(60, method="thread")  # the other method takes the alarm for itself
+@pytest.mark.parametrize("stage", ["train", "check"])
+def test_a_policy_whose_loss_or_score_never_returns_fails_and_the_search_goes_on(net, data, tmp_path, monkeypatch, stage):
+    monkeypatch.setattr("autocompress.objective.LATE_S", 0.5)
+    own = replace(data, loss=F.cross_entropy, score=lambda outputs, targets: 0.5, classes=None)
+    setting = ready(net, own, tmp_path / "run")
+    endless = replace(own, **{"train": {"loss": lambda *_: time.sleep(50)}, "check": {"score": lambda *_: time.sleep(50)}}[stage])
+    setting = replace(setting, data=endless)
+    policy, started = Policy(prune=PruneSpec(ratios={"b.conv1": 0.5})), time.monotonic()
+    failure = evaluate_policy(setting, Attempt(id="00000", policy=policy, rung="short"), seconds=0.5).failure
+    assert failure.stage == stage
+    assert "must end within" in failure.reason
+    assert time.monotonic() - started < 20.0
+    time.sleep(0.6)  # and the alarm is off
