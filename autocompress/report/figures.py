@@ -135,7 +135,12 @@ def _score_axis(results: Results) -> Figure:
     axis = _axis(name if score.direction == "maximize" else f"{name} (lower is better)")
     low, high = score_limits(results)
     axis["range"] = [low, high] if score.direction == "maximize" else [high, low]
-    return axis | ({"tickformat": ".1%" if high - low < 0.06 else ".0%"} if percent(results) else {})
+    return axis | ({"tickformat": f".{_decimals(high - low)}%"} if percent(results) else {})
+
+
+def _decimals(width: float) -> int:
+    """Of percents on an axis that shows so much of them, with some five ticks: no two of these may read alike."""
+    return next((decimals for decimals, least in ((0, 0.06), (1, 0.006)) if width >= least), 2)
 
 
 def score_limits(results: Results) -> tuple[float, float]:

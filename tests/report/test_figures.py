@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from autocompress.report.figures import layers_figure, pareto_figure, prediction_figure, progress_figure
+from autocompress.report.figures import _decimals, layers_figure, pareto_figure, prediction_figure, progress_figure
 from autocompress.report.page import write_report
 from autocompress.results import Results
 from autocompress.scores import score_interval
@@ -100,3 +100,11 @@ def test_predictions_stand_with_their_intervals_beside_a_diagonal(results):
     predicted = [e.predicted_latency_s for e in results.points if e.predicted_latency_s is not None]
     assert dots["y"] == [p.value for p in predicted]
     assert dots["error_y"]["array"] == [p.high - p.value for p in predicted]
+
+
+@pytest.mark.parametrize("width", [0.9, 0.061, 0.059, 0.02, 0.0061, 0.003, 0.0007])
+def test_no_two_ticks_of_a_score_read_alike(width):
+    """Plotly chooses four to six of them, at round numbers."""
+    step = width / 6
+    texts = [f"{0.99 + index * step:.{_decimals(width)}%}" for index in range(6)]
+    assert len(set(texts)) == 6
