@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import tempfile
 from pathlib import Path
@@ -24,4 +25,9 @@ def cache_folder() -> Path:
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700, parents=True)
     mine = folder.is_dir() and not folder.is_symlink() and folder.stat().st_uid == os.getuid()  # anybody can make a folder there
-    return folder if mine else Path(tempfile.mkdtemp(prefix="autocompress-"))
+    return folder if mine else _folder_of_this_process()
+
+
+@functools.cache
+def _folder_of_this_process() -> Path:
+    return Path(tempfile.mkdtemp(prefix="autocompress-"))

@@ -135,22 +135,30 @@ class Chooser:
         of all the same.
         """
         for _ in range(MOST_APPRAISED):
-            candidates = self._untrained(margin, without)
-            best = _adding_most([(a.worth, a.latency_s) for a in candidates], self._covered(lambda appraised: appraised.worth))
-            if best is not None:
-                return candidates[best]
-            promising = self._unappraised(pool, margin, without)
-            best = _adding_most([(self._promise(p), p.latency_s) for p in promising], self._covered(lambda a: self._promise(a.proposal)))
-            if best is None:
+            leader = self._appraised_leader(margin, without, self._covered(lambda appraised: appraised.worth))
+            if leader is not None:
+                return leader
+            proposal = self._promising_leader(pool, margin, without, self._covered(lambda appraised: self._promise(appraised.proposal)))
+            if proposal is None:
                 break
-            self.findings.appraisals.appraise(promising[best])
+            self.findings.appraisals.appraise(proposal)
+        leader = self._appraised_leader(margin, without)
+        if leader is not None:
+            return leader
+        proposal = self._promising_leader(pool, margin, without)
+        return self.findings.appraisals.appraise(proposal) if proposal is not None else None
+
+    def _appraised_leader(self, margin: float, without: set[Structure], covered: Sequence[Point] = ()) -> Appraised | None:
         candidates = self._untrained(margin, without)
-        if candidates:
-            return candidates[cover([(a.worth, a.latency_s) for a in candidates], 1)[0]]
-        promising = self._unappraised(pool, margin, without)
-        if not promising:
-            return None
-        return self.findings.appraisals.appraise(promising[cover([(self._promise(p), p.latency_s) for p in promising], 1)[0]])
+        best = _adding_most([(a.worth, a.latency_s) for a in candidates], covered)
+        return candidates[best] if best is not None else None
+
+    def _promising_leader(
+        self, pool: list[Proposal], margin: float, without: set[Structure], covered: Sequence[Point] = ()
+    ) -> Proposal | None:
+        candidates = self._unappraised(pool, margin, without)
+        best = _adding_most([(self._promise(p), p.latency_s) for p in candidates], covered)
+        return candidates[best] if best is not None else None
 
     def _unappraised(self, pool: list[Proposal], margin: float, without: set[Structure]) -> list[Proposal]:
         """Of the pool: what is promising, was not appraised and is none of these."""

@@ -115,9 +115,9 @@ class Findings:
         """Short runs within the budget: what may be trained to the end."""
         return [o for o in self.short_runs if feasible(o, self.limits)]
 
-    def is_within_budget(self, *, margin: float = 0.0) -> bool:
-        """Whether anything that was trained, by another search perhaps, is, and would be if it were slower by `margin`."""
-        return any(o.rung != "unchanged" and feasible(o, self.limits, margin=margin) for o in self.journal.outcomes)
+    def is_within_budget(self) -> bool:
+        """Whether anything that was trained, by another search perhaps, is."""
+        return any(o.rung != "unchanged" and feasible(o, self.limits) for o in self.journal.outcomes)
 
     def gain_without(self, share: float) -> float:
         """What is left of the original's validation score when it loses this share of it."""

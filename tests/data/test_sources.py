@@ -289,6 +289,7 @@ def test_a_cache_in_a_folder_of_everybody_is_ones_own(tmp_path, monkeypatch):
     usual.rename(tmp_path / "theirs")
     usual.symlink_to(tmp_path / "theirs")
     assert cache_folder() != usual
+    assert cache_folder() == cache_folder(), "what is kept there is found again"
 
 
 SOURCE = """

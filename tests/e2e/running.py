@@ -47,3 +47,7 @@ def short_runs_only(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("autocompress.schedule.SHORT_RUNS", 100)
     patch.setattr("autocompress.controller.pace.Pace.overhead", lambda self: 0.2)
     patch.setattr("autocompress.controller.rungs.Rungs.full_rung", lambda self: None)
+
+
+def appraised(findings, proposals):
+    return [findings.appraisals.appraise(proposal) for proposal in proposals]

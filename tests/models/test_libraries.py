@@ -6,6 +6,8 @@ from safetensors.torch import save_file
 
 from autocompress.errors import UsageError
 from autocompress.models import load_model
+from autocompress.models.libraries import LIBRARIES
+from autocompress.references import MODEL_LIBRARIES
 
 
 def test_models_come_in_eval_mode_with_the_classes_of_the_data():
@@ -177,3 +179,7 @@ def test_a_damaged_folder_of_transformers_and_one_with_code_of_its_own(bert, cha
     with pytest.raises(UsageError, match="cannot be loaded"):
         load_model(f"transformers:{folder}")
     assert not (folder / "ran").exists()
+
+
+def test_what_is_no_code_of_the_users_is_what_a_library_builds():
+    assert tuple(LIBRARIES) == MODEL_LIBRARIES

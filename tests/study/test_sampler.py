@@ -188,15 +188,21 @@ def test_units_and_cliffs_of_the_objectives_do_not_matter():
     assert [t.params for t in straight.trials] == [t.params for t in other.trials]
 
 
-def test_what_violates_a_constraint_is_avoided_and_its_values_are_not_believed():
+def constrained(n, **kept):
+    """A study of so many trials under a budget, the scores of which are lies where they are over it; `kept` are constraints besides."""
     study = study_of()
-    for _ in range(60):
+    for _ in range(n):
         trial = study.ask()
         score, cost = additive(trial)
         over = cost / (0.4 * 4 * COST.sum()) - 1.0
-        trial.set_constraint("budget", over)
+        for name, value in ({"budget": over} | kept).items():
+            trial.set_constraint(name, value)
         study.tell(trial, [99.0 if over > 0 else score, cost])
-    late = study.trials[STARTUP + 10 :]
+    return study
+
+
+def test_what_violates_a_constraint_is_avoided_and_its_values_are_not_believed():
+    late = constrained(60).trials[STARTUP + 10 :]
     kept = sum(trial.constraints["budget"] <= 0 for trial in late) / len(late)
     uniform = np.random.default_rng(0).integers(1, 5, (4000, LAYERS)) @ COST <= 0.4 * 4 * COST.sum()
     assert kept > 0.7 > 2 * uniform.mean()
@@ -242,15 +248,7 @@ def test_other_numbers_of_objectives_are_refused():
 def test_where_constraints_are_violated_stays_known_in_a_long_study(monkeypatch):
     """Seen in an hour's search: each sound trial kept one constraint by exactly 0, and 150 suggestions in a row were over the budget."""
     monkeypatch.setattr("autocompress.study.sampler.MOST_POINTS", 30)
-    study = study_of()
-    for _ in range(100):
-        trial = study.ask()
-        score, cost = additive(trial)
-        over = cost / (0.4 * 4 * COST.sum()) - 1.0
-        trial.set_constraint("budget", over)
-        trial.set_constraint("outclassed", 0.0)
-        study.tell(trial, [score, cost])
-    late = study.trials[60:]
+    late = constrained(100, outclassed=0.0).trials[60:]
     assert sum(trial.constraints["budget"] <= 0 for trial in late) > 0.6 * len(late)
 
 
