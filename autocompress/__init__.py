@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from autocompress.inspect import inspect_model
-    from autocompress.measure import measure_file
+    from autocompress.measure import measure_model
     from autocompress.policy import DistillSpec, LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
     from autocompress.records import Measurement, Score
     from autocompress.results import Entry
@@ -31,7 +31,7 @@ _HOMES = {
     "Entry": "results", "FrontSampler": "study.sampler", "InfeasibleBudget": "errors", "LowRankSpec": "policy", "Measurement": "records",
     "Policy": "policy", "PruneSpec": "policy", "QuantSpec": "policy", "RunFolderError": "errors", "Score": "records",
     "SearchResult": "session", "Split": "data", "StudentSpec": "policy", "TooManyFailures": "errors",
-    "UsageError": "errors", "apply_policy": "apply", "inspect_model": "inspect", "measure_file": "measure", "recreate": "deploy",
+    "UsageError": "errors", "apply_policy": "apply", "inspect_model": "inspect", "measure_model": "measure", "recreate": "deploy",
     "search": "session",
 }  # fmt: skip
 
@@ -39,7 +39,7 @@ __version__ = metadata.version("autocompress")
 __all__ = [
     "AutocompressError", "Budget", "Data", "DeviceUnavailable", "DistillSpec", "Entry", "FrontSampler", "InfeasibleBudget",
     "LowRankSpec", "Measurement", "Policy", "PruneSpec", "QuantSpec", "RunFolderError", "Score", "SearchResult", "Split", "StudentSpec",
-    "TooManyFailures", "UsageError", "apply_policy", "inspect_model", "measure_file", "recreate", "search",
+    "TooManyFailures", "UsageError", "apply_policy", "inspect_model", "measure_model", "recreate", "search",
 ]  # fmt: skip
 
 

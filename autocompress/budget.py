@@ -7,7 +7,7 @@ import math
 from pydantic import Field
 
 from autocompress.errors import UsageError
-from autocompress.policy import Record
+from autocompress.record import Record
 from autocompress.records import Measurement
 from autocompress.units import format_duration, format_size, is_size, parse_latency, parse_size
 

@@ -210,21 +210,11 @@ def measure(
     json: options.Json = False,
 ) -> None:
     """Measure the latency of an ONNX file or a model: median, interval, p95; on several devices in turns."""
+    from autocompress.measure import measure_on
+
     devices = device or [DEFAULT_DEVICE]
-    if what.endswith(".onnx"):
-        from autocompress.measure import measure_file_on
-
-        given = [
-            name for name, value in (("--weights", weights), ("--data", data), ("--input", input), ("--batch", batch)) if value is not None
-        ]
-        if given:
-            raise UsageError(f"{given[0]} is for models, but {what!r} is a file that has its own", hint=f"leave {given[0]} out")
-        found = measure_file_on(Path(what), devices)
-    else:
-        from autocompress.measure import measure_reference
-
-        with aside():
-            found = measure_reference(what, devices=devices, weights=weights, data=data, input=input, batch=batch or 1)
+    with aside():
+        found = measure_on(what, devices, weights=weights, data=data, input=input, batch=batch)
     measured = [{"device": name, "latency_s": latency.model_dump(mode="json")} for name, latency in zip(devices, found, strict=True)]
     if json:
         emit_json({"what": what} | (measured[0] if len(measured) == 1 else {"devices": measured}))
@@ -334,10 +324,18 @@ def apply(
 
 
 @app.command()
-def devices(*, json: options.Json = False) -> None:
-    """List the devices that can be measured here."""
-    from autocompress.devices import list_devices
+def devices(*, names: options.DeviceNames = None, json: options.Json = False) -> None:
+    """List the devices that can be measured here, or ask those that are named what they are."""
+    from autocompress.devices import describe_device, list_devices
 
+    if names:
+        asked = [describe_device(name) for name in names]
+        if json:
+            emit_json({"devices": asked})
+            return
+        for device in asked:
+            emit_record(device)
+        return
     elsewhere = f"agent://HOST:{AGENT_PORT}, with agent.pyz running there, which `autocompress agent --pack agent.pyz` writes"
     content = {"devices": list_devices(), "elsewhere": elsewhere}
     emit_json(content) if json else emit_record(content)

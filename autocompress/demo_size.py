@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from autocompress.compress.student import build_student
 from autocompress.demo import WIDTHS, DigitReader
 from autocompress.devices import open_device
 from autocompress.devices.base import Device
+from autocompress.errors import PolicyFailure
 from autocompress.export.onnx import onnx_bytes
 from autocompress.graph import Graph
 from autocompress.policy import Policy
@@ -45,8 +47,9 @@ def reference_for(device: Device, limit_s: float, batch: int) -> str:
 
     def seconds(widths: tuple[int, ...]) -> float:
         network = build_student(Graph.trace(DigitReader(widths).eval(), example), Policy())
-        measured = device.measure_many([onnx_bytes(network, Policy().quant, example)], seconds_each=MEASURE_S)[0]
-        return measured or math.inf  # why it cannot be measured the search tells
+        with suppress(PolicyFailure):  # why it cannot be measured the search tells
+            return device.measure_many([onnx_bytes(network, Policy().quant, example)], seconds_each=MEASURE_S)[0] or math.inf
+        return math.inf
 
     slow = (name for name, widths in WIDTHS.items() if seconds(widths) >= TIMES_BUDGET * limit_s)
     return DEMO + next(slow, [*WIDTHS][-1])

@@ -162,7 +162,9 @@ def _bundle_folder(run: Path, entry: Entry) -> Path:
             hint="the folder was changed by hand: search again, or take the front.json of the search",
         )
     if not artifact.is_file():
-        raise RunFolderError(f"{str(artifact)!r} was deleted", hint="pick another policy, or resume the search: it goes on without it")
+        raise RunFolderError(
+            f"{str(artifact)!r} was deleted", hint="pick another policy, or resume the search with more time: it may be made again"
+        )
     return artifact.parent
 
 

@@ -107,3 +107,7 @@ class Terminated(AutocompressError):
 
 class PolicyFailure(AutocompressError):
     """This policy cannot become an artifact (diverged, export mismatch, runtime error)."""
+
+
+class ScoreFailure(PolicyFailure):
+    """The data's own score has none for these outputs."""

@@ -13,7 +13,7 @@ from autocompress.batch import call_network, joined, tensors_of
 from autocompress.data import Data, Split
 from autocompress.devices.base import Device
 from autocompress.devices.frames import Feed
-from autocompress.errors import PolicyFailure, one_line
+from autocompress.errors import PolicyFailure, ScoreFailure, one_line
 from autocompress.records import Score
 
 PREPARED, PREPARED_BYTES = 64, 2**26
@@ -38,9 +38,9 @@ def _own_score(outputs: Tensor, targets: Tensor, data: Data) -> float:
     try:
         value = float(data.score(outputs, targets))
     except Exception as error:  # whatever the user's own code raises
-        raise PolicyFailure(f"the score function raised {one_line(error)}") from error
+        raise ScoreFailure(f"the data's score raised {one_line(error)}") from error
     if not math.isfinite(value):
-        raise PolicyFailure(f"the score of a model must be finite, but the score function gave {value}")
+        raise ScoreFailure(f"the score of a model must be finite, but the data's score gave {value}")
     return value
 
 

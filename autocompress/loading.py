@@ -136,7 +136,11 @@ def _normalised_otherwise(model: nn.Module, data: Data) -> str:
     if given is None or not isinstance(trained, Mapping) or not {"mean", "std"} <= trained.keys():
         return ""
     wanted, own = (trained["mean"], trained["std"]), (given.mean, given.std)
-    if any(len(w) == len(o) and not np.allclose(w, o, atol=SAME_NORMALISATION) for w, o in zip(wanted, own, strict=True)):
+    channels = data.train.input_shapes[0][0]
+    if any(
+        (len(o) == len(w) or (len(o) == 1 and channels == len(w))) and not np.allclose(w, o, atol=SAME_NORMALISATION)
+        for w, o in zip(wanted, own, strict=True)
+    ):
         mean, std = (",".join(f"{value:g}" for value in values) for values in wanted)
         return (
             f"the weights that are published of this model were trained with mean={mean} and std={std}, but the data has other values: "

@@ -19,6 +19,15 @@ def usable() -> int:
     return max(1, math.ceil(min(allowed, _quota())))
 
 
+def is_running(process: int) -> bool:
+    """Whether there is a process of this number, whoever has started it."""
+    try:
+        os.kill(process, 0)
+    except OSError as error:  # somebody else's is running all the same
+        return isinstance(error, PermissionError)
+    return True
+
+
 def free_bytes() -> int | None:
     """Memory that is free; None where the system does not say."""
     free = None
@@ -55,6 +64,14 @@ def _quota() -> float:
         return int(limit) / int(period)
     quota, every = _number(CONTROL / "cpu/cpu.cfs_quota_us"), _number(CONTROL / "cpu/cpu.cfs_period_us")
     return quota / every if quota is not None and every and quota > 0 else math.inf
+
+
+def held_bytes() -> int | None:
+    """Memory that this process has asked for, used or not, as limits count it; None where the system does not say."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmData:")).split()[1])
+    return None
 
 
 def _allowed_bytes() -> int | None:

@@ -3,54 +3,84 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from autocompress.batch import tensors_of
+from torch import nn
+
 from autocompress.compress.student import build_student
+from autocompress.data import Data
+from autocompress.data.sources import Splits
 from autocompress.devices import Device, open_device
 from autocompress.devices.timing import MOST_DRIFT
-from autocompress.export import check_onnx, write_bundle
+from autocompress.errors import UsageError
+from autocompress.export import Provenance, check_onnx, write_bundle
 from autocompress.failures import refused
 from autocompress.loading import open_model
 from autocompress.policy import Policy
 from autocompress.records import Measurement
-from autocompress.references import DEFAULT_DEVICE
+from autocompress.references import DEFAULT_DEVICE, name_of
 
 MEASURE_S = 2.0
 TURNS = 3
 """Of each device, where several are compared: one after the other, again and again, so that drift of the machine meets all of them."""
 
 
-def measure_reference(
-    reference: str,
+def measure_model(
+    what: nn.Module | Path | str,
     *,
-    devices: Sequence[str],
-    weights: Path | None = None,
-    data: str | None = None,
+    device: str = DEFAULT_DEVICE,
+    weights: Path | str | None = None,
+    data: Data | Splits | str | None = None,
     input: str | None = None,
-    batch: int = 1,
-) -> list[Measurement]:
-    """Latency of a model as it is on each device: exported in float32, and measured in turns; `input` as in `inspect_model`."""
+    batch: int | None = None,
+) -> Measurement:
+    """Latency of a model as it is, exported in float32, or of an ONNX file, as `autocompress measure` does.
+
+    Args:
+        what: a module (never changed), a reference such as `"torchvision:resnet18"`, or the path of a file that ends in `.onnx`.
+        weights, data: see `search`. input: without data, the shapes of the inputs, as in `inspect_model`.
+        batch: inputs a call, 1 where nothing else is said; a file has its own.
+
+    Raises UsageError when a file is damaged, or the device cannot run it.
+    """
+    return measure_on(what, [device], weights=weights, data=data, input=input, batch=batch)[0]
+
+
+def measure_on(what: nn.Module | Path | str, devices: Sequence[str], **options: Any) -> list[Measurement]:
+    """The same on each of several devices, measured in turns; `options` as of `measure_model`."""
     targets = [open_device(device) for device in devices]
-    opened = open_model(reference, weights=weights, data=data, input=input, batch=batch)
-    with tempfile.TemporaryDirectory(prefix="autocompress-") as folder, refused(f"{reference} cannot be measured"):
-        student = build_student(opened.graph, Policy())
-        manifest = write_bundle(Path(folder), student, Policy(), tensors_of(opened.example), model=reference)
-        return _in_turns(Path(folder) / manifest.artifact, targets)
+    if not isinstance(what, nn.Module) and str(what).endswith(".onnx"):
+        return _file_on(Path(what), targets, options)
+    return _exported_on(what if isinstance(what, nn.Module) else str(what), targets, **options)
 
 
-def measure_file(path: Path | str, *, device: str = DEFAULT_DEVICE) -> Measurement:
-    """Latency of an ONNX file. Raises UsageError when it is damaged, or the device cannot run it."""
-    return measure_file_on(path, [device])[0]
-
-
-def measure_file_on(path: Path | str, devices: Sequence[str]) -> list[Measurement]:
-    """Latency of an ONNX file on each of several devices, measured in turns. Raises UsageError as `measure_file` does."""
-    path, targets = Path(path), [open_device(device) for device in devices]
+def _file_on(path: Path, targets: Sequence[Device], options: Mapping[str, object]) -> list[Measurement]:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise UsageError(
+            f"{given[0]} (--{given[0]}) is for models, but {str(path)!r} is a file that has its own", hint=f"leave {given[0]} out"
+        )
     check_onnx(path)
     with refused(f"{str(path)!r} cannot be measured"):
         return _in_turns(path, targets)
+
+
+def _exported_on(
+    given: nn.Module | str,
+    targets: Sequence[Device],
+    *,
+    weights: Path | str | None = None,
+    data: Data | Splits | str | None = None,
+    input: str | None = None,
+    batch: int | None = None,
+) -> list[Measurement]:
+    opened = open_model(given, weights=Path(weights) if weights is not None else None, data=data, input=input, batch=batch or 1)
+    with tempfile.TemporaryDirectory(prefix="autocompress-") as folder, refused(f"{name_of(given)} cannot be measured"):
+        student = build_student(opened.graph, Policy())
+        manifest = write_bundle(Path(folder), student, Policy(), opened.example, Provenance(model=name_of(given)))
+        return _in_turns(Path(folder) / manifest.artifact, targets)
 
 
 def _in_turns(path: Path, targets: Sequence[Device]) -> list[Measurement]:

@@ -20,6 +20,7 @@ from autocompress.beside_baseline import believable, measure_beside_baseline, me
 from autocompress.budget import Budget
 from autocompress.compress.compared import compared_features
 from autocompress.compress.loss import Distillation
+from autocompress.compress.memory import bounded_memory
 from autocompress.compress.rates import TrainPlan
 from autocompress.compress.student import build_student
 from autocompress.compress.train import Tick, train, train_quantized
@@ -84,9 +85,10 @@ def evaluate_policy(
         with policy_errors(setting.log):
             student = build_student(setting.graph_of(policy), policy)
             stage = "train"
-            start_student(setting, student, policy, continues, until=min(latest, started + max(LEAST_RECONSTRUCTION_S, seconds)))
+            with bounded_memory():
+                start_student(setting, student, policy, continues, until=min(latest, started + max(LEAST_RECONSTRUCTION_S, seconds)))
             begun = time.monotonic()
-            with setting.ledger.spend("train"), at_most(seconds + max(LATE_S, seconds), "training"):
+            with setting.ledger.spend("train"), at_most(seconds + max(LATE_S, seconds), "training"), bounded_memory():
                 student = _trained(setting, student, policy, attempt.rung, min(latest, begun + seconds), count)
             trained = time.monotonic()
             training_s = trained - begun
@@ -194,16 +196,18 @@ def _trained(setting: Setting, student: fx.GraphModule, policy: Policy, rung: Ru
         to_learn=setting.teacher.distance(student, min(setting.calibration_inputs, setting.most_answers)) if needs_training else 0.0,
     )
     distillation = _distillation(setting, policy)
-    try:
-        trained = train_quantized(student, policy.quant, setting.data, plan, distillation=distillation, tick=tick)
-    except Exception:
-        raise
-    except BaseException:  # a signal that ends the search: who resumes it goes on from here
+
+    def keep() -> None:
         if needs_training:
             keep_interrupted(setting, student, policy)
+
+    try:
+        trained = train_quantized(student, policy.quant, setting.data, plan, distillation=distillation, tick=tick, keep=keep)
+    except BaseException as error:
+        if isinstance(error, OSError) or not isinstance(error, Exception):  # it ends the search: who resumes it goes on from here
+            keep()
         raise
-    if needs_training:
-        keep_interrupted(setting, student, policy)  # until it is measured: the device may be gone before that
+    keep()  # until it is measured: the device may be gone before that
     return trained
 
 
@@ -219,7 +223,7 @@ def check_artifact(setting: Setting, student: fx.GraphModule, path: Path, policy
         outputs = run_artifact(setting.device, path, setting.data, setting.data.val, setting.batch)
         rows, expected = _some_answers(student, setting)
     layers = [layer.name for layer in setting.graph_of(policy).layers]
-    decisions, is_exact = setting.data.classes is not None, setting.device.profile.is_exact
+    decisions, is_exact = setting.data.decides, setting.device.profile.is_exact
     return outputs, check_parity(expected, outputs[rows], policy.quant, layers, decisions=decisions, is_exact=is_exact)
 
 

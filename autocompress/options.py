@@ -53,6 +53,7 @@ Input = Annotated[
         help="Without --data, of each input: 3x224x224; ids=9:int64,mask=9:int64.",
     ),
 ]
+DeviceNames = Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Devices to ask what they are; see the README.")]
 Device = Annotated[str, typer.Option("--device", rich_help_panel=MODEL, help="What to measure on; see `autocompress devices`.")]
 Devices = Annotated[
     list[str] | None,

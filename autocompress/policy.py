@@ -7,51 +7,17 @@ quantization -> distillation through it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections import Counter
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
-from autocompress.errors import UsageError
+from autocompress.record import Record
 from autocompress.units import counted
 
 KERNEL_BITS = (8, 32)
 STORAGE_BITS = (2, 3, 4, 5, 6, 7, 16)
-
-
-class Record(BaseModel):
-    """A frozen, validated value with a JSON form; unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    def to_json(self) -> str:
-        return self.model_dump_json(indent=1, by_alias=True)
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Self:
-        """Read what `to_json` wrote; raises UsageError that names the field."""
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            raise UsageError(
-                f"not a valid {cls.__name__}: {first_problem(error)}", hint="mend this field; a valid policy.json stands beside every model"
-            ) from None
-
-    @property
-    def digest(self) -> str:
-        """16 hex digits of SHA-256 over the canonical JSON; equal in every process."""
-        canonical = json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
-def first_problem(error: ValidationError) -> str:
-    """The first problem of a pydantic error as `field: message (got value)`."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "document"
-    return f"{where}: {first['msg'].lower()} (got {first['input']!r:.80})"
 
 
 def _sorted_mapping(value: dict[str, Any]) -> dict[str, Any]:
@@ -185,6 +151,8 @@ class DistillSpec(Record):
 class Policy(Record):
     """The complete recipe of one compressed network; the default policy changes nothing."""
 
+    cure: ClassVar[str] = "mend this field; a valid policy.json stands beside every model"
+
     schema_version: Literal[1] = Field(1, alias="schema")
     student: StudentSpec = StudentSpec()
     prune: PruneSpec = PruneSpec()
@@ -199,13 +167,15 @@ class Policy(Record):
 
         Where each stands for `unit` channels of a layer, as an attention head does, it is their number that is rounded.
 
-        An untouched group keeps its size, whatever the multiple.
+        An untouched group keeps its size, whatever the multiple; rounding makes no narrower group wider than it was, and no wider one
+        narrower.
         """
         factor = self.student.width * self.student.widths.get(group, 1.0) * (1.0 - self.prune.ratios.get(group, 0.0))
         if factor == 1.0:
             return size
         multiple = min(self.student.multiple // math.gcd(self.student.multiple, unit), size)
-        return max(multiple, round(size * factor / multiple) * multiple)
+        rounded = max(multiple, round(size * factor / multiple) * multiple)
+        return min(rounded, size) if factor < 1.0 else max(rounded, size)
 
     @property
     def factorised(self) -> dict[str, float]:

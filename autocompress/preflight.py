@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.batch import Inputs, call_network, joined, map_inputs, tensors_of
+from autocompress.compress.arithmetic import best_training_device
 from autocompress.data import Data, sample
 from autocompress.errors import UsageError, one_line
 
@@ -25,12 +26,17 @@ def require_fit(model: nn.Module, data: Data, example: Inputs, reference: str) -
     _outputs(model, joined([example, example]), reference, "training uses other batches: write x.flatten(1), not x.view(1, -1)")
     if data.loss is not None:
         _require_loss(model, data, reference)
-    if data.classes is None:
+    if not data.decides:
         return
     if outputs.dim() != 2:
         raise UsageError(
             f"a classifier must return one tensor n x classes, but {reference} returned {_shape(outputs)}",
             hint="for other tasks let the data function return autocompress.Data with its own loss and score",
+        )
+    if outputs.shape[1] == 1:
+        raise UsageError(
+            f"a classifier must have an output for each class, but {reference} has one for all {data.classes} classes",
+            hint="give autocompress.Data the loss and the score of a single logit, with targets in floating point",
         )
     if outputs.shape[1] != data.classes:
         raise UsageError(
@@ -57,18 +63,19 @@ def _require_float(model: nn.Module, reference: str) -> None:
 def _require_loss(model: nn.Module, data: Data, reference: str) -> None:
     """Raises UsageError unless the data's loss of a few outputs is one finite number with a gradient: a search calls it much later."""
     assert data.loss is not None
-    few = sample(data.train, min(LOSS_EXAMPLES, len(data.train)))
+    few, device = sample(data.train, min(LOSS_EXAMPLES, len(data.train))), best_training_device()
     outputs = _outputs(model, data.prepare(few.inputs), reference, "check that the data and the model belong together")
     form = f"outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(few.targets.shape)} ({few.targets.dtype})"
     try:
-        own = outputs.float().contiguous().clone().requires_grad_()  # as in training; nothing reaches the model
+        own = outputs.float().contiguous().clone().to(device).requires_grad_()  # as in training; nothing reaches the model
         with warnings.catch_warnings(action="ignore"):  # they will be seen when the search calls it
-            loss = data.loss(own, few.targets)
+            loss = data.loss(own, few.targets.to(device))
             (gradient,) = torch.autograd.grad(loss, own)
         is_sound = bool(loss.isfinite()) and bool(gradient.isfinite().all())
     except Exception as error:  # whatever the user's own code raises
         raise UsageError(
-            f"the data's loss must take {form}, but raised {one_line(error)}", hint="return one number that depends on the outputs"
+            f"the data's loss must take {form} on the device {device.type}, but raised {one_line(error)}",
+            hint="return one number that depends on the outputs, and move what it weights them by to outputs.device",
         ) from None
     if not is_sound:
         raise UsageError(f"the data's loss must be finite, but is {loss.item():g} for {form}", hint="check the targets, and the loss")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from autocompress.batch import names_of, tensors_of
+from autocompress.batch import tensors_of
 from autocompress.compress.arithmetic import best_training_device
 from autocompress.compress.rates import TrainPlan
 from autocompress.compress.student import build_student
@@ -21,9 +21,9 @@ from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import Tick, train
 from autocompress.data import Data, Split, sample
 from autocompress.demo import BATCH_SIZE, LEARNING_RATE, TEACHER_EPOCHS
-from autocompress.errors import PolicyFailure, UsageError
+from autocompress.errors import PolicyFailure, ScoreFailure, UsageError
 from autocompress.evaluate import model_answers, run_artifact, score_artifact
-from autocompress.export import check_parity, weights_bytes, write_bundle
+from autocompress.export import Provenance, check_parity, weights_bytes, write_bundle
 from autocompress.export.fold import fold_norms
 from autocompress.failures import policy_errors
 from autocompress.graph import Graph
@@ -50,15 +50,18 @@ def prepare(task: Task, run: Path, loaded: Loaded) -> Setting:
 
     Raises UsageError when the model does not run on the device as it is.
     """
-    graph, models = loaded.graphs[None], run / "models"
+    graph, data, models = loaded.graphs[None], loaded.data, run / "models"
     models.mkdir(parents=True, exist_ok=True)
     for left in models.glob(f"{UNTRAINED}*"):  # by a search that was killed
         shutil.rmtree(left, ignore_errors=True)
-    baseline = _baseline(loaded, models, task.model)
+    provenance = Provenance(
+        model=task.model, classes=data.classes, class_names=data.class_names, seed=task.seed, normalisation=data.normalisation
+    )
+    baseline = _baseline(loaded, models, provenance)
     return Setting(
-        data=loaded.data,
+        data=data,
         # the demonstration's is trained before it is asked
-        teacher=_teacher(loaded.teacher if task.is_demo else _folded(graph, loaded.teacher), graph, loaded.data, task.seed),
+        teacher=_teacher(loaded.teacher if task.is_demo else _folded(graph, loaded.teacher), graph, data, task.seed),
         graphs=loaded.graphs,
         device=loaded.device,
         baseline=baseline,
@@ -66,7 +69,7 @@ def prepare(task: Task, run: Path, loaded: Loaded) -> Setting:
         baseline_history=[baseline.latency_s],
         example=loaded.example,
         models=models,
-        model_reference=task.model,
+        provenance=provenance,
         learning_rate=task.learning_rate,
         batch_size=task.batch_size,
         seed=task.seed,
@@ -91,14 +94,12 @@ def _folded(graph: Graph, model: nn.Module) -> nn.Module:
     return folded
 
 
-def _baseline(loaded: Loaded, models: Path, reference: str, latency_s: Measurement | None = None) -> Baseline:
+def _baseline(loaded: Loaded, models: Path, provenance: Provenance, latency_s: Measurement | None = None) -> Baseline:
     """The original's file, checked; its latency as measured now, unless it is known."""
     data, device, example = loaded.data, loaded.device, loaded.example
-    with _about_the_model(reference):
+    with _about_the_model(provenance.model):
         student = build_student(loaded.graphs[None], Policy())
-        manifest = write_bundle(
-            models / BASELINE, student.eval(), Policy(), tensors_of(example), model=reference, input_names=names_of(example)
-        )
+        manifest = write_bundle(models / BASELINE, student.eval(), Policy(), example, provenance)
         path = models / BASELINE / manifest.artifact
         few, batch = sample(data.val, PARITY_EXAMPLES), len(example)
         actual = run_artifact(device, path, data, few, batch)
@@ -106,7 +107,7 @@ def _baseline(loaded: Loaded, models: Path, reference: str, latency_s: Measureme
         if not torch.isfinite(expected).all():
             raise PolicyFailure("its own outputs are not finite")
         # all that follows is compared with the file
-        check_parity(expected, actual, QuantSpec(), (), decisions=data.classes is not None, is_exact=device.profile.is_exact)
+        check_parity(expected, actual, QuantSpec(), (), decisions=data.decides, is_exact=device.profile.is_exact)
         return Baseline(path=path, latency_s=latency_s or device.measure([path])[0], size_bytes=manifest.size_bytes)
 
 
@@ -116,6 +117,11 @@ def _about_the_model(reference: str) -> Iterator[None]:
     try:
         with policy_errors():
             yield
+    except ScoreFailure as error:
+        raise UsageError(
+            f"{error.message}, of the outputs of {reference}",
+            hint="call it by itself: it is given all outputs and all targets of a split, on the CPU",
+        ) from None
     except PolicyFailure as error:
         raise UsageError(
             f"{reference} must run on the device as it is, before anything is compressed, but: {error.message}",
@@ -125,7 +131,7 @@ def _about_the_model(reference: str) -> Iterator[None]:
 
 def score_baseline(setting: Setting, split: Split) -> Score:
     """The original's score of a split, taken from its exported file. Raises UsageError where it has none."""
-    with _about_the_model(setting.model_reference), setting.ledger.spend("score"):
+    with _about_the_model(setting.provenance.model), setting.ledger.spend("score"):
         return score_artifact(setting.device, setting.baseline.path, setting.data, split, setting.batch)
 
 
@@ -158,6 +164,6 @@ def train_demo_teacher(setting: Setting, run: Path, seconds: float, tick: Tick) 
         setting,
         teacher=_teacher(_folded(graph, model), graph, data, setting.seed),
         graphs=loaded.graphs,
-        baseline=_baseline(loaded, setting.models, setting.model_reference, known),
+        baseline=_baseline(loaded, setting.models, setting.provenance, known),
         activations=[],
     )

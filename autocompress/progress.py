@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TextIO, final
 
@@ -22,18 +23,30 @@ PhaseTick = Callable[[str, int, int], None]
 """Called with a phase, and how much of it is done out of how much."""
 
 
+@dataclass(frozen=True)
+class Status:
+    """Where a search is.
+
+    Args:
+        done, total: progress within the phase; total is None when it has no known end.
+        tried: how many policies were tried so far, failed ones included.
+        best: the best policy within the budget so far, in words; empty while there is none.
+        seconds_left: until the search ends; None when unknown.
+    """
+
+    phase: str
+    done: int = 0
+    total: int | None = None
+    tried: int = 0
+    best: str = ""
+    seconds_left: float | None = None
+
+
 class Progress(Protocol):
     """What a search reports to while it runs. Used as a context manager; calls come from one thread."""
 
-    def update(self, *, phase: str, done: int, total: int | None, tried: int, best: str, seconds_left: float | None) -> None:
-        """The state now.
-
-        Args:
-            done, total: progress within the phase; total is None when it has no known end.
-            tried: how many policies were tried so far, failed ones included.
-            best: the best policy within the budget so far, in words; empty while there is none.
-            seconds_left: until the search ends; None when unknown.
-        """
+    def update(self, status: Status) -> None:
+        """Where it is now."""
 
     def message(self, text: str) -> None:
         """One line that stays."""
@@ -47,7 +60,7 @@ def counting(progress: Progress) -> PhaseTick:
     """Shows how far a phase is that comes before any policy."""
 
     def tick(phase: str, done: int, total: int) -> None:
-        progress.update(phase=phase, done=done, total=total, tried=0, best="", seconds_left=None)
+        progress.update(Status(phase, done, total))
 
     return tick
 
@@ -56,7 +69,7 @@ def counting(progress: Progress) -> PhaseTick:
 class SilentProgress:
     """Shows nothing."""
 
-    def update(self, *, phase: str, done: int, total: int | None, tried: int, best: str, seconds_left: float | None) -> None:
+    def update(self, status: Status) -> None:
         """Ignored."""
 
     def message(self, text: str) -> None:
@@ -82,15 +95,15 @@ class PlainProgress:
         self._phase = ""
         self._next = 0.0
 
-    def update(self, *, phase: str, done: int, total: int | None, tried: int, best: str, seconds_left: float | None) -> None:
-        now, kind = time.monotonic(), phase.partition(",")[0]
+    def update(self, status: Status) -> None:
+        now, kind = time.monotonic(), status.phase.partition(",")[0]
         if kind == self._phase and now < self._next:
             return
         self._phase, self._next = kind, now + self._interval_s
-        parts = [phase + _fraction(done, total)]
-        parts += [f"{tried} tried"] if tried else []
-        parts += [f"best so far {best}"] if best else []
-        parts += [f"{_remaining(seconds_left)} left"] if seconds_left is not None else []
+        parts = [status.phase + _fraction(status.done, status.total)]
+        parts += [f"{status.tried} tried"] if status.tried else []
+        parts += [f"best so far {status.best}"] if status.best else []
+        parts += [f"{_remaining(status.seconds_left)} left"] if status.seconds_left is not None else []
         self._write("; ".join(parts))
 
     def message(self, text: str) -> None:
@@ -122,14 +135,13 @@ class RichProgress:
         self._console = console or Console(stderr=True, highlight=False)
         self._spinner = Spinner("dots", style="cyan")
         self._started = time.monotonic()
-        self._phase, self._done, self._total, self._tried, self._best = "starting", 0, None, 0, ""  # type: str, int, int | None, int, str
+        self._status = Status("starting")
         self._ends: float | None = None
         self._live = Live(console=self._console, get_renderable=self.render, refresh_per_second=8, transient=True)  # renders at once
 
-    def update(self, *, phase: str, done: int, total: int | None, tried: int, best: str, seconds_left: float | None) -> None:
-        self._phase, self._done, self._total, self._tried = phase, done, total, tried
-        self._best = best or self._best
-        self._ends = None if seconds_left is None else time.monotonic() + seconds_left
+    def update(self, status: Status) -> None:
+        self._status = status
+        self._ends = None if status.seconds_left is None else time.monotonic() + status.seconds_left
 
     def message(self, text: str) -> None:
         from rich.text import Text
@@ -144,16 +156,16 @@ class RichProgress:
         from rich.table import Table
         from rich.text import Text
 
-        first = Table.grid(padding=(0, 1))
-        bar = ProgressBar(total=self._total, completed=self._done, width=BAR_WIDTH) if self._total else Text("")
-        count = _fraction(self._done, self._total).strip()
-        first.add_row(self._spinner, Text(self._phase, style="bold"), bar, Text(count, style="dim"))
-        parts = [f"{self._tried} tried"] if self._tried else []
+        first, now = Table.grid(padding=(0, 1)), self._status
+        bar = ProgressBar(total=now.total, completed=now.done, width=BAR_WIDTH) if now.total else Text("")
+        count = _fraction(now.done, now.total).strip()
+        first.add_row(self._spinner, Text(now.phase, style="bold"), bar, Text(count, style="dim"))
+        parts = [f"{now.tried} tried"] if now.tried else []
         parts.append(f"{format_duration(max(1.0, time.monotonic() - self._started))} elapsed")
         if self._ends is not None:
             parts.append(f"{_remaining(self._ends - time.monotonic())} left")
         second = Text("  ")
-        second.append(f"best so far {self._best}" if self._best else "nothing to ship yet", style="green")
+        second.append(f"best so far {now.best}" if now.best else "nothing to ship yet", style="green")
         second.append("   " + ", ".join(parts), style="dim")
         return Group(first, second)
 

@@ -18,7 +18,9 @@ Point = tuple[float, float]
 """Gain (more is better) and latency in seconds."""
 
 
-def cover(points: Sequence[Point], n: int, taken: Sequence[Point] = ()) -> list[int]:
+def cover(
+    points: Sequence[Point], n: int, taken: Sequence[Point] = (), least: Callable[[Sequence[float]], float] = least_counted
+) -> list[int]:
     """Indices of the `n` points (gain, latency in seconds) that together dominate most, beside those that are `taken`.
 
     First the best of all, unless one that is taken is as good: it is what a search under a budget is after.
@@ -26,14 +28,14 @@ def cover(points: Sequence[Point], n: int, taken: Sequence[Point] = ()) -> list[
     the chosen spread over the front by themselves. It is greedy (Guerreiro, Fonseca & Paquete 2016, Evolutionary Computation 24(3)), and
     then exchanges one for another as long as that covers more: what greed takes first lies where two would share what it covers.
     The reference is the least gain that counts first: whoever has a budget wants accuracy within it, and networks that are tiny and bad
-    would dominate a large area of a plot that nobody looks at. They come last, spread by the whole area.
+    would dominate a large area of a plot that nobody looks at. They come last, spread by the whole area. `least` says what counts first.
     """
     if not points:
         return []
     known, gains = [(gain, math.log(latency)) for gain, latency in points], [gain for gain, _ in points]
     beside = [(gain, math.log(latency)) for gain, latency in taken]
     slowest = max(log for _, log in (*known, *beside)) + math.log(WORST_SLOWNESS)
-    references = (least_counted(gains), slowest), (min(gains) - WORST_MARGIN, slowest)
+    references = (least(gains), slowest), (min(gains) - WORST_MARGIN, slowest)
     best = max(range(len(points)), key=lambda index: (gains[index], -known[index][1]))
     chosen = [best] if n > 0 and all(gain < gains[best] for gain, _ in beside) else []
 
@@ -66,15 +68,19 @@ def _best_exchange(
 
 
 def promoted(
-    outcomes: Sequence[Outcome], n: int, settled: Sequence[Outcome] = (), merit: Callable[[Outcome], float] = gain
+    outcomes: Sequence[Outcome],
+    n: int,
+    settled: Sequence[Outcome] = (),
+    merit: Callable[[Outcome], float] = gain,
+    least: Callable[[Sequence[float]], float] = least_counted,
 ) -> list[Outcome]:
     """The `n` outcomes that cover most, beside those that are `settled` (trained to the end, or in no need of it).
 
-    merit: what is covered beside cost; the score where nothing else is said.
+    merit: what is covered beside cost; the score where nothing else is said. least: see `cover`.
     """
 
     def points(known: Sequence[Outcome]) -> list[Point]:
         return [(merit(o), cost(o)) for o in known]
 
     candidates = measured(outcomes)
-    return [candidates[index] for index in cover(points(candidates), n, points(measured(settled)))]
+    return [candidates[index] for index in cover(points(candidates), n, points(measured(settled)), least)]

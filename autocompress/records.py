@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from autocompress.policy import Policy, Record
+from autocompress.policy import Policy
+from autocompress.record import Record
 
 SMALLEST = 1e-12
 """Of outputs that others are compared with."""

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_fie
 
 from autocompress.budget import Budget
 from autocompress.errors import RunFolderError, UsageError
-from autocompress.policy import Policy, first_problem
+from autocompress.policy import Policy
+from autocompress.record import first_problem
 from autocompress.records import Measurement, Parity, Prediction, Rung, Score
 from autocompress.references import nearest
 from autocompress.run_folder import read_front

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from autocompress.records import Score
 
@@ -15,9 +16,13 @@ SEEN_GAP = 0.01
 """Least difference of validation and test accuracy that tells of a model that has seen the validation examples."""
 
 
+SHARES = re.compile(r"accuracy|accuracy[@_ -].*|top[_ -]?\d+.*")
+"""Names of scores that are shares of right answers: `accuracy`, `accuracy@1`, `top5`, `top-5 accuracy`."""
+
+
 def is_share(score: Score) -> bool:
     """Whether the score is a share of right answers, to be shown in percent."""
-    return score.name.startswith(("accuracy", "top")) and 0.0 <= score.value <= 1.0
+    return SHARES.fullmatch(score.name) is not None and 0.0 <= score.value <= 1.0
 
 
 def score_interval(score: Score) -> tuple[float, float] | None:

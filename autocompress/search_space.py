@@ -31,10 +31,9 @@ from autocompress.policy import (
     Policy,
     PruneSpec,
     QuantSpec,
-    Record,
     StudentSpec,
-    first_problem,
 )
+from autocompress.record import Record, first_problem
 from autocompress.references import call_function, draws_itself, nearest, require_name
 from autocompress.suggesters import DefaultDistillation, SmallEnd, Suggester
 from autocompress.task import Task

@@ -21,7 +21,7 @@ from autocompress.progress import Progress, make_progress
 from autocompress.references import name_of
 from autocompress.report.figures import in_colour
 from autocompress.report.page import figures, write_report
-from autocompress.report.tables import frame
+from autocompress.report.tables import frame, note
 from autocompress.results import Entry, Results
 from autocompress.run_folder import PARETO, REPORT, new_run, read_front
 from autocompress.task import Task, find_task
@@ -82,6 +82,11 @@ class SearchResult:
         from plotly.graph_objects import Figure
 
         return {name: Figure(in_colour(figure)) for name, figure in figures(Results.read(self.content)).items()}
+
+    def explain(self, pick: str = "best") -> pd.DataFrame:
+        """One row a layer: channels, bits, predicted seconds before and after what a policy does to it, and why it is not faster."""
+        entry = Results.read(self.content).pick(pick)
+        return pd.DataFrame([layer.model_dump(mode="json") | {"note": note(layer)} for layer in entry.layers])
 
     def export(
         self,
@@ -200,6 +205,7 @@ def run_search(
     suggest: Callable[..., Policy] | None = None,
 ) -> SearchResult:
     """Run one search in the folder `run` and return what it found; what is finished survives any interruption."""
+    run = run.absolute()  # whatever folder the user's code changes to
     try:
         conduct(task, run, Given(model, data, device, sampler, suggest), resume=resume, progress=progress)
     except InfeasibleBudget as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import fx
 
-from autocompress.batch import Inputs, joined, names_of, tensors_of
+from autocompress.batch import Inputs, joined
 from autocompress.compress.quantize import CALIBRATION_INPUTS
 from autocompress.compress.reconstruct import TeacherActivations, examples_for
 from autocompress.compress.teacher import Teacher
@@ -17,7 +17,7 @@ from autocompress.data import Data
 from autocompress.data.splits import FLOAT_BYTES
 from autocompress.devices.base import Device
 from autocompress.errors import UsageError
-from autocompress.export import Manifest, write_bundle
+from autocompress.export import Manifest, Provenance, write_bundle
 from autocompress.failures import FAILURES
 from autocompress.graph import Graph, Structure
 from autocompress.ledger import Ledger
@@ -63,7 +63,7 @@ class Setting:
     baseline: Baseline
     example: Inputs
     models: Path
-    model_reference: str
+    provenance: Provenance
     learning_rate: float = 0.1
     batch_size: int = 128
     seed: int = 0
@@ -130,10 +130,7 @@ class Setting:
     def write(self, folder: Path, student: fx.GraphModule, policy: Policy) -> Manifest:
         """Export a student of this search as a bundle."""
         with self.ledger.spend("export"):
-            return write_bundle(
-                folder, student, policy, tensors_of(self.example), model=self.model_reference, input_names=names_of(self.example),
-                classes=self.data.classes, class_names=self.data.class_names, seed=self.seed, normalisation=self.data.normalisation,
-            )  # fmt: skip
+            return write_bundle(folder, student, policy, self.example, self.provenance)
 
 
 def affordable_calibration(batch: int, latency_s: float) -> int:

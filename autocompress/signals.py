@@ -16,7 +16,7 @@ from types import FrameType, TracebackType
 from typing import Self, final
 
 from autocompress.errors import Terminated
-from autocompress.progress import Progress
+from autocompress.progress import Progress, Status
 
 
 class _Signalled(BaseException):
@@ -76,10 +76,10 @@ class Attentive:
     def __init__(self, progress: Progress, stop: Stop) -> None:
         self._progress, self._stop = progress, stop
 
-    def update(self, *, phase: str, done: int, total: int | None, tried: int, best: str, seconds_left: float | None) -> None:
+    def update(self, status: Status) -> None:
         """The state now; raises what ends the search."""
         self._stop.raise_again()
-        self._progress.update(phase=phase, done=done, total=total, tried=tried, best=best, seconds_left=seconds_left)
+        self._progress.update(status)
 
     def message(self, text: str) -> None:
         """One line that stays."""

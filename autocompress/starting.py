@@ -82,9 +82,11 @@ def start_student(setting: Setting, student: fx.GraphModule, policy: Policy, con
 
 def _continue_from(student: fx.GraphModule, path: Path) -> bool:
     """Whether the weights of a lower rung are there: a missing or damaged checkpoint costs training time, not the policy."""
+    before = copy.deepcopy(student.state_dict())
     try:
         load_tensor_state(student, load_file(path))
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, RuntimeError):  # the last of one that is another student's, which may be loaded in part
+        student.load_state_dict(before)
         return False
     return True
 
@@ -97,6 +99,6 @@ def _reconstruct(setting: Setting, student: fx.GraphModule, policy: Policy, unti
     try:
         with setting.ledger.spend("reconstruct"):
             reconstruct(student, setting.teacher_activations, policy, until=until)
-    except RuntimeError:  # out of memory, or equations without a solution: the student can be trained all the same
+    except (RuntimeError, MemoryError):  # out of memory, or equations without a solution: the student can be trained all the same
         note_error(setting.log)
         student.load_state_dict(inherited)

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Self
 from pydantic import Field, ValidationError, field_validator
 
 from autocompress.budget import Budget
-from autocompress.errors import UsageError
-from autocompress.policy import Record, first_problem
+from autocompress.errors import RunFolderError, UsageError
+from autocompress.record import Record, first_problem
 from autocompress.references import (
     AGENT,
     AGENT_PORT,
@@ -228,6 +228,13 @@ def load_kept_task(run: Path, overrides: Mapping[str, object]) -> Task:
     path = run / TASK_FILE
     if not path.is_file():
         raise UsageError(f"there is no search in {str(run)!r}", hint="give the run folder of a search")
+    try:
+        tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunFolderError(
+            f"{str(path)!r} is damaged: {error}",
+            hint=f"front.json says what the task was; write it anew: autocompress search TASK.toml --resume --out {shlex.quote(str(run))}",
+        ) from None
     task = load_task(path, overrides)
     unnamed = {field: value for field, value in task.demands_trust.items() if overrides.get(field) is None}
     from_within = Path.cwd().resolve().is_relative_to(run.resolve())  # where relative names would be looked for in it

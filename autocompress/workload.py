@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from autocompress.policy import Record
+from autocompress.record import Record
 
 Shape = tuple[int, ...]
 Signature = tuple[object, ...]

@@ -42,7 +42,7 @@ from autocompress.compress.train import train_quantized
 from autocompress.data import Data
 from autocompress.devices import open_device
 from autocompress.evaluate import score_artifact
-from autocompress.export import write_bundle
+from autocompress.export import Provenance, write_bundle
 from autocompress.graph import Graph
 from autocompress.models import load_weights
 from autocompress.policy import DistillSpec, Policy, QuantSpec
@@ -130,7 +130,7 @@ def torch_pruning(data: Data, teacher: Teacher, folder: Path) -> tuple[Path, flo
     distillation = Distillation(teacher, DistillSpec(), kept_features(model, teacher.model))
     student = train_quantized(build_student(graph, Policy()), quant, data, TrainPlan(steps), distillation=distillation)
     seconds = time.monotonic() - started
-    write_bundle(folder / "torch_pruning", student, Policy(quant=quant), (example,), model="torch-pruning 50 %")
+    write_bundle(folder / "torch_pruning", student, Policy(quant=quant), example, Provenance(model="torch-pruning 50 %"))
     return folder / "torch_pruning" / "model.onnx", seconds
 
 

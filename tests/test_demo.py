@@ -9,6 +9,7 @@ import torch
 
 from autocompress.demo import WIDTHS, teacher
 from autocompress.demo_size import TIMES_BUDGET, of_fitting_size, reference_for
+from autocompress.errors import PolicyFailure
 from autocompress.graph import Graph
 from autocompress.models import load_model
 from autocompress.policy import Policy
@@ -61,3 +62,11 @@ OTHERS = [Task(), Task(budget=("0.5x",)), Task(budget=("4MB",)), Task(budget=("1
 @pytest.mark.parametrize("task", OTHERS)
 def test_without_a_budget_in_seconds_it_is_the_usual_one(task):
     assert of_fitting_size(task, None, on_a_processor(0.1)) == task
+
+
+def test_where_nothing_can_be_measured_the_search_tells_why():
+    class Starved(FakeDevice):
+        def measure_many(self, models, *, seconds_each=0.02):
+            raise PolicyFailure("the runtime crashed with SIGKILL")
+
+    assert reference_for(Starved(), LIMIT_S, 32) == DEMO + "teacher"

@@ -18,10 +18,10 @@ from autocompress.compress.student import build_student
 from autocompress.data import Data, Split
 from autocompress.deploy import export_run, recreate
 from autocompress.errors import PolicyFailure, RunFolderError, UsageError
-from autocompress.export import read_manifest, update_manifest, write_bundle
+from autocompress.export import Provenance, read_manifest, update_manifest, write_bundle
 from autocompress.graph import Graph
 from autocompress.loading import load
-from autocompress.measure import measure_reference
+from autocompress.measure import measure_on
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import prepare
 from autocompress.run_folder import remember_own
@@ -47,7 +47,7 @@ def made(tmp_path_factory):
     streams = [group.name for group in graph.groups if group.prunable and group.stream]
     policy = Policy(prune=PruneSpec(ratios=dict.fromkeys(streams, 0.5)))
     for name, chosen in (("baseline", Policy()), ("00000", policy)):
-        write_bundle(run / "models" / name, build_student(graph, chosen).eval(), chosen, EXAMPLE, model=MODEL, classes=10)
+        write_bundle(run / "models" / name, build_student(graph, chosen).eval(), chosen, *EXAMPLE, Provenance(model=MODEL, classes=10))
     device = FakeDevice()
     before, after = device.measure([run / "models" / name / "model.onnx" for name in ("baseline", "00000")])
     entry = {
@@ -320,7 +320,7 @@ def test_what_a_format_cannot_hold_is_told_as_such(run, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["student.safetensors", "policy.json", "model.onnx"])
+@pytest.mark.parametrize("name", ["student.safetensors", "policy.json", "model.onnx", "manifest.json"])
 @pytest.mark.parametrize("damage", ["cut", "deleted"])
 def test_no_damaged_bundle_is_exported(run, tmp_path, name, damage):
     path = run / "models" / "00000" / name
@@ -352,7 +352,7 @@ def test_a_model_of_whole_numbers_is_made_again(tmp_path):
     words = torch.randint(0, 7, (4, 5))
     teacher = Words().eval()
     student = build_student(Graph.trace(teacher, (words,)), Policy())
-    manifest = write_bundle(tmp_path, student.eval(), Policy(), (words,), model="own:words")
+    manifest = write_bundle(tmp_path, student.eval(), Policy(), words, Provenance(model="own:words"))
     assert [(known.shape, known.dtype) for known in manifest.inputs.values()] == [((4, 5), "int64")]
     torch.testing.assert_close(recreate(tmp_path, teacher)(words), teacher(words))
 
@@ -436,8 +436,14 @@ def test_what_the_device_cannot_run_is_no_bug(run, tmp_path, monkeypatch, capsys
         apply_policy(MODEL, policy="random:1", out=tmp_path / "applied")
 
 
+def test_a_model_is_measured_as_an_object_too():
+    model = tiny_resnet()
+    assert autocompress.measure_model(model, device="fake", input="3x16x16", batch=2).median > 0
+    assert model.training, "and never changed"
+
+
 def test_a_model_is_measured_by_its_reference():
-    assert all(found.median > 0 for found in measure_reference(MODEL, devices=["fake", "fake"]))
+    assert all(found.median > 0 for found in measure_on(MODEL, ["fake", "fake"]))
 
 
 def test_what_a_killed_export_left_is_no_hindrance(run, tmp_path):
@@ -466,7 +472,7 @@ def test_an_export_that_is_killed_between_two_files_is_told_by_its_manifest(run,
 
 
 def test_paths_may_be_text(run, tmp_path):
-    assert autocompress.measure_file(str(run / "models" / "00000" / "model.onnx")).median > 0
+    assert autocompress.measure_model(str(run / "models" / "00000" / "model.onnx")).median > 0
     with pytest.raises(UsageError, match="does not exist"):
         autocompress.inspect_model(MODEL, weights=str(tmp_path / "absent.pt"))
     with pytest.raises(UsageError, match="cannot be read"):

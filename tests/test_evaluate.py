@@ -56,6 +56,8 @@ def test_a_score_of_ones_own_has_its_own_name_and_direction():
     score = score_outputs(torch.eye(4), SPLIT.targets, own)
     assert (score.name, score.direction, score.gain) == ("mean_error", "minimize", -0.5)
     assert not is_share(score)
+    assert [is_share(Score(name=name, value=0.5)) for name in ("accuracy", "top5", "top-1 accuracy", "accuracy@5")] == [True] * 4
+    assert not any(is_share(Score(name=name, value=0.5)) for name in ("topic_coherence", "accuracyloss"))
     unnamed = Data(SPLIT, SPLIT, SPLIT, loss=nn.functional.cross_entropy, score=lambda y, t: 0.5)
     assert unnamed.scored_by == "score"
 

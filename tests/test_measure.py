@@ -10,7 +10,7 @@ from autocompress import measure as module
 from autocompress.cli import main
 from autocompress.devices.runtime import TITLES, Runtime
 from autocompress.errors import UsageError
-from autocompress.measure import measure_file, measure_file_on
+from autocompress.measure import measure_model, measure_on
 from autocompress.records import Measurement
 
 
@@ -33,7 +33,7 @@ def asked(monkeypatch):
 
 
 def test_several_devices_take_turns_and_each_is_told_by_its_middle_one(asked, tiny):
-    found = measure_file_on(tiny, ["steady", "restless"])
+    found = measure_on(tiny, ["steady", "restless"])
     assert asked == ["steady", "restless"] * 3
     assert [latency.median for latency in found] == [2.0, 3.0]
     assert [(latency.low, latency.high, latency.noisy) for latency in found] == [(2.0, 2.0, False), (1.0, 9.0, True)]
@@ -41,7 +41,7 @@ def test_several_devices_take_turns_and_each_is_told_by_its_middle_one(asked, ti
 
 
 def test_one_device_is_asked_once(asked, tiny):
-    assert measure_file(tiny, device="restless").median == 9.0
+    assert measure_model(tiny, device="restless").median == 9.0
     assert asked == ["restless"]
 
 
@@ -53,7 +53,7 @@ def test_a_model_that_cannot_be_exported_is_told_as_such(monkeypatch):
     with pytest.raises(
         UsageError, match=r"autocompress.testing.models:tiny_resnet cannot be measured: ValueError: .* maximum protobuf size"
     ):
-        module.measure_reference("autocompress.testing.models:tiny_resnet", devices=["onnxruntime:cpu"], input="3x16x16")
+        measure_model("autocompress.testing.models:tiny_resnet", device="onnxruntime:cpu", input="3x16x16")
 
 
 @pytest.mark.skipif(not Runtime("openvino").is_here, reason="openvino is not installed")

@@ -101,6 +101,7 @@ def test_channels_are_the_nearest_multiple(size, multiple, width, ratio):
     channels, step = policy.channels("g", size), min(multiple, size)
     wanted = size * width * (1 - ratio)
     assert channels >= step
+    assert (channels - size) * (wanted - size) >= 0, "rounding makes no narrower group wider, and no wider one narrower"
     assert channels == size or channels % step == 0
     assert channels in (step, size) or abs(channels - wanted) <= step / 2 + 1e-6
 

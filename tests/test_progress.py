@@ -7,11 +7,11 @@ import time
 import pytest
 from rich.console import Console
 
-from autocompress.progress import PlainProgress, RichProgress, SilentProgress, make_progress
+from autocompress.progress import PlainProgress, RichProgress, SilentProgress, Status, make_progress
 
 
-def update(progress, phase="short training", done=1, total=None, tried=0, best="", seconds_left=None):
-    progress.update(phase=phase, done=done, total=total, tried=tried, best=best, seconds_left=seconds_left)
+def update(progress, phase="short training", done=1, **status):
+    progress.update(Status(phase, done, **status))
 
 
 @pytest.fixture
@@ -73,11 +73,11 @@ def test_silence(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_live_display_keeps_the_best_and_prints_names_as_they_are():
+def test_the_live_display_prints_names_as_they_are():
     console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
     with RichProgress(console) as progress:
         update(progress, phase="full [x]", done=3, total=9, tried=5, best="93 % at 9 ms", seconds_left=60)
-        update(progress, phase="full [x]", done=4, total=9, tried=6, seconds_left=60)
+        update(progress, phase="full [x]", done=4, total=9, tried=6, best="93 % at 9 ms", seconds_left=60)
         progress.message("policy [/red] failed")
         shown = Console(width=100, file=io.StringIO(), color_system=None)
         shown.print(progress.render())
@@ -103,6 +103,6 @@ class FullDisk(io.StringIO):
 def test_a_log_or_terminal_that_cannot_be_written_does_not_end_a_search():
     plain = PlainProgress(FullDisk())
     plain.message("one")
-    plain.update(phase="a", done=0, total=None, tried=0, best="", seconds_left=None)
+    plain.update(Status("a"))
     with RichProgress(Console(file=FullDisk(), force_terminal=True)) as live:
         live.message("one")

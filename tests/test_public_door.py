@@ -14,6 +14,7 @@ HEAVY = {"torch", "torchvision", "optuna", "onnxruntime", "sklearn", "plotly", "
 LIGHT_MODULES = [
     "errors",
     "units",
+    "record",
     "policy",
     "records",
     "results",

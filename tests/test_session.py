@@ -164,3 +164,22 @@ def test_a_demonstration_that_had_not_trained_its_teacher_begins_again_with_all_
     journal = SimpleNamespace(has_begun=bool(outcomes), noted={"elapsed_s": 90.0, "spent_s": {"train": 60.0}}.get)
     taken = resuming.taken_before(Task(model=model, data="digits"), tmp_path, journal)
     assert taken == (spent, {"train": 60.0} if spent else {})
+
+
+def test_a_result_is_found_where_the_search_began(tmp_path, monkeypatch):
+    """The user's own code may change to another folder while it runs."""
+    loaded, elsewhere = [], tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(session, "conduct", lambda *_, **__: os.chdir(elsewhere))
+    monkeypatch.setattr(session.SearchResult, "load", loaded.append)
+    session.run_search(Task(model="torchvision:resnet18", data="digits"), Path("run"))
+    assert loaded == [tmp_path / "run"]
+
+
+def test_a_search_does_not_learn_from_itself_whatever_its_folder_is_called(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    task = Task(model="torchvision:resnet18", data="digits", from_run=str(tmp_path / "link"))
+    with pytest.raises(UsageError, match="cannot learn from itself"):
+        session.run_search(task, tmp_path / "run")

@@ -10,10 +10,10 @@ import time
 import pytest
 
 from autocompress.errors import Terminated
-from autocompress.progress import SilentProgress
+from autocompress.progress import SilentProgress, Status
 from autocompress.signals import Attentive, stopped_by_signals
 
-NOW = {"phase": "training", "done": 1, "total": None, "tried": 0, "best": "", "seconds_left": None}
+NOW = Status("training", 1)
 
 
 @pytest.fixture
@@ -60,10 +60,10 @@ def test_what_python_has_swallowed_is_raised_again(handlers, monkeypatch, number
     monkeypatch.setattr(sys, "unraisablehook", swallowed.append)
     with pytest.raises(error), stopped_by_signals() as stop:
         progress = Attentive(SilentProgress(), stop)
-        progress.update(**NOW)
+        progress.update(NOW)
         Dying(signal.raise_signal, number)
         reached.append("on")
-        progress.update(**NOW)
+        progress.update(NOW)
     assert (swallowed, reached) == ([], ["on"])
 
 

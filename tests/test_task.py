@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autocompress.errors import UsageError
+from autocompress.errors import RunFolderError, UsageError
 from autocompress.references import names_function
 from autocompress.run_folder import remember_own
 from autocompress.task import DATA_VARIABLE, DEMO_MODEL, Task, load_kept_task, load_task
@@ -226,3 +226,10 @@ def test_a_folder_of_transformers_is_found_from_every_folder_and_runs_no_code(tm
     assert task.absolute().model == f"transformers:{tmp_path}/my-bert?revision=x"
     assert Task.create({"model": "transformers:org/bert", "data": "digits"}).absolute().model == "transformers:org/bert"
     assert not task.demands_trust
+
+
+def test_a_kept_task_that_was_cut_short_is_the_folders_fault_and_can_be_given_anew(tmp_path):
+    write(tmp_path, 'model = "torchvision:resn')
+    with pytest.raises(RunFolderError, match=r"task\.toml' is damaged") as caught:
+        load_kept_task(tmp_path, {})
+    assert "TASK.toml --resume --out" in caught.value.hint

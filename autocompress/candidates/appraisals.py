@@ -17,6 +17,7 @@ from autocompress.candidates.likeness import Likeness
 from autocompress.candidates.proposals import Proposal, outclassed
 from autocompress.candidates.sensitivity import Sensitivity
 from autocompress.errors import UsageError
+from autocompress.failures import refused
 from autocompress.graph import Structure
 from autocompress.policy import Policy
 from autocompress.ranks import partial_rank_correlation
@@ -58,7 +59,8 @@ class Appraisals:
 
     @functools.cached_property
     def _likeness(self) -> Likeness:
-        return Likeness(self.forecast.setting)
+        with refused("the original cannot answer the examples that students are compared on"):
+            return Likeness(self.forecast.setting)
 
     @property
     def seconds_each(self) -> float:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from autocompress.batch import call_network, joined
+from autocompress.compress.memory import bounded_memory
 from autocompress.compress.outputs import relative_errors
 from autocompress.compress.quantize import CALIBRATION_BATCH, calibrate, fake_quantize
 from autocompress.compress.reconstruct import TeacherActivations, examples_for, reconstruct
@@ -50,12 +51,13 @@ class Likeness:
         average of all outputs.
         """
         try:
-            with policy_errors(self._setting.log):  # out of memory, equations without a solution, whatever a module of the user's raises
+            # out of memory, equations without a solution, whatever a module of the user's raises
+            with policy_errors(self._setting.log), bounded_memory():
                 answers = self.answers(self.student(policy))
         except PolicyFailure as error:
             self.failures.append(error.message)
             return 0.0
-        if self._setting.data.classes is not None:
+        if self._setting.data.decides:
             shared = torch.minimum(answers.softmax(1), self.wanted.softmax(1)).sum(1).mean()
         else:
             shared = (1 / (1 + relative_errors(answers, self.wanted))).mean()

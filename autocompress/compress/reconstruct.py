@@ -25,7 +25,7 @@ from autocompress.batch import Inputs, tensors_of
 from autocompress.compress.least_squares import solve
 from autocompress.compress.low_rank import FIRST_OF, leading_factors, write
 from autocompress.graph import Graph
-from autocompress.graph.nodes import fused, is_depthwise, is_folded_norm, kind_of, module_of
+from autocompress.graph.nodes import Conv, Weighted, fused, is_depthwise, is_folded_norm, is_layer, kind_of, module_of
 from autocompress.graph.resize import NEW, Selection
 from autocompress.policy import Policy
 
@@ -160,7 +160,7 @@ def _weight(node: fx.Node, student: fx.GraphModule) -> Tensor | None:
 
 def _is_solvable(layer: nn.Module | None) -> bool:
     """Whether the layer is a linear function of patches that can be taken from its input."""
-    if type(layer) is nn.Conv2d:
+    if isinstance(layer, Conv) and is_layer(layer):
         return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return type(layer) is nn.Linear
 
@@ -258,9 +258,9 @@ class _Reconstruction(fx.Interpreter):
         write(first, right)
         second.weight[kept] = (left / torch.where(gain.abs() > TINY, gain, 1.0)).view_as(second.weight[kept])
 
-    def _layer(self, node: fx.Node) -> nn.Conv2d | nn.Linear:
+    def _layer(self, node: fx.Node) -> Weighted:
         layer = module_of(node, self._student)
-        assert isinstance(layer, (nn.Conv2d, nn.Linear))
+        assert isinstance(layer, Weighted)
         return layer
 
     def _target(self, aim: _Aim) -> tuple[Tensor, Tensor]:
@@ -274,11 +274,11 @@ class _Reconstruction(fx.Interpreter):
     def _axis(self, aim: _Aim) -> int:
         return len(aim.end.meta["shape"]) - 1 if aim.last else 1
 
-    def _write(self, aim: _Aim, layer: nn.Conv2d | nn.Linear, kept: Tensor, weight: Tensor, bias: Tensor) -> None:
+    def _write(self, aim: _Aim, layer: Weighted, kept: Tensor, weight: Tensor, bias: Tensor) -> None:
         """Where a batch norm follows, filters keep the length that they had, on which the speed of their training depends.
 
-        What had hardly any, a filter that decayed to nothing, gets that of its neighbours: the shorter a filter in front of a norm, the
-        larger its gradient, and one that was fitted for real work would be destroyed by the first step.
+        Those that were shorter than most get the median: the shorter a filter in front of a norm, the larger its gradient, and one that had
+        decayed to nothing and was fitted for real work would be destroyed by the first step.
         """
         if aim.norm is not None:
             lengths = layer.weight[kept].flatten(1).norm(dim=1)
@@ -339,7 +339,7 @@ def _positions(n: int, size: int, rows: int) -> Tensor:
     return torch.randint(size, (n, each), generator=torch.Generator().manual_seed(SEED))
 
 
-def _patches(layer: nn.Conv2d | nn.Linear, value: Tensor, rows: int) -> Tensor:
+def _patches(layer: Weighted, value: Tensor, rows: int) -> Tensor:
     """rows x groups x inputs of a filter, at the positions of the outputs that are looked at.
 
     Taken one by one: `F.unfold` makes all of a map's patches, a hundred times as many in a large one.
@@ -349,13 +349,12 @@ def _patches(layer: nn.Conv2d | nn.Linear, value: Tensor, rows: int) -> Tensor:
     assert not isinstance(layer.padding, str)
     padded = F.pad(value, [side for padding in reversed(layer.padding) for side in (padding, padding)])
     reach = [dilation * (kernel - 1) + 1 for dilation, kernel in zip(layer.dilation, layer.kernel_size, strict=True)]
-    height, width = ((size - r) // stride + 1 for size, r, stride in zip(padded.shape[2:], reach, layer.stride, strict=True))
-    picked = _positions(len(value), height * width, rows)
-    corners = picked.div(width, rounding_mode="floor"), picked % width
-    y, x = (
-        corner[:, :, None] * stride + dilation * torch.arange(kernel)
-        for corner, stride, dilation, kernel in zip(corners, layer.stride, layer.dilation, layer.kernel_size, strict=True)
-    )
-    examples = torch.arange(len(value))[:, None, None, None]
-    patches = padded.movedim(1, -1)[examples, y[:, :, :, None], x[:, :, None, :]]  # n x positions x kernel x channels
+    outputs = [(size - r) // stride + 1 for size, r, stride in zip(padded.shape[2:], reach, layer.stride, strict=True)]
+    corners = torch.unravel_index(_positions(len(value), math.prod(outputs), rows), outputs)
+    places = []
+    for axis, corner in enumerate(corners):
+        along = corner[:, :, None] * layer.stride[axis] + layer.dilation[axis] * torch.arange(layer.kernel_size[axis])
+        places.append(along.view(*corner.shape, *(-1 if axis == other else 1 for other in range(len(outputs)))))
+    examples = torch.arange(len(value)).view(-1, 1, *(1 for _ in outputs))
+    patches = padded.movedim(1, -1)[examples, *places]  # n x positions x kernel x channels
     return patches.movedim(-1, 2).flatten(0, 1).flatten(1).unflatten(1, (layer.groups, -1))

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.batch import Inputs, call_network, map_inputs
-from autocompress.compress.arithmetic import bf16_is_faster, fast_arithmetic, fast_layout
+from autocompress.compress.arithmetic import best_training_device, bf16_is_faster, fast_arithmetic, fast_layout
 from autocompress.compress.distill import Answers, observe
+from autocompress.compress.memory import inputs_that_fit
 from autocompress.compress.outputs import relative_errors, variances
 from autocompress.data import Data, sample, sampled
 from autocompress.graph.nodes import follows_batch
@@ -62,7 +63,8 @@ class Teacher:
         self._data = data
         self._classifier = classifier
         self._seed = seed
-        self._batch = data.at_most(BATCH, BATCH_BYTES)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._batch = inputs_that_fit(model, data.at_most(BATCH, BATCH_BYTES), device)
         self._cache_bytes = cache_bytes
         self._kept: dict[int, _Kept] = {}
         self._mixes = any(map(follows_batch, model.modules()))
@@ -106,9 +108,9 @@ class Teacher:
         try:
             with self.arithmetic(torch.device("cpu")):
                 answers = torch.cat([call_network(student, part).float() for part in inputs.split(self._batch)])
-        except RuntimeError:
+        except (RuntimeError, MemoryError):
             return 1.0
-        if self._data.classes is not None:
+        if self._data.decides:
             return float((answers.argmax(1) != wanted.argmax(1)).float().mean())
         return float(relative_errors(answers, wanted).clamp_max(1.0).mean())
 
@@ -123,7 +125,8 @@ class Teacher:
         own = 0.0
         with suppress(Exception):  # whatever the user's own code raises over a constant
             assert self._data.loss is not None
-            own = float(self._data.loss(outputs.mean(0, keepdim=True).expand_as(outputs), targets))
+            device, constant = best_training_device(), outputs.mean(0, keepdim=True).expand_as(outputs).contiguous()
+            own = float(self._data.loss(constant.to(device), targets.to(device)))
         return variances(outputs), own if 0 < own < math.inf else 1.0
 
     def _answered(self, n: int) -> tuple[Inputs, Tensor]:
@@ -139,7 +142,7 @@ class Teacher:
         """
         try:
             self._prepare(seconds, tick)
-        except RuntimeError:  # which torch raises when memory runs out, of whatever device
+        except (RuntimeError, MemoryError):  # which torch and numpy raise when memory runs out, of whatever device
             self.views = self._most_views
             self._kept.clear()
 
@@ -225,7 +228,7 @@ class Teacher:
         Decisions between classes always bear it.
         """
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        if self._data.classes is not None or not bf16_is_faster(device):
+        if self._data.decides or not bf16_is_faster(device):
             return True
         few = self._data.view(torch.arange(min(MORE, self._batch, len(self._data.train))), 0, self._seed)
         exact = call_network(self.model, few.to(device, copy=True)).float()

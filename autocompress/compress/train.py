@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from autocompress.compress.arithmetic import best_training_device, fast_layout
 from autocompress.compress.loss import Distillation, loss_of
-from autocompress.compress.memory import LEAST_PART, is_out_of_memory, parts_that_fit
+from autocompress.compress.memory import LEAST_PART, inputs_that_fit, is_out_of_memory, parts_that_fit
 from autocompress.compress.norms import reestimate_norms, upkeep
 from autocompress.compress.optimizer import Optimizer
 from autocompress.compress.quantize import CALIBRATION_BATCH, calibrate, fake_quantize, float_state, snap_biases
@@ -26,6 +27,8 @@ from autocompress.policy import QuantSpec
 
 SLOWER, MOST_RESTARTS = 4.0, 3
 """By how much rates fall each time that training diverges and begins again, and how often it may: networks without norms need it."""
+KEPT_EVERY_S = 300.0
+"""So much training may be lost where a machine loses its power, or kills the search."""
 LEAST_LEFT = 0.1
 """Share of its time that training must have left to begin again."""
 
@@ -52,15 +55,17 @@ def train_quantized(
     *,
     distillation: Distillation | None = None,
     tick: Tick | None = None,
+    keep: Callable[[], None] | None = None,
 ) -> fx.GraphModule:
     """Train in float, insert fake quantizers, train the rest through them; returns the quantized student in eval mode.
 
-    What was learned is in `student` too, in float, also where a signal ends the training.
+    What was learned is in `student` too, in float, also where a signal ends the training, and each time that `keep` is called: every few
+    minutes, to write it down.
     One schedule spans both parts. With `plan.steps == 0` this is post-training quantization: calibration only.
     """
 
     def attempt(plan: TrainPlan) -> fx.GraphModule:
-        return _Trainer(data, plan, distillation, tick).train_quantized(student, quant)
+        return _Trainer(data, plan, distillation, tick, keep).train_quantized(student, quant)
 
     return _at_bearable_rates(attempt, student, plan) if plan.steps else attempt(plan)
 
@@ -94,9 +99,12 @@ class _Trainer:
     plan: TrainPlan
     distillation: Distillation | None
     tick: Tick | None
+    keep: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
-        self._schedule, self._told = Schedule(self.plan), 0.0
+        self._schedule, self._told, self._kept_at = Schedule(self.plan), 0.0, time.monotonic()
+        self._hand_over: Callable[[], None] = lambda: None
+        """Gives the student what was learned so far, where another network is trained in its place."""
 
     def train(self, student: nn.Module) -> nn.Module:
         """See the function `train`."""
@@ -112,12 +120,14 @@ class _Trainer:
         if not rounds:
             return student.eval()
         quantized = fake_quantize(student.eval(), quant)
-        calibrate(quantized, self.data.calibration_batches(plan.calibration_inputs, CALIBRATION_BATCH))
+        size = inputs_that_fit(student, CALIBRATION_BATCH, torch.device("cpu"))
+        calibrate(quantized, self.data.calibration_batches(plan.calibration_inputs, size))
         if plan.steps:
+            self._hand_over = functools.partial(_learn_from, student, quantized)
             try:
                 self._run(quantized, until=1.0)
             finally:  # a signal may end it here; whoever goes on does so from the student
-                _learn_from(student, quantized)
+                self._hand_over()
         return snap_biases(quantized.eval())
 
     def _run(self, model: nn.Module, *, until: float, calibrated: float = 0.0) -> None:
@@ -146,12 +156,18 @@ class _Trainer:
         value = self._gradient(loss, indices, optimizer)
         if not math.isfinite(value):
             failure = Diverged if self._schedule.done else PolicyFailure  # slower steps change nothing before the first
-            raise failure(f"training diverged: the loss must stay finite, but is {value} at step {self._schedule.done}")
+            is_odd = not self.data.train.targets[indices].isfinite().all()
+            where = ", where some targets are NaN or infinite: leave such examples out, or let the loss skip them" if is_odd else ""
+            raise failure(f"training diverged: the loss must stay finite, but is {value} at step {self._schedule.done}{where}")
         optimizer.step(self._schedule.rates)
         self._schedule.done += 1
         self._told = max(self._told, self._schedule.progress)  # which falls where norms no longer need to be re-estimated
         if self.tick is not None:
             self.tick(self._told)
+        if self.keep is not None and time.monotonic() > self._kept_at + KEPT_EVERY_S:
+            self._hand_over()
+            self.keep()
+            self._kept_at = time.monotonic()
 
     def _gradient(self, loss: Callable[[Tensor], Tensor], indices: Tensor, optimizer: Optimizer) -> float:
         """The mean loss of these examples, whose gradient is left for the optimizer; not where the loss is not finite.

@@ -25,6 +25,8 @@ VARIED = 3
 """Leading policies whose distillation is varied, at most."""
 INTERVAL_HEADROOM = MOST_DRIFT
 """Share of the budget that structures leave unused beside that for drift, until one is safely within it: for an interval's upper half."""
+MOST_SUGGESTED = 6
+"""Ways to distil that are drawn, at most, to find one that was not trained before."""
 MOST_MEASURED = 4
 """Untrained networks that are measured, at most, to find one within the budget for the next short run."""
 MOST_APPRAISED = 4
@@ -201,20 +203,24 @@ class Chooser:
     # -- other ways to distil ------------------------------------------------------------------------------------------
 
     def _variant(self) -> Choice | None:
-        """One of the policies that lead, distilled as Optuna suggests; None where none leads, or the space has nothing to suggest."""
+        """One of the policies that lead, distilled as Optuna suggests; None where none leads, or the space has nothing new to suggest.
+
+        Each of them in turn: of a space with few ways to distil, what is suggested has often been trained before.
+        """
         findings, variants = self.findings, self._variants
         usual = [o for o in findings.climbers if o.id not in variants]
         leading = [o for o in promoted(usual, VARIED) if findings.appraisals.of(o.policy) is not None]
-        if not leading:
-            return None
-        base = leading[len(variants) % len(leading)]
-        appraised, trial = findings.appraisals.of(base.policy), findings.journal.distillations.ask()
-        assert appraised is not None
-        policy = findings.forecast.space(PartiallyFixed(appraised.proposal.params, trial))
-        if not trial.params or any(o.policy == policy for o in findings.journal.outcomes):
+        for turn in range(MOST_SUGGESTED if leading else 0):
+            base = leading[(len(variants) + turn) % len(leading)]
+            appraised, trial = findings.appraisals.of(base.policy), findings.journal.distillations.ask()
+            assert appraised is not None
+            policy = findings.forecast.space(PartiallyFixed(appraised.proposal.params, trial))
+            if trial.params and all(o.policy != policy for o in findings.journal.outcomes):
+                return Choice(policy, appraised.worth, trial, base)
             findings.journal.tell_distillation(trial, None)
-            return None
-        return Choice(policy, appraised.worth, trial, base)
+            if not trial.params:
+                return None
+        return None
 
     @property
     def _variants(self) -> set[str]:

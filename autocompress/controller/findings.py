@@ -23,7 +23,7 @@ from autocompress.errors import PolicyFailure
 from autocompress.export import library_versions, now
 from autocompress.front import measured
 from autocompress.policy import Policy
-from autocompress.progress import Progress
+from autocompress.progress import Progress, Status
 from autocompress.records import Failure, FailureStage, Measurement, Outcome, Score, TakenOver
 from autocompress.report.view import format_score
 from autocompress.results import FailedPolicy, Ladder, ProgressPoint, Results
@@ -265,8 +265,7 @@ class Findings:
         best, words = self.best, ""
         if best is not None and best.val_score is not None and best.latency_s is not None:
             words = f"{format_score(best.val_score)} at {format_duration(best.latency_s.median)}"
-        left = self.clock.until_end
-        self.progress.update(phase=phase, done=done, total=total, tried=len(self.history), best=words, seconds_left=left)
+        self.progress.update(Status(phase, done, total, len(self.history), words, self.clock.until_end))
 
 
 def _json(record: Any) -> Any:

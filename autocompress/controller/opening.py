@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import replace
+
+import torch
 
 from autocompress.candidates.ahead import measure_ahead
 from autocompress.candidates.feasibility import Feasibility
@@ -11,12 +14,14 @@ from autocompress.candidates.pool import draw_pool
 from autocompress.candidates.proposals import Proposal
 from autocompress.controller.findings import Findings
 from autocompress.data import sample
-from autocompress.evaluate import run_artifact
+from autocompress.errors import PolicyFailure
+from autocompress.evaluate import run_artifact, score_outputs
 from autocompress.front import measured
 from autocompress.loading import kept_teacher
 from autocompress.policy import Policy
 from autocompress.preparation import limit_validation, score_baseline, train_demo_teacher
 from autocompress.records import Score
+from autocompress.report.view import format_score
 from autocompress.schedule import pool_seconds, profiling_seconds, reserve_seconds, teacher_seconds, validation_seconds
 from autocompress.setting import Setting
 from autocompress.study.notes import Note
@@ -26,6 +31,9 @@ MOST_OF_TRAIN = 1000
 """Training examples that the original is scored on, at most: enough to tell whether it knows validation examples less well."""
 FEWEST_OF_TRAIN = 100
 """And at least: fewer tell nothing (`scores.knows_validation_like_training`), and those of a slow model take long."""
+DOUBTED = 256
+"""Validation examples that tell whether a score of the user's own goes the right way."""
+FEWEST_DOUBTED = 16
 DEMO_TEACHER_SHARE = 0.4
 """Of the time that is left, at most: a quick machine trains it to the end in less, and all else is worthless on a slow
 one where it has not learned."""
@@ -72,7 +80,7 @@ def know_baseline(findings: Findings) -> None:
     if len(data.val) < whole:
         findings.progress.message(f"validating on {len(data.val)} of {whole} examples: all would take too much time or memory")
     score = _score_original(findings)
-    guess = 1 / data.classes if data.classes else 0.0
+    guess = 1 / data.classes if data.classes and data.decides else 0.0
     if data.score is None and score.value < guess + GUESSING * (1 - guess):
         findings.progress.message(f"the original scores {100 * score.value:.1f} %, hardly more than guessing: {_cure(findings.task)}")
     clock, latency, tail = findings.clock, findings.setting.baseline.latency_s.median, findings.limits.p95_s is not None
@@ -92,16 +100,35 @@ def _score_original(findings: Findings) -> Score:
     took = time.monotonic() - started
     findings.per_example_s = max((took - _first_answer_s(setting)) / len(data.val), setting.baseline.latency_s.median / setting.batch)
     findings.journal.note(Note.PER_EXAMPLE_S, findings.per_example_s)
+    if data.score is not None:
+        _doubt_score(findings)
     examples = min(len(data.val), MOST_OF_TRAIN)
     of_train = score_baseline(setting, sample(data.train, examples)) if examples >= FEWEST_OF_TRAIN else None
     findings.record_baseline(replace(setting.baseline, val_score=score, train_score=of_train))
     return score
 
 
+def _doubt_score(findings: Findings) -> None:
+    """Tell where answers that are given to the wrong examples score as well as the right ones: a search would go the wrong way."""
+    setting, data, few = findings.setting, findings.setting.data, sample(findings.setting.data.val, DOUBTED)
+    if len(few) < FEWEST_DOUBTED:
+        return
+    with suppress(PolicyFailure), setting.ledger.spend("score"):  # of so few a score may have no value
+        outputs = run_artifact(setting.device, setting.baseline.path, data, few, setting.batch)
+        others = outputs[torch.randperm(len(outputs), generator=torch.Generator().manual_seed(0))]
+        right, wrong = (score_outputs(answers, few.targets, data) for answers in (outputs, others))
+        if wrong.gain >= right.gain:
+            findings.progress.message(
+                f"the original's answers to {len(few)} examples score {right.name} {format_score(right)}, and no worse, "
+                f"{format_score(wrong)}, where they are given to each other's examples: check score_direction (it is "
+                f"{right.direction!r}), and that targets belong to their inputs"
+            )
+
+
 def _first_answer_s(setting: Setting) -> float:
     """What it takes to start the runtime and to answer one batch, beside which a small network's other answers take no time."""
     started = time.monotonic()
-    with setting.ledger.spend("score"):
+    with suppress(PolicyFailure), setting.ledger.spend("score"):
         run_artifact(setting.device, setting.baseline.path, setting.data, sample(setting.data.val, setting.batch), setting.batch)
     return time.monotonic() - started
 
@@ -112,7 +139,10 @@ def _cure(task: Task) -> str:
         return "search longer (--search-time)"
     if task.weights:
         return "check that the data has the mean and std of its training, and its order of classes (of folders: by name)"
-    return "give its trained weights (--weights FILE; or of torchvision and timm NAME?pretrained=true)"
+    return (
+        "give its trained weights (--weights FILE; or of torchvision and timm NAME?pretrained=true), and the data the mean and std of its "
+        "training, and its order of classes"
+    )
 
 
 def ask_teacher(findings: Findings) -> None:

@@ -1,4 +1,4 @@
-"""After failures and kills: what a resumed search may try again, and what it leaves alone."""
+"""After failures, damage and kills: what a resumed search may try again, and what it leaves alone."""
 
 from __future__ import annotations
 
@@ -6,8 +6,32 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from autocompress.controller.findings import Findings
-from autocompress.export import is_intact
+from autocompress.errors import AutocompressError
+from autocompress.export import MODEL, check_onnx, is_intact, verify_bundle
 from autocompress.records import Attempt, Failure, Outcome
+
+
+def forget_damaged(findings: Findings) -> list[str]:
+    """Policies whose files are no longer there as they were measured are to be made again; their ids.
+
+    Whoever sent this folder may have written anything into its database: only a sound file in the folder of its policy is ever opened.
+    """
+    damaged = [o for o in findings.journal.outcomes if o.failure is None and not _is_whole(findings, o)]
+    for outcome in damaged:
+        _forget(findings, outcome)
+    return [outcome.id for outcome in damaged]
+
+
+def _is_whole(findings: Findings, outcome: Outcome) -> bool:
+    path = (findings.run / (outcome.artifact or "")).resolve()
+    if path != findings.setting.models.resolve() / outcome.id / MODEL:
+        return False
+    try:
+        verify_bundle(path.parent)
+        check_onnx(path)
+    except AutocompressError:
+        return False
+    return True
 
 
 def retry_failures(findings: Findings) -> int:
@@ -18,10 +42,14 @@ def retry_failures(findings: Findings) -> int:
         if outcome.artifact is not None and is_intact((findings.run / outcome.artifact).parent):
             findings.journal.record(outcome.model_copy(update={"failure": None}))
         else:
-            findings.journal.forget(outcome)
-            ids = tuple(id for id in findings.taken_over.ids if id != outcome.id)
-            findings.note_taken_over(findings.taken_over.model_copy(update={"ids": ids}))
+            _forget(findings, outcome)
     return len(failed)
+
+
+def _forget(findings: Findings, outcome: Outcome) -> None:
+    findings.journal.forget(outcome)
+    ids = tuple(id for id in findings.taken_over.ids if id != outcome.id)
+    findings.note_taken_over(findings.taken_over.model_copy(update={"ids": ids}))
 
 
 def leave_killers(findings: Findings) -> None:

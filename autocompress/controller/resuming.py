@@ -7,7 +7,7 @@ from pathlib import Path
 
 from autocompress.candidates.feasibility import Feasibility
 from autocompress.controller.findings import Findings
-from autocompress.controller.recovery import leave_killers, retry_failures
+from autocompress.controller.recovery import forget_damaged, leave_killers, retry_failures
 from autocompress.errors import AutocompressError, UsageError
 from autocompress.loading import TEACHER_WEIGHTS, UNFINISHED_TEACHER, kept_teacher
 from autocompress.progress import Progress
@@ -56,6 +56,10 @@ def take_up(findings: Findings) -> None:
         findings.progress.message(f"{counted(lost, 'interrupted trial')} will be repeated")
     if failed := retry_failures(findings):
         findings.progress.message(f"what made {counted(failed, 'policy', 'policies')} fail may be tried again")
+        findings.look_for_best()
+    if damaged := forget_damaged(findings):
+        words = counted(len(damaged), "policy", "policies")
+        findings.progress.message(f"the files of {words} ({', '.join(damaged)}) are no longer what was measured: they are left out")
         findings.look_for_best()
     leave_killers(findings)
     if findings.best is None:

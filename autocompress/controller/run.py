@@ -67,7 +67,7 @@ class Given:
 def conduct(task: Task, run: Path, given: Given, *, resume: bool = False, progress: Progress | None = None) -> None:
     """Run one search in the folder `run`; what is finished survives any interruption. Raises unless something meets the budget."""
     clock, task, run = Clock.start(task.search_seconds), task.absolute(), run.absolute()  # whatever folder the user's code changes to
-    if task.from_run is not None and Path(task.from_run) == run:
+    if task.from_run is not None and Path(task.from_run).resolve() == run.resolve():
         raise UsageError(f"a search cannot learn from itself: {str(run)!r}", hint="choose another --out, or go on with --resume")
     if given.suggest is None:
         require_name(task.space)
@@ -94,6 +94,7 @@ def conduct(task: Task, run: Path, given: Given, *, resume: bool = False, progre
         try:
             _phases(findings, known)
         finally:
+            setting.device.say = Device.say
             results = _finish(findings)
     require_found(findings, results)
 
@@ -117,6 +118,7 @@ def _prepared(task: Task, run: Path, journal: Journal, known: Journal | None, le
     with ledger.spend("prepare"):
         weights = kept_teacher(task, run, begun=journal.has_begun)
         loaded = load(task, model=given.model, data=given.data, device=given.device, weights=weights, tick=counting(progress))
+        loaded.device.say = progress.message
         for note in loaded.notes:
             progress.message(note)
         found = contents(task, loaded)

@@ -263,7 +263,8 @@ class Rungs:
         What was trained to the end already is done, where the search `goes_on` as it was interrupted there. One that may take longer than
         it did, or has this from another search, trains it further unless that was for about as long as it would be by now.
 
-        Those that cover most beside what is trained to the end already, or in no need of it. Of runs that differ in distillation only, the
+        Those that cover most beside what is trained to the end already, or in no need of it. All that was trained briefly counts, however little
+        it has learned: of what a student then lacks, long training leaves the smaller a share the more it was. Of runs that differ in distillation only, the
         best: time is worth more in one network than in two of the same. All are compared by their short runs, that is after training of
         about the same length.
         """
@@ -285,7 +286,7 @@ class Rungs:
         count = full_runs(findings.clock.left, each, len(candidates), findings.task.trials, done=own)
         begun = [o for o in candidates if interrupted_weights(findings.setting, o.policy).exists()][:count]
         rest, merit = [o for o in candidates if o not in begun], gain if self._pace.short_runs_tell() else self._worth
-        return [*begun, *promoted(rest, count - len(begun), [*settled, *begun], merit)]
+        return [*begun, *promoted(rest, count - len(begun), [*settled, *begun], merit, least=min)]
 
     def _by_short_runs(self, outcomes: Iterable[Outcome]) -> list[Outcome]:
         """Those within the budget; for each the best short run of its structure, where there is one: candidates are known by theirs."""

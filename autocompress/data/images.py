@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from autocompress.cache import FREE_SPACE, cache_folder
 from autocompress.errors import RunFolderError, UsageError
+from autocompress.machine import is_running
 from autocompress.progress import PhaseTick
 from autocompress.units import format_size
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 RESIZE = 256 / 224  # shorter side against crop, the usual evaluation of ImageNet models
+ABANDONED_S = 3600.0
+"""Without anybody writing it for so long, a file is nobody's."""
 CANNOT_RESERVE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 """What file systems answer that keep no blocks for later."""
 
@@ -65,6 +69,7 @@ def _decoded(folder: Path, files: list[Path], size: int, channels: int, tick: Ph
         partial = target.with_suffix(f".{os.getpid()}.npy")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(target.parent)
             _decode_all(files, size, channels, partial, tick)
             partial.replace(target)
         except OSError as error:
@@ -73,6 +78,16 @@ def _decoded(folder: Path, files: list[Path], size: int, channels: int, tick: Ph
             with contextlib.suppress(OSError):
                 partial.unlink()
     return np.load(target, mmap_mode="c")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes that were killed had begun to decode, which may be gigabytes; not what another machine may be writing."""
+    for left in folder.glob("*.*.npy"):
+        process = left.suffixes[-2].removeprefix(".")
+        with contextlib.suppress(OSError):  # somebody else's
+            is_old = time.time() - left.stat().st_mtime > ABANDONED_S
+            if process.isdecimal() and is_old and not is_running(int(process)):
+                left.unlink()
 
 
 def _stamp(path: Path) -> str:

@@ -55,6 +55,8 @@ class Split:
     def __init__(self, inputs: Any, targets: Any, index: Tensor | None = None) -> None:
         self._inputs, self.targets = _inputs_of(inputs), _rows_of(targets, "targets")
         self._index = index
+        self.is_known_finite = False
+        """Whether its inputs were looked at: all of them may be larger than memory."""
         rows = len(self._inputs if index is None else index)
         if rows != len(self.targets):
             raise UsageError(
@@ -193,7 +195,7 @@ class Data:
         flip: whether a mirrored input is as good as the original.
         shift: largest shift in pixels of the augmentation (0: none).
         loss: loss(outputs, targets) -> scalar; None: cross-entropy.
-        score: score(outputs, targets) -> float over a whole split; None: accuracy.
+        score: score(outputs, targets) -> float over a whole split; None: accuracy. Of classifiers it may come without a loss.
         score_name: what reports call the score; None: the function's own name.
         score_direction: whether larger scores are better, or smaller ones.
         note: what who begins a search should know of the splits.
@@ -226,11 +228,8 @@ class Data:
         self._require_augmentation()
         self._require_normalisation()
         self._require_finite()
-        if (self.loss is None) != (self.score is None):
-            raise UsageError(
-                "data with its own `loss` must bring its own `score`, and the other way round",
-                hint="give both, or neither for classification",
-            )
+        if self.loss is not None and self.score is None:
+            raise UsageError("data with its own `loss` must bring its own `score`", hint="give both, or no loss for classification")
         if self.loss is None:
             self._take_classes()
             self.require_labels()
@@ -249,8 +248,16 @@ class Data:
             )
 
     def _require_augmentation(self) -> None:
-        """Raises UsageError unless the inputs can be mirrored, and are images that can be shifted so far."""
+        """Raises UsageError unless the inputs can be mirrored, and are images that can be shifted so far.
+
+        Targets are not moved along, so that maps are refused.
+        """
         shape, *others = self.train.input_shapes
+        if self.is_augmented and self.train.targets.dim() > 2:
+            raise UsageError(
+                f"inputs are mirrored or shifted without their targets, but these are maps of shape {tuple(self.train.targets.shape[1:])}",
+                hint="leave `flip` and `shift` out",
+            )
         if self.is_augmented and others:
             raise UsageError(
                 f"only examples of one input can be mirrored or shifted, but these have {1 + len(others)}",
@@ -270,9 +277,14 @@ class Data:
         """Raises UsageError unless `mean` and `std` say how uint8 images are normalised."""
         if (self.mean is None) != (self.std is None):
             raise UsageError("data must have both `mean` and `std`, or neither", hint="give both, one value a channel")
-        images = [shape for shape, dtype in zip(self.train.input_shapes, self.train.dtypes, strict=True) if dtype == torch.uint8]
-        if self.mean is None or self.std is None or not images:
+        if self.mean is None or self.std is None:
             return
+        images = [shape for shape, dtype in zip(self.train.input_shapes, self.train.dtypes, strict=True) if dtype == torch.uint8]
+        if not images:
+            raise UsageError(
+                f"`mean` and `std` normalise images in uint8, but the inputs are {self.train.form}",
+                hint="give uint8 images, or normalise the inputs yourself and leave `mean` and `std` out",
+            )
         for channels in {shape[0] if shape else 1 for shape in images}:
             for name, values in (("mean", self.mean), ("std", self.std)):
                 if not isinstance(values, Sequence) or len(values) not in (1, channels):
@@ -280,6 +292,11 @@ class Data:
                         f"`{name}` must have a value for each of the {channels} channels, but is {values}",
                         hint="give one value a channel, or one for all",
                     )
+        if not all(0 <= value <= 1 for value in self.mean):
+            raise UsageError(
+                f"`mean` must lie in 0..1, since pixels are divided by 255 first, but is {tuple(self.mean)}",
+                hint="divide mean and std by 255",
+            )
         if not all(value > 0 for value in self.std):
             raise UsageError(
                 f"`std` must be greater than zero, but is {tuple(self.std)}", hint="give the standard deviation of each channel"
@@ -288,6 +305,8 @@ class Data:
     def _require_finite(self) -> None:
         for name in ("train", "val"):  # nothing looks at the test split before the end
             split = getattr(self, name)
+            if split.is_known_finite:
+                continue
             step = self.at_most(len(split), FINITE_BYTES)  # the whole may be a mapped file that is larger than memory
             parts = (tensors_of(split[slice(start, start + step)].inputs) for start in range(0, len(split), step))
             floats = (tensor for part in parts for tensor in part if tensor.is_floating_point())
@@ -295,6 +314,7 @@ class Data:
                 raise UsageError(
                     f"inputs must be finite, but some of {name} are NaN or infinite", hint="fill in or leave out such examples"
                 )
+            split.is_known_finite = True
 
     def _take_class_names(self) -> None:
         """Raises UsageError unless they are text, and one a class, where their number is known."""
@@ -316,8 +336,8 @@ class Data:
             object.__setattr__(self, "classes", max(named, len(self.class_names)))
 
     def require_labels(self) -> None:
-        """Raises UsageError unless all targets lie in 0..classes - 1; nothing is asked of data without classes."""
-        if self.classes is None:
+        """Raises UsageError unless all targets lie in 0..classes - 1; nothing is asked of those that are not one class a row."""
+        if self.classes is None or not self.decides:
             return
         for name in SPLITS:
             lowest, highest = map(int, getattr(self, name).targets.aminmax())
@@ -326,6 +346,11 @@ class Data:
                     f"labels must lie in 0..{self.classes - 1}, but those of {name} reach from {lowest} to {highest}",
                     hint="number the classes from 0",
                 )
+
+    @property
+    def decides(self) -> bool:
+        """Whether outputs are decisions between classes: each example is of one. Several labels and maps of classes are none."""
+        return self.classes is not None and self.train.targets.dim() == 1 and not self.train.targets.is_floating_point()
 
     @property
     def scored_by(self) -> str:

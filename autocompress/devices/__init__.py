@@ -57,6 +57,12 @@ def list_devices() -> list[dict[str, str | bool]]:
     return [{"name": runtime.device, "available": runtime.is_here, "note": _note(runtime)} for runtime in map(Runtime, TITLES)]
 
 
+def describe_device(name: str) -> dict[str, str | bool]:
+    """What a device of this name is, another machine's included, which is asked. Raises what `open_device` raises."""
+    device = open_device(name)
+    return {"name": device.name, "available": True, "note": device.profile.note, **device.environment()}
+
+
 def _note(runtime: Runtime) -> str:
     """What it is, and in which precisions it computes beside float32; or how to get it."""
     if not runtime.is_here:
@@ -65,4 +71,4 @@ def _note(runtime: Runtime) -> str:
     return "; ".join([runtime.title, *(f"with &precision={precision} faster than in float32" for precision in others)])
 
 
-__all__ = ["Device", "DeviceProfile", "list_devices", "open_device"]
+__all__ = ["Device", "DeviceProfile", "describe_device", "list_devices", "open_device"]

@@ -146,16 +146,8 @@ def _sweep(temporary: Path) -> None:
     for left in temporary.glob(f"{FOLDER}*"):
         process = left.name.removeprefix(FOLDER).partition("-")[0]
         with contextlib.suppress(OSError):
-            if process.isdecimal() and left.stat().st_uid == os.getuid() and not _is_running(int(process)):
+            if process.isdecimal() and left.stat().st_uid == os.getuid() and not machine.is_running(int(process)):
                 shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except OSError as error:  # somebody else's is running all the same
-        return isinstance(error, PermissionError)
-    return True
 
 
 def _stop(*_: object) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from autocompress.devices.frames import Feed
 from autocompress.devices.runtime import EXACT, TITLES, Runtime
 from autocompress.devices.timing import summarise
 from autocompress.errors import PolicyFailure
-from autocompress.policy import Record
+from autocompress.record import Record
 from autocompress.records import Measurement
 
 MOST_A_FILE_S = 120.0
@@ -66,6 +66,8 @@ class Device(ABC):
 
     name: str
     profile: DeviceProfile
+    say: Callable[[str], None] = staticmethod(lambda text: None)
+    """Told what a person who waits for it should know; who opens it may listen."""
 
     @abstractmethod
     def run(self, path: Path, batches: Iterable[Feed]) -> np.ndarray:

@@ -11,8 +11,10 @@ FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "
 """The instruction sets that matter here."""
 VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 BOARD = Path("/proc/device-tree/model")
+MILLI = 1000
 UNKNOWN = "unknown"
 """How an environment tells of what the system does not say."""
+THERMAL = Path("/sys/class/thermal")
 NO_TURBO, BOOST = Path("/sys/devices/system/cpu/intel_pstate/no_turbo"), Path("/sys/devices/system/cpu/cpufreq/boost")
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
@@ -47,6 +49,15 @@ def turbo() -> str:
         with contextlib.suppress(OSError):
             return "off" if path.read_text(encoding="ascii").strip() == off else "on"
     return UNKNOWN
+
+
+def temperature() -> str:
+    """Of the hottest sensor, such as `"54 C"`; `"unknown"` where there is none, as in virtual machines."""
+    found = []
+    for sensor in THERMAL.glob("thermal_zone*/temp"):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(int(sensor.read_text(encoding="ascii")) / MILLI)
+    return f"{max(found):.0f} C" if found else UNKNOWN
 
 
 def clock_warning(governor: str | None) -> str:

@@ -32,8 +32,10 @@ from autocompress.references import AGENT, AGENT_PORT
 
 SILENCE_S = 6 * HEARTBEAT_S
 """Without a sign of life for so long a connection is taken to be broken."""
-PAUSES_S = (1.0, 2.0, 5.0, 10.0, 20.0)
+PAUSES_S = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 60.0, 60.0, 60.0, 60.0)
 """Before a request is sent again: an agent may be restarted, a network may come back."""
+LONG_PAUSE_S = 20.0
+"""From which on a person is told what is waited for."""
 PART_BYTES, GROUP_BYTES = 2**23, 2**28
 """Of the inputs that are sent together, and of those that one request names."""
 Answer = tuple[dict[str, Any], np.ndarray | None]
@@ -141,6 +143,8 @@ class RemoteCpu(Device):
                         f"{self._place} does not answer: {one_line(error)}",
                         hint="start it there (python agent.pyz), and check that it can be reached from here (ssh -L, --host)",
                     ) from None
+                if pause >= LONG_PAUSE_S:
+                    self.say(f"{self._place} does not answer ({one_line(error)}): trying again in {pause:.0f} s")
                 time.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
 

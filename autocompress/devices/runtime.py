@@ -84,6 +84,7 @@ class Runtime:
             "cpus": str(os.cpu_count()),
             "governor": processor.governor() or processor.UNKNOWN,
             "turbo": processor.turbo(),
+            "temperature": processor.temperature(),
             "load": f"{os.getloadavg()[0]:.2f}",
             "threads": str(self.threads),
             "measured_on": _measured_on(self.threads),

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, fx
 
+from autocompress.batch import Inputs, names_of, tensors_of
 from autocompress.compress.quantize import fake_quantize
 from autocompress.compress.student import build_student
 from autocompress.errors import AutocompressError, RunFolderError, UsageError, one_line
@@ -22,7 +23,8 @@ from autocompress.export.onnx import onnx_bytes
 from autocompress.export.weights import weights_bytes
 from autocompress.graph import Graph
 from autocompress.models import load_tensor_state
-from autocompress.policy import Policy, Record
+from autocompress.policy import Policy
+from autocompress.record import Record
 from autocompress.records import Measurement, Normalisation, Parity, Prediction, Score
 from autocompress.run_folder import write_atomically, writing
 from autocompress.workload import Shape
@@ -39,27 +41,38 @@ class Input(Record):
     dtype: str
 
 
-class Manifest(Record):
+class Provenance(Record):
+    """What networks are made of: the same for all of one search.
+
+    model: reference of the teacher. classes: how many it tells apart; None for other tasks.
+    class_names: what they are called, in the order of the outputs, where that is known.
+    seed: of the weights that a network without a weights file had; which channels a student keeps follows from them.
+    normalisation: of the images that it was trained and scored on; no part of the files.
+    """
+
+    model: str
+    classes: int | None = None
+    class_names: tuple[str, ...] = ()
+    seed: int = 0
+    normalisation: Normalisation | None = None
+
+
+class Manifest(Provenance):
     """What an artifact is, where it comes from, what was measured of it, on what and when.
 
-    sha256: of each file that belongs to it, by name. normalisation: of the images that it was scored on; no part of the files.
+    sha256: of each file that belongs to it, by name.
     inputs_by_name: whether the file's inputs bear the names of the model's arguments; else they are its first arguments, in their order.
     parity: how the file's outputs differ from those of the student in student.safetensors.
     device: where latencies were measured; scored_on: where the file was run for its scores, by the search.
     """
 
     schema_version: Literal[1] = Field(1, alias="schema")
-    model: str
-    classes: int | None = None
-    class_names: tuple[str, ...] = ()
-    seed: int = 0
     policy_digest: str
     artifact: str = MODEL
     sha256: dict[str, str]
     size_bytes: int
     inputs: dict[str, Input]
     inputs_by_name: bool = False
-    normalisation: Normalisation | None = None
     outputs: tuple[str, ...] = ("output",)
     batch: int
     created_at: str
@@ -91,37 +104,21 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def write_bundle(
-    folder: Path,
-    student: fx.GraphModule,
-    policy: Policy,
-    example: tuple[Tensor, ...],
-    *,
-    model: str,
-    input_names: tuple[str, ...] = (),
-    classes: int | None = None,
-    class_names: tuple[str, ...] = (),
-    seed: int = 0,
-    normalisation: Normalisation | None = None,
-) -> Manifest:
+def write_bundle(folder: Path, student: fx.GraphModule, policy: Policy, example: Inputs, provenance: Provenance) -> Manifest:
     """Export a student; the file is `manifest.artifact`. Raises PolicyFailure when the exporter fails, RunFolderError when the disk does.
 
     Args:
         student: quantized and calibrated as the policy says, in eval mode; not changed.
-        example: inputs at the deployment batch, which the file keeps.
-        input_names: of the model's arguments that the inputs are for, where they are named; the file calls its inputs so too.
-        model: reference of the teacher. classes: how many it tells apart; None for other tasks.
-        class_names: what they are called, in the order of the outputs, where that is known.
-        seed: of the weights that a network without a weights file had; which channels a student keeps follows from them.
-        normalisation: of the images that the student was trained on.
+        example: inputs at the deployment batch, which the file keeps; where they are named, the file calls its inputs so too.
     """
-    names = input_names or tuple(node.name for node in student.graph.nodes if node.op == "placeholder")
-    files = {POLICY: policy.to_json().encode(), STUDENT: weights_bytes(student), MODEL: onnx_bytes(student, policy.quant, example, names)}
+    tensors = tensors_of(example)
+    names = names_of(example) or tuple(node.name for node in student.graph.nodes if node.op == "placeholder")
+    files = {POLICY: policy.to_json().encode(), STUDENT: weights_bytes(student), MODEL: onnx_bytes(student, policy.quant, tensors, names)}
     manifest = Manifest(
-        model=model, classes=classes, class_names=class_names, seed=seed, policy_digest=policy.digest,
+        **dict(provenance), policy_digest=policy.digest,
         sha256={name: hashlib.sha256(content).hexdigest() for name, content in files.items()}, size_bytes=len(files[MODEL]),
-        inputs={name: _input(value) for name, value in zip(names, example, strict=False)}, inputs_by_name=bool(input_names),
-        normalisation=normalisation, batch=len(example[0]), created_at=now(), environment=library_versions(),
+        inputs={name: _input(value) for name, value in zip(names, tensors, strict=False)}, inputs_by_name=bool(names_of(example)),
+        batch=len(example), created_at=now(), environment=library_versions(),
     )  # fmt: skip
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,11 +133,16 @@ def _input(value: Tensor) -> Input:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a bundle. Raises RunFolderError when it is missing."""
+    """The manifest of a bundle. Raises RunFolderError when it is missing or damaged."""
     path = folder / MANIFEST
     if not path.is_file():
         raise RunFolderError(f"{str(folder)!r} holds no {MANIFEST}", hint="the bundle was deleted or never finished")
-    return Manifest.from_json(path.read_bytes())
+    try:
+        return Manifest.from_json(path.read_bytes())
+    except UsageError as error:
+        raise RunFolderError(
+            f"{str(path)!r} is damaged: {error.message}", hint="export again, resume the search, or pick another policy"
+        ) from None
 
 
 def read_policy(folder: Path) -> Policy:

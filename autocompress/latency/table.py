@@ -90,7 +90,7 @@ class OperatorTable:
         wanted = self._wanted(workloads)
         end, done = time.monotonic() + seconds, 0
         if wanted and not self.call_overhead:
-            self.call_overhead = device.measure_many([empty_model((1,))], seconds_each=5 * SECONDS_EACH)[0] or 0.0
+            self.call_overhead = _each(device, [empty_model((1,))], seconds_each=5 * SECONDS_EACH)[0] or 0.0
         while done < len(wanted) and (time.monotonic() < end or not self._measured):
             chunk = [(operator, build_onnx(operator)) for operator in wanted[done : done + CHUNK]]
             built = [(operator, model) for operator, model in chunk if model is not None]
@@ -168,15 +168,15 @@ class OperatorTable:
             self._forget()
 
 
-def _each(device: Device, models: Sequence[bytes]) -> list[float | None]:
+def _each(device: Device, models: Sequence[bytes], seconds_each: float = SECONDS_EACH) -> list[float | None]:
     """Seconds of each model; None for those that bring the runtime down, which are found by halving."""
     try:
-        return device.measure_many(models, seconds_each=SECONDS_EACH)
+        return device.measure_many(models, seconds_each=seconds_each)
     except PolicyFailure:
         if len(models) == 1:
             return [None]
     half = len(models) // 2
-    return [*_each(device, models[:half]), *_each(device, models[half:])]
+    return [*_each(device, models[:half], seconds_each), *_each(device, models[half:], seconds_each)]
 
 
 class _Interpolation:

@@ -20,8 +20,15 @@ MAIN = ("logits", "out", "last_hidden_state")
 """What networks of transformers, torchvision's for segmentation and encoders call the output that counts."""
 
 
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
 def in_float32(model: nn.Module) -> nn.Module:
-    """The model itself, with weights of another precision turned into float32 (in place): the precision that compression starts from."""
+    """The model itself, with weights of another precision turned into float32 (in place): the precision that compression starts from.
+
+    Of one that runs on several GPUs, and nowhere else, the network inside.
+    """
+    model = model.module if isinstance(model, PARALLEL) else model
     return model.float() if any(parameter.dtype in WIDER_OR_HALF for parameter in model.parameters()) else model
 
 

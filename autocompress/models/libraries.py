@@ -38,6 +38,9 @@ def _torchvision(reference: str, classes: int | None, *, own_weights: bool) -> n
             model = models.get_model(name, weights="DEFAULT")
         known = models.get_model_weights(name).DEFAULT.meta.get("categories")
         _require_classes(reference, len(known) if known else None, classes)
+        prepared = models.get_model_weights(name).DEFAULT.transforms()
+        if hasattr(prepared, "mean") and hasattr(prepared, "std"):
+            model.pretrained_cfg = {"mean": prepared.mean, "std": prepared.std}  # as timm has it
         return model
     options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:

@@ -16,6 +16,8 @@ STATES = ("state_dict", "model_state_dict", "model")
 """Names that training scripts give the state dict in a checkpoint."""
 COUNTER = "num_batches_tracked"
 """Of batch norms; files of old versions of torch lack it, and nothing depends on it."""
+COUNTED = ("total_ops", "total_params")
+"""What thop leaves in a network whose operations it has counted."""
 CUT_SHORT = re.compile("incomplete|central directory|EOF|header ?too ?small|invalid ?header ?length", re.IGNORECASE)
 """What torch and safetensors say of a file that was cut off."""
 REFUSED = re.compile(r"Unsupported (?:global|class|operand)[^.]*?: ?(?:GLOBAL )?([\w.]+)")
@@ -39,6 +41,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Copy a file of weights into the model. Raises UsageError unless every name and shape fits."""
     own = tensor_state(model)
     state = _unwrapped(read_state(path), own)
+    state = {key: value for key, value in state.items() if key in own or not _is_computed(key, value, model)}
     missing, unexpected = _missing(own, state), sorted(set(state) - set(own))
     if unexpected or missing:
         key = (unexpected or missing)[0]
@@ -65,20 +68,41 @@ def _unwrapped(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str,
     """
     if set(own) & set(state):
         return state
-    for prefix in _prefixes(state, own):
-        inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        if not _missing(own, inside):
-            return inside
+    within = {prefix: _inside(state, prefix) for prefix in _prefixes(state, own)}
+    named = {prefix: inside for prefix, inside in within.items() if not _missing(own, inside)}
+    fitting = {
+        prefix: inside for prefix, inside in named.items() if all(inside[key].shape == own[key].shape for key in own if key in inside)
+    }
+    fitting = fitting or named  # none has the shapes, which is told later
+    if fitting:
+        first, *others = fitting.values()
+        if any(not torch.equal(first[key], other[key]) for other in others for key in own if key in first and key in other):
+            names = ", ".join(repr(prefix.rstrip(".")) for prefix in fitting)
+            raise UsageError(
+                f"the weights must be those of one network, but {names} all fit the model, and differ",
+                hint="save the one that is meant by itself: torch.save(network.state_dict(), ...)",
+            )
+        return first
     for prefix in _prefixes(own, state):
         if all(key.startswith(prefix) for key in own):
             return {prefix + key: value for key, value in state.items()}
     return state
 
 
+def _inside(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _is_computed(key: str, value: Tensor, model: nn.Module) -> bool:
+    """Whether the model makes this itself, and no longer saves it as older versions of its code did; or a profiler has counted it."""
+    known = dict(model.named_buffers()).get(key)
+    return (known is not None and known.shape == value.shape) or key.endswith(COUNTED)
+
+
 def _prefixes(outer: Mapping[str, Tensor], inner: Mapping[str, Tensor]) -> list[str]:
     """What may stand in front of all names of `inner` to make those of `outer`, the shortest first."""
     found = {key.removesuffix(name) for name in sorted(inner, key=len)[:FEW_NAMES] for key in outer if key.endswith(f".{name}")}
-    return sorted(found, key=len)
+    return sorted(found, key=lambda prefix: (len(prefix), prefix))
 
 
 def _missing(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:

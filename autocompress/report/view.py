@@ -9,7 +9,7 @@ from autocompress.ranks import is_low
 from autocompress.records import FEWEST_FOR_TAIL, Measurement, Parity, Score
 from autocompress.results import BaselineEntry, Results
 from autocompress.scores import is_share, score_interval, validation_beats_test
-from autocompress.units import format_duration, format_size
+from autocompress.units import counted, format_duration, format_size
 
 BEATEN = "Nothing that was measured is better than the original."
 LEAST_PAIRS = 5
@@ -82,15 +82,31 @@ def caveats(results: Results, run: Path | None = None) -> list[str]:
 
     run: the folder of the search, where its files are looked for.
     """
-    told = (_seen_validation(results.baseline), _noisy_front(results), _lying_ladder(results), _few_for_the_tail(results))
+    told = (
+        _failed(results), _seen_validation(results.baseline), _noisy_front(results), _lying_ladder(results), _few_for_the_tail(results)
+    )  # fmt: skip
     return [text for text in (*told, _deleted(results, run) if run is not None else "") if text]
+
+
+def _failed(results: Results) -> str:
+    """Of many policies some fail; where most do, the search has found less than it could."""
+    failed, trained = results.failures, [entry for entry in results.points if not entry.is_untrained]
+    if len(failed) <= len(trained):
+        return ""
+    return (
+        f"{counted(len(failed), 'policy', 'policies')} failed, the first at its {failed[0].stage} stage: {failed[0].reason}. Mend that "
+        "(tracebacks are in failures.log), and resume the search"
+    )
 
 
 def _deleted(results: Results, run: Path) -> str:
     gone = [entry.id for entry in results.listed if not os.path.isfile(run / (entry.artifact or ""))]  # noqa: PTH113
     if not gone:
         return ""
-    return f"the files of {', '.join(gone)} are no longer in {str(run)!r}. Resume the search: it goes on without them"
+    return (
+        f"the files of {', '.join(gone)} are no longer in {str(run)!r}. Resume the search: it leaves them out, and may make them again "
+        "where it has time"
+    )
 
 
 def _few_for_the_tail(results: Results) -> str:

@@ -116,9 +116,17 @@ def recording(run: Path) -> Iterator[None]:
     try:
         yield
     except optuna.exceptions.StorageInternalError as error:
-        raise RunFolderError(
-            f"{str(run / DATABASE)!r} cannot be written: {one_line(error.__cause__ or error)}", hint="free space, then --resume"
-        ) from None
+        reason = one_line(error.__cause__ or error)
+        raise RunFolderError(f"{str(run / DATABASE)!r} cannot be written: {reason}", hint=_cure(reason, run)) from None
+
+
+def _cure(reason: str, run: Path) -> str:
+    """Of a database that cannot be written, by what SQLite says."""
+    if "locked" in reason:
+        return "end what else has it open, then --resume"
+    if "malformed" in reason or "not a database" in reason:
+        return how_to_restore(run / DATABASE)
+    return "free space, then --resume"
 
 
 def _seed(task: Task, study: optuna.Study) -> int:

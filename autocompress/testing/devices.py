@@ -15,7 +15,7 @@ from autocompress.devices.base import Device, DeviceProfile
 from autocompress.devices.frames import Feed
 from autocompress.devices.timing import summarise
 from autocompress.errors import PolicyFailure
-from autocompress.policy import Record
+from autocompress.record import Record
 from autocompress.records import Measurement
 from autocompress.workload import Operator, Workload
 

@@ -253,3 +253,30 @@ def test_a_table_of_words_is_no_map(monkeypatch):
     graph = Graph.trace(nn.Sequential(nn.Embedding(1000, 16), nn.Flatten(), nn.Linear(128, 4)).eval(), (words,))
     monkeypatch.setattr(module, "MAP_BYTES", 4 * 1000 * 16)
     assert examples_for(graph) > 100
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [(nn.Conv1d, (57,)), (nn.Conv3d, (5, 7, 6))])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_patches_of_signals_and_videos_too(kind, sizes, groups):
+    layer = kind(4, 6, 3, 2, 1, groups=groups, bias=False)
+    value = inputs_like(torch.empty(1, 4, *sizes), n=400)
+    with torch.no_grad():
+        wanted = module._rows_of(layer(value), module.ROWS, last=False)
+        found = torch.einsum(
+            "rgi,goi->rgo", module._patches(layer, value, module.ROWS), layer.weight.view(groups, 6 // groups, -1)
+        ).flatten(1)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_network_of_signals_is_reconstructed():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv1d(3, 16, 5, padding=2), nn.ReLU(), nn.Conv1d(16, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool1d(4), nn.Flatten(),
+        nn.Linear(64, 5),
+    ).eval()  # fmt: skip
+    inputs = inputs_like(torch.empty(1, 3, 32))
+    graph = Graph.trace(model, (inputs[:1],))
+    policy = Policy(prune=PruneSpec(ratios={group.name: 0.5 for group in graph.groups if group.prunable}))
+    before, after = build_student(graph, policy).eval(), reconstructed(graph, policy, inputs)
+    assert distance(after, model, inputs) < 0.7 * distance(before, model, inputs)
+    assert not torch.equal(before.get_submodule("2").weight, after.get_submodule("2").weight)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from autocompress.compress.teacher import HIDDEN_SHARE, Teacher
-from autocompress.data import Split
+from autocompress.data import Data, Split
 
 N, FEATURES, CLASSES = 20, 4, 3
 EPOCH_BYTES = N * CLASSES * 4
@@ -41,7 +41,7 @@ def view(indices, epoch, seed=0):
 def make(cache_bytes=10 * EPOCH_BYTES, classifier=None, most=256, classes=CLASSES, is_augmented=True):
     val = Split(view(range(N), 9), torch.zeros(N, dtype=torch.int64))
     data = SimpleNamespace(train=range(N), val=val, view=view, at_most=lambda n, limit: min(n, most), classes=classes, prepare=torch.clone)
-    data.is_augmented = is_augmented
+    data.is_augmented, data.decides = is_augmented, classes is not None
     return Teacher(Counting().eval(), data, classifier=classifier, cache_bytes=cache_bytes)
 
 
@@ -223,7 +223,7 @@ def test_the_distance_of_decisions_is_the_share_that_differs():
     with torch.no_grad():
         last.linear.bias[CLASSES - 1] += 1e3
     decisions = teacher.model(view(range(N), 9)).argmax(1)
-    assert teacher.distance(last) == pytest.approx(float((decisions != CLASSES - 1).float().mean()))
+    assert teacher.distance(last) == pytest.approx(float((decisions != CLASSES - 1).float().mean()), abs=1.5 / N), "bfloat16 may turn one"
 
 
 class Reading(nn.Module):
@@ -258,7 +258,12 @@ def picky(x):
 def test_a_teacher_is_asked_in_the_layout_that_is_fast_where_its_code_takes_it(read, layout):
     images = torch.randn(N, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     data = SimpleNamespace(
-        train=range(N), view=lambda indices, *_: images[indices], at_most=lambda n, limit: n, classes=CLASSES, is_augmented=True
+        train=range(N),
+        view=lambda indices, *_: images[indices],
+        at_most=lambda n, limit: n,
+        classes=CLASSES,
+        decides=True,
+        is_augmented=True,
     )
     model = Reading(read).eval()
     with torch.no_grad():
@@ -281,3 +286,12 @@ def test_a_teacher_without_memory_for_large_batches_answers_as_it_is_asked():
     indices = torch.arange(8)
     answers = teacher.answers(indices, view(indices, 0), 0)
     assert torch.allclose(answers.outputs, teacher.model.linear(view(indices, 0)), atol=TOLERANCE)
+
+
+def test_a_loss_that_takes_views_has_its_unit_too():
+    """Of several outputs in thousands the loss of a constant answer is some million."""
+    inputs, targets = torch.randn(64, FEATURES), 1000 * torch.randn(64, CLASSES)
+    split = Split(inputs, targets)
+    data = Data(split, split, split, loss=lambda o, t: (o.view(-1) - t.view(-1)).square().mean(), score=lambda o, t: 0.0)
+    _, unit = Teacher(Counting().eval(), data).units
+    assert 0.5e6 < unit < 2e6

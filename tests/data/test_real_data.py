@@ -15,7 +15,7 @@ from autocompress.data import Data
 from autocompress.data.sources import load_data
 from autocompress.devices import processor
 from autocompress.evaluate import run_artifact, score_outputs
-from autocompress.export import write_bundle
+from autocompress.export import Provenance, write_bundle
 from autocompress.graph import Graph
 from autocompress.models import load_model
 from autocompress.policy import Policy, QuantSpec
@@ -54,7 +54,7 @@ def test_int8_without_training_keeps_the_accuracy_of_resnet20(data_sets: Path, c
     for bits in (32, 8):
         policy = Policy(quant=QuantSpec(bits=bits, reduced_range=processor.int8_saturates(processor.flags())))
         student = train_quantized(build_student(resnet20, Policy()), policy.quant, cifar, TrainPlan(steps=0))
-        manifest = write_bundle(tmp_path / str(bits), student, policy, (cifar.example(1),), model="resnet20")
+        manifest = write_bundle(tmp_path / str(bits), student, policy, cifar.example(1), Provenance(model="resnet20"))
         outputs = run_artifact(FakeDevice(), tmp_path / str(bits) / manifest.artifact, cifar, test, 1)
         scores[bits] = score_outputs(outputs, test.targets, cifar).value
     assert scores[32] > 0.90

@@ -17,6 +17,9 @@ from autocompress.cache import cache_folder
 from autocompress.data.sources import as_data, load_data
 from autocompress.errors import RunFolderError, UsageError
 
+NOBODY = 2**22 + 1
+"""No process of Linux has this number."""
+
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
@@ -189,6 +192,19 @@ def test_broken_images_are_named_and_nothing_is_left_behind(tmp_path, cache):
         with pytest.raises(UsageError, match=r"1\.png"):
             load_data(f"imagefolder:{folder}?size=8")
     assert list(cache.iterdir()) == []
+
+
+def test_what_a_killed_process_had_begun_to_decode_is_removed(tmp_path, cache):
+    folder = write_images(tmp_path / "photos")
+    cache.mkdir(parents=True, exist_ok=True)
+    left, running, recent = cache / f"abc.{NOBODY}.npy", cache / f"abc.{os.getppid()}.npy", cache / f"def.{NOBODY}.npy"
+    for path in (left, running, recent):
+        path.write_bytes(b"half")
+    for path in (left, running):
+        os.utime(path, (1.0, 1.0))
+    load_data(f"imagefolder:{folder}?size=8")
+    assert running.exists() and not left.exists()
+    assert recent.exists(), "a process of another machine may write it, whose numbers say nothing here"
 
 
 def test_a_link_to_nowhere_and_a_picture_that_unpacks_to_too_much_are_named(tmp_path, cache, monkeypatch):

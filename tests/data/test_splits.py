@@ -339,8 +339,9 @@ def test_the_digest_tells_other_data_and_other_preparation_apart_but_reads_nothi
 
     def made(seed=0, labels=0, n=40, test=8, **how):
         generator = torch.Generator().manual_seed(seed)
-        inputs, targets = torch.rand((n, 3, 4, 4), generator=generator), torch.arange(n).add(labels) % 4
-        held_out = Sealed(torch.zeros(test, 3, 4, 4), torch.zeros(test, dtype=torch.long))
+        inputs = torch.randint(0, 256, (n, 3, 4, 4), generator=generator, dtype=torch.uint8)
+        targets = torch.arange(n).add(labels) % 4
+        held_out = Sealed(torch.zeros(test, 3, 4, 4, dtype=torch.uint8), torch.zeros(test, dtype=torch.long))
         return Data(Split(inputs, targets), Split(inputs[:8], targets[:8]), held_out, classes=4, **how)
 
     same, others = made(), [made(seed=1), made(labels=1), made(n=41), made(test=9), made(flip=True), made(mean=(0.5,) * 3, std=(1.0,) * 3)]
@@ -370,6 +371,7 @@ def test_floating_point_of_several_precisions_is_one_form():
         ({"mean": (0.5,), "std": (0.5, 0.5)}, "`std` must have a value for each of the 3 channels"),
         ({"mean": 0.5, "std": 0.5}, "`mean` must have a value for each of the 3 channels, but is 0.5"),
         ({"mean": (0.5,), "std": (0.0,)}, "`std` must be greater than zero"),
+        ({"mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4)}, "`mean` must lie in 0..1, since pixels are divided by 255"),
         ({"shift": 5}, "`shift` must lie in 0..4"),
         ({"shift": -1}, "`shift` must lie in 0..4"),
     ],
@@ -397,3 +399,41 @@ def test_no_split_is_read_as_a_whole(dtype):
     whole = Split(torch.zeros(9, 3, 4, 4, dtype=dtype), torch.arange(9) % 3)
     split = Large(whole._inputs, whole.targets[:6], torch.arange(6))
     assert Data(split, split, split).classes == 3
+
+
+def test_what_is_not_normalised_must_not_be_asked_to_be():
+    split = Split(torch.rand(8, 3, 4, 4), torch.arange(8) % 2)
+    with pytest.raises(UsageError, match=r"`mean` and `std` normalise images in uint8, but the inputs are \(3, 4, 4\) floating point"):
+        Data(split, split, split, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+@pytest.mark.parametrize("options", [{"flip": True}, {"shift": 1}])
+def test_images_whose_targets_are_maps_are_not_augmented(options):
+    split = Split(torch.rand(8, 3, 4, 4), torch.zeros(8, 4, 4, dtype=torch.long))
+    how = {"loss": F.cross_entropy, "score": lambda outputs, targets: 0.0}
+    with pytest.raises(UsageError, match=r"without their targets, but these are maps of shape \(4, 4\)"):
+        Data(split, split, split, **how, **options)
+    assert not Data(split, split, split, **how).is_augmented
+
+
+def test_a_classifier_may_be_scored_otherwise():
+    data = images(score=lambda outputs, targets: 0.5, score_name="F1")
+    assert (data.classes, data.scored_by, data.decides) == (4, "F1", True)
+
+
+@pytest.mark.parametrize(
+    ("targets", "decides"),
+    [(torch.arange(8) % 4, True), (torch.zeros(8, 4), False), (torch.full((8, 5, 5), 255), False), (torch.rand(8), False)],
+    ids=["classes", "several labels", "maps of classes", "numbers"],
+)
+def test_only_one_class_a_row_is_a_decision(targets, decides):
+    split = Split(torch.rand(8, 3, 4, 4), targets)
+    data = Data(split, split, split, classes=4, loss=F.cross_entropy, score=lambda outputs, targets: 0.0)
+    assert data.decides is decides
+
+
+def test_what_was_found_finite_is_not_read_again(monkeypatch):
+    split = Split(torch.rand(8, 3, 4, 4), torch.arange(8) % 2)
+    data = Data(split, split[slice(0, 4)], split[slice(4, 8)])
+    monkeypatch.setattr(torch, "isfinite", lambda tensor: pytest.fail("read again") if len(tensor) == 8 else torch.tensor(True))
+    assert len(replace(data, val=split[slice(2, 5)]).val) == 3

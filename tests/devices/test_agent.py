@@ -296,12 +296,17 @@ def test_an_agent_that_is_killed_while_it_measures_and_started_again_measures_ag
 
 
 def test_an_agent_that_is_gone_is_told(packed, tiny, monkeypatch):
-    monkeypatch.setattr(remote, "PAUSES_S", (0.1,))
+    told = []
+    monkeypatch.setattr(remote, "PAUSES_S", (0.1, 0.2))
+    monkeypatch.setattr(remote, "LONG_PAUSE_S", 0.2)
     with running(packed) as (_, port):
         device = open_device(f"agent://127.0.0.1:{port}")
+    device.say = told.append
     with pytest.raises(DeviceUnavailable, match="does not answer") as error:
         device.measure([tiny], seconds_each=SHORT)
     assert error.value.hint
+    (waiting,) = told
+    assert "does not answer" in waiting and "trying again" in waiting
     started = time.monotonic()
     with pytest.raises(DeviceUnavailable, match="does not answer"):
         open_device(f"agent://127.0.0.1:{port}")

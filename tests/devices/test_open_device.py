@@ -1,10 +1,11 @@
 """Devices by name."""
 
+import json
 import os
 
 import pytest
 
-from autocompress import machine
+from autocompress import cli, machine
 from autocompress.devices import list_devices, open_device
 from autocompress.devices.runtime import TITLES, Runtime
 from autocompress.errors import UsageError
@@ -63,3 +64,13 @@ def test_what_is_listed_opens():
             assert entry["note"].startswith("pip install")
             continue
         assert open_device(entry["name"]).name == entry["name"]
+
+
+def test_a_device_that_is_named_is_asked_what_it_is(capsys, monkeypatch):
+    assert cli.main(["devices", "onnxruntime:cpu?threads=1", "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)["devices"]
+    assert (told["name"], told["threads"]) == ("onnxruntime:cpu?threads=1", "1")
+    assert told["processor"] and told["onnxruntime"]
+    monkeypatch.setenv("AUTOCOMPRESS_TOKEN", "a token that nobody is asked for")
+    assert cli.main(["devices", "agent://127.0.0.1:9"]) == 4, "nobody is there"
+    assert "does not answer" in capsys.readouterr().err

@@ -43,3 +43,12 @@ def test_whether_the_clock_may_rise(tmp_path, monkeypatch, no_turbo, boost, told
         if content is not None:
             path.write_text(content + "\n")
     assert processor.turbo() == told
+
+
+def test_how_hot_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(processor, "THERMAL", tmp_path)
+    assert processor.temperature() == "unknown"
+    for number, text in enumerate(("41000", "54400", "broken")):
+        (tmp_path / f"thermal_zone{number}").mkdir()
+        (tmp_path / f"thermal_zone{number}" / "temp").write_text(text + "\n")
+    assert processor.temperature() == "54 C"

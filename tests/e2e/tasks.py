@@ -10,6 +10,7 @@ from torch import nn
 
 from autocompress.data import Data, Split
 from autocompress.errors import PolicyFailure
+from autocompress.progress import Status
 from autocompress.records import Measurement
 from autocompress.testing.devices import Costs, FakeDevice
 from autocompress.testing.models import OptionABlock
@@ -82,10 +83,10 @@ class Diary:
         self.messages: list[str] = []
         self.best = ""
 
-    def update(self, *, phase: str, done: int, total: int | None, tried: int, best: str, seconds_left: float | None) -> None:
-        self.best = best
-        if not self.phases or self.phases[-1] != phase:
-            self.phases.append(phase)
+    def update(self, status: Status) -> None:
+        self.best = status.best
+        if not self.phases or self.phases[-1] != status.phase:
+            self.phases.append(status.phase)
 
     def message(self, text: str) -> None:
         self.messages.append(text)

@@ -238,3 +238,22 @@ def test_distillations_and_structures_take_turns_and_stand_in_for_each_other(fin
     assert all(Chooser(findings).choose([]) is structure for counts["short"] in range(200, 208))
     found["structure"] = None
     assert Chooser(findings).choose([]) is None
+
+
+def test_a_way_to_distil_that_was_trained_before_is_no_end_of_the_search(findings, pool, monkeypatch):
+    """Of a space with few ways to distil, Optuna suggests the same ones again and again."""
+    drawn, (base, other) = [], appraised(findings, pool[:2])
+    for number, leading in enumerate((base, other)):
+        trained(findings, leading.policy, leading.latency_s, id=f"0000{number}")
+    known, new = base.policy, base.policy.model_copy(update={"distill": DistillSpec(temperature=2.0)})
+
+    def space(trial):
+        trial.suggest_float("temperature", 1.0, 8.0)
+        drawn.append(new if len(drawn) == 3 else known)
+        return drawn[-1]
+
+    monkeypatch.setattr(findings.forecast, "space", space)
+    choice = Chooser(findings)._variant()
+    assert choice.policy == new and len(drawn) == 4
+    drawn[:] = [new] * 4
+    assert Chooser(findings)._variant() is None, "there is an end to it"

@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from running import TASK, measurement, trained
+from running import INT8, TASK, measurement, trained
 from tasks import SLOW_CALLS, Diary
 
 from autocompress.budget import Budget
@@ -16,11 +16,12 @@ from autocompress.controller.choice import Chooser
 from autocompress.controller.findings import Findings
 from autocompress.controller.opening import know_baseline, learn_latencies
 from autocompress.controller.pace import LEAST_OVERHEAD_S, Pace
-from autocompress.controller.recovery import at_work, leave_killers
+from autocompress.controller.recovery import at_work, forget_damaged, leave_killers
 from autocompress.controller.rungs import Rungs
 from autocompress.controller.verdict import require_found
 from autocompress.data import SPLITS, Split
 from autocompress.errors import InfeasibleBudget, TooManyFailures
+from autocompress.objective import evaluate_policy
 from autocompress.policy import Policy, QuantSpec
 from autocompress.progress import SilentProgress
 from autocompress.records import Attempt, Failure, Measurement, Outcome, Score
@@ -393,3 +394,29 @@ def test_networks_that_were_only_measured_are_known_to_a_resumed_search(findings
     calls = findings.setting.device.calls
     learn_latencies(findings, ahead=True)
     assert findings.setting.device.calls == calls, "as many as were to be measured ahead"
+
+
+@pytest.mark.parametrize(("direction", "told"), [("minimize", False), ("maximize", True)])
+def test_a_score_that_goes_the_wrong_way_is_doubted(findings, direction, told):
+    def error(outputs, targets):
+        return float((outputs.argmax(1) != targets).float().mean())
+
+    findings.progress = diary = Diary()
+    findings.setting = replace(findings.setting, data=replace(findings.setting.data, score=error, score_direction=direction))
+    know_baseline(findings)
+    assert any("check score_direction" in message for message in diary.messages) is told
+
+
+@pytest.mark.parametrize("artifact", ["models/00000/model.onnx", "../elsewhere/model.onnx", "models/00001/model.onnx"])
+def test_only_sound_files_in_the_folder_of_their_policy_are_opened(findings, pool, artifact):
+    """A folder may come from somebody else, with whatever in its database; or its files were changed since."""
+    folder = findings.setting.models / "00000"
+    made = evaluate_policy(findings.setting, Attempt(id="00000", policy=INT8, rung="short"), seconds=0.0)
+    findings.run = findings.setting.models.parent
+    findings.journal.record(made.model_copy(update={"artifact": artifact}))
+    sound = artifact == "models/00000/model.onnx"
+    assert forget_damaged(findings) == ([] if sound else ["00000"])
+    if sound:
+        (folder / "model.onnx").write_bytes(b"another one")
+        assert forget_damaged(findings) == ["00000"]
+    assert findings.journal.outcomes == []

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
+from running import TASK
 from tasks import SLOW_CALLS, blobs
 
+from autocompress.candidates.appraisals import Appraisals
 from autocompress.candidates.likeness import Likeness
 from autocompress.compress.student import build_student
+from autocompress.errors import UsageError
 from autocompress.loading import load
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.preparation import prepare
 from autocompress.setting import Setting
+from autocompress.study.database import open_journal
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
 
@@ -84,3 +89,10 @@ def test_errors_of_the_machine_are_no_policys(setting, monkeypatch):
     monkeypatch.setattr("autocompress.candidates.likeness.reconstruct", fail)
     with pytest.raises(OSError, match="disk full"):
         likeness(pruned(setting, 0.5))
+
+
+def test_an_original_that_cannot_be_asked_ends_the_search_with_the_reason(forecast, tmp_path, monkeypatch):
+    monkeypatch.setattr(Likeness, "answers", Mock(side_effect=RuntimeError("can't allocate memory")))
+    appraisals = Appraisals(open_journal(tmp_path, TASK, resume=False), forecast)
+    with pytest.raises(UsageError, match=r"the original cannot answer .* can.t allocate memory"):
+        appraisals.appraise(forecast.proposal(Policy(), {}))

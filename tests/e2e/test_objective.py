@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import errno
+import itertools
 import time
+from contextlib import suppress
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
 import torch
 from running import INT8, TASK, ready
-from safetensors.torch import load_file
-from tasks import SLOW_CALLS, Net
+from safetensors.torch import load_file, save_file
+from tasks import CLASSES, SLOW_CALLS, Net
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -22,7 +26,7 @@ from autocompress.budget import Budget
 from autocompress.compress.norms import FEW_STEPS
 from autocompress.compress.optimizer import Optimizer
 from autocompress.compress.student import build_student
-from autocompress.data import Data, Split
+from autocompress.data import Data, Split, sampled
 from autocompress.deploy import recreate
 from autocompress.devices.local import LocalCpu
 from autocompress.devices.runtime import Runtime
@@ -32,6 +36,7 @@ from autocompress.failures import FAILURES
 from autocompress.loading import load
 from autocompress.objective import PROBED_STEPS, evaluate_policy, training_step_seconds
 from autocompress.policy import LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
+from autocompress.preflight import LOSS_EXAMPLES
 from autocompress.preparation import prepare, score_baseline
 from autocompress.records import FEWEST_FOR_TAIL, Attempt, Prediction
 from autocompress.search_space import with_exact_int8
@@ -57,7 +62,7 @@ def test_a_score_of_ones_own_that_raises_is_a_failure_too(net, data, tmp_path):
 
     own = replace(data, loss=nn.functional.cross_entropy, score=score)
     outcome = realised(ready(net, own, tmp_path / "run"))
-    assert outcome.failure.reason == "the score function raised ValueError: bins must increase"
+    assert outcome.failure.reason == "the data's score raised ValueError: bins must increase"
 
 
 def test_a_student_of_a_task_with_its_own_loss_is_trained(net, data, tmp_path):
@@ -470,3 +475,54 @@ def test_a_policy_whose_loss_or_score_never_returns_fails_and_the_search_goes_on
     assert "must end within" in failure.reason
     assert time.monotonic() - started < 20.0
     time.sleep(0.6)  # and the alarm is off
+
+
+def test_what_the_file_system_ends_is_kept_and_what_fails_by_itself_is_not(net, data, tmp_path, monkeypatch):
+    setting, policy = ready(net, data, tmp_path / "run"), Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}))
+    for error, kept in ((OSError(errno.ESTALE, "stale file handle"), 1), (ValueError("bins must increase"), 0)):
+        monkeypatch.setattr("autocompress.objective.train_quantized", Mock(side_effect=error))
+        with suppress(OSError):
+            evaluate_policy(setting, Attempt(id="00000", policy=policy, rung="short"), seconds=1.0)
+        assert len([*setting.models.glob(f"{INTERRUPTED}*")]) == kept
+
+
+def test_training_is_kept_every_few_minutes(net, data, tmp_path, monkeypatch):
+    """A machine that loses its power tells nobody."""
+    setting, policy, kept = ready(net, data, tmp_path / "run"), Policy(prune=PruneSpec(ratios={"b.conv1": 0.5})), []
+    monkeypatch.setattr("autocompress.compress.train.KEPT_EVERY_S", 0.3)
+    monkeypatch.setattr("autocompress.objective.keep_interrupted", lambda *_: kept.append(time.monotonic()))
+    assert evaluate_policy(setting, Attempt(id="00000", policy=policy, rung="short"), seconds=2.0).failure is None
+    assert len(kept) >= 3
+    assert all(after - before >= 0.3 for before, after in itertools.pairwise(kept[:-1]))
+
+
+def test_what_is_kept_of_training_through_bits_is_what_was_learned(net, data, tmp_path, monkeypatch):
+    setting, policy, kept = ready(net, data, tmp_path / "run"), Policy(quant=QuantSpec(bits=3)), []
+    monkeypatch.setattr("autocompress.compress.train.KEPT_EVERY_S", 0.0)
+    monkeypatch.setattr("autocompress.objective.keep_interrupted", lambda _, student, __: kept.append(copy.deepcopy(student.conv.weight)))
+    assert evaluate_policy(setting, Attempt(id="00000-full", policy=policy, rung="full"), seconds=1.0).failure is None
+    assert not any(torch.equal(before, after) for before, after in itertools.pairwise(kept[:3]))
+
+
+def test_weights_of_another_student_cost_training_and_not_the_policy(net, data, tmp_path, monkeypatch):
+    setting, narrow = ready(net, data, tmp_path / "run"), Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}))
+    (setting.models / "00000").mkdir()
+    others = {name: value + 1 for name, value in load_file(setting.models / "baseline" / "student.safetensors").items()}
+    save_file(others, setting.models / "00000" / FLOAT_WEIGHTS)
+    begun = []
+    monkeypatch.setattr("autocompress.starting.reconstruct", lambda student, *_, **__: begun.append(copy.deepcopy(student.state_dict())))
+    outcome = evaluate_policy(setting, Attempt(id="00000-full", policy=narrow, rung="full"), seconds=0.5, continues="00000")
+    assert outcome.failure is None
+    built = build_student(setting.graphs[None], narrow).state_dict()
+    assert begun and torch.equal(begun[0]["conv.weight"], built["conv.weight"])
+
+
+def test_targets_that_are_not_finite_are_named(net, data, tmp_path):
+    targets = torch.randn(len(data.train), CLASSES)
+    tried = sampled(len(targets), LOSS_EXAMPLES).tolist()  # before the search begins
+    targets[next(row for row in range(len(targets)) if row not in tried), 0] = torch.nan
+    parts = {name: Split(getattr(data, name).inputs, targets[: len(getattr(data, name))]) for name in ("val", "test")}
+    own = replace(data, classes=None, train=Split(data.train.inputs, targets), **parts, loss=F.mse_loss, score=lambda outputs, targets: 0.0)
+    narrow = Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}))
+    outcome = evaluate_policy(ready(net, own, tmp_path / "run"), Attempt(id="00000", policy=narrow, rung="short"), seconds=5.0)
+    assert outcome.failure.stage == "train" and "some targets are NaN" in outcome.failure.reason

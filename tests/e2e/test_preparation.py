@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from torch import nn
 from autocompress.data import Data, Split
 from autocompress.demo import TEACHER_EPOCHS
 from autocompress.errors import DeviceUnavailable, UsageError
-from autocompress.loading import load
+from autocompress.export import read_manifest
+from autocompress.loading import load, open_weights
 from autocompress.objective import evaluate_policy
 from autocompress.policy import Policy
 from autocompress.preparation import limit_validation, prepare, score_baseline, train_demo_teacher
@@ -243,13 +245,51 @@ def test_a_model_that_takes_one_batch_size_only_is_refused(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("mean", "notes"), [((0.5, 0.5, 0.5), 0), ((0.0, 0.0, 0.0), 1), ((0.5,), 0)], ids=["same", "other", "of another form"]
+    ("mean", "how", "notes"),
+    [
+        ((0.5, 0.5, 0.5), {"mean": (0.5,) * 3, "std": (0.5,) * 3}, 0),
+        ((0.0, 0.0, 0.0), {"mean": (0.5,) * 3, "std": (0.5,) * 3}, 1),
+        ((0.5,), {"mean": (0.5,) * 3, "std": (0.5,) * 3}, 0),
+        ((0.0, 0.0, 0.0), {}, 1),
+    ],
+    ids=["same", "other", "of another form", "none"],
 )
-def test_who_normalises_otherwise_than_the_weights_were_trained_with_is_told(mean, notes):
+def test_who_normalises_otherwise_than_the_weights_were_trained_with_is_told(mean, how, notes):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 2))
     model.pretrained_cfg = {"mean": mean, "std": (0.5,) * len(mean)}  # as timm's models have it
     split = Split(torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8) % 2)
-    data = Data(split, split, split, mean=(0.5,) * 3, std=(0.5,) * 3)
+    data = Data(split, split, split, **how)
     loaded = load(Task.create({"model": "own:model", "data": "own:data"}), model=model, data=data, device=FakeDevice(SLOW_CALLS))
     assert len(loaded.notes) == notes
     assert all("mean=0,0,0 and std=0.5,0.5,0.5" in note for note in loaded.notes)
+
+
+def test_the_originals_bundle_says_what_it_is_of(net, data, tmp_path):
+    setting = ready(net, replace(data, class_names=tuple("abcd")), tmp_path / "run")
+    manifest = read_manifest(setting.models / "baseline")
+    assert (manifest.classes, manifest.class_names) == (CLASSES, ("a", "b", "c", "d"))
+
+
+def test_a_network_on_several_gpus_is_compressed_as_the_one_inside(net):
+    assert open_weights(nn.DataParallel(copy.deepcopy(net)), None, None).state_dict().keys() == net.state_dict().keys()
+
+
+def test_one_logit_for_two_classes_asks_for_a_loss(data, tmp_path):
+    parts = {name: Split(getattr(data, name).inputs, getattr(data, name).targets % 2) for name in ("train", "val", "test")}
+    with pytest.raises(UsageError, match="has one for all 2") as caught:
+        ready(nn.Sequential(nn.Flatten(), nn.Linear(192, 1)), replace(data, classes=2, **parts), tmp_path / "run")
+    assert "the loss and the score" in caught.value.hint
+
+
+def test_maps_of_classes_are_no_classifier(tmp_path):
+    """Libraries ask for the number of classes; each pixel has one, and those without any have another number."""
+    split = Split(torch.randn(8, 3, 8, 8), torch.randint(0, 2, (8, 8, 8)).index_fill(1, torch.tensor([0]), 255))
+    how = {"loss": partial(nn.functional.cross_entropy, ignore_index=255), "score": lambda outputs, targets: 0.0}
+    setting = ready(nn.Conv2d(3, 2, 3, padding=1), Data(split, split, split, classes=2, **how), tmp_path / "run")
+    assert not setting.data.decides
+
+
+def test_a_score_that_fails_is_not_the_models_fault(net, data, tmp_path):
+    setting = ready(net, replace(data, score=lambda outputs, targets: 1 / 0), tmp_path / "run")
+    with pytest.raises(UsageError, match="the data's score raised ZeroDivisionError"):
+        score_baseline(setting, data.val)

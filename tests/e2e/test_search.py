@@ -193,6 +193,8 @@ def test_the_result_object(finished, tmp_path, monkeypatch):
     assert [policy.digest for policy in result.front] == [entry["digest"] for entry in result.content["front"]]
     frame = result.frame()
     assert len(frame) == len(result.content["points"])
+    layers = result.explain()
+    assert len(layers) == len(result.entries[-1].layers) and {"name", "channels", "bits", "note"} <= {*layers}
     assert result.plot() == finished.run / "pareto.png"
     assert result.plot(tmp_path / "own.png").stat().st_size > 1000
     (finished.run / "report.html").unlink()

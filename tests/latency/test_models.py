@@ -467,3 +467,11 @@ def test_what_passes_from_int8_to_float_and_back_takes_time(graph, workloads):
 def test_what_passes_is_counted_for_many_as_for_one(graph):
     many = [*mixed(graph, 6), *policies(graph, 12, seed=4)]
     assert graph.workloads(graph.population(many)).converted().tolist() == [sum(graph.workload(policy).converted) for policy in many]
+
+
+def test_a_runtime_that_cannot_run_the_empty_network_ends_nothing(workloads):
+    class Starved(FakeDevice):
+        def measure_many(self, models, *, seconds_each=0.02):
+            raise PolicyFailure("the runtime crashed with SIGKILL")
+
+    assert calibrated(Starved(), workloads[:1]).call_overhead == 0.0

@@ -15,7 +15,7 @@ from autocompress.compress.quantize import calibrate, fake_quantize, snap_biases
 from autocompress.compress.student import build_student
 from autocompress.devices import DeviceProfile, processor
 from autocompress.errors import PolicyFailure
-from autocompress.export import check_parity, compare, load_student, onnx_bytes, require_parity, write_bundle
+from autocompress.export import Provenance, check_parity, compare, load_student, onnx_bytes, require_parity, write_bundle
 from autocompress.graph import Graph
 from autocompress.policy import Policy, PruneSpec, QuantSpec
 from autocompress.search_space import for_device
@@ -283,7 +283,7 @@ def test_tied_weights_are_exported_and_loaded(layers, tmp_path):
     expected = answers(student, inputs)
     differences = (run(payload, inputs) - expected).abs().amax(1) / (expected.max() - expected.min())
     assert differences.median() <= 1e-5, "biases are settled, so that only the rounding of floats is left"
-    write_bundle(tmp_path, student, policy, (inputs[:1],), model="own:tied")
+    write_bundle(tmp_path, student, policy, inputs[:1], Provenance(model="own:tied"))
     loaded = load_student(tmp_path, graph, policy)
     assert torch.equal(answers(loaded, inputs), expected)
 

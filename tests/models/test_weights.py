@@ -204,3 +204,25 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_is_copied(tmp_path, con
 def test_weights_that_are_no_file(tmp_path, name):
     with pytest.raises(UsageError, match="does not exist"):
         read_state(tmp_path / name)
+
+
+def test_of_two_networks_in_one_checkpoint_it_must_be_said_which_is_meant(tmp_path):
+    both = {f"student.{name}": value for name, value in state().items()} | {
+        f"teacher.{name}": value for name, value in net().state_dict().items()
+    }
+    with pytest.raises(UsageError, match="'student', 'teacher' all fit the model, and differ"):
+        load_weights(net(), write(tmp_path / "w.safetensors", both))
+    same = {f"{prefix}.{name}": value.clone() for prefix in ("online", "target") for name, value in state().items()}
+    model = net()
+    load_weights(model, write(tmp_path / "w.safetensors", same))
+    assert torch.equal(model[0].weight, net()[0].weight + 1)
+
+
+def test_what_a_model_computes_itself_may_still_be_in_a_file(tmp_path):
+    """As positions are in files of earlier versions of transformers, and counts in those of who has profiled a network."""
+    model = net()
+    model.register_buffer("positions", torch.arange(4), persistent=False)
+    load_weights(model, write(tmp_path / "w.safetensors", state() | {"positions": torch.arange(4), "0.total_ops": torch.zeros(1)}))
+    assert torch.equal(model[0].weight, net()[0].weight + 1)
+    with pytest.raises(UsageError, match="the file has 'positions'"):
+        load_weights(model, write(tmp_path / "w.safetensors", state() | {"positions": torch.arange(5)}))

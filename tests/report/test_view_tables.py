@@ -253,3 +253,10 @@ def test_time_ticks_are_few_and_within(high):
     assert ticks[-1] <= high
     assert len(ticks) <= 13
     assert len({round(b - a, 6) for a, b in itertools.pairwise(ticks)}) <= 1
+
+
+def test_where_most_policies_failed_the_first_reason_is_told(content):
+    failures = [{"id": f"0000{n}", "stage": "train", "reason": f"the loss is not finite at step {n}"} for n in range(2)]
+    unchanged = [entry | {"rung": "unchanged", "steps": 0} for entry in content["points"][:2]]
+    (told,) = caveats(Results.read(with_scores(content, 0.94, 0.935) | {"ladder": {}, "failures": failures, "points": unchanged}))
+    assert "2 policies failed, the first at its train stage: the loss is not finite at step 0" in told and "failures.log" in told

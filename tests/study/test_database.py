@@ -450,3 +450,13 @@ def test_a_search_is_not_resumed_on_another_machine(journal, tmp_path):
     assert "--from" in caught.value.hint
     with pytest.raises(UsageError, match=r"onnxruntime was '1\.32\.0' and is None"):
         studies.require_same_machine(journal, tmp_path, {"processor": "EPYC", "flags": "avx2"})
+
+
+@pytest.mark.parametrize(
+    ("reason", "cure"),
+    [("database is locked", "what else has it open"), ("database disk image is malformed", "start again"), ("disk full", "free space")],
+)
+def test_what_helps_depends_on_why_a_database_cannot_be_written(tmp_path, reason, cure):
+    with pytest.raises(RunFolderError) as caught, studies.recording(tmp_path):
+        raise optuna.exceptions.StorageInternalError("An exception is raised during the commit.") from OSError(reason)
+    assert cure in caught.value.hint
