@@ -90,7 +90,7 @@ def test_one_that_greed_takes_first_makes_room_for_two_that_cover_more():
     ],
 )  # fmt: skip
 def test_where_all_counts_what_is_fast_has_its_share(runs, wanted):
-    """Short runs of two hours of ResNet-56: of the four that were trained to the end two lay beside each other, and none beyond 5.6 or 7.1x.
+    """Short runs of two hours of ResNet-56: of four that were trained to the end two lay beside each other, and none beyond 5.6 or 7.1x.
 
     Of what they lacked long training left the smaller a share the more it was: of 3.4, 10.9 and 14.9 points 1.5, 2.7 and 2.9.
     """
