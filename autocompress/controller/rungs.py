@@ -264,9 +264,9 @@ class Rungs:
         it did, or has this from another search, trains it further unless that was for about as long as it would be by now.
 
         Those that cover most beside what is trained to the end already, or in no need of it. All that was trained briefly counts, however
-        little it has learned: of what a student then lacks, long training leaves the smaller a share the more it was. Of runs that differ in
-        distillation only, the best: time is worth more in one network than in two of the same. All are compared by their short runs, that
-        is after training of about the same length.
+        little it has learned: of what a student then lacks, long training leaves the smaller a share the more it was. Of runs that differ
+        in distillation only, the best: time is worth more in one network than in two of the same. All are compared by their short runs,
+        that is after training of about the same length.
         """
         findings, structure = self.findings, self.findings.forecast.structure
         enough = ENOUGH * (min(each, findings.clock.left) - self._pace.finishing()) if not goes_on else 0.0
