@@ -6,10 +6,12 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autocompress.apply import apply_policy
     from autocompress.budget import Budget
+    from autocompress.commands.apply import apply_policy
+    from autocompress.commands.deploy import recreate
+    from autocompress.commands.inspect import inspect_model
+    from autocompress.commands.measure import measure_model
     from autocompress.data import Data, Split
-    from autocompress.deploy import recreate
     from autocompress.errors import (
         AutocompressError,
         DeviceUnavailable,
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
         TooManyFailures,
         UsageError,
     )
-    from autocompress.inspect import inspect_model
-    from autocompress.measure import measure_model
     from autocompress.policy import DistillSpec, LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
     from autocompress.records import Measurement, Score
     from autocompress.results import Entry
@@ -31,8 +31,8 @@ _HOMES = {
     "Entry": "results", "FrontSampler": "study.sampler", "InfeasibleBudget": "errors", "LowRankSpec": "policy", "Measurement": "records",
     "Policy": "policy", "PruneSpec": "policy", "QuantSpec": "policy", "RunFolderError": "errors", "Score": "records",
     "SearchResult": "session", "Split": "data", "StudentSpec": "policy", "TooManyFailures": "errors",
-    "UsageError": "errors", "apply_policy": "apply", "inspect_model": "inspect", "measure_model": "measure", "recreate": "deploy",
-    "search": "session",
+    "UsageError": "errors", "apply_policy": "commands.apply", "inspect_model": "commands.inspect",
+    "measure_model": "commands.measure", "recreate": "commands.deploy", "search": "session",
 }  # fmt: skip
 
 __version__ = metadata.version("autocompress")

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from autocompress import options
+from autocompress.commands import options
+from autocompress.commands.terminal import aside, complain, emit, emit_json, emit_record, report_error, terminal_width
 from autocompress.errors import AutocompressError, InfeasibleBudget, Interrupted, RunFolderError, Terminated, UsageError, one_line
 from autocompress.references import AGENT_FILE_MB, AGENT_MEMORY_MB, AGENT_PORT, DEFAULT_DEVICE, require_formats
-from autocompress.run_folder import FRONT, PARETO, REPORT, new_run, read_front, write_atomically
-from autocompress.terminal import aside, complain, emit, emit_json, emit_record, report_error, terminal_width
+from autocompress.system.run_folder import FRONT, PARETO, REPORT, new_run, read_front, write_atomically
 
 if TYPE_CHECKING:
     from autocompress.task import Task
@@ -89,8 +89,8 @@ def search(
 
 
 def _dry_run(task: Task, *, quiet: bool, json: bool) -> None:
-    from autocompress.dry_run import dry_run
-    from autocompress.progress import make_progress
+    from autocompress.commands.dry_run import dry_run
+    from autocompress.system.progress import make_progress
 
     with aside(), make_progress(quiet) as progress:
         content = dry_run(task, progress)
@@ -98,8 +98,8 @@ def _dry_run(task: Task, *, quiet: bool, json: bool) -> None:
 
 
 def _search(task: Task, run: Path, *, resume: bool, quiet: bool, json: bool) -> None:
-    from autocompress.progress import make_progress
     from autocompress.session import run_search
+    from autocompress.system.progress import make_progress
 
     folder = run.absolute()  # the user's code may change to another one
     try:
@@ -177,7 +177,7 @@ def export(
     """Write one policy as the files that ship, checked and measured again."""
     formats = tuple(part.strip() for text in format_ or ["onnx"] for part in text.split(",") if part.strip())
     require_formats(formats)
-    from autocompress.deploy import export_run  # torch takes seconds, wrong formats are told at once
+    from autocompress.commands.deploy import export_run  # torch takes seconds, wrong formats are told at once
 
     with aside():
         exported = export_run(run, pick=pick, formats=formats, out=out, model=model, student=student, device=device)
@@ -210,7 +210,7 @@ def measure(
     json: options.Json = False,
 ) -> None:
     """Measure the latency of an ONNX file or a model: median, interval, p95; on several devices in turns."""
-    from autocompress.measure import measure_on
+    from autocompress.commands.measure import measure_on
 
     devices = device or [DEFAULT_DEVICE]
     with aside():
@@ -246,8 +246,8 @@ def calibrate(
     seconds = parse_duration(time)
     overrides: dict[str, object] = {"device": device, "model": model, "data": data, "space": space, "batch": batch}
     task = load_task(None, overrides | {"weights": str(weights) if weights else None})
-    from autocompress.calibrate import calibrate as measure_operators
-    from autocompress.progress import make_progress
+    from autocompress.commands.calibrate import calibrate as measure_operators
+    from autocompress.system.progress import make_progress
 
     with aside(), make_progress(quiet) as progress:
         content = measure_operators(task, seconds, progress)
@@ -269,7 +269,7 @@ def inspect(
     page = html.absolute() if html is not None else None  # the user's code may change to another folder
     if page is not None and not page.parent.is_dir():
         raise UsageError(f"the folder of {str(html)!r} does not exist", hint="make it, or give --html another place")
-    from autocompress.inspect import inspect_model
+    from autocompress.commands.inspect import inspect_model
 
     with aside():
         content = inspect_model(model, weights=weights, data=data, input=input, device=device)
@@ -313,7 +313,7 @@ def apply(
     json: options.Json = False,
 ) -> None:
     """Apply one policy without a search: compress, export, check."""
-    from autocompress.apply import apply_policy
+    from autocompress.commands.apply import apply_policy
 
     with aside():
         content = apply_policy(
@@ -368,7 +368,7 @@ def agent(
 @app.command()
 def doctor(*, json: options.Json = False) -> None:
     """Check this machine: versions, processor, disk, what disturbs measurements."""
-    from autocompress.doctor import examine
+    from autocompress.commands.doctor import examine
 
     content = examine(Path.cwd())
     emit_json({"ok": content["usable"]} | content) if json else emit_record(content)

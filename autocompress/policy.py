@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field, field_validator
 from autocompress.record import Record
 from autocompress.units import counted
 
+Criterion = Literal["l2", "l1", "median", "scale"]
 KERNEL_BITS = (8, 32)
 STORAGE_BITS = (2, 3, 4, 5, 6, 7, 16)
 
@@ -72,9 +73,15 @@ class StudentSpec(Record):
 
 
 class PruneSpec(Record):
-    """Channel removal: channel group -> fraction of its channels that is removed, in [0, 1)."""
+    """Channel removal: channel group -> fraction of its channels that is removed, in [0, 1).
+
+    criterion: which ones stay, also where the student is narrower (graph/importance.py). Of filters, with the batch norm behind them folded
+    in, those with the largest `l2` or `l1` norm (Li et al. 2017, arXiv 1608.08710), or the largest distance to all others of their layer
+    (`median`: He et al. 2019, arXiv 1811.00250); or those whose batch norm multiplies by most (`scale`: Liu et al. 2017, arXiv 1708.06519).
+    """
 
     ratios: dict[str, Ratio] = {}
+    criterion: Criterion = "l2"
 
     _sort = field_validator("ratios")(_sorted_mapping)
 
@@ -194,8 +201,11 @@ class Policy(Record):
             low, high = self.student.width * min(widths), self.student.width * max(widths)
             parts.append(f"width {low:.2f}" if low == high else f"width {low:.2f}-{high:.2f}")
         ratios = [ratio for ratio in self.prune.ratios.values() if ratio]
+        by = f" by {self.prune.criterion}" if self.prune.criterion != "l2" else ""
         if ratios:
-            parts.append(f"{counted(len(ratios), 'group')} pruned by {100 * sum(ratios) / len(ratios):.0f} % on average")
+            parts.append(f"{counted(len(ratios), 'group')} pruned by {100 * sum(ratios) / len(ratios):.0f} % on average{by}")
+        elif by and self.student.width * min(widths) < 1.0:
+            parts.append(f"channels chosen{by}")
         kept = list(self.factorised.values())
         if kept:
             parts.append(f"{counted(len(kept), 'layer')} of low rank with {100 * sum(kept) / len(kept):.0f} % of their multiplications")

@@ -15,7 +15,7 @@ from autocompress.policy import Policy
 from autocompress.record import first_problem
 from autocompress.records import Measurement, Parity, Prediction, Rung, Score
 from autocompress.references import nearest
-from autocompress.run_folder import read_front
+from autocompress.system.run_folder import read_front
 from autocompress.units import counted
 
 

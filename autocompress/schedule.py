@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from autocompress.ranks import is_low
+from autocompress.ranking.ranks import is_low
 from autocompress.records import FEWEST_FOR_TAIL
 
 FEWEST_EXAMPLES = 32

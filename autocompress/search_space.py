@@ -25,6 +25,7 @@ from autocompress.policy import (
     KERNEL_BITS,
     STORAGE_BITS,
     AnswerLoss,
+    Criterion,
     DistillSpec,
     FeatureLoss,
     LowRankSpec,
@@ -83,6 +84,7 @@ class PruneSpace(Range):
     low: float = Field(ge=0)
     high: float = Field(lt=1)
     per: Literal["model", "stage", "group"] = "stage"
+    criteria: tuple[Criterion, ...] = Field(("l2",), min_length=1)
 
 
 class LowRankSpace(Range):
@@ -256,7 +258,7 @@ class SearchSpace:
         drop = self._drops(suggester)
         policy = Policy(
             student=StudentSpec(reference=self.reference, widths=self._widths(suggester), drop=drop),
-            prune=PruneSpec(ratios=self._ratios(suggester)),
+            prune=PruneSpec(ratios=self._ratios(suggester), criterion=self._criterion(suggester)),
             low_rank=LowRankSpec(kept=self._kept(suggester)),
             quant=self._quant(suggester),
             distill=self._distill(suggester),
@@ -289,6 +291,10 @@ class SearchSpace:
         if space is None:
             return {}
         return self._shared("prune", space.per, lambda stage: stage.inner, lambda name: space.suggest(suggester, name))
+
+    def _criterion(self, suggester: Suggester) -> Criterion:
+        criteria: tuple[Criterion, ...] = self.spec.prune.criteria if self.spec.prune is not None else ("l2",)
+        return criteria[0] if len(criteria) == 1 else suggester.suggest_categorical("criterion", list(criteria))
 
     def _kept(self, suggester: Suggester) -> dict[str, float]:
         space = self.spec.low_rank

@@ -17,20 +17,20 @@ from autocompress.data.sources import Splits, as_data
 from autocompress.devices.base import Device
 from autocompress.errors import InfeasibleBudget, UsageError
 from autocompress.policy import Policy
-from autocompress.progress import Progress, make_progress
 from autocompress.references import name_of
 from autocompress.report.figures import in_colour
 from autocompress.report.page import figures, write_report
 from autocompress.report.tables import frame, note
 from autocompress.results import Entry, Results
-from autocompress.run_folder import PARETO, REPORT, new_run, read_front
+from autocompress.system.progress import Progress, make_progress
+from autocompress.system.run_folder import PARETO, REPORT, new_run, read_front
 from autocompress.task import Task, find_task
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from plotly.graph_objects import Figure
 
-    from autocompress.deploy import Exported
+    from autocompress.commands.deploy import Exported
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class SearchResult:
         device: str | None = None,
     ) -> Exported:
         """Write the bundle of one policy and measure it again: see `autocompress export`."""
-        from autocompress.deploy import export_run
+        from autocompress.commands.deploy import export_run
 
         return export_run(self.run, pick=pick, formats=formats, out=Path(out), model=model, student=student, device=device)
 

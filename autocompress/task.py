@@ -32,7 +32,7 @@ from autocompress.references import (
     nearest,
     parse_reference,
 )
-from autocompress.run_folder import is_own_file
+from autocompress.system.run_folder import is_own_file
 from autocompress.units import parse_duration
 
 DEMO_MODEL = f"{DEMO}teacher"

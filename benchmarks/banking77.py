@@ -30,7 +30,7 @@ from autocompress import Data, Split
 from autocompress.compress.rates import TrainPlan
 from autocompress.compress.train import train
 from autocompress.data import stratified
-from autocompress.evaluate import score_model
+from autocompress.trial.evaluate import score_model
 
 WORDS, WORD = 2048, re.compile(r"[a-z0-9']+")
 PADDING, UNKNOWN = 0, 1

@@ -31,9 +31,9 @@ from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import train
 from autocompress.data import sample
 from autocompress.devices import open_device
-from autocompress.evaluate import score_model
 from autocompress.graph import Graph
 from autocompress.policy import DistillSpec
+from autocompress.trial.evaluate import score_model
 
 
 def numbers(text: str) -> list[int]:

@@ -41,12 +41,12 @@ from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import train_quantized
 from autocompress.data import Data
 from autocompress.devices import open_device
-from autocompress.evaluate import score_artifact
 from autocompress.export import Provenance, write_bundle
 from autocompress.graph import Graph
 from autocompress.models import load_weights
 from autocompress.policy import DistillSpec, Policy, QuantSpec
 from autocompress.records import Measurement
+from autocompress.trial.evaluate import score_artifact
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -36,21 +36,21 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cifar10
 
 from autocompress import Data, Split
-from autocompress.calibrate import NETWORKS
 from autocompress.candidates.ahead import measure_ahead
 from autocompress.candidates.forecast import UNTRAINED_SECONDS_EACH, Forecast
+from autocompress.commands.calibrate import NETWORKS
 from autocompress.errors import PolicyFailure
-from autocompress.failures import policy_errors
-from autocompress.loading import load
 from autocompress.models import load_weights
 from autocompress.policy import Policy, PruneSpec, QuantSpec
-from autocompress.preparation import prepare
-from autocompress.ranks import rank_correlation
+from autocompress.ranking.ranks import rank_correlation
 from autocompress.schedule import FEWEST_EXAMPLES
 from autocompress.search_space import find_suggest, for_device
-from autocompress.starting import untrained_student
+from autocompress.setup.loading import load
 from autocompress.suggesters import LevelSuggester
+from autocompress.system.failures import policy_errors
 from autocompress.task import Task
+from autocompress.trial.preparation import prepare
+from autocompress.trial.starting import untrained_student
 from autocompress.workload import Workload
 
 RESULTS = Path(__file__).parent / "results"

@@ -34,12 +34,12 @@ from autocompress.compress.student import build_student
 from autocompress.compress.train import train
 from autocompress.data import Data, sample
 from autocompress.devices import open_device
-from autocompress.evaluate import run_artifact
 from autocompress.export import onnx_bytes
 from autocompress.graph import Graph
 from autocompress.models import load_weights
 from autocompress.policy import Policy, QuantSpec
 from autocompress.search_space import for_device
+from autocompress.trial.evaluate import run_artifact
 
 RESULT = Path(__file__).parent / "results" / "near_ties.json"
 DEVICE = "onnxruntime:cpu?threads=1"

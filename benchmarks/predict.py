@@ -30,11 +30,11 @@ from autocompress.candidates.forecast import Forecast
 from autocompress.candidates.knapsack import Knapsack
 from autocompress.candidates.sensitivity import Sensitivity
 from autocompress.devices import open_device
-from autocompress.loading import load
-from autocompress.preparation import prepare
 from autocompress.search_space import find_suggest
+from autocompress.setup.loading import load
 from autocompress.suggesters import LevelSuggester
 from autocompress.task import load_task
+from autocompress.trial.preparation import prepare
 
 RESULTS = Path(__file__).parent / "results"
 CALIBRATION_S = 10.0

@@ -36,10 +36,10 @@ from autocompress.data.sources import load_data
 from autocompress.demo import LEARNING_RATE, TEACHER_EPOCHS
 from autocompress.demo import teacher as demo_teacher
 from autocompress.devices import open_device
-from autocompress.evaluate import score_model
 from autocompress.graph import Graph
 from autocompress.models import load_weights
 from autocompress.policy import DistillSpec
+from autocompress.trial.evaluate import score_model
 
 RESULTS = Path(__file__).parent / "results"
 SCORED = 2000

@@ -34,10 +34,10 @@ from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import train
 from autocompress.data import Data
 from autocompress.devices import open_device
-from autocompress.evaluate import score_model
 from autocompress.graph import Graph
 from autocompress.models import load_weights
 from autocompress.policy import DistillSpec, Policy, PruneSpec, StudentSpec
+from autocompress.trial.evaluate import score_model
 
 RESULTS = Path(__file__).parent / "results"
 TEACHER_S = 60.0

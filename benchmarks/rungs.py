@@ -46,15 +46,15 @@ from autocompress.compress.student import build_student
 from autocompress.compress.train import train
 from autocompress.data import Data, sample
 from autocompress.devices import open_device
-from autocompress.evaluate import score_model
-from autocompress.loading import load
 from autocompress.policy import Policy, QuantSpec
-from autocompress.preparation import prepare
-from autocompress.ranks import rank_correlation
+from autocompress.ranking.ranks import rank_correlation
 from autocompress.search_space import find_suggest
-from autocompress.setting import Setting
+from autocompress.setup.loading import load
+from autocompress.setup.setting import Setting
 from autocompress.suggesters import LevelSuggester
 from autocompress.task import load_task
+from autocompress.trial.evaluate import score_model
+from autocompress.trial.preparation import prepare
 
 RESULTS = Path(__file__).parent / "results"
 CALIBRATION_S, POOL_S = 60.0, 20.0

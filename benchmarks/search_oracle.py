@@ -42,7 +42,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import BaseSampler, GPSampler, NSGAIIISampler, NSGAIISampler, RandomSampler, TPESampler
 
 from autocompress.devices import open_device
-from autocompress.front import hypervolume
+from autocompress.ranking.front import hypervolume
 from autocompress.study.sampler import FrontSampler, Space
 
 Array = NDArray[np.float64]

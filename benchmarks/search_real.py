@@ -42,16 +42,16 @@ from autocompress.candidates.pool import draw_pool
 from autocompress.candidates.proposals import Proposal
 from autocompress.controller.rungs import APPRAISED_FIRST, SINGLES_SHARE
 from autocompress.devices import open_device
-from autocompress.front import hypervolume, least_counted
 from autocompress.graph import Structure
-from autocompress.loading import load
 from autocompress.policy import Policy
-from autocompress.preparation import prepare
-from autocompress.promotion import cover
+from autocompress.ranking.front import hypervolume, least_counted
+from autocompress.ranking.promotion import cover
 from autocompress.search_space import find_suggest
+from autocompress.setup.loading import load
 from autocompress.study.database import open_journal
 from autocompress.study.sampler import FrontSampler
 from autocompress.task import Task, load_task
+from autocompress.trial.preparation import prepare
 
 RESULTS = Path(__file__).parent / "results"
 CALIBRATION_S, POOL_S, PATIENCE_S = 60.0, 20.0, 600.0

@@ -7,9 +7,9 @@
 Of each technique the gentlest setting is taken whose untrained student, exported and measured in turns with the original, takes no more
 than `--share` of its time; the harshest where none does, which the table then shows. `joint` is what a search would train first: of
 `--appraisals` structures of the default space, appraised without training, the one worth most whose file takes no more than that. The last
-rows are the ways to distil: one student, other losses. Each student gets the same seconds of training after its reconstruction, as a short
+rows are the ways to distil that student. Each student gets the same seconds of training after its reconstruction, as a short
 run of a search does (the original in int8 is only calibrated); seeds are the outer loop, so that a machine that gets slower hits all rows
-alike. Writes benchmarks/results/techniques_TASK.{json,md}.
+alike. Writes benchmarks/results/techniques_TASK.{json,md} (of a part: techniques_TASK_ONLY).
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -37,19 +36,19 @@ from autocompress.candidates.appraisals import Appraisals
 from autocompress.candidates.forecast import Forecast
 from autocompress.candidates.pool import draw_pool
 from autocompress.compress.teacher import Teacher
-from autocompress.evaluate import score_artifact
 from autocompress.graph import Graph
-from autocompress.loading import load
-from autocompress.objective import evaluate_policy
 from autocompress.policy import DistillSpec, LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
-from autocompress.preparation import prepare
 from autocompress.records import Attempt
 from autocompress.search_space import find_suggest, for_device
-from autocompress.setting import Setting
-from autocompress.starting import untrained_student
+from autocompress.setup.loading import load
+from autocompress.setup.setting import Setting
 from autocompress.study.database import open_journal
 from autocompress.study.sampler import FrontSampler
 from autocompress.task import Task
+from autocompress.trial.evaluate import score_artifact
+from autocompress.trial.objective import evaluate_policy
+from autocompress.trial.preparation import prepare
+from autocompress.trial.starting import untrained_student
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -129,15 +128,19 @@ def joint(setting: Setting, task: Task, share: float, appraisals: int) -> Policy
     return next(fast_enough, min(best_first, key=lambda appraised: appraised.latency_s).policy)
 
 
-def policies(setting: Setting, share: float) -> Iterator[tuple[str, str, Policy]]:
-    """(what is compared, name, policy) of each row."""
-    graph, profile = setting.graphs[None], setting.device.profile
-    yield "technique", "int8", for_device(int8(Policy()), profile)
-    for name, technique in FAMILIES.items():
-        yield "technique", name, _gentlest(setting, technique, share)
-    for name, technique in FAMILIES.items():
-        yield "technique", f"{name}, int8", _gentlest(setting, lambda graph, harshness, made=technique: int8(made(graph, harshness)), share)
-    student = _gentlest(setting, lambda graph, harshness: int8(width(graph, harshness)), share)
+def policies(setting: Setting, task: Task, share: float, appraisals: int, only: str | None) -> Iterator[tuple[str, str, Policy]]:
+    """(what is compared, name, policy) of each row: techniques by themselves and together, then ways to distil the latter's student."""
+    graph, student = setting.graphs[None], joint(setting, task, share, appraisals)
+    if only != "distillation":
+        yield "technique", "int8", for_device(int8(Policy()), setting.device.profile)
+        for name, technique in FAMILIES.items():
+            yield "technique", name, _gentlest(setting, technique, share)
+        for name, technique in FAMILIES.items():
+            rounded = lambda graph, harshness, made=technique: int8(made(graph, harshness))  # noqa: E731
+            yield "technique", f"{name}, int8", _gentlest(setting, rounded, share)
+        yield "technique", "joint", student
+    if only == "technique":
+        return
     for name, spec in DISTILLATIONS.items():
         if graph.classifier is not None or not spec.features:
             yield "distillation", name, student.model_copy(update={"distill": spec})
@@ -209,6 +212,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=Path("runs/banking77.safetensors"), help="of banking77's transformer")
     parser.add_argument("--share", type=float, default=0.5, help="of the original's latency")
     parser.add_argument("--appraisals", type=int, default=60, help="without training, to choose the joint policy")
+    parser.add_argument("--only", choices=("technique", "distillation"), help="of what is compared")
     parser.add_argument("--seconds", type=float, default=60.0, help="of training")
     parser.add_argument("--seeds", type=int, default=2)
     options = parser.parse_args()
@@ -218,10 +222,7 @@ def main() -> None:
         task = task_of(options)
         setting = prepare(task, Path(folder), load(task))
         original = score_artifact(setting.device, setting.baseline.path, setting.data, setting.data.test, setting.batch).value
-        chosen = list(policies(setting, options.share))
-        started = time.monotonic()
-        chosen.append(("technique", "joint", joint(setting, task, options.share, options.appraisals)))
-        choosing_s = time.monotonic() - started
+        chosen = list(policies(setting, task, options.share, options.appraisals, options.only))
         for seed in range(options.seeds):
             teacher = Teacher(setting.teacher.model, setting.data, classifier=setting.graphs[None].classifier, seed=seed)
             teacher.prepare(options.seconds)
@@ -231,14 +232,15 @@ def main() -> None:
                 rows.append(known | run(seeded, name, policy, options.seconds))
                 print(rows[-1], flush=True)
         told = {
-            "task": options.task, "share": options.share, "seconds": options.seconds, "seeds": options.seeds, "original": original,
-            "appraisals": options.appraisals, "choosing_joint_s": choosing_s,
-            "original_bytes": setting.baseline.size_bytes, "original_s": setting.baseline.latency_s.median, "torch": torch.__version__,
-            "commit": commit.stdout.strip(), "machine": setting.device.environment(), "rows": rows,
+            "task": options.task, "share": options.share, "seconds": options.seconds, "seeds": options.seeds,
+            "appraisals": options.appraisals, "original": original, "original_bytes": setting.baseline.size_bytes,
+            "original_s": setting.baseline.latency_s.median, "torch": torch.__version__, "commit": commit.stdout.strip(),
+            "machine": setting.device.environment(), "rows": rows,
         }  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"techniques_{options.task}.json").write_text(json.dumps(told, indent=1) + "\n")
-    (RESULTS / f"techniques_{options.task}.md").write_text(table(rows))
+    name = "_".join(filter(None, ["techniques", options.task, options.only]))
+    (RESULTS / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
+    (RESULTS / f"{name}.md").write_text(table(rows))
     print(table(rows))
 
 

@@ -42,9 +42,9 @@ from autocompress.compress.teacher import Teacher
 from autocompress.compress.train import train
 from autocompress.data import Data
 from autocompress.devices import open_device
-from autocompress.evaluate import score_model
 from autocompress.graph import Graph
 from autocompress.policy import DistillSpec, Policy
+from autocompress.trial.evaluate import score_model
 
 
 @dataclass(frozen=True)

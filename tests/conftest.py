@@ -57,7 +57,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(autouse=True)
 def _no_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What tests say of processors and memory does not depend on the limits that they run under."""
-    monkeypatch.setattr("autocompress.machine.CONTROL", tmp_path / "no cgroup")
+    monkeypatch.setattr("autocompress.system.machine.CONTROL", tmp_path / "no cgroup")
 
 
 @pytest.fixture(scope="session", autouse=True)

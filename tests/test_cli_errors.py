@@ -10,7 +10,7 @@ import torch
 from autocompress.cli import main
 from autocompress.policy import Policy
 from autocompress.records import Outcome, Score
-from autocompress.run_folder import locked, remember_own
+from autocompress.system.run_folder import locked, remember_own
 from autocompress.task import Task
 
 FRONT = Path(__file__).parent / "fixtures" / "front.json"

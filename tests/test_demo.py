@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from autocompress.demo import WIDTHS, teacher
-from autocompress.demo_size import TIMES_BUDGET, of_fitting_size, reference_for
 from autocompress.errors import PolicyFailure
 from autocompress.graph import Graph
 from autocompress.models import load_model
 from autocompress.policy import Policy
 from autocompress.references import DEMO, names_function
+from autocompress.setup.demo_size import TIMES_BUDGET, of_fitting_size, reference_for
 from autocompress.task import TASK_FILE, Task
 from autocompress.testing.devices import Costs, FakeDevice
 

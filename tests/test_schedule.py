@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from autocompress import schedule
-from autocompress.ranks import partial_rank_correlation, rank_correlation
+from autocompress.ranking.ranks import partial_rank_correlation, rank_correlation
 from autocompress.schedule import Clock, Division, extended, full_runs, full_seconds, profiling_seconds, reserve_seconds
 
 

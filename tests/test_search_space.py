@@ -57,6 +57,12 @@ def test_a_rank_is_drawn_for_each_stage_and_a_layer_that_stays_whole_is_not_name
     assert any(kept for _, kept in named)
 
 
+def test_by_what_channels_are_chosen_is_drawn_only_where_a_space_says_so(graph):
+    criteria = {name: {policy.prune.criterion for _, policy in draws(SearchSpace.build(load_space(name), graph, INT8))} for name in SHIPPED}
+    assert criteria.pop("everything") == {"l2", "l1", "median", "scale"}
+    assert all(drawn == {"l2"} for drawn in criteria.values())
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_space_draws_policies_that_fit_the_network(name, graph):
     space = SearchSpace.build(load_space(name), graph, INT8)

@@ -12,7 +12,7 @@ from torch import nn
 from autocompress import session
 from autocompress.controller import resuming
 from autocompress.errors import InfeasibleBudget, UsageError
-from autocompress.loading import TEACHER_WEIGHTS, UNFINISHED_TEACHER, kept_teacher
+from autocompress.setup.loading import TEACHER_WEIGHTS, UNFINISHED_TEACHER, kept_teacher
 from autocompress.task import DEMO_MODEL, TASK_FILE, Task, load_task
 
 

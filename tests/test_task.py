@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from autocompress.errors import RunFolderError, UsageError
 from autocompress.references import names_function
-from autocompress.run_folder import remember_own
+from autocompress.system.run_folder import remember_own
 from autocompress.task import DATA_VARIABLE, DEMO_MODEL, Task, load_kept_task, load_task
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))

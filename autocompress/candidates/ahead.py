@@ -9,8 +9,8 @@ import numpy as np
 
 from autocompress.candidates.forecast import FEASIBILITY_SLACK, Forecast
 from autocompress.policy import Policy
-from autocompress.progress import PhaseTick
 from autocompress.suggesters import LevelSuggester
+from autocompress.system.progress import PhaseTick
 
 OPERATOR_DRAWS = 64
 WHOLE_NETWORKS, LEAST_NETWORKS = 6, 2
@@ -28,7 +28,7 @@ def measure_ahead(forecast: Forecast, seconds: float, seed: int, tick: PhaseTick
         forecast.model.table.measure(
             forecast.setting.device, workloads, 0.5 * seconds, lambda done, total: tick("measuring operators", done, total)
         )
-    by_latency = _of_interest(forecast, {forecast.structure(policy): policy for policy in policies}.values())
+    by_latency = _of_interest(forecast, {forecast.structure(policy).timed: policy for policy in policies}.values())
     chosen = np.unique(np.linspace(0, len(by_latency) - 1, networks or WHOLE_NETWORKS).round().astype(int))
     known = len(forecast.networks)
     for done, index in enumerate(generator.permutation(chosen)[known:], known):  # where time is short, not the fastest only

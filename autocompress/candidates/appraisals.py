@@ -17,12 +17,12 @@ from autocompress.candidates.likeness import Likeness
 from autocompress.candidates.proposals import Proposal, outclassed
 from autocompress.candidates.sensitivity import Sensitivity
 from autocompress.errors import UsageError
-from autocompress.failures import refused
 from autocompress.graph import Structure
 from autocompress.policy import Policy
-from autocompress.ranks import partial_rank_correlation
+from autocompress.ranking.ranks import partial_rank_correlation
 from autocompress.study.journal import AppraisedTrial, Journal
 from autocompress.study.notes import Note
+from autocompress.system.failures import refused
 
 MOST_RULED_OUT = 150
 """Suggestions in a row that prediction rules out before the search turns to its own draws."""

@@ -13,15 +13,15 @@ from autocompress.budget import Budget
 from autocompress.candidates.proposals import Proposal, capacity, inheritance
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import PolicyFailure
-from autocompress.failures import policy_errors
 from autocompress.graph import Structure
 from autocompress.latency import FittedLatencyModel, OperatorTable
 from autocompress.policy import Policy
 from autocompress.records import Measurement, Outcome, Prediction
 from autocompress.schedule import FEWEST_EXAMPLES
 from autocompress.search_space import Suggest, with_default_distillation
-from autocompress.setting import Setting
-from autocompress.starting import UNTRAINED, untrained_student
+from autocompress.setup.setting import Setting
+from autocompress.system.failures import policy_errors
+from autocompress.trial.starting import UNTRAINED, untrained_student
 from autocompress.workload import Workload
 
 UNTRAINED_SECONDS_EACH = 0.3
@@ -172,7 +172,7 @@ class Forecast:
 
     def _measured(self, policy: Policy) -> float | None:
         """Seconds that the policy's network takes, where it has been measured: beside an original as fast as it was lately."""
-        known = self.networks.get(self.structure(policy))
+        known = self.networks.get(self.structure(policy).timed)
         return known[1] * self.recent_baseline_s if known is not None else None
 
     @property
@@ -195,7 +195,7 @@ class Forecast:
 
     def note(self, policy: Policy, originals: float) -> None:
         """Keep what the policy's network took, in units of what the original took beside it."""
-        structure = self.structure(policy)
+        structure = self.structure(policy).timed
         if structure not in self.networks and len(self.model.table):
             self._first_predictions[structure] = self.predict(policy)
         self.networks[structure] = (self.workload(policy), originals)
@@ -207,7 +207,7 @@ class Forecast:
 
     def first_prediction(self, policy: Policy) -> Prediction:
         """As it was predicted before its network was first measured: what prediction is judged by."""
-        return self._first_predictions.get(self.structure(policy)) or self.predict(policy)
+        return self._first_predictions.get(self.structure(policy).timed) or self.predict(policy)
 
     def measure_untrained(self, policy: Policy) -> Untrained | None:
         """What the policy's structure takes; None when it cannot be built."""

@@ -19,9 +19,9 @@ from autocompress.compress.reconstruct import TeacherActivations, examples_for, 
 from autocompress.compress.student import build_student
 from autocompress.data import sample
 from autocompress.errors import PolicyFailure
-from autocompress.failures import policy_errors
 from autocompress.policy import Policy
-from autocompress.setting import Setting
+from autocompress.setup.setting import Setting
+from autocompress.system.failures import policy_errors
 
 EXAMPLES = 128
 """Inputs that a student is reconstructed on, at most: more take longer, and flatter small students (`benchmarks/rungs.py`)."""

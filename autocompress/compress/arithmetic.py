@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autocompress import machine
 from autocompress.graph.trace import is_opaque
+from autocompress.system import machine
 
 _bf16_faster: dict[str, bool] = {}
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
-from autocompress import machine
 from autocompress.compress.arithmetic import best_training_device, free_memory
 from autocompress.data.splits import FLOAT_BYTES
+from autocompress.system import machine
 
 LEAST_PART, MEMORY_SHARE = 8, 0.5
 """Examples at least of a part of a batch that does not fit the memory; and the share of what is free that it may take."""

@@ -218,7 +218,7 @@ class _Reconstruction(fx.Interpreter):
                 self._fit(aim)
             elif (aim := self._aims.get(n.meta.get(FIRST_OF, ""))) is not None:
                 self._fit_first(n, aim)
-        if is_folded_norm(n, self._student):
+        if is_folded_norm(n):
             self._reestimate(n)
         return super().run_node(n)
 

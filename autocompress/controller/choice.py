@@ -12,10 +12,10 @@ from autocompress.candidates.proposals import Proposal, outclassed
 from autocompress.controller.findings import Findings
 from autocompress.controller.standing import feasible
 from autocompress.devices.timing import MOST_DRIFT
-from autocompress.front import gain, measured
 from autocompress.graph import Structure
 from autocompress.policy import Policy
-from autocompress.promotion import Point, cover, promoted
+from autocompress.ranking.front import gain, measured
+from autocompress.ranking.promotion import Point, cover, promoted
 from autocompress.records import Outcome
 from autocompress.suggesters import PartiallyFixed
 

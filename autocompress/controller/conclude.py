@@ -7,17 +7,17 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from autocompress.beside_baseline import believable, measure_beside_baseline, seconds_for
 from autocompress.controller.findings import Findings
 from autocompress.data import Split, sample
 from autocompress.errors import PolicyFailure, one_line
-from autocompress.evaluate import score_artifact
 from autocompress.export import is_intact
-from autocompress.failures import policy_errors
 from autocompress.records import Measurement, Outcome, Score
 from autocompress.schedule import FEWEST_EXAMPLES
-from autocompress.setting import Setting
+from autocompress.setup.setting import Setting
 from autocompress.study.notes import Note
+from autocompress.system.failures import policy_errors
+from autocompress.trial.beside_baseline import believable, measure_beside_baseline, seconds_for
+from autocompress.trial.evaluate import score_artifact
 
 FINAL_SECONDS_EACH, LEAST_FINAL_SECONDS_EACH = 1.5, 0.3
 FINAL_SHARE = 0.6

@@ -21,19 +21,19 @@ from autocompress.controller.standing import believed, feasible, front_of
 from autocompress.devices.timing import MOST_DRIFT
 from autocompress.errors import PolicyFailure
 from autocompress.export import library_versions, now
-from autocompress.front import measured
 from autocompress.policy import Policy
-from autocompress.progress import Progress, Status
+from autocompress.ranking.front import measured
 from autocompress.records import Failure, FailureStage, Measurement, Outcome, Score, TakenOver
 from autocompress.report.view import format_score
 from autocompress.results import FailedPolicy, Ladder, ProgressPoint, Results
-from autocompress.run_folder import FRONT, write_atomically
 from autocompress.schedule import Clock
-from autocompress.setting import Baseline, Setting
+from autocompress.setup.setting import Baseline, Setting
 from autocompress.study.backup import back_up
 from autocompress.study.database import DATABASE
 from autocompress.study.journal import Journal
 from autocompress.study.notes import Note
+from autocompress.system.progress import Progress, Status
+from autocompress.system.run_folder import FRONT, write_atomically
 from autocompress.task import Task
 from autocompress.units import format_duration, format_size
 

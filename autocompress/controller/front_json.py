@@ -13,13 +13,13 @@ import numpy as np
 from autocompress.budget import Budget
 from autocompress.candidates.forecast import Forecast
 from autocompress.controller.standing import feasible, speedup
-from autocompress.front import gain, hypervolume, measured
 from autocompress.graph import Structure
 from autocompress.policy import Policy, StudentSpec
-from autocompress.ranks import partial_rank_correlation, rank_correlation
+from autocompress.ranking.front import gain, hypervolume, measured
+from autocompress.ranking.ranks import partial_rank_correlation, rank_correlation
 from autocompress.records import Outcome
 from autocompress.results import BaselineEntry, Entry, Ladder, LayerChange, PredictionQuality, Predictions, ProgressPoint
-from autocompress.setting import Baseline
+from autocompress.setup.setting import Baseline
 
 
 def entry(outcome: Outcome, baseline: Baseline, limits: Budget, layers: tuple[LayerChange, ...], *, dominated: bool) -> Entry:

@@ -15,17 +15,17 @@ from autocompress.candidates.proposals import Proposal
 from autocompress.controller.findings import Findings
 from autocompress.data import sample
 from autocompress.errors import PolicyFailure
-from autocompress.evaluate import run_artifact, score_outputs
-from autocompress.front import measured
-from autocompress.loading import kept_teacher
 from autocompress.policy import Policy
-from autocompress.preparation import limit_validation, score_baseline, train_demo_teacher
+from autocompress.ranking.front import measured
 from autocompress.records import Score
 from autocompress.report.view import format_score
 from autocompress.schedule import pool_seconds, profiling_seconds, reserve_seconds, teacher_seconds, validation_seconds
-from autocompress.setting import Setting
+from autocompress.setup.loading import kept_teacher
+from autocompress.setup.setting import Setting
 from autocompress.study.notes import Note
 from autocompress.task import Task
+from autocompress.trial.evaluate import run_artifact, score_outputs
+from autocompress.trial.preparation import limit_validation, score_baseline, train_demo_teacher
 
 MOST_OF_TRAIN = 1000
 """Training examples that the original is scored on, at most: enough to tell whether it knows validation examples less well."""

@@ -8,9 +8,8 @@ import time
 from dataclasses import dataclass
 
 from autocompress.controller.findings import Findings
-from autocompress.front import measured
-from autocompress.objective import training_step_seconds
 from autocompress.policy import Policy, QuantSpec
+from autocompress.ranking.front import measured
 from autocompress.schedule import (
     FULL_FACTOR,
     LEAST_COST,
@@ -23,6 +22,7 @@ from autocompress.schedule import (
 )
 from autocompress.study.journal import MOST_KILLS
 from autocompress.study.notes import Note
+from autocompress.trial.objective import training_step_seconds
 
 WITHOUT_FRONT = 0.8
 """Share of the time until the end that short runs may use while nothing within the budget was found: the end has little to measure then."""

@@ -9,13 +9,13 @@ from autocompress.candidates.feasibility import Feasibility
 from autocompress.controller.findings import Findings
 from autocompress.controller.recovery import forget_damaged, leave_killers, retry_failures
 from autocompress.errors import AutocompressError, UsageError
-from autocompress.loading import TEACHER_WEIGHTS, UNFINISHED_TEACHER, kept_teacher
-from autocompress.progress import Progress
 from autocompress.records import TakenOver
-from autocompress.run_folder import write_atomically
+from autocompress.setup.loading import TEACHER_WEIGHTS, UNFINISHED_TEACHER, kept_teacher
 from autocompress.study.database import read_journal
 from autocompress.study.journal import Journal
 from autocompress.study.notes import Note
+from autocompress.system.progress import Progress
+from autocompress.system.run_folder import write_atomically
 from autocompress.task import TASK_FILE, Task, load_task
 from autocompress.units import counted
 

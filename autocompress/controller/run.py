@@ -20,23 +20,18 @@ from autocompress.controller.rungs import Rungs
 from autocompress.controller.verdict import require_found
 from autocompress.controller.warm_start import take_over
 from autocompress.data import Data
-from autocompress.demo_size import of_fitting_size
 from autocompress.devices.base import Device, identity
 from autocompress.errors import UsageError
-from autocompress.ledger import Ledger
-from autocompress.loading import contents, kept_teacher, load
 from autocompress.policy import Policy
-from autocompress.preparation import prepare
-from autocompress.progress import Progress, SilentProgress, counting
 from autocompress.references import require_name
 from autocompress.report.page import write_report
 from autocompress.results import ProgressPoint, Results
-from autocompress.run_folder import locked, network_warning, remember_own, require_space, write_atomically
 from autocompress.schedule import Clock
 from autocompress.search_space import own_suggest, suggest_of
-from autocompress.setting import Setting
-from autocompress.signals import Attentive, stopped_by_signals
-from autocompress.starting import forget_interrupted
+from autocompress.setup.demo_size import of_fitting_size
+from autocompress.setup.ledger import Ledger
+from autocompress.setup.loading import contents, kept_teacher, load
+from autocompress.setup.setting import Setting
 from autocompress.study.database import (
     open_journal,
     recording,
@@ -47,7 +42,12 @@ from autocompress.study.database import (
 )
 from autocompress.study.journal import Journal
 from autocompress.study.notes import Note
+from autocompress.system.progress import Progress, SilentProgress, counting
+from autocompress.system.run_folder import locked, network_warning, remember_own, require_space, write_atomically
+from autocompress.system.signals import Attentive, stopped_by_signals
 from autocompress.task import TASK_FILE, Task
+from autocompress.trial.preparation import prepare
+from autocompress.trial.starting import forget_interrupted
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler

@@ -19,16 +19,16 @@ from autocompress.controller.pace import Pace
 from autocompress.controller.recovery import at_work
 from autocompress.controller.standing import feasible
 from autocompress.errors import TooManyFailures
-from autocompress.failures import fix_and_resume
-from autocompress.front import gain, measured
-from autocompress.objective import evaluate_policy
 from autocompress.policy import Policy, QuantSpec
-from autocompress.promotion import promoted
+from autocompress.ranking.front import gain, measured
+from autocompress.ranking.promotion import promoted
 from autocompress.records import Attempt, Outcome, Rung
 from autocompress.schedule import Division, appraisal_seconds, extended, full_runs, full_seconds
 from autocompress.search_space import for_device
-from autocompress.starting import interrupted_weights
 from autocompress.study.notes import Note
+from autocompress.system.failures import fix_and_resume
+from autocompress.trial.objective import evaluate_policy
+from autocompress.trial.starting import interrupted_weights
 
 APPRAISED_FIRST, MOST_APPRAISED, APPRAISED_A_TRIAL = 12, 1000, 12
 """Structures that are appraised before Optuna suggests; at most in a search; at most for each policy that `--trials` allows."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
 from autocompress.budget import Budget
-from autocompress.front import cost, gain, measured, pareto_front
 from autocompress.graph import Structure
 from autocompress.policy import Policy
+from autocompress.ranking.front import cost, gain, measured, pareto_front
+from autocompress.ranking.scores import by_chance, knows_validation_like_training
 from autocompress.records import Outcome
-from autocompress.scores import by_chance, knows_validation_like_training
-from autocompress.setting import Baseline
+from autocompress.setup.setting import Baseline
 
 MOST_SEEN_LOSS = 0.05
 """Share of right answers that longer training may lose on validation examples that the original has seen, and is still believed."""

@@ -7,10 +7,10 @@ import shlex
 
 from autocompress.controller.findings import Findings
 from autocompress.errors import InfeasibleBudget, TooManyFailures
-from autocompress.failures import fix_and_resume
-from autocompress.front import measured
+from autocompress.ranking.front import measured
 from autocompress.records import Outcome
 from autocompress.results import Results
+from autocompress.system.failures import fix_and_resume
 from autocompress.units import format_duration, format_size
 
 

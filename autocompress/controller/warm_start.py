@@ -13,12 +13,12 @@ from autocompress.controller.findings import Findings
 from autocompress.controller.recovery import at_work
 from autocompress.errors import PolicyFailure, UsageError
 from autocompress.export import is_intact
-from autocompress.front import gain, measured
-from autocompress.objective import evaluate_again
-from autocompress.promotion import cover
+from autocompress.ranking.front import gain, measured
+from autocompress.ranking.promotion import cover
 from autocompress.records import Outcome
 from autocompress.search_space import for_device
 from autocompress.study.journal import Journal
+from autocompress.trial.objective import evaluate_again
 
 WARM_START_SHARE = 0.3
 """Of the time that is left, at most, for measuring what another search has trained, and as much again for its appraisals."""

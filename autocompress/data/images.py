@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autocompress.cache import FREE_SPACE, cache_folder
 from autocompress.errors import RunFolderError, UsageError
-from autocompress.machine import is_running
-from autocompress.progress import PhaseTick
+from autocompress.system.cache import FREE_SPACE, cache_folder
+from autocompress.system.machine import is_running
+from autocompress.system.progress import PhaseTick
 from autocompress.units import format_size
 
 if TYPE_CHECKING:

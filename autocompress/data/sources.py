@@ -12,8 +12,8 @@ import torch
 
 from autocompress.data.splits import IMAGENET_MEAN, IMAGENET_STD, Data, Split, as_split, stratified
 from autocompress.errors import UsageError, one_line
-from autocompress.progress import PhaseTick
 from autocompress.references import DATA_ROOT, call_function, parse_reference
+from autocompress.system.progress import PhaseTick
 
 VAL_FRACTION = 0.1
 TEST_FRACTION = 0.2

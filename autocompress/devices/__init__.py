@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from autocompress import machine
 from autocompress.devices.base import Device, DeviceProfile
 from autocompress.devices.runtime import CURES, EXACT, PLACE, PRECISIONS, TITLES, Runtime
 from autocompress.errors import UsageError
+from autocompress.system import machine
 
 MOST_THREADS = 1024
 """That a device elsewhere is asked for: it knows itself how many it has."""

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from autocompress import machine
 from autocompress.devices import processes, processor
 from autocompress.devices.access import VARIABLE, token_of
 from autocompress.devices.blobs import Blobs
@@ -32,6 +31,7 @@ from autocompress.devices.runtime import EXACT, PRECISIONS, TITLES, Guard, Runti
 from autocompress.devices.server import Server
 from autocompress.errors import DeviceUnavailable, UsageError, one_line
 from autocompress.references import AGENT_FILE_MB, AGENT_MEMORY_MB, AGENT_PORT
+from autocompress.system import machine
 
 FOLDER = "autocompress-agent-"
 """Begins the name of the folder of an agent; its process follows."""

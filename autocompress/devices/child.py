@@ -22,11 +22,11 @@ from typing import IO, Any
 
 import numpy as np
 
-from autocompress import machine
 from autocompress.devices.frames import read_array, write_array
 from autocompress.devices.sessions import Input, Session, open_session
 from autocompress.devices.wire import refers_elsewhere
 from autocompress.errors import one_line
+from autocompress.system import machine
 
 WARM_UP_CAP_S = 2.0
 STABLE = 0.02

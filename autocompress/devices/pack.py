@@ -6,10 +6,10 @@ import io
 import zipfile
 from pathlib import Path
 
-from autocompress.run_folder import write_atomically
+from autocompress.system.run_folder import write_atomically
 
 MODULES = (
-    "errors", "machine", "references", "devices.access", "devices.agent", "devices.blobs", "devices.child", "devices.frames",
+    "errors", "references", "system.machine", "devices.access", "devices.agent", "devices.blobs", "devices.child", "devices.frames",
     "devices.processes", "devices.processor", "devices.protocol", "devices.running", "devices.runtime", "devices.server",
     "devices.sessions", "devices.wire",
 )  # fmt: skip
@@ -35,7 +35,7 @@ EPOCH = (1980, 1, 1, 0, 0, 0)
 def pack(path: Path) -> None:
     """Write the agent to `path`. Raises RunFolderError where that cannot be written."""
     home, packed = Path(__file__).parents[1], io.BytesIO()
-    contents = {"__main__.py": MAIN, "autocompress/__init__.py": "", "autocompress/devices/__init__.py": ""}
+    contents = {"__main__.py": MAIN} | {f"autocompress/{package}__init__.py": "" for package in ("", "devices/", "system/")}
     for module in MODULES:
         source = Path(*module.split(".")).with_suffix(".py")
         contents[str(Path("autocompress") / source)] = (home / source).read_text(encoding="utf-8")

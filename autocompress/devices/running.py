@@ -15,11 +15,11 @@ from typing import IO
 
 import numpy as np
 
-from autocompress import machine
 from autocompress.devices import processes, processor
 from autocompress.devices.frames import Feed, read_array, stacked, write_array
 from autocompress.devices.runtime import Runtime
 from autocompress.errors import PolicyFailure
+from autocompress.system import machine
 
 AT_ONCE_S = 0.05
 """Batches travel to a process and back together as long as these take less: a journey takes longer than a small network."""

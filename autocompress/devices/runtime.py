@@ -8,8 +8,8 @@ import platform
 from dataclasses import dataclass
 from importlib import metadata
 
-from autocompress import machine
 from autocompress.devices import processor
+from autocompress.system import machine
 
 TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 """By the name of the package, of Python and of PyPI."""

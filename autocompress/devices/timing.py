@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from autocompress.ranking.scores import Z95
 from autocompress.records import Measurement
-from autocompress.scores import Z95
 
 MEDIAN_FACTOR = 1.2533  # standard error of a median against that of a mean, for normal data: sqrt(pi / 2)
 OUTLIER_SCORE = 14.8  # modified z-score of hyperfine

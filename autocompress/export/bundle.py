@@ -26,7 +26,7 @@ from autocompress.models import load_tensor_state
 from autocompress.policy import Policy
 from autocompress.record import Record
 from autocompress.records import Measurement, Normalisation, Parity, Prediction, Score
-from autocompress.run_folder import write_atomically, writing
+from autocompress.system.run_folder import write_atomically, writing
 from autocompress.workload import Shape
 
 MODEL, STUDENT, POLICY, MANIFEST = "model.onnx", "student.safetensors", "policy.json", "manifest.json"

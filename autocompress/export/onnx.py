@@ -22,8 +22,8 @@ from autocompress.compress.quantize import TINY, UINT8_MAX, ActivationQuantizer,
 from autocompress.errors import PolicyFailure, UsageError, one_line, root_cause
 from autocompress.export.fold import fold_norms, plain_weights
 from autocompress.policy import QuantSpec
-from autocompress.quick import quick_export
-from autocompress.quiet import quiet
+from autocompress.system.quick import quick_export
+from autocompress.system.quiet import quiet
 
 OPSET = 21
 """First opset with int4 tensors."""

@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 
 from autocompress.graph.modules import COMPUTED, put_modules_back
 from autocompress.graph.nodes import RECURRENT, arguments, drop_unread, is_leaf, is_norm, name_of, slice_bounds, value_of
-from autocompress.quick import quick_trace
-from autocompress.quiet import quiet
+from autocompress.system.quick import quick_trace
+from autocompress.system.quiet import quiet
 
 TORCH = Path(torch.__file__).parent
 DATA_DEPENDENT = "branch"

@@ -1,7 +1,8 @@
-"""How much each channel matters: the order in which channels are kept.
+"""How much each channel matters: the order in which channels are kept, by one of the criteria of `PruneSpec`.
 
-L2 norm of the filters that make the channel (Li et al. 2017, arXiv 1608.08710, use L1), with batch norm folded in, each producer's
-norms divided by their mean so that no producer of a shared stream dominates, summed over producers.
+The score of the filters that make the channel, with batch norm folded in, each producer's scores divided by their mean so that no
+producer of a shared stream dominates, summed over producers. Parameters that no layer holds, and layers without a batch norm where its
+scale is asked for, are judged by their l2 norm.
 """
 
 from __future__ import annotations
@@ -13,9 +14,16 @@ from torch import Tensor, fx, nn
 
 from autocompress.graph.channels import Channels
 from autocompress.graph.nodes import Weighted, fused, module_of, value_of
+from autocompress.policy import Criterion
+
+TINY = 1e-12
+DIGITS = 9
+"""Scores that agree to so many are equal, whatever rounding has made of them; of equal ones the first stay."""
+MOST_COMPARED = 8192
+"""Filters of a layer that are compared with each other: more are the words of a language, or fill the memory."""
 
 
-def channel_scores(module: fx.GraphModule, channels: Channels) -> NDArray[np.float64]:
+def channel_scores(module: fx.GraphModule, channels: Channels, criterion: Criterion = "l2") -> NDArray[np.float64]:
     """Score of every id class (index: id of the class); 0 for classes that no layer makes."""
     scores = np.zeros(len(channels.parents))
     nodes = {node.name: node for node in module.graph.nodes}
@@ -26,24 +34,31 @@ def channel_scores(module: fx.GraphModule, channels: Channels) -> NDArray[np.flo
         node = nodes[role.node]
         if node.op == "get_attr":
             axis = next(axis for axis, own in channels.layouts[node.name].items() if own is ids)
-            norms = _norms(value_of(node, module), axis).numpy()
+            found = _rows(value_of(node, module), axis).norm(dim=1)
         else:
-            norms = _filter_norms(node, module).numpy()
-        np.add.at(scores, roots, norms / max(float(norms.mean()), 1e-12))
+            found = _filter_scores(node, module, criterion)
+        own = found.numpy()
+        np.add.at(scores, roots, np.round(own / max(float(own.mean()), TINY), DIGITS))
     return scores
 
 
-def _norms(weight: Tensor, axis: int) -> Tensor:
-    return weight.detach().double().movedim(axis, 0).flatten(1).norm(dim=1)
+def _rows(weight: Tensor, axis: int) -> Tensor:
+    return weight.detach().double().movedim(axis, 0).flatten(1)
 
 
 @torch.no_grad()
-def _filter_norms(node: fx.Node, module: fx.GraphModule) -> Tensor:
+def _filter_scores(node: fx.Node, module: fx.GraphModule, criterion: Criterion) -> Tensor:
     layer = module_of(node, module)
     assert isinstance(layer, Weighted)
-    norms = _norms(layer.weight, 0)
+    filters = _rows(layer.weight, 0)
     norm_node = fused(node, module).norm
     norm = module_of(norm_node, module) if norm_node is not None else None
     if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_var is not None and norm.weight is not None:
-        norms = norms * (norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()).abs()
-    return norms
+        if criterion == "scale":
+            return norm.weight.double().abs()
+        filters = filters * (norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt())[:, None]
+    if criterion == "l1":
+        return filters.abs().sum(1)
+    if criterion == "median" and len(filters) <= MOST_COMPARED:
+        return torch.cdist(filters, filters).sum(1)
+    return filters.norm(dim=1)

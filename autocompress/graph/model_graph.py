@@ -22,11 +22,11 @@ from autocompress.graph.flow import PRODUCT, STATISTIC
 from autocompress.graph.importance import channel_scores
 from autocompress.graph.nodes import Weighted, channel_axis, constant_layers, is_layer, is_norm, kind_of, leaves, module_of
 from autocompress.graph.operators import packed_bytes
-from autocompress.graph.resize import Groups, Roots, Selection, run_ends
+from autocompress.graph.resize import Groups, Roots, Selection, are_alike, run_ends
 from autocompress.graph.rules import propagate
 from autocompress.graph.trace import OPAQUE, annotate_shapes, trace, untraced
 from autocompress.graph.workloads import Arithmetic, Population, Workloads
-from autocompress.policy import Policy, rank_of
+from autocompress.policy import Criterion, Policy, rank_of
 from autocompress.references import nearest
 from autocompress.workload import Workload
 
@@ -94,7 +94,8 @@ class Frozen:
 class Structure:
     """The network that a policy makes, however the policy is spelt: what decides its latency, its size and whether it was tried before.
 
-    channels, ranks, bits: of the channel groups, factorised layers and layers that are left, in their order.
+    channels, ranks, bits: of the channel groups, factorised layers and layers that are left, in their order. criterion: by which channels
+    were chosen, where some were.
     """
 
     reference: str | None
@@ -103,11 +104,17 @@ class Structure:
     ranks: tuple[tuple[str, int], ...]
     bits: tuple[tuple[str, int], ...]
     reduced_range: bool
+    criterion: Criterion = "l2"
 
     @property
     def shape(self) -> tuple[object, ...]:
         """The structure in whatever number of bits."""
         return self.reference, self.dropped, self.channels, self.ranks
+
+    @property
+    def timed(self) -> Structure:
+        """What decides its latency: whichever channels stay, they take as long."""
+        return replace(self, criterion="l2")
 
 
 class Graph:
@@ -136,7 +143,8 @@ class Graph:
         self.layers = self._find_layers()
         self.blocks = tuple(self._block(branch) for branch in self._branches)
         self.frozen = self._find_frozen()
-        self._resizable = self._rank_channels()
+        self._resizable = self._rank_channels("l2")
+        self._ranked: dict[Criterion, Groups] = {"l2": self._resizable}
         self._without = functools.lru_cache(CACHED_SHAPES)(self._drop_copy)
         names, factorable = [layer.name for layer in self.layers], [layer.name for layer in self.layers if layer.factorable]
         self._arithmetic = Arithmetic(module, self._roots, self._resizable, self._branches, names, factorable)
@@ -179,7 +187,12 @@ class Graph:
 
     def selection(self, policy: Policy, *, grown: bool = True) -> Selection:
         """Which channels stay, and where new ones go."""
-        return self._resizable.select(len(self._channels.parents), self.sizes(policy, grown=grown))
+        return self._ranked_by(policy.prune.criterion).select(len(self._channels.parents), self.sizes(policy, grown=grown))
+
+    def _ranked_by(self, criterion: Criterion) -> Groups:
+        if criterion not in self._ranked:
+            self._ranked[criterion] = self._rank_channels(criterion)
+        return self._ranked[criterion]
 
     def ranks(self, policy: Policy) -> dict[str, int]:
         """Rank of each layer that the policy factorises, in order; those that would not gain by it stay whole, and are left out."""
@@ -207,14 +220,23 @@ class Graph:
         gone = self._layers_in(dropped)
         alive = {group.name for group in self.groups if not gone.issuperset(group.producers)}
         bits = tuple((layer.name, policy.quant.of(layer.name)) for layer in self.layers if layer.name not in gone)
+        channels = tuple((name, count) for name, count in self.sizes(policy).items() if name in alive)
         return Structure(
             reference=policy.student.reference,
             dropped=dropped,
-            channels=tuple((name, count) for name, count in self.sizes(policy).items() if name in alive),
+            channels=channels,
             ranks=tuple((name, rank) for name, rank in self.ranks(policy).items() if name not in gone),
             bits=bits,
             reduced_range=policy.quant.reduced_range and any(n == 8 for _, n in bits),
+            criterion=self._criterion(policy, dict(channels)),
         )
+
+    def _criterion(self, policy: Policy, channels: Mapping[str, int]) -> Criterion:
+        """The policy's, where it chooses other channels than the usual one."""
+        ranked, sizes = self._ranked_by(policy.prune.criterion).order, {group.name: group.size for group in self.groups}
+        usual = self._resizable.order
+        differs = (count < sizes[name] and not np.array_equal(ranked[name], usual[name]) for name, count in channels.items())
+        return policy.prune.criterion if any(differs) else "l2"
 
     def _with_inner(self, dropped: tuple[str, ...]) -> tuple[str, ...]:
         """These blocks, and those inside of them, in order."""
@@ -417,12 +439,18 @@ class Graph:
         shapes = [node.meta.get("shape", ()) for node in (made, *made.all_input_nodes)]
         return str(made.target) if all(len(shape) == 2 for shape in shapes) else None
 
-    def _rank_channels(self) -> Groups:
-        scores = channel_scores(self.module, self._channels)
+    def _rank_channels(self, criterion: Criterion) -> Groups:
+        """The channels of each group by this criterion; by the usual one where they are not alike in all layouts.
+
+        There it decides the size of layouts which channels stay, and that is predicted by the usual one.
+        """
+        usual = channel_scores(self.module, self._channels, "l2")
+        scores = usual if criterion == "l2" else channel_scores(self.module, self._channels, criterion)
         layouts = list({roots.tobytes(): roots for by_axis in self._roots.values() for roots in by_axis.values()}.values())
         members = {group.name: self._members[group.name] for group in self.groups if group.prunable}
+        by = {name: scores if criterion == "l2" or are_alike(roots, layouts) else usual for name, roots in members.items()}
         return Groups(
-            order={name: roots[np.lexsort((roots, -scores[roots]))] for name, roots in members.items()},
+            order={name: roots[np.lexsort((roots, -by[name][roots]))] for name, roots in members.items()},
             ends={name: run_ends(roots, layouts) for name, roots in members.items()},
         )
 

@@ -292,7 +292,7 @@ def follows_batch(module: nn.Module | None) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is None
 
 
-def is_folded_norm(node: fx.Node, root: nn.Module) -> bool:
+def is_folded_norm(node: fx.Node) -> bool:
     """Whether the node is a batch norm that becomes a part of the layer before it."""
     return bool(node.meta.get("is_folded_norm"))
 
@@ -325,7 +325,7 @@ def fused(head: fx.Node, root: nn.Module) -> Fused:
     kind, norm, last = kind_of(head, root), None, head
     if kind in ("conv", "linear"):
         user = _only_user(last)
-        if user is not None and is_folded_norm(user, root):
+        if user is not None and is_folded_norm(user):
             norm = last = user
     if kind in ("conv", "linear", "add"):
         user = _only_user(last)

@@ -86,3 +86,12 @@ def run_ends(members: Roots, layouts: Iterable[Roots]) -> Roots:
         row = roots.tolist()
         ends |= {row[i] for i in range(len(row)) if row[i] in inside and (i + 1 == len(row) or row[i + 1] not in inside)}
     return np.array(sorted(ends or {int(members[-1])}), dtype=np.int64)
+
+
+def are_alike(members: Roots, layouts: Iterable[Roots]) -> bool:
+    """Whether every layout has each class of a group as often as the others: then their number alone decides its size."""
+    for roots in layouts:
+        times = np.bincount(roots, minlength=int(members.max()) + 1)[members]
+        if times.min() != times.max():
+            return False
+    return True

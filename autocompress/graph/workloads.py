@@ -173,7 +173,7 @@ class Arithmetic:
         relus = [relu_of(node) or "" for node in self._nodes]
         self._relu_names = sorted({"", *relus})
         self._relu = np.array([self._relu_names.index(relu) for relu in [*relus, ""]])  # NONE, the last, is no ReLU
-        self._folds = np.array([is_folded_norm(node, module) for node in self._nodes] + [False])
+        self._folds = np.array([is_folded_norm(node) for node in self._nodes] + [False])
         self._tensor = ["shape" in node.meta for node in self._nodes]
         self._skips = {self._number_of(branch.add): (block, self._skip(branch)) for block, branch in enumerate(branches)}
         self._layer = {name: index for index, name in enumerate(layers)}

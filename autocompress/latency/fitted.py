@@ -16,7 +16,7 @@ from scipy.optimize import nnls
 
 from autocompress.graph import Workloads
 from autocompress.latency.table import NNLS_STEPS, OperatorTable
-from autocompress.ranks import rank_correlation
+from autocompress.ranking.ranks import rank_correlation
 from autocompress.records import Prediction
 from autocompress.results import PredictionQuality
 from autocompress.workload import Operator, Workload

@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from autocompress.cache import cache_folder
 from autocompress.devices.base import Device
 from autocompress.errors import PolicyFailure, RunFolderError
 from autocompress.latency.synthetic import build_onnx, empty_model
-from autocompress.run_folder import write_atomically
+from autocompress.system.cache import cache_folder
+from autocompress.system.run_folder import write_atomically
 from autocompress.workload import Operator, Shape, Signature, Workload
 
 SCHEMA = 6

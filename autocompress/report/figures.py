@@ -13,11 +13,11 @@ from textwrap import wrap
 from typing import Any
 
 from autocompress.policy import bits_name
+from autocompress.ranking.scores import is_share, score_interval
 from autocompress.records import Measurement
 from autocompress.report.axes import Axis, time_ticks
 from autocompress.report.view import format_score
 from autocompress.results import Entry, ProgressPoint, Results
-from autocompress.scores import is_share, score_interval
 from autocompress.units import format_duration, format_size
 
 Figure = dict[str, Any]

@@ -7,13 +7,13 @@ import shlex
 from collections import Counter
 from pathlib import Path
 
+from autocompress.ranking.scores import score_interval
 from autocompress.report.figures import Figure, layers_figure, pareto_figure, prediction_figure, progress_figure
 from autocompress.report.plots import pareto_png
 from autocompress.report.templates import filled
 from autocompress.report.view import caveats, format_score, headline
 from autocompress.results import Entry, Results
-from autocompress.run_folder import PARETO, REPORT, write_atomically
-from autocompress.scores import score_interval
+from autocompress.system.run_folder import PARETO, REPORT, write_atomically
 from autocompress.units import finite, format_duration, format_size
 
 LEAST_SHARE = 0.005

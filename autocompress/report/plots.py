@@ -14,7 +14,7 @@ from autocompress.report.axes import Axis
 from autocompress.report.figures import LIGHT, front_end, latencies, latency_spread, percent, reached, score_limits, score_spread
 from autocompress.report.view import headline
 from autocompress.results import Entry, Results
-from autocompress.run_folder import write_atomically
+from autocompress.system.run_folder import write_atomically
 from autocompress.units import format_duration
 
 INK, MUTED, FAINT, GRID, LINE, ACCENT, BEST, BAD = (

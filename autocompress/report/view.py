@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from autocompress.ranks import is_low
+from autocompress.ranking.ranks import is_low
+from autocompress.ranking.scores import is_share, score_interval, validation_beats_test
 from autocompress.records import FEWEST_FOR_TAIL, Measurement, Parity, Score
 from autocompress.results import BaselineEntry, Results
-from autocompress.scores import is_share, score_interval, validation_beats_test
 from autocompress.units import counted, format_duration, format_size
 
 BEATEN = "Nothing that was measured is better than the original."

@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 from autocompress.errors import RunFolderError, one_line
-from autocompress.run_folder import PARTIAL, writing
+from autocompress.system.run_folder import PARTIAL, writing
 
 BACKUP = "study.backup.db"
 

@@ -15,14 +15,14 @@ from optuna.samplers import BaseSampler, TPESampler
 from sqlalchemy.engine import URL
 
 from autocompress.errors import RunFolderError, UsageError, one_line
-from autocompress.front import least_counted
-from autocompress.quiet import quiet
-from autocompress.run_folder import LOCK
+from autocompress.ranking.front import least_counted
 from autocompress.study.backup import BACKUP, how_to_restore
 from autocompress.study.fallback import OrRandom
 from autocompress.study.journal import Journal, appraised_in, outcomes_in
 from autocompress.study.notes import Note
 from autocompress.study.sampler import FrontSampler
+from autocompress.system.quiet import quiet
+from autocompress.system.run_folder import LOCK
 from autocompress.task import Task
 
 STUDY, DISTILLATIONS = "autocompress", "distillations"

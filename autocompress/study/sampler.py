@@ -24,7 +24,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from scipy.special import ndtr
 
-from autocompress.front import non_dominated
+from autocompress.ranking.front import non_dominated
 from autocompress.study.gaussian import GaussianProcess
 
 Array = NDArray[np.float64]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from autocompress import machine
 from autocompress.compress import memory
 from autocompress.graph import Graph
+from autocompress.system import machine
 from autocompress.testing.models import tiny_resnet
 
 

@@ -13,7 +13,7 @@ from autocompress.controller.standing import feasible, front_of
 from autocompress.policy import DistillSpec, Policy, QuantSpec, StudentSpec
 from autocompress.records import Measurement, Outcome, Prediction, Score
 from autocompress.results import PredictionQuality
-from autocompress.setting import Baseline
+from autocompress.setup.setting import Baseline
 
 
 def latency(seconds: float) -> Measurement:

@@ -14,12 +14,12 @@ from autocompress.compress.train import train_quantized
 from autocompress.data import Data
 from autocompress.data.sources import load_data
 from autocompress.devices import processor
-from autocompress.evaluate import run_artifact, score_outputs
 from autocompress.export import Provenance, write_bundle
 from autocompress.graph import Graph
 from autocompress.models import load_model
 from autocompress.policy import Policy, QuantSpec
 from autocompress.testing.devices import FakeDevice
+from autocompress.trial.evaluate import run_artifact, score_outputs
 
 pytestmark = pytest.mark.data
 REPOSITORY = Path(__file__).parents[2]

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from autocompress.cache import cache_folder
 from autocompress.data.sources import as_data, load_data
 from autocompress.errors import RunFolderError, UsageError
+from autocompress.system.cache import cache_folder
 
 NOBODY = 2**22 + 1
 """No process of Linux has this number."""

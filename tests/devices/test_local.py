@@ -15,7 +15,6 @@ import torch
 from laws.networks import network
 from onnx import TensorProto, helper
 
-from autocompress import machine
 from autocompress.compress.quantize import calibrate, fake_quantize, snap_biases
 from autocompress.compress.student import build_student
 from autocompress.devices import child as program
@@ -27,6 +26,7 @@ from autocompress.errors import DeviceUnavailable, PolicyFailure, UsageError
 from autocompress.export import onnx_bytes
 from autocompress.graph import Graph
 from autocompress.policy import Policy, QuantSpec
+from autocompress.system import machine
 from autocompress.task import same_device
 from devices.files import difference_model, linear_model
 

@@ -5,10 +5,11 @@ import os
 
 import pytest
 
-from autocompress import cli, machine
+from autocompress import cli
 from autocompress.devices import list_devices, open_device
 from autocompress.devices.runtime import TITLES, Runtime
 from autocompress.errors import UsageError
+from autocompress.system import machine
 
 
 @pytest.mark.parametrize("runtime", [name for name in TITLES if Runtime(name).is_here])

@@ -15,14 +15,14 @@ from autocompress.candidates.forecast import Forecast
 from autocompress.candidates.pool import draw_pool
 from autocompress.controller.findings import Findings
 from autocompress.latency import FittedLatencyModel, OperatorTable
-from autocompress.loading import load
-from autocompress.preparation import prepare
-from autocompress.progress import SilentProgress
 from autocompress.records import Score
 from autocompress.schedule import Clock
 from autocompress.search_space import find_suggest
+from autocompress.setup.loading import load
 from autocompress.study.database import open_journal
+from autocompress.system.progress import SilentProgress
 from autocompress.testing.devices import FakeDevice
+from autocompress.trial.preparation import prepare
 
 
 @pytest.fixture(scope="session")

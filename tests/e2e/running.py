@@ -8,14 +8,14 @@ import optuna
 import pytest
 from tasks import SLOW_CALLS
 
-from autocompress.loading import load
 from autocompress.policy import Policy, QuantSpec
-from autocompress.preparation import prepare
 from autocompress.records import Measurement, Outcome, Score
+from autocompress.setup.loading import load
 from autocompress.study.database import DATABASE, DISTILLATIONS, STUDY
 from autocompress.study.journal import Journal
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
+from autocompress.trial.preparation import prepare
 
 TASK = Task(model="own:net", data="own:blobs", search_time="60s")
 INT8 = Policy(quant=QuantSpec(bits=8))

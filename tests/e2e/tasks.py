@@ -10,8 +10,8 @@ from torch import nn
 
 from autocompress.data import Data, Split
 from autocompress.errors import PolicyFailure
-from autocompress.progress import Status
 from autocompress.records import Measurement
+from autocompress.system.progress import Status
 from autocompress.testing.devices import Costs, FakeDevice
 from autocompress.testing.models import OptionABlock
 

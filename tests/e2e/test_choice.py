@@ -14,7 +14,7 @@ from autocompress.controller.choice import INTERVAL_HEADROOM, Choice, Chooser
 from autocompress.controller.findings import Findings
 from autocompress.controller.rungs import APPRAISED_FIRST
 from autocompress.policy import DistillSpec, Policy, QuantSpec
-from autocompress.promotion import cover
+from autocompress.ranking.promotion import cover
 from autocompress.records import Failure
 
 PATIENCE = 5.0

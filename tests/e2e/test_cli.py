@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from autocompress.cli import main
+from autocompress.commands.deploy import recreate
 from autocompress.controller.conclude import LEAST_TEST
 from autocompress.data.sources import load_data
-from autocompress.deploy import recreate
 from autocompress.devices import open_device
 from autocompress.export import Manifest
 from autocompress.units import parse_duration
@@ -179,7 +179,7 @@ def test_policy_and_teacher_make_the_same_student_again(shipped):
 
 @pytest.mark.slow
 def test_an_export_replaces_an_export_and_nothing_else(demo, shipped, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("autocompress.deploy.EXPORT_MEASURE_S", 0.3)
+    monkeypatch.setattr("autocompress.commands.deploy.EXPORT_MEASURE_S", 0.3)
     run, _ = demo
     folder, _ = shipped
     content = json.loads((run / "front.json").read_text())
@@ -208,7 +208,7 @@ def test_a_file_is_measured_as_the_search_measured_it(shipped, capsys):
 
 
 def test_one_policy_without_a_search(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("autocompress.apply.RANDOM_INPUTS", 8)
+    monkeypatch.setattr("autocompress.commands.apply.RANDOM_INPUTS", 8)
     options = ["--input", "3x64x64", "--policy", "random:1", "--out", str(tmp_path / "out")]
     told = answered_json(capsys, "apply", "torchvision:squeezenet1_1", *options)
     assert {path.name for path in (tmp_path / "out").iterdir()} == BUNDLE

@@ -14,9 +14,9 @@ from autocompress.controller.recovery import retry_failures
 from autocompress.errors import PolicyFailure
 from autocompress.records import Score
 from autocompress.schedule import FEWEST_EXAMPLES, Clock
-from autocompress.starting import untrained_student
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
+from autocompress.trial.starting import untrained_student
 
 
 class Worn(FakeDevice):
@@ -150,7 +150,7 @@ def test_the_front_is_measured_again_where_the_original_beside_it_is_slower_than
             self.asked.append([path.parent.name for path in paths])
             return [measurement(slowness * self.latency.median)] * len(paths)
 
-    monkeypatch.setattr("autocompress.beside_baseline.DRIFT_PAUSE_S", 0.0)
+    monkeypatch.setattr("autocompress.trial.beside_baseline.DRIFT_PAUSE_S", 0.0)
     on_front(findings, pool, n=1)
     device = Restless(measurement(1e-3))
     with_device(findings, device)

@@ -18,13 +18,13 @@ from autocompress.controller.findings import Findings
 from autocompress.controller.pace import Pace
 from autocompress.controller.rungs import APPRAISED_A_TRIAL, APPRAISED_FIRST, MOST_SETTLING, Rungs
 from autocompress.policy import Policy, PruneSpec, QuantSpec
-from autocompress.progress import SilentProgress
 from autocompress.records import Failure, Outcome
 from autocompress.results import Ladder
 from autocompress.schedule import Clock, Division
 from autocompress.search_space import for_device, own_suggest
 from autocompress.study.journal import MOST_KILLS
 from autocompress.study.notes import Note
+from autocompress.system.progress import SilentProgress
 
 PATIENCE = 5.0
 

@@ -12,7 +12,7 @@ from tasks import SLOW_CALLS, BrokenDevice
 from autocompress import session
 from autocompress.cli import main
 from autocompress.errors import DeviceUnavailable
-from autocompress.failures import FAILURES
+from autocompress.system.failures import FAILURES
 from autocompress.testing.devices import FakeDevice
 
 run_search = session.run_search

@@ -21,13 +21,13 @@ from autocompress.controller.rungs import Rungs
 from autocompress.controller.verdict import require_found
 from autocompress.data import SPLITS, Split
 from autocompress.errors import InfeasibleBudget, TooManyFailures
-from autocompress.objective import evaluate_policy
 from autocompress.policy import Policy, QuantSpec
-from autocompress.progress import SilentProgress
 from autocompress.records import Attempt, Failure, Measurement, Outcome, Score
 from autocompress.schedule import FULL_FACTOR, LEAST_FULL_STEPS, Clock, Division
 from autocompress.study.journal import MOST_KILLS
+from autocompress.system.progress import SilentProgress
 from autocompress.testing.devices import FakeDevice
+from autocompress.trial.objective import evaluate_policy
 
 
 def test_the_end_of_a_search_keeps_little_time_while_there_is_no_front_to_measure(findings, pool):
@@ -138,7 +138,7 @@ def test_a_relative_budget_follows_the_original_where_the_machine_has_changed(fi
 
 def test_an_original_that_was_measured_too_fast_is_known_better_before_a_policy_is_chosen(findings, monkeypatch):
     """Seen on a shared machine: a budget relative to a moment of turbo was one that the device could not meet from then on."""
-    monkeypatch.setattr("autocompress.beside_baseline.DRIFT_PAUSE_S", 0.0)
+    monkeypatch.setattr("autocompress.trial.beside_baseline.DRIFT_PAUSE_S", 0.0)
     truth = findings.setting.baseline.latency_s
     hasty = truth.model_copy(update={"median": 0.77 * truth.median, "high": 0.77 * truth.high})
     findings.setting = replace(findings.setting, baseline=replace(findings.setting.baseline, latency_s=hasty), baseline_history=[hasty])

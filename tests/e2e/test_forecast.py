@@ -21,15 +21,15 @@ from autocompress.candidates.pool import DRAWS, draw_pool
 from autocompress.candidates.proposals import CELLS, KEPT_EACH
 from autocompress.errors import InfeasibleBudget, UsageError
 from autocompress.latency import FittedLatencyModel, OperatorTable
-from autocompress.loading import load
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
-from autocompress.preparation import prepare
 from autocompress.schedule import FEWEST_EXAMPLES
 from autocompress.search_space import fastest, find_suggest
 from autocompress.session import run_search
+from autocompress.setup.loading import load
 from autocompress.suggesters import LevelSuggester, Variation
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
+from autocompress.trial.preparation import prepare
 from autocompress.workload import Workload
 
 TASK = Task(model="own:net", data="own:blobs", search_time="60s")
@@ -129,7 +129,9 @@ def test_a_machine_that_is_slower_now_and_then_changes_no_prediction(setting):
 
 def test_a_network_that_is_only_timed_is_hardly_calibrated(setting, monkeypatch):
     plans = []
-    monkeypatch.setattr("autocompress.starting.train_quantized", lambda student, quant, data, plan: plans.append(plan) or student.eval())
+    monkeypatch.setattr(
+        "autocompress.trial.starting.train_quantized", lambda student, quant, data, plan: plans.append(plan) or student.eval()
+    )
     forecast(setting).measure_untrained(Policy(student=StudentSpec(width=0.5)))
     assert [plan.calibration_inputs for plan in plans] == [FEWEST_EXAMPLES]
 

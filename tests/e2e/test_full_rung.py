@@ -11,7 +11,7 @@ from autocompress.budget import Budget
 from autocompress.controller.findings import Findings
 from autocompress.controller.rungs import Rungs
 from autocompress.policy import DistillSpec, Policy, QuantSpec
-from autocompress.starting import interrupted_weights
+from autocompress.trial.starting import interrupted_weights
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ from autocompress.candidates.appraisals import Appraisals
 from autocompress.candidates.likeness import Likeness
 from autocompress.compress.student import build_student
 from autocompress.errors import UsageError
-from autocompress.loading import load
 from autocompress.policy import Policy, PruneSpec, QuantSpec, StudentSpec
-from autocompress.preparation import prepare
-from autocompress.setting import Setting
+from autocompress.setup.loading import load
+from autocompress.setup.setting import Setting
 from autocompress.study.database import open_journal
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
+from autocompress.trial.preparation import prepare
 
 
 @pytest.fixture(scope="module")

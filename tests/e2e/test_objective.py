@@ -21,27 +21,27 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.nn.utils import weight_norm as old_weight_norm
 
-from autocompress.beside_baseline import COLUMNS, SAMPLES, SECONDS_EACH, measure_beside_baseline, measure_within
 from autocompress.budget import Budget
+from autocompress.commands.deploy import recreate
 from autocompress.compress.norms import FEW_STEPS
 from autocompress.compress.optimizer import Optimizer
 from autocompress.compress.student import build_student
 from autocompress.data import Data, Split, sampled
-from autocompress.deploy import recreate
 from autocompress.devices.local import LocalCpu
 from autocompress.devices.runtime import Runtime
 from autocompress.errors import DeviceUnavailable, PolicyFailure
 from autocompress.export import is_intact
-from autocompress.failures import FAILURES
-from autocompress.loading import load
-from autocompress.objective import PROBED_STEPS, evaluate_policy, training_step_seconds
 from autocompress.policy import LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
-from autocompress.preflight import LOSS_EXAMPLES
-from autocompress.preparation import prepare, score_baseline
 from autocompress.records import FEWEST_FOR_TAIL, Attempt, Prediction
 from autocompress.search_space import with_exact_int8
-from autocompress.starting import FLOAT_WEIGHTS, INTERRUPTED, forget_interrupted
+from autocompress.setup.loading import load
+from autocompress.setup.preflight import LOSS_EXAMPLES
+from autocompress.system.failures import FAILURES
 from autocompress.testing.devices import FakeDevice
+from autocompress.trial.beside_baseline import COLUMNS, SAMPLES, SECONDS_EACH, measure_beside_baseline, measure_within
+from autocompress.trial.objective import PROBED_STEPS, evaluate_policy, training_step_seconds
+from autocompress.trial.preparation import prepare, score_baseline
+from autocompress.trial.starting import FLOAT_WEIGHTS, INTERRUPTED, forget_interrupted
 
 
 def realised(setting):
@@ -129,7 +129,7 @@ def test_the_unchanged_network_is_calibrated_first_and_trained_through_its_bits_
 def test_a_student_is_reconstructed_once_and_only_where_something_was_cut(net, data, tmp_path, monkeypatch):
     reconstructed = []
     monkeypatch.setattr(
-        "autocompress.starting.reconstruct", lambda student, reference, policy, until: reconstructed.append(len(reference.inputs))
+        "autocompress.trial.starting.reconstruct", lambda student, reference, policy, until: reconstructed.append(len(reference.inputs))
     )
     setting, narrow = ready(net, data, tmp_path / "run"), Policy(student=StudentSpec(width=0.5))
 
@@ -151,7 +151,7 @@ def test_training_has_its_time_after_the_reconstruction_and_both_end_at_the_late
         untils.append(until)
         time.sleep(1.0)
 
-    monkeypatch.setattr("autocompress.starting.reconstruct", slow)
+    monkeypatch.setattr("autocompress.trial.starting.reconstruct", slow)
     setting, narrow = ready(net, data, tmp_path / "run"), Policy(student=StudentSpec(width=0.5))
     outcome = evaluate_policy(setting, Attempt(id="00000", policy=narrow, rung="short"), seconds=1.0)
     assert outcome.failure is None
@@ -174,8 +174,8 @@ def test_a_student_that_cannot_be_reconstructed_is_trained_as_it_is(net, data, t
         begun.append(student.head.weight.clone())
         raise PolicyFailure("enough")
 
-    monkeypatch.setattr("autocompress.starting.reconstruct", broken)
-    monkeypatch.setattr("autocompress.objective.train_quantized", trained)
+    monkeypatch.setattr("autocompress.trial.starting.reconstruct", broken)
+    monkeypatch.setattr("autocompress.trial.objective.train_quantized", trained)
     narrow = Policy(student=StudentSpec(width=0.5))
     setting = ready(net, data, tmp_path / "run")
     evaluate_policy(setting, Attempt(id="00000", policy=narrow, rung="short"), seconds=0.5)
@@ -230,7 +230,7 @@ class Changing(FakeDevice):
     ids=["steady", "odd start", "odd once", "slower and slower"],
 )
 def test_a_measurement_is_noisy_where_the_original_beside_it_does_not_settle(net, data, tmp_path, monkeypatch, speeds, noisy):
-    monkeypatch.setattr("autocompress.beside_baseline.DRIFT_PAUSE_S", 0.0)
+    monkeypatch.setattr("autocompress.trial.beside_baseline.DRIFT_PAUSE_S", 0.0)
     latency = realised(ready(net, data, tmp_path / "run", Changing(speeds))).latency_s
     assert latency.noisy is noisy
     assert ("baseline beside it" in latency.noise_reason) is noisy
@@ -323,7 +323,7 @@ def test_training_that_is_interrupted_goes_on_from_there(net, data, tmp_path, mo
         if len(progress) == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("autocompress.starting.reconstruct", lambda *_, **__: None)
+    monkeypatch.setattr("autocompress.trial.starting.reconstruct", lambda *_, **__: None)
     with pytest.raises(KeyboardInterrupt):
         evaluate_policy(setting, Attempt(id="00000", policy=policy, rung="short"), seconds=60.0, tick=stop)
     (left,) = setting.models.glob(f"{INTERRUPTED}*")
@@ -334,7 +334,7 @@ def test_training_that_is_interrupted_goes_on_from_there(net, data, tmp_path, mo
         begun.append(copy.deepcopy(student.state_dict()))
         return student
 
-    monkeypatch.setattr("autocompress.objective.train_quantized", train)
+    monkeypatch.setattr("autocompress.trial.objective.train_quantized", train)
     for id in ("00001", "00002"):
         assert evaluate_policy(setting, Attempt(id=id, policy=policy, rung="short"), seconds=1.0).failure is None
     assert all(torch.equal(value, learned[name]) for name, value in begun[0].items())
@@ -377,7 +377,7 @@ def test_training_that_begins_again_counts_its_steps_anew_and_a_failure_leaves_n
             tick(progress)
         return student
 
-    monkeypatch.setattr("autocompress.objective.train_quantized", train)
+    monkeypatch.setattr("autocompress.trial.objective.train_quantized", train)
     assert evaluate_policy(setting, Attempt(id="00000", policy=policy, rung="short"), seconds=1.0).steps == 2
     assert (setting.models / "00000").is_dir()
     setting.device.failures = {setting.device.calls: ValueError("no kernel")}
@@ -394,7 +394,9 @@ def test_what_was_trained_is_kept_until_it_is_measured(net, data, tmp_path, monk
         evaluate_policy(setting, Attempt(id="00000", policy=policy, rung="full"), seconds=1.0)
     (left,) = setting.models.glob(f"{INTERRUPTED}*")
     trained, begun = load_file(left), []
-    monkeypatch.setattr("autocompress.objective.train_quantized", lambda student, *_, **__: begun.append(student.state_dict()) or student)
+    monkeypatch.setattr(
+        "autocompress.trial.objective.train_quantized", lambda student, *_, **__: begun.append(student.state_dict()) or student
+    )
     assert evaluate_policy(setting, Attempt(id="00000", policy=policy, rung="full"), seconds=1.0).failure is None
     assert all(torch.equal(value, trained[name]) for name, value in begun[0].items())
     assert not [*setting.models.glob(f"{INTERRUPTED}*")]
@@ -404,7 +406,9 @@ def test_how_gently_a_student_is_trained_follows_from_its_distance_to_the_teache
     plans = []
     setting = ready(net, data, tmp_path / "run")
     group = next(group for group in setting.graphs[None].groups if group.prunable)
-    monkeypatch.setattr("autocompress.objective.train_quantized", lambda student, quant, data, plan, **_: plans.append(plan) or student)
+    monkeypatch.setattr(
+        "autocompress.trial.objective.train_quantized", lambda student, quant, data, plan, **_: plans.append(plan) or student
+    )
     monkeypatch.setattr(type(setting.teacher), "distance", lambda self, student, most: 0.03)
     policy = Policy(prune=PruneSpec(ratios={group.name: 0.5}))
     evaluate_policy(setting, Attempt(id="00000", policy=policy, rung="short"), seconds=5.0)
@@ -420,7 +424,9 @@ def test_a_student_that_could_not_be_measured_keeps_what_it_has_learned(net, dat
     forget_interrupted(setting, [policy])
     (left,) = setting.models.glob(f"{INTERRUPTED}*")
     trained, begun = load_file(left), []
-    monkeypatch.setattr("autocompress.objective.train_quantized", lambda student, *_, **__: begun.append(student.state_dict()) or student)
+    monkeypatch.setattr(
+        "autocompress.trial.objective.train_quantized", lambda student, *_, **__: begun.append(student.state_dict()) or student
+    )
     assert evaluate_policy(setting, attempt, seconds=1.0).failure is None
     assert all(torch.equal(value, trained[name]) for name, value in begun[0].items())
     left.touch()
@@ -438,7 +444,7 @@ class Wavering(FakeDevice):
 
 
 def test_a_file_that_only_noise_puts_over_the_budget_is_measured_for_longer(net, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("autocompress.beside_baseline.MOST_DRIFT", 9.0)
+    monkeypatch.setattr("autocompress.trial.beside_baseline.MOST_DRIFT", 9.0)
     setting = ready(net, data, tmp_path / "run", Wavering(SLOW_CALLS))
     exact = FakeDevice(SLOW_CALLS).measure([setting.baseline.path])[0].median
     for limit, times in ((1.001, 2), (3.0, 1), (0.1, 1)):
@@ -464,7 +470,7 @@ def test_a_latency_in_other_units_than_was_predicted_is_mistrusted(net, data, tm
 @pytest.mark.timeout(60, method="thread")  # the other method takes the alarm for itself
 @pytest.mark.parametrize("stage", ["train", "check"])
 def test_a_policy_whose_loss_or_score_never_returns_fails_and_the_search_goes_on(net, data, tmp_path, monkeypatch, stage):
-    monkeypatch.setattr("autocompress.objective.LATE_S", 0.5)
+    monkeypatch.setattr("autocompress.trial.objective.LATE_S", 0.5)
     own = replace(data, loss=F.cross_entropy, score=lambda outputs, targets: 0.5, classes=None)
     setting = ready(net, own, tmp_path / "run")
     endless = replace(own, **{"train": {"loss": lambda *_: time.sleep(50)}, "check": {"score": lambda *_: time.sleep(50)}}[stage])
@@ -480,7 +486,7 @@ def test_a_policy_whose_loss_or_score_never_returns_fails_and_the_search_goes_on
 def test_what_the_file_system_ends_is_kept_and_what_fails_by_itself_is_not(net, data, tmp_path, monkeypatch):
     setting, policy = ready(net, data, tmp_path / "run"), Policy(prune=PruneSpec(ratios={"b.conv1": 0.5}))
     for error, kept in ((OSError(errno.ESTALE, "stale file handle"), 1), (ValueError("bins must increase"), 0)):
-        monkeypatch.setattr("autocompress.objective.train_quantized", Mock(side_effect=error))
+        monkeypatch.setattr("autocompress.trial.objective.train_quantized", Mock(side_effect=error))
         with suppress(OSError):
             evaluate_policy(setting, Attempt(id="00000", policy=policy, rung="short"), seconds=1.0)
         assert len([*setting.models.glob(f"{INTERRUPTED}*")]) == kept
@@ -490,7 +496,7 @@ def test_training_is_kept_every_few_minutes(net, data, tmp_path, monkeypatch):
     """A machine that loses its power tells nobody."""
     setting, policy, kept = ready(net, data, tmp_path / "run"), Policy(prune=PruneSpec(ratios={"b.conv1": 0.5})), []
     monkeypatch.setattr("autocompress.compress.train.KEPT_EVERY_S", 0.3)
-    monkeypatch.setattr("autocompress.objective.keep_interrupted", lambda *_: kept.append(time.monotonic()))
+    monkeypatch.setattr("autocompress.trial.objective.keep_interrupted", lambda *_: kept.append(time.monotonic()))
     assert evaluate_policy(setting, Attempt(id="00000", policy=policy, rung="short"), seconds=2.0).failure is None
     assert len(kept) >= 3
     assert all(after - before >= 0.3 for before, after in itertools.pairwise(kept[:-1]))
@@ -499,7 +505,9 @@ def test_training_is_kept_every_few_minutes(net, data, tmp_path, monkeypatch):
 def test_what_is_kept_of_training_through_bits_is_what_was_learned(net, data, tmp_path, monkeypatch):
     setting, policy, kept = ready(net, data, tmp_path / "run"), Policy(quant=QuantSpec(bits=3)), []
     monkeypatch.setattr("autocompress.compress.train.KEPT_EVERY_S", 0.0)
-    monkeypatch.setattr("autocompress.objective.keep_interrupted", lambda _, student, __: kept.append(copy.deepcopy(student.conv.weight)))
+    monkeypatch.setattr(
+        "autocompress.trial.objective.keep_interrupted", lambda _, student, __: kept.append(copy.deepcopy(student.conv.weight))
+    )
     assert evaluate_policy(setting, Attempt(id="00000-full", policy=policy, rung="full"), seconds=1.0).failure is None
     assert not any(torch.equal(before, after) for before, after in itertools.pairwise(kept[:3]))
 
@@ -510,7 +518,9 @@ def test_weights_of_another_student_cost_training_and_not_the_policy(net, data, 
     others = {name: value + 1 for name, value in load_file(setting.models / "baseline" / "student.safetensors").items()}
     save_file(others, setting.models / "00000" / FLOAT_WEIGHTS)
     begun = []
-    monkeypatch.setattr("autocompress.starting.reconstruct", lambda student, *_, **__: begun.append(copy.deepcopy(student.state_dict())))
+    monkeypatch.setattr(
+        "autocompress.trial.starting.reconstruct", lambda student, *_, **__: begun.append(copy.deepcopy(student.state_dict()))
+    )
     outcome = evaluate_policy(setting, Attempt(id="00000-full", policy=narrow, rung="full"), seconds=0.5, continues="00000")
     assert outcome.failure is None
     built = build_student(setting.graphs[None], narrow).state_dict()

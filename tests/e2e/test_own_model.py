@@ -10,7 +10,7 @@ from PIL import Image
 from tasks import SLOW_CALLS
 
 from autocompress.cli import main
-from autocompress.deploy import recreate
+from autocompress.commands.deploy import recreate
 from autocompress.session import run_search
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
@@ -59,7 +59,7 @@ def test_a_task_file_with_a_model_and_photos_of_ones_own(place, capsys, monkeypa
     monkeypatch.setattr("autocompress.controller.rungs.Rungs.full_rung", lambda self: None)
     monkeypatch.setattr("autocompress.candidates.ahead.WHOLE_NETWORKS", 2)
     monkeypatch.setattr("autocompress.controller.conclude.FINAL_SECONDS_EACH", 0.3)
-    monkeypatch.setattr("autocompress.deploy.EXPORT_MEASURE_S", 0.3)
+    monkeypatch.setattr("autocompress.commands.deploy.EXPORT_MEASURE_S", 0.3)
     run, out = place / "run", place / "shipped"
     assert main(["search", str(place / "task.toml"), "--quiet", "--out", str(run)]) == 0
     assert main(["export", str(run), "--pick", "int8", "--out", str(out), "--json"]) == 0

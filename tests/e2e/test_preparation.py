@@ -16,14 +16,14 @@ from autocompress.data import Data, Split
 from autocompress.demo import TEACHER_EPOCHS
 from autocompress.errors import DeviceUnavailable, UsageError
 from autocompress.export import read_manifest
-from autocompress.loading import load, open_weights
-from autocompress.objective import evaluate_policy
 from autocompress.policy import Policy
-from autocompress.preparation import limit_validation, prepare, score_baseline, train_demo_teacher
 from autocompress.records import Attempt
-from autocompress.setting import MOST_ANSWER_BYTES
+from autocompress.setup.loading import load, open_weights
+from autocompress.setup.setting import MOST_ANSWER_BYTES
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
+from autocompress.trial.objective import evaluate_policy
+from autocompress.trial.preparation import limit_validation, prepare, score_baseline, train_demo_teacher
 
 
 def test_a_module_in_training_mode_is_copied_and_left_as_it_is(net, data, tmp_path):
@@ -123,7 +123,7 @@ def test_a_network_that_seldom_takes_another_exit_can_be_asked(tmp_path):
 
 def test_the_demonstrations_teacher_is_trained_whatever_the_batch_of_students(net, data, tmp_path, monkeypatch):
     plans = []
-    monkeypatch.setattr("autocompress.preparation.train", lambda model, data, plan, tick: plans.append(plan))
+    monkeypatch.setattr("autocompress.trial.preparation.train", lambda model, data, plan, tick: plans.append(plan))
     setting = replace(ready(net, data, tmp_path / "run"), batch_size=4096)
     train_demo_teacher(setting, tmp_path, 60.0, lambda _: None)
     assert plans[0].steps >= TEACHER_EPOCHS
@@ -156,7 +156,7 @@ def test_validation_is_cut_to_the_time_that_there_is_and_the_cut_is_kept(net, da
 def test_answers_that_are_maps_are_held_of_fewer_examples(net, data, tmp_path, monkeypatch):
     setting = ready(net, data, tmp_path / "run")
     assert setting.most_answers == MOST_ANSWER_BYTES // (4 * 4), "four classes"
-    monkeypatch.setattr("autocompress.setting.MOST_ANSWER_BYTES", 40 * 4 * 4)
+    monkeypatch.setattr("autocompress.setup.setting.MOST_ANSWER_BYTES", 40 * 4 * 4)
     few = limit_validation(replace(setting), seconds=1e6)
     assert len(few.data.val) == few.most_answers == 40
     assert evaluate_policy(few, Attempt(id="00000", policy=INT8, rung="short"), seconds=0.0).failure is None

@@ -19,8 +19,8 @@ import autocompress
 from autocompress.budget import Budget
 from autocompress.data import Split
 from autocompress.errors import InfeasibleBudget, TooManyFailures, UsageError
-from autocompress.front import non_dominated
 from autocompress.policy import DistillSpec, Policy, PruneSpec, QuantSpec
+from autocompress.ranking.front import non_dominated
 from autocompress.records import Measurement
 from autocompress.session import SearchResult, run_search
 from autocompress.task import Task
@@ -202,7 +202,7 @@ def test_the_result_object(finished, tmp_path, monkeypatch):
     figures = result.figures()
     assert set(figures) >= {"pareto", "progress", "prediction", result.best}
     assert all(isinstance(figure, Figure) and "$" not in figure.to_json() for figure in figures.values())
-    monkeypatch.setattr("autocompress.deploy.open_device", lambda name: finished.device)
+    monkeypatch.setattr("autocompress.commands.deploy.open_device", lambda name: finished.device)
     exported = result.export(tmp_path / "out")
     assert {path.name for path in exported.folder.iterdir()} == BUNDLE
     best = next(entry for entry in result.content["points"] if entry["id"] == result.best)
@@ -357,7 +357,7 @@ def test_python_sets_what_the_command_line_sets(monkeypatch):
 
 def test_a_result_exports_what_the_command_line_exports(monkeypatch, tmp_path):
     asked = {}
-    monkeypatch.setattr("autocompress.deploy.export_run", lambda run, **options: asked.update(options))
+    monkeypatch.setattr("autocompress.commands.deploy.export_run", lambda run, **options: asked.update(options))
     SearchResult(tmp_path, {}).export("out", pick="00001", formats=("torch",), model="m.py:f", student="s.py:f")
     assert asked == {"pick": "00001", "formats": ("torch",), "out": Path("out"), "model": "m.py:f", "student": "s.py:f", "device": None}
 
@@ -385,7 +385,7 @@ def test_two_policies_are_evaluated_once_each_and_the_space_is_exhausted(net, da
     from autocompress.graph import Graph
 
     groups = [group.name for group in Graph.trace(net, (data.example(1),)).groups if group.prunable]
-    monkeypatch.setattr("autocompress.loading.open_device", lambda name: FakeDevice(SLOW_CALLS))
+    monkeypatch.setattr("autocompress.setup.loading.open_device", lambda name: FakeDevice(SLOW_CALLS))
     diary, run = Diary(), tmp_path / "run"
     monkeypatch.setattr("autocompress.session.make_progress", lambda quiet: diary)
     result = autocompress.search(net, data, out=run, search_time="60s", suggest=suggest)

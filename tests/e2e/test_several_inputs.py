@@ -12,14 +12,14 @@ import torch
 from tasks import CLASSES, SIZE, SLOW_CALLS, blobs
 from torch import nn
 
-from autocompress.apply import apply_policy
 from autocompress.batch import Batch, call_network
+from autocompress.commands.apply import apply_policy
+from autocompress.commands.deploy import recreate
+from autocompress.commands.inspect import inspect_model
 from autocompress.data import Data, Split
-from autocompress.deploy import recreate
 from autocompress.errors import UsageError
-from autocompress.inspect import inspect_model
-from autocompress.loading import load
 from autocompress.session import run_search
+from autocompress.setup.loading import load
 from autocompress.task import Task
 from autocompress.testing.devices import FakeDevice
 

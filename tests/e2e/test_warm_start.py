@@ -45,7 +45,7 @@ def test_another_device_and_budget_train_only_what_the_new_front_lacks(first, ne
     before = (first / "study.db").read_bytes()
     scored, device, diary = [], FakeDevice(OTHER), Diary()
     monkeypatch.setattr(device, "environment", lambda: {"processor": "another"})
-    monkeypatch.setattr("autocompress.objective.check_artifact", _counting(scored))
+    monkeypatch.setattr("autocompress.trial.objective.check_artifact", _counting(scored))
     wanted = task(trials=1, budget=("3x",), from_run=str(first))
     result = run_search(wanted, tmp_path / "run", model=net, data=data, device=device, progress=diary)
     known, found = ({o.id: o for o in journal_of(run).outcomes} for run in (first, tmp_path / "run"))
@@ -94,7 +94,7 @@ HERE = 12345
 
 
 def _counting(scored):
-    from autocompress.objective import check_artifact
+    from autocompress.trial.objective import check_artifact
 
     def check(setting, student, path, policy):
         scored.append(path.parent.name)
@@ -106,7 +106,7 @@ def _counting(scored):
 
 def test_on_the_same_device_nothing_is_scored_again_and_a_resumed_search_takes_nothing_over_twice(first, net, data, tmp_path, monkeypatch):
     short_runs_only(monkeypatch)
-    monkeypatch.setattr("autocompress.objective.check_artifact", lambda *_: pytest.fail("known"))
+    monkeypatch.setattr("autocompress.trial.objective.check_artifact", lambda *_: pytest.fail("known"))
     monkeypatch.setattr("autocompress.controller.rungs.Rungs.appraise", lambda self, pool: None)
     monkeypatch.setattr("autocompress.controller.rungs.Rungs.short_rung", lambda self, pool: None)
     wanted, run = task(from_run=str(first)), tmp_path / "run"

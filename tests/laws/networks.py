@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import random
+from typing import get_args
 
 import torch
 import torchvision
 from torch import nn
 
 from autocompress.graph import Graph
-from autocompress.policy import LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
+from autocompress.policy import Criterion, LowRankSpec, Policy, PruneSpec, QuantSpec, StudentSpec
 from autocompress.testing.models import resnet20, tiny_resnet
 
 CLASSES = 10
+CRITERIA = get_args(Criterion)
 
 
 def _vgg11_bn() -> nn.Module:
@@ -333,7 +335,7 @@ def random_policy(
     wider = {name: draw.uniform(1.0, 1.6) for name in groups if widths and draw.random() < 0.3}
     policy = Policy(
         student=StudentSpec(widths=wider, drop=tuple(b.name for b in graph.blocks if draw.random() < 0.33), multiple=multiple),
-        prune=PruneSpec(ratios=ratios),
+        prune=PruneSpec(ratios=ratios, criterion=CRITERIA[seed % len(CRITERIA)]),
         quant=QuantSpec(layers={layer.name: draw.choice(bits) for layer in graph.layers}),
     )
     factorable = [layer.name for layer in graph.layers if layer.factorable and low_rank]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from autocompress.ranking.scores import score_interval
 from autocompress.report.figures import _decimals, layers_figure, pareto_figure, prediction_figure, progress_figure
 from autocompress.report.page import write_report
 from autocompress.results import Results
-from autocompress.scores import score_interval
 
 
 def traces(figure):

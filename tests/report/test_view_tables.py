@@ -7,13 +7,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from autocompress.commands.terminal import rendered
+from autocompress.ranking.scores import score_interval
 from autocompress.records import Score
 from autocompress.report.axes import Axis, time_ticks
 from autocompress.report.tables import FRAME_COLUMNS, frame, front_table, layer_table, legend, note, summary
 from autocompress.report.view import caveats, details, format_score, headline, latency_line
 from autocompress.results import LayerChange, Results
-from autocompress.scores import score_interval
-from autocompress.terminal import rendered
 
 
 def without_best(content):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from scipy.optimize import check_grad
 
-from autocompress.front import hypervolume
+from autocompress.ranking.front import hypervolume
 from autocompress.study.gaussian import GaussianProcess, Prior
 from autocompress.study.sampler import STARTUP, FrontSampler, Space, expected_improvement
 

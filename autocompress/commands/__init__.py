@@ -1,0 +1,1 @@
+"""What the larger commands beside `search` do; options of all of them, and how they print."""

@@ -1,0 +1,1 @@
+"""Which policies are better than others: fronts, scores, rank correlations, and who is worth more time."""

@@ -1,0 +1,1 @@
+"""One policy, from recipe to measured artifact, and the original that it is held against."""
