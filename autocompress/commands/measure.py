@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -48,39 +47,35 @@ def measure_model(
     return measure_on(what, [device], weights=weights, data=data, input=input, batch=batch)[0]
 
 
-def measure_on(what: nn.Module | Path | str, devices: Sequence[str], **options: Any) -> list[Measurement]:
-    """The same on each of several devices, measured in turns; `options` as of `measure_model`."""
-    targets = [open_device(device) for device in devices]
-    if not isinstance(what, nn.Module) and str(what).endswith(".onnx"):
-        return _file_on(Path(what), targets, options)
-    return _exported_on(what if isinstance(what, nn.Module) else str(what), targets, **options)
-
-
-def _file_on(path: Path, targets: Sequence[Device], options: Mapping[str, object]) -> list[Measurement]:
-    given = [name for name, value in options.items() if value is not None]
-    if given:
-        raise UsageError(
-            f"{given[0]} (--{given[0]}) is for models, but {str(path)!r} is a file that has its own", hint=f"leave {given[0]} out"
-        )
-    check_onnx(path)
-    with refused(f"{str(path)!r} cannot be measured"):
-        return _in_turns(path, targets)
-
-
-def _exported_on(
-    given: nn.Module | str,
-    targets: Sequence[Device],
+def measure_on(
+    what: nn.Module | Path | str,
+    devices: Sequence[str],
     *,
     weights: Path | str | None = None,
     data: Data | Splits | str | None = None,
     input: str | None = None,
     batch: int | None = None,
 ) -> list[Measurement]:
+    """The same on each of several devices, measured in turns."""
+    targets = [open_device(device) for device in devices]
+    if not isinstance(what, nn.Module) and str(what).endswith(".onnx"):
+        _require_none(str(what), {"weights": weights, "data": data, "input": input, "batch": batch})
+        check_onnx(Path(what))
+        with refused(f"{str(what)!r} cannot be measured"):
+            return _in_turns(Path(what), targets)
+    given = what if isinstance(what, nn.Module) else str(what)
     opened = open_model(given, weights=Path(weights) if weights is not None else None, data=data, input=input, batch=batch or 1)
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder, refused(f"{name_of(given)} cannot be measured"):
         student = build_student(opened.graph, Policy())
         manifest = write_bundle(Path(folder), student, Policy(), opened.example, Provenance(model=name_of(given)))
         return _in_turns(Path(folder) / manifest.artifact, targets)
+
+
+def _require_none(path: str, options: Mapping[str, object]) -> None:
+    """A file has its own of all that a model must be told."""
+    given = next((name for name, value in options.items() if value is not None), None)
+    if given is not None:
+        raise UsageError(f"{given} (--{given}) is for models, but {path!r} is a file that has its own", hint=f"leave {given} out")
 
 
 def _in_turns(path: Path, targets: Sequence[Device]) -> list[Measurement]:

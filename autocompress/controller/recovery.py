@@ -7,7 +7,7 @@ from typing import Any
 
 from autocompress.controller.findings import Findings
 from autocompress.errors import AutocompressError
-from autocompress.export import MODEL, check_onnx, is_intact, verify_bundle
+from autocompress.export import MODEL, check_onnx, verify_bundle
 from autocompress.records import Attempt, Failure, Outcome
 
 
@@ -23,8 +23,9 @@ def forget_damaged(findings: Findings) -> list[str]:
 
 
 def _is_whole(findings: Findings, outcome: Outcome) -> bool:
+    """Whether its file is there as it was measured, sound, and in the folder of its policy."""
     path = (findings.run / (outcome.artifact or "")).resolve()
-    if path != findings.setting.models.resolve() / outcome.id / MODEL:
+    if path != findings.run.resolve() / "models" / outcome.id / MODEL:
         return False
     try:
         verify_bundle(path.parent)
@@ -39,7 +40,7 @@ def retry_failures(findings: Findings) -> int:
     kills = {(o.policy.digest, o.rung) for o in _killers(findings)}
     failed = [o for o in findings.journal.outcomes if o.failure is not None and (o.policy.digest, o.rung) not in kills]
     for outcome in failed:
-        if outcome.artifact is not None and is_intact((findings.run / outcome.artifact).parent):
+        if _is_whole(findings, outcome):
             findings.journal.record(outcome.model_copy(update={"failure": None}))
         else:
             _forget(findings, outcome)

@@ -7,7 +7,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from autocompress.graph.flow import PRODUCT, STATISTIC
 from autocompress.graph.importance import channel_scores
 from autocompress.graph.nodes import Weighted, channel_axis, constant_layers, is_layer, is_norm, kind_of, leaves, module_of
 from autocompress.graph.operators import packed_bytes
+from autocompress.graph.parts import Block, ChannelGroup, Frozen, Layer, Structure
 from autocompress.graph.resize import Groups, Roots, Selection, are_alike, run_ends
 from autocompress.graph.rules import propagate
 from autocompress.graph.trace import OPAQUE, annotate_shapes, trace, untraced
@@ -33,88 +34,6 @@ from autocompress.workload import Workload
 CACHED_SHAPES = 256
 LEAST_KEPT = 1e-3
 """Of a layer's multiplications: one that would not get fewer with so small a share has no lower rank."""
-
-
-@dataclass(frozen=True)
-class ChannelGroup:
-    """Channels that can be removed or added one by one, in all tensors that share them.
-
-    stream: a residual stream, that is, the channels pass through an addition.
-    growable: whether channels can be added without a change to what the network computes.
-    unit: how many channels of a layer are one here, since they go together: those of an attention head, or of a group of filters.
-    producers, consumers: names of the layers that write and read them.
-    """
-
-    name: str
-    size: int
-    prunable: bool
-    reason: str
-    growable: bool
-    unit: int
-    stream: bool
-    producers: tuple[str, ...]
-    consumers: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Block:
-    """A residual branch that can be dropped; `stream` is the channel group that it adds to."""
-
-    name: str
-    stream: str | None
-    layers: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A convolution or linear layer.
-
-    group: the channel group that it was first to write, if that may change.
-    factorable: whether two layers of lower rank can stand for it.
-    """
-
-    name: str
-    kind: str
-    in_channels: int
-    out_channels: int
-    params: int
-    group: str | None
-    factorable: bool
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """A part that stays as it is, and why."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Structure:
-    """The network that a policy makes, however the policy is spelt: what decides its latency, its size and whether it was tried before.
-
-    channels, ranks, bits: of the channel groups, factorised layers and layers that are left, in their order. criterion: by which channels
-    were chosen, where some were.
-    """
-
-    reference: str | None
-    dropped: tuple[str, ...]
-    channels: tuple[tuple[str, int], ...]
-    ranks: tuple[tuple[str, int], ...]
-    bits: tuple[tuple[str, int], ...]
-    reduced_range: bool
-    criterion: Criterion = "l2"
-
-    @property
-    def shape(self) -> tuple[object, ...]:
-        """The structure in whatever number of bits."""
-        return self.reference, self.dropped, self.channels, self.ranks
-
-    @property
-    def timed(self) -> Structure:
-        """What decides its latency: whichever channels stay, they take as long."""
-        return replace(self, criterion="l2")
 
 
 class Graph:
@@ -233,6 +152,8 @@ class Graph:
 
     def _criterion(self, policy: Policy, channels: Mapping[str, int]) -> Criterion:
         """The policy's, where it chooses other channels than the usual one."""
+        if policy.prune.criterion == "l2":
+            return "l2"
         ranked, sizes = self._ranked_by(policy.prune.criterion).order, {group.name: group.size for group in self.groups}
         usual = self._resizable.order
         differs = (count < sizes[name] and not np.array_equal(ranked[name], usual[name]) for name, count in channels.items())
